@@ -1,0 +1,3 @@
+"""CRAFT: cross-representation pretraining and finetuning on audio waveforms and spectrograms."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,311 @@
+"""Every setting of a run, typed, in the order in which data flows through it.
+
+In: YAML files and `key=value` words. Out: a frozen, checked `PretrainRecipe` or `FinetuneRecipe`.
+
+A default stands here and nowhere else: CRAFT-base on AudioSet, as the paper has it. YAML files
+under configs/ hold only what differs. `ds.json` owns what DeepSpeed owns (ZeRO stage, precision,
+offload); `pipeline.engine.setup` reconciles the two.
+"""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import UserError
+
+RecipeT = TypeVar("RecipeT", bound="Recipe")
+
+
+class Section(BaseModel):
+    """A group of settings; an unknown key or a wrong type is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunConfig(Section):
+    """The run itself."""
+
+    dir: str = Field("", description="run directory; empty: runs/<kind>-<name>")
+    name: str = Field("", description="run name in MLflow; empty: BatchSize-Pretrain-Finetune")
+    seed: int = Field(0, ge=0, description="seed of weights, sample order, masks and augmentation")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: go on from the newest complete checkpoint of run.dir; never: refuse to"
+    )
+    timeout: float = Field(1800.0, gt=0, description="seconds a collective may take before the run aborts")
+
+
+class DataConfig(Section):
+    """Which clips, in which order."""
+
+    shards: str = Field("", description="directory or URL that holds manifest.json")
+    train_split: str = Field("train", description="split to train on")
+    eval_split: str = Field("eval", description="split to evaluate on, where no fold is held out")
+    fold: int = Field(0, ge=0, description="held-out fold: train on the others, evaluate on it; 0: none")
+    frames: int = Field(0, ge=0, description="T; 0: 102.4 a second, rounded up to 16 (1024 for 10 s)")
+    mean: float | None = Field(None, description="fbank mean; null: the manifest's, of the training split")
+    std: float | None = Field(None, gt=0, description="fbank deviation; null: the manifest's")
+    fbank: Literal["auto", "stored", "online"] = Field(
+        "auto", description="auto: computed on the device where augmentation changes the waveform, else read"
+    )
+    sampler: Literal["shuffle", "balanced"] = Field("shuffle", description="balanced: rare classes more often")
+    replacement: bool = Field(True, description="balanced: draw with replacement (SSAST) or without (PaSST)")
+    streams: int = Field(64, ge=1, description="S: streams that the shuffled shards are dealt to")
+    window: int = Field(2048, ge=1, description="clips of the shuffle window of one stream")
+    workers: int = Field(2, ge=0, description="reader processes per rank; 0: read in the training process")
+    prefetch: int = Field(4, ge=1, description="batches in flight per rank")
+    on_error: Literal["skip", "raise"] = Field("skip", description="a corrupt sample is replaced, or ends the run")
+    max_bad: int = Field(1000, ge=0, description="corrupt samples of one epoch that end the run")
+    cache: str = Field("", description="node-local directory for remote shards; empty: below the temp directory")
+    cache_gb: float = Field(200.0, gt=0, description="size bound of that directory")
+
+
+class AugmentConfig(Section):
+    """Augmentation of training clips (PAPER_SPEC 5); all zero in pretraining."""
+
+    mixup: float = Field(0.0, ge=0, le=1, description="share of clips mixed with another one, on the waveform")
+    mixup_alpha: float = Field(10.0, gt=0, description="lambda ~ Beta(alpha, alpha)")
+    freq_mask: int = Field(0, ge=0, description="SpecAugment: widest masked band, in mel bins")
+    time_mask: int = Field(0, ge=0, description="SpecAugment: longest masked span, in frames")
+    noise: float = Field(0.0, ge=0, description="white noise, at most this share of the clip's peak")
+    roll: float = Field(0.0, ge=0, description="circular time shift, at most this many seconds either way")
+    mask_waveform: bool = Field(False, description="apply SpecAugment's time and channel masks to the MSAE map too")
+
+
+class ModelConfig(Section):
+    """The network (PAPER_SPEC 1-3)."""
+
+    size: Literal["micro", "tiny", "small", "base"] = Field("base", description="width, depth and heads")
+    init: str = Field("", description="run directory or checkpoint file to start from; empty: random")
+    patch: int = Field(16, ge=1, description="patch side, mel bins = frames")
+    stride: int = Field(16, ge=1, description="patch stride; smaller than the patch: overlap (SSAST finetuning: 10)")
+    kernels: tuple[int, ...] = Field((11, 51, 101), description="MSAE: convolution kernels, one per scale")
+    kernel_strides: tuple[int, ...] = Field((1, 5, 10), description="MSAE: strides of those convolutions")
+    channels: tuple[int, ...] = Field((43, 43, 42), description="MSAE: channels per scale; they sum to mel bins")
+    activation: Literal["relu", "gelu", "none"] = Field("relu", description="MSAE before pooling; none: literal Eq. 1")
+    norm: Literal["group", "none"] = Field("group", description="MSAE: after each convolution")
+    shared_patch: bool = Field(False, description="one patch embedding for both representations")
+    modality_embedding: bool = Field(False, description="add a learned vector per representation")
+    checkpoint_activations: bool = Field(False, description="recompute MSAE and blocks in backward to save memory")
+
+
+class OptimConfig(Section):
+    """Optimiser and learning rate."""
+
+    name: Literal["adam", "adamw"] = Field("adam", description="adam: L2 in the gradient, as SSAST")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.95, 0.999), description="Adam's decay rates")
+    weight_decay: float = Field(5e-7, ge=0, description="L2 (adam) or decoupled (adamw) decay")
+    clip: float = Field(0.0, ge=0, description="largest gradient norm; 0: no clipping")
+    warmup: int = Field(1000, ge=0, description="steps of linear warm-up")
+    schedule: Literal["plateau", "step", "cosine", "constant"] = Field("plateau", description="after the warm-up")
+    factor: float = Field(0.5, gt=0, lt=1, description="plateau, step: the rate is multiplied by this")
+    patience: int = Field(2, ge=0, description="plateau: evaluations without improvement before a cut")
+    milestones: tuple[float, ...] = Field((), description="step: epochs after which the rate is cut")
+
+
+class TrainConfig(Section):
+    """How long, and how large a batch."""
+
+    batch_size: int = Field(180, ge=1, description="G: clips of the global batch, over all ranks")
+    micro_batch: int = Field(0, ge=0, description="clips per rank and forward; 0: G / ranks, or ds.json's")
+    epochs: float = Field(10.0, gt=0, description="passes over the training split")
+    steps: int = Field(0, ge=0, description="optimiser steps; 0: from epochs")
+    max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row that end the run")
+
+
+class EvalConfig(Section):
+    """Held-out evaluation."""
+
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: see every_clips, every_epochs")
+    every_clips: int = Field(96000, ge=0, description="training clips between evaluations; 0: off")
+    every_epochs: float = Field(0.0, ge=0, description="epochs between evaluations; 0: off")
+    clips: int = Field(0, ge=0, description="evaluate on the first this many held-out clips; 0: all")
+    batch_size: int = Field(0, ge=0, description="clips per step over all ranks; 0: train.batch_size")
+
+
+class CheckpointConfig(Section):
+    """What is kept of the run."""
+
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: at every evaluation and the end")
+    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    average: tuple[int, int] = Field((0, 0), description="first and last epoch whose weights are averaged; 0, 0: off")
+
+
+class LogConfig(Section):
+    """Records of progress."""
+
+    every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl and MLflow")
+    mlflow: bool = Field(True, description="track the run in MLflow")
+    uri: str = Field("", description="MLflow tracking URI; empty: MLFLOW_TRACKING_URI, else sqlite beside run.dir")
+    experiment: str = Field("craft", description="MLflow experiment")
+
+
+class PretrainConfig(Section):
+    """Self-supervised objectives (PAPER_SPEC 4)."""
+
+    method: Literal["ssast", "wapt", "swapt", "swacl", "pswacl"] = Field("pswacl", description="paper, Table 2")
+    mask_patches: int = Field(400, ge=1, description="K of N = 512 patches; scaled where the grid is smaller")
+    clusters: tuple[int, ...] = Field((3, 4, 5), description="sides of the square clusters of masked patches")
+    r_g: float = Field(10.0, ge=0, description="weight of the reconstruction (Eq. 2)")
+    r_w: float = Field(1.0, ge=0, description="weight of the waveform's masked-patch losses (Eq. 3)")
+    r_cl: float = Field(0.01, ge=0, description="weight of the contrastive loss (Eq. 4b)")
+    contrast: Literal["cosine", "raw"] = Field("cosine", description="normalised with temperature, or Eq. 4a literally")
+    temperature: float = Field(0.07, gt=0, description="of the cosine contrast")
+    projection: Literal["none", "mlp"] = Field("none", description="head before the contrast")
+    symmetric: bool = Field(False, description="add the spectrogram -> waveform direction")
+    mask_waveform: bool = Field(False, description="pswacl: mask the contrast's waveform tokens too")
+    clean_spectrogram: bool = Field(False, description="pswacl: contrast an extra unmasked spectrogram pass")
+    softmax: Literal["paper", "ssast"] = Field("paper", description="InfoNCE over targets (Eq. 7a) or predictions")
+
+
+class FinetuneConfig(Section):
+    """Supervised finetuning (PAPER_SPEC 5)."""
+
+    method: Literal["ast", "wast", "swast", "swab"] = Field("swab", description="paper, Table 2")
+    bottlenecks: int = Field(64, ge=0, description="F: fusion bottleneck tokens (swab)")
+    fusion_layer: int = Field(-1, ge=-1, description="first fusing layer, 0-based; -1: a third of the depth (4 of 12)")
+    head: Literal["concat", "mean_pool", "mean_logits"] = Field("concat", description="swast, swab: how streams meet")
+    loss: Literal["auto", "bce", "ce"] = Field("auto", description="auto: ce where every clip has one label, else bce")
+
+
+class Recipe(Section):
+    """What pretraining and finetuning have in common."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+class PretrainRecipe(Recipe):
+    """CRAFT-base: 180-PSWaCL on AudioSet."""
+
+    pretrain: PretrainConfig = PretrainConfig()
+
+
+class FinetuneRecipe(Recipe):
+    """CRAFT-base: SWaB on balanced AudioSet."""
+
+    model: ModelConfig = ModelConfig(stride=10)
+    augment: AugmentConfig = AugmentConfig(mixup=0.5, freq_mask=48, time_mask=192)
+    optim: OptimConfig = OptimConfig(lr=5e-5, warmup=0, schedule="step", milestones=(10, 15, 20, 25))
+    train: TrainConfig = TrainConfig(batch_size=12, epochs=25)
+    eval: EvalConfig = EvalConfig(every_clips=0, every_epochs=1.0, batch_size=48)
+    checkpoint: CheckpointConfig = CheckpointConfig(average=(6, 25))
+    finetune: FinetuneConfig = FinetuneConfig()
+
+
+def load_recipe(kind: type[RecipeT], files: Sequence[str | Path] = (), words: Sequence[str] = ()) -> RecipeT:
+    """Defaults, then each YAML file, then each `key=value`, the later one winning.
+
+    Args:
+        kind: `PretrainRecipe` or `FinetuneRecipe`.
+        files: YAML files of nested overrides.
+        words: `section.key=value`; the value is read as YAML.
+
+    Raises:
+        UserError: a file that is missing or is no mapping, an unknown key, a value of a wrong type.
+    """
+    merged: dict[str, Any] = {}
+    for file in files:
+        _merge(merged, _read_yaml(Path(file)))
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{word}' is not key=value; write for instance train.steps=100")
+        try:
+            value = _read_value(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{key}: '{text}' is not a YAML value; quote it") from error
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        _merge(merged, value)
+    base = kind().model_dump()
+    _merge(base, merged)
+    try:
+        return kind.model_validate(base)
+    except ValidationError as error:
+        raise UserError(_explain(kind, error)) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """`{"train.steps": 100, ...}`, the form of MLflow parameters."""
+    return {
+        f"{section}.{key}": value
+        for section, values in recipe.model_dump(mode="json").items()
+        for key, value in values.items()
+    }
+
+
+def describe(kind: type[Recipe]) -> str:
+    """One line for each key with its default and meaning, for `--help`."""
+    lines = []
+    base = kind()
+    for section in kind.model_fields:
+        values: Section = getattr(base, section)
+        for key, field in type(values).model_fields.items():
+            default = yaml.safe_dump(values.model_dump(mode="json")[key], default_flow_style=True).split("\n")[0]
+            lines.append(f"  {section}.{key} = {default}\n      {field.description}")
+    return "\n".join(lines)
+
+
+def _read_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 5e-4 (no dot) as a string; users mean the number
+        try:
+            return float(value) if value.lower().lstrip("+-")[:1].isdigit() else value
+        except ValueError:
+            return value
+    return value
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; --config takes a YAML file such as those in configs/") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds {type(content).__name__}, not sections of settings such as 'train:'")
+    return content
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _explain(kind: type[Recipe], error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"{where} = {first['input']!r}: {first['msg']}"
+    known = [f"{s}.{k}" for s, v in kind().model_dump().items() for k in v]
+    near = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else "; --help lists all keys"
+    return f"unknown setting {where} = {first['input']!r}{hint}"
+
+
+if __name__ == "__main__":  # python -m pipeline.config: every setting and its default
+    sys.stdout.write(describe(PretrainRecipe) + "\n" + describe(FinetuneRecipe) + "\n")

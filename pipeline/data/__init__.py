@@ -1,0 +1,1 @@
+"""Shards in, device batches out: fbank, manifest, order, reader, augmentation, loader."""

@@ -1,0 +1,98 @@
+"""Waveform -> log-mel filterbank (fbank), batched, on any device.
+
+In: waveforms [B, L] in [-1, 1]. Out: fbanks float32 [B, frames, M], natural log.
+
+Kaldi's fbank with SSAST's settings (paper 4.2; SSAST `dataloader.py`): 25 ms window, 10 ms hop,
+hanning, pre-emphasis 0.97, DC removal in each frame, 512-point power spectrum, HTK mel scale from
+20 Hz to Nyquist, no energy, no dither, edges snipped. 10 s give 998 frames.
+
+The frames are taken in blocks of 500: the strided frames, their spectrum and power stay in the
+cache, which halves the time of a clip on a CPU against one pass over all frames. A clip's result
+does not depend on its neighbours in the batch.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the field's name for it)
+
+FRAME_MS = 25.0
+HOP_MS = 10.0
+PREEMPHASIS = 0.97
+LOW_HZ = 20.0
+BLOCK_FRAMES = 500
+EPSILON = torch.finfo(torch.float32).eps  # Kaldi's floor under the log: -15.942
+
+
+def frame_count(samples: int, sample_rate: int) -> int:
+    """Frames of a waveform of `samples` samples, edges snipped."""
+    window, hop = int(sample_rate * FRAME_MS / 1000), int(sample_rate * HOP_MS / 1000)
+    return 0 if samples < window else 1 + (samples - window) // hop
+
+
+@lru_cache(maxsize=8)
+def mel_matrix(mel_bins: int, fft_size: int, sample_rate: int) -> torch.Tensor:
+    """Triangular mel filters float32 [fft_size // 2 + 1, mel_bins] (Kaldi, HTK mel scale).
+
+    At 128 bins and 16 kHz bin 3 is empty: its output is the floor, -15.942, as in every
+    published SSAST and AST checkpoint's input.
+    """
+
+    def mel(hz: torch.Tensor) -> torch.Tensor:
+        return 1127.0 * torch.log1p(hz / 700.0)
+
+    low, high = (float(mel(torch.tensor(f, dtype=torch.float64))) for f in (LOW_HZ, sample_rate / 2))
+    step = (high - low) / (mel_bins + 1)
+    left = low + step * torch.arange(mel_bins, dtype=torch.float64)
+    bins = mel(torch.arange(fft_size // 2, dtype=torch.float64) * (sample_rate / fft_size))[:, None]
+    up, down = (bins - left) / step, (left + 2 * step - bins) / step
+    filters = torch.minimum(up, down).clamp(min=0.0)
+    return F.pad(filters, (0, 0, 0, 1)).float()  # Kaldi leaves the Nyquist bin out
+
+
+def fbank(waveform: torch.Tensor, sample_rate: int = 16000, mel_bins: int = 128) -> torch.Tensor:
+    """Log-mel filterbank of a batch of waveforms.
+
+    Args:
+        waveform: [B, L] or [L], any float type; computed in float32, also under autocast.
+        sample_rate: Hz.
+        mel_bins: M.
+
+    Returns:
+        float32 [B, frames, M] or [frames, M]; within 1e-3 of `torchaudio.compliance.kaldi.fbank`.
+
+    Raises:
+        ValueError: the waveform is shorter than one 25 ms window.
+    """
+    if waveform.dim() == 1:
+        return fbank(waveform[None], sample_rate, mel_bins)[0]
+    window, hop = int(sample_rate * FRAME_MS / 1000), int(sample_rate * HOP_MS / 1000)
+    if waveform.shape[-1] < window:
+        raise ValueError(f"waveform of {waveform.shape[-1]} samples is shorter than a {window}-sample window")
+    fft_size = 1 << (window - 1).bit_length()
+    device = waveform.device
+    with torch.autocast(device.type, enabled=False), torch.no_grad():
+        x = waveform.float()
+        x = x - x.mean(dim=-1, keepdim=True)
+        frames = x.unfold(-1, window, hop)  # (B, frames, window), a view
+        taper = torch.hann_window(window, periodic=False, device=device)
+        filters = mel_matrix(mel_bins, fft_size, sample_rate).to(device)
+        out = torch.empty(*frames.shape[:2], mel_bins, device=device)
+        for row in range(len(x)) if device.type == "cpu" else (slice(None),):
+            for start in range(0, frames.shape[1], BLOCK_FRAMES):
+                block = frames[row, ..., start : start + BLOCK_FRAMES, :]
+                block = block - block.mean(dim=-1, keepdim=True)
+                previous = torch.cat([block[..., :1], block[..., :-1]], dim=-1)
+                spectrum = torch.fft.rfft((block - PREEMPHASIS * previous) * taper, n=fft_size)
+                power = spectrum.real.square() + spectrum.imag.square()
+                out[row, ..., start : start + BLOCK_FRAMES, :] = (power @ filters).clamp(min=EPSILON).log()
+    return out
+
+
+def padded_frames(seconds: float) -> int:
+    """T: frames after zero-padding, the next multiple of 16 of 102.4 frames a second.
+
+    1024 for 10 s and 512 for 5 s, the lengths of SSAST's AudioSet and ESC-50 recipes.
+    """
+    return 16 * math.ceil(round(seconds * 102.4 / 16, 6))

@@ -1,0 +1,134 @@
+"""Ranks, seeds and collectives: the only file that talks to other processes.
+
+In: the environment of `deepspeed`, `torchrun` or Slurm. Out: a process group and a few collectives.
+
+Every function here that communicates must be reached by all ranks in the same order; none stands
+under a rank-dependent branch. Cost: one gather of G vectors a step, and scalars.
+"""
+
+import logging
+import os
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among the others.
+
+    Attributes:
+        rank: 0 .. size - 1.
+        size: R.
+        device: Of this rank's tensors.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that writes files and talks to MLflow."""
+        return self.rank == 0
+
+
+def local_rank() -> int:
+    """The rank on this node, from the launcher's or Slurm's environment; 0 without either."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+@contextmanager
+def session(timeout: float, seed: int) -> Iterator[World]:
+    """Joins the process group that the launcher describes, and leaves it at the end.
+
+    Args:
+        timeout: Seconds a collective may take.
+        seed: Of the host's generators. All ranks share it: weights start equal, and draws that
+            must differ between clips are keyed by position (`pipeline.rng`).
+
+    Without a launcher's environment the world is this one process.
+    """
+    _from_slurm()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+        device = torch.device("cuda", local_rank())
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0" if "RANK" not in os.environ else "29500")
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(key, value)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _from_slurm() -> None:
+    """`srun` without a launcher: take ranks from Slurm's variables."""
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or "MASTER_ADDR" not in os.environ:
+        return
+    for key, source in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
+        os.environ[key] = os.environ[source]
+
+
+def gather(local: torch.Tensor) -> torch.Tensor:
+    """All ranks' rows in rank order, without gradient: [n, ...] -> [R n, ...]; n is equal on all ranks."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    local = local.detach().contiguous()
+    if size == 1:
+        return local
+    out = local.new_empty(size * len(local), *local.shape[1:])
+    dist.all_gather(list(out.chunk(size)), local)
+    return out
+
+
+def mean(values: Mapping[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:
+    """Mean over ranks of named scalars, one collective for all of them; same names on all ranks."""
+    names = sorted(values)
+    packed = torch.tensor([float(values[name]) for name in names], dtype=torch.float64, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(packed)
+        packed /= dist.get_world_size()
+    return dict(zip(names, packed.tolist(), strict=True))
+
+
+def rank() -> int:
+    """Own rank; 0 where no group was joined."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value on every rank (small, picklable)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank if it is on one."""
+    value = torch.tensor(float(flag), device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())

@@ -1,0 +1,1 @@
+"""The trainer: DeepSpeed set-up, schedule, loop, checkpoints, inference, metrics."""

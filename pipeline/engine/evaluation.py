@@ -1,0 +1,74 @@
+"""A finetuned model's results: metrics, per-class average precision, `results.json`.
+
+In: a task and its evaluation loader. Out: a dictionary, the same on any number of ranks.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.loader import Loader
+from pipeline.data.manifest import Label
+from pipeline.engine.inference import Scores, score
+from pipeline.engine.metrics import average_precision, evaluate_multilabel, evaluate_single
+from pipeline.flow import Batch, Losses
+
+
+def metric_name(single_label: bool) -> str:
+    """The metric that the paper reports: accuracy of single-label data, else mAP."""
+    return "accuracy" if single_label else "mAP"
+
+
+def summarise(scores: Scores, single_label: bool) -> dict[str, float]:
+    """Metrics of scored clips, by name."""
+    evaluate = evaluate_single if single_label else evaluate_multilabel
+    return evaluate(scores.logits, scores.targets)
+
+
+def evaluate_task(
+    forward: Callable[[Batch], Losses], loader: Loader, single_label: bool
+) -> dict[str, float]:
+    """Held-out metrics named `eval_...`, for the training loop; a collective."""
+    metrics = summarise(score(forward, loader.eval_batches()), single_label)
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def results(scores: Scores, labels: list[Label], single_label: bool, about: dict[str, Any]) -> dict[str, Any]:
+    """The content of `results.json`.
+
+    Args:
+        scores: Of the evaluated clips.
+        labels: Vocabulary.
+        single_label: Chooses the metric.
+        about: Facts that make the number comparable: weights, split, fold, digest of the shards.
+    """
+    metrics = summarise(scores, single_label)
+    ap = average_precision(scores.logits, scores.targets)
+    positives = scores.targets.sum(axis=0).astype(int)
+    name = metric_name(single_label)
+    return {
+        "metric": name,
+        "value": metrics[name],
+        "metrics": metrics,
+        "clips": len(scores.rows),
+        "classes_without_positives": int((positives == 0).sum()),
+        **about,
+        "per_class": [
+            {
+                "label": label.name,
+                "id": label.id,
+                "positives": int(count),
+                "average_precision": None if np.isnan(value) else float(value),
+            }
+            for label, count, value in zip(labels, positives, ap, strict=True)
+        ],
+    }
+
+
+def write_results(content: dict[str, Any], path: Path) -> None:
+    """Writes `results.json`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,97 @@
+"""What a run tells: `metrics.jsonl`, the progress line, MLflow.
+
+In: named numbers at a step. Out: one JSON object per logged step, on rank 0; a resumed run goes on in
+the same file without a step twice.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pipeline.distributed import World
+from pipeline.flow import Batch
+from typing import Any as Tracker
+
+log = logging.getLogger(__name__)
+
+
+class Records:
+    """Writer of a run's numbers, and its clock.
+
+    Args:
+        run_dir: Run directory.
+        tracker: MLflow.
+        world: Only rank 0 writes.
+        step: Step that the run starts from: later lines are those of a lost attempt and are cut off.
+    """
+
+    def __init__(self, run_dir: Path, tracker: Tracker, world: World, step: int) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._tracker = tracker
+        self._writes = world.is_main
+        self._begun = self._window = time.perf_counter()
+        self._waited = 0.0
+        self._clips = 0
+        self._first = step
+        if self._writes:
+            self._cut(step)
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Passes batches on, and counts the seconds that the training process waits for them."""
+        while True:
+            before = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - before
+            yield batch
+
+    def count(self, clips: int) -> None:
+        """Counts trained clips for the throughput."""
+        self._clips += clips
+
+    def write(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        """Logs one step: losses, rate, throughput since the last logged step, share of waiting."""
+        now = time.perf_counter()
+        window = max(now - self._window, 1e-9)
+        row = {
+            **values,
+            "clips_per_second": self._clips / window,
+            "data_wait_fraction": min(1.0, self._waited / window),
+        }
+        self._append(step, row)
+        eta = (now - self._begun) / max(1, step - self._first) * (total - step)
+        log.info(
+            "step %d/%d  loss %.4f  lr %.2e  %.1f clips/s  wait %.0f %%  eta %d:%02d",
+            step, total, row["loss"], row["lr"], row["clips_per_second"], 100 * row["data_wait_fraction"],
+            eta // 60, eta % 60,
+        )  # fmt: skip
+        self._window, self._waited, self._clips = now, 0.0, 0
+
+    def write_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs held-out metrics; their time does not count as training."""
+        self._append(step, metrics)
+        log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        self._window, self._waited, self._clips = time.perf_counter(), 0.0, 0
+
+    def _append(self, step: int, row: Mapping[str, float]) -> None:
+        if not self._writes or not row:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+        self._tracker.metrics(row, step)
+
+    def _cut(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:  # a line cut short by a kill, and of the lost attempt
+                log.warning("%s: dropped a broken line: %.60s", self._path, line)
+        self._path.write_text("".join(kept), encoding="utf-8")

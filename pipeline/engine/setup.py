@@ -1,0 +1,181 @@
+"""Recipe + ds.json -> a DeepSpeed engine.
+
+In: a task, a recipe and the content of `--deepspeed_config`. Out: the engine and its batch arithmetic.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from pipeline.config import Recipe
+from pipeline.distributed import World
+from pipeline.errors import UserError
+
+DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
+
+# Top-level keys that DeepSpeed reads; it ignores any other silently, a typo such as "zero_optimisation" too.
+KNOWN_KEYS = frozenset(
+    {
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+        "gradient_clipping", "steps_per_print", "managed_gradient_accumulation", "dump_state",
+        "disable_python_gc", "disable_allgather", "communication_data_type",
+        "seq_parallel_communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+        "gradient_allreduce_op", "zero_optimization", "activation_checkpointing", "comms_logger", "tensorboard",
+        "wandb", "csv_monitor", "comet", "fp16", "bf16", "bfloat16", "torch_autocast", "optimizer", "scheduler",
+        "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "flops_profiler",
+        "wall_clock_breakdown", "memory_breakdown", "autotuning", "use_data_before_expert_parallelism",
+        "hybrid_engine", "pipeline", "data_efficiency", "checkpoint", "data_types", "aio",
+        "dataloader_drop_last", "log_level", "nebula", "datastates", "weight_quantization", "compile", "timers",
+        "tensor_parallel", "expert_parallel", "elasticity", "compression_training",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batch arithmetic: `total` = ranks x `micro` x `accumulation`.
+
+    Attributes:
+        total: G, clips of a step over all ranks.
+        micro: Clips of one forward on one rank.
+        accumulation: Forwards of a step.
+    """
+
+    total: int
+    micro: int
+    accumulation: int
+
+
+def read_deepspeed_config(name: str) -> dict[str, Any]:
+    """Reads a DeepSpeed configuration: a path, or the name of a file in configs/deepspeed/.
+
+    Raises:
+        UserError: no such file, or not a JSON object.
+    """
+    path = Path(name)
+    if not path.exists() and path.name == name:
+        path = DEEPSPEED_CONFIGS / name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        shipped = ", ".join(sorted(file.name for file in DEEPSPEED_CONFIGS.glob("*.json")))
+        raise UserError(f"--deepspeed_config {name}: {error.strerror}; give a path, or one of {shipped}") from error
+    except ValueError as error:
+        raise UserError(f"--deepspeed_config {path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--deepspeed_config {path}: holds no JSON object")
+    return content
+
+
+def plan_batches(recipe: Recipe, ds: dict[str, Any], ranks: int) -> Batches:
+    """Splits the global batch over ranks and micro-batches.
+
+    Raises:
+        UserError: the batch does not divide, or ds.json contradicts the recipe; with the nearest
+            numbers that would do.
+    """
+    total = _agree(ds, "train_batch_size", recipe.train.batch_size, "train.batch_size")
+    if total % ranks:
+        below, above = total - total % ranks, total - total % ranks + ranks
+        sizes = f"{below} or {above}" if below else f"{above}"
+        divisors = [d for d in range(1, total + 1) if total % d == 0]
+        near = [max(d for d in divisors if d < ranks), *(d for d in divisors if d > ranks)][:2]
+        raise UserError(
+            f"train.batch_size = {total} does not divide by {ranks} ranks; use a batch of {sizes}, "
+            f"or {' or '.join(map(str, near))} ranks"
+        )
+    share = total // ranks
+    wanted = recipe.train.micro_batch or None
+    micro = _agree(ds, "train_micro_batch_size_per_gpu", wanted, "train.micro_batch")
+    steps = _agree(ds, "gradient_accumulation_steps", None, "")
+    if micro is None:
+        micro = share if steps is None else share // steps
+    if not micro or share % micro or (steps is not None and micro * steps != share):
+        raise UserError(
+            f"train.batch_size = {total} on {ranks} ranks is {share} clips a rank, which is not micro-batch {micro}"
+            f"{'' if steps is None else f' x gradient_accumulation_steps {steps}'}; choose one that divides it"
+        )
+    return Batches(total, micro, share // micro)
+
+
+def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[str, Any], Batches]:
+    """One consistent DeepSpeed configuration out of ds.json and the recipe.
+
+    | ds.json key | rule |
+    |---|---|
+    | train_batch_size | "auto" or absent: train.batch_size; else equal to it |
+    | train_micro_batch_size_per_gpu | "auto" or absent: train.micro_batch, or G / R / accumulation |
+    | gradient_accumulation_steps | "auto" or absent: G / R / micro-batch |
+    | gradient_clipping | "auto" or absent: optim.clip (0: off; DeepSpeed's own default is 1.0) |
+    | bf16.enabled, fp16.enabled | "auto": bf16 on a GPU that has it; fp16 off. fp16 on a CPU: error |
+    | zero_optimization.stage | "auto" or absent: 1 |
+    | optimizer, scheduler | error: optim.* owns both |
+    | steps_per_print | absent: never; the trainer prints its own line |
+    | any other known key | passed on |
+    | any unknown key | error |
+
+    Raises:
+        UserError: as the table says.
+    """
+    unknown = sorted(set(ds) - KNOWN_KEYS)
+    if unknown:
+        raise UserError(f"ds.json: unknown key '{unknown[0]}' (DeepSpeed would ignore it); correct or remove it")
+    for section in ("optimizer", "scheduler"):
+        if section in ds:
+            raise UserError(f"ds.json: '{section}' is set there, but optim.* of the recipe owns it; move it to optim.*")
+    batches = plan_batches(recipe, ds, world.size)
+    zero = {**ds.get("zero_optimization", {})}
+    zero["stage"] = 1 if zero.get("stage", "auto") == "auto" else zero["stage"]
+    bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    resolved = {
+        **ds,
+        "train_batch_size": batches.total,
+        "train_micro_batch_size_per_gpu": batches.micro,
+        "gradient_accumulation_steps": batches.accumulation,
+        "gradient_clipping": float(_agree(ds, "gradient_clipping", recipe.optim.clip, "optim.clip")),
+        "zero_optimization": zero,
+        "bf16": _precision(ds, "bf16", bf16 and ds.get("fp16", {}).get("enabled") is not True),
+        "fp16": _precision(ds, "fp16", False),
+        "steps_per_print": ds.get("steps_per_print", 10**9),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if resolved["fp16"]["enabled"] and world.device.type == "cpu":
+        raise UserError("ds.json: fp16.enabled = true needs a GPU; on a CPU use bf16 or neither")
+    return resolved, batches
+
+
+def build_engine(task: nn.Module, recipe: Recipe, ds: dict[str, Any]) -> Any:
+    """`deepspeed.initialize` with an optimiser of ours.
+
+    A config "Adam" would mean AdamW and compile a fused kernel; SSAST's recipe is Adam with L2.
+    """
+    kind = torch.optim.Adam if recipe.optim.name == "adam" else torch.optim.AdamW
+    optimizer = kind(
+        task.parameters(), lr=recipe.optim.lr, betas=recipe.optim.betas, weight_decay=recipe.optim.weight_decay
+    )
+    return deepspeed.initialize(model=task, optimizer=optimizer, config=ds)[0]
+
+
+def _agree(ds: dict[str, Any], key: str, wanted: Any, name: str) -> Any:
+    """The value of `key`: the recipe's where ds.json says "auto" or nothing."""
+    value = ds.get(key, "auto")
+    if value == "auto":
+        return wanted
+    if wanted is not None and float(value) != float(wanted):
+        raise UserError(
+            f'ds.json: {key} = {value}, but {name} = {wanted}; make them equal, or set it to "auto" in ds.json'
+        )
+    return value
+
+
+def _precision(ds: dict[str, Any], key: str, default: bool) -> dict[str, Any]:
+    section = {**ds.get(key, {})}
+    if section.get("enabled", "auto") == "auto":
+        section["enabled"] = default if key in ds else False
+    return section

@@ -1,0 +1,45 @@
+"""The one error a user may see without a traceback.
+
+In: a condition that the user caused and can mend. Out: one line on stderr and exit status 2.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+GRACE_SECONDS = 3.0
+
+
+class UserError(Exception):
+    """Bad input or configuration. The text names the file or key, its value and the remedy.
+
+    Args:
+        text: One line for people.
+        local: Only this rank met it, so this rank must say it.
+    """
+
+    def __init__(self, text: str, local: bool = False) -> None:
+        super().__init__(text)
+        self.local = local
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Runs `main` and exits with its status; a `UserError` becomes one stderr line and status 2.
+
+    Where all ranks meet the same error, rank 0 alone says it; the others give it time before their
+    exit makes the launcher end the job.
+
+    Raises:
+        SystemExit: always, with the status.
+    """
+    try:
+        status = main() or 0
+    except UserError as error:
+        if error.local or os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+            sys.stderr.flush()
+        else:
+            time.sleep(GRACE_SECONDS)
+        status = 2
+    sys.exit(status)

@@ -1,0 +1,138 @@
+"""The stations that data passes on its way from a source file to a loss.
+
+    Clip  ->  Example  ->  Batch  ->  Encoded  ->  Losses
+    (a source file's        (one sample      (this rank's     (tokens after     (named scalars
+     segment + labels)       out of a shard)  micro-batch)     the encoder)      + metrics)
+
+Shape legend, used by every docstring of the project:
+
+    B clips of a micro-batch      L waveform samples (160000 = 10 s)   T fbank frames (1024)
+    M mel bins (128)              N patches (512 = 8 x 64)             D encoder width (768)
+    C classes                     F fusion bottleneck tokens (64)      R ranks
+    K masked patches (400)        G clips of the global batch (180)
+
+Imports nothing but torch and numpy, so every room may import it.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One labelled segment of a source file, before it is decoded.
+
+    Attributes:
+        key: Sample key in the shards: unique within a split, `[A-Za-z0-9_-]` only, never a dot
+            (WebDataset splits a member's name at its first dot).
+        path: Source file.
+        start: First second of the segment in the file.
+        end: Last second of the segment; None is the end of the file or `start` + clip length.
+        labels: Indices into the label vocabulary, ascending.
+        split: Name of the split.
+        fold: Cross-validation fold, 1-based; 0 where the data set has none.
+        id: The data set's own name for the clip (YouTube id, file name), for `failures.jsonl`.
+    """
+
+    key: str
+    path: str
+    start: float
+    end: float | None
+    labels: tuple[int, ...]
+    split: str
+    fold: int = 0
+    id: str = ""
+
+
+@dataclass(slots=True)
+class Example:
+    """One sample read back from a shard.
+
+    Attributes:
+        key: Sample key.
+        row: Row in the shard index.
+        waveform: int16 [L], or None where the method reads no waveform.
+        fbank: float16 [frames, M], unnormalised and unpadded, or None.
+        labels: Label indices.
+    """
+
+    key: str
+    row: int
+    waveform: np.ndarray | None
+    fbank: np.ndarray | None
+    labels: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Batch:
+    """One rank's clips of one step, or a micro-batch of them. Every tensor is on one device.
+
+    Attributes:
+        position: int64 [B], position of each clip in the run's sample stream. Randomness (masks,
+            augmentation) is keyed by it, so a clip gets the same draw on any rank.
+        row: int64 [B], row of each clip in the shard index.
+        valid: bool [B], False where a row only fills up the last batch of an evaluation.
+        waveform: float32 [B, L] in [-1, 1), or None.
+        fbank: float32 [B, T, M], normalised to (x - mean) / (2 std) and zero-padded to T, or None.
+        targets: float32 [B, C], multi-hot; soft after mixup.
+    """
+
+    position: torch.Tensor
+    row: torch.Tensor
+    valid: torch.Tensor
+    waveform: torch.Tensor | None
+    fbank: torch.Tensor | None
+    targets: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def split(self, size: int) -> list["Batch"]:
+        """Cuts the batch into micro-batches of `size` clips (views, no copy)."""
+        return [self[i : i + size] for i in range(0, len(self), size)]
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        return replace(
+            self,
+            position=self.position[rows],
+            row=self.row[rows],
+            valid=self.valid[rows],
+            waveform=None if self.waveform is None else self.waveform[rows],
+            fbank=None if self.fbank is None else self.fbank[rows],
+            targets=self.targets[rows],
+        )
+
+
+class Encoded(NamedTuple):
+    """Patch tokens after the encoder's last LayerNorm; cls, dist and bottlenecks are cut off.
+
+    A tuple, as is `Losses`, because ZeRO-3's hooks look for tensors in tuples and not in dataclasses.
+
+    Attributes:
+        spec: [B, N, D] of the spectrogram, or None.
+        wav: [B, N, D] of the waveform, or None.
+        clean: [B, N, D] of an extra unmasked spectrogram pass, or None.
+    """
+
+    spec: torch.Tensor | None
+    wav: torch.Tensor | None
+    clean: torch.Tensor | None = None
+
+
+class Losses(NamedTuple):
+    """What one forward pass of a task returns.
+
+    Attributes:
+        total: Scalar float32 to call backward on. The mean of its *gradient* over ranks and
+            micro-batches is the gradient of the global batch's loss; its value is not reported.
+        named: Detached float32 scalars whose mean over ranks and micro-batches is the global
+            value: the loss, its terms, and metrics such as the masked accuracy.
+        logits: [B, C] of a classification task.
+    """
+
+    total: torch.Tensor
+    named: dict[str, torch.Tensor]
+    logits: torch.Tensor | None = None

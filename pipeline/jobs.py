@@ -1,0 +1,267 @@
+"""A launched recipe -> a `Job`: loaders, task, initial weights, tracking.
+
+In: a parsed command line and the world. Out: a job whose loaders and tracker are closed at the end,
+the run marked finished, failed or killed.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe, flatten
+from pipeline.data.loader import Loader, Needs, Place, build_loader
+from pipeline.data.spec import DataSpec
+from pipeline.distributed import World
+from pipeline.engine import checkpoint
+from pipeline.engine.evaluation import evaluate_task, metric_name, results, write_results
+from pipeline.engine.inference import mean_losses, score
+from pipeline.engine.loop import Job
+from pipeline.engine.setup import reconcile
+from pipeline.errors import UserError
+from pipeline.launch import Launch, open_run
+from pipeline.methods import FINETUNE, PRETRAIN
+from pipeline.model.weights import load_weights, weights_file
+from pipeline.tasks import FinetuneTask, PretrainTask
+from pipeline.tracking import Tracker, open_tracker
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def pretrain_job(launch: Launch[PretrainRecipe], world: World) -> Iterator[Job]:
+    """The job of launchers/pretrain.py.
+
+    Raises:
+        UserError: settings, ds.json, shards and ranks that do not fit each other.
+    """
+    recipe = launch.recipe
+    method = PRETRAIN[recipe.pretrain.method]
+    name = recipe.run.name or f"{recipe.train.batch_size}-{method.label}"
+    ds, batches = reconcile(launch.ds, recipe, world)
+    run_dir = open_run(recipe, ds, f"runs/pretrain-{name}", world)
+    needs = Needs(waveform=method.wav, fbank=method.spec)
+    with _loaders(recipe, needs, world) as (train_loader, eval_loader):
+        spec = _remember(train_loader, recipe, run_dir, world)
+        task = PretrainTask(recipe, spec.mel_bins, spec.frames)
+        _initialise(task, recipe, run_dir)
+        names = ("spec_accuracy", "wav_accuracy", "contrast_accuracy")
+        watched = (method.masked_spec, method.masked_wav, method.contrast)
+        metric = "eval_" + next(name for name, used in zip(names, watched, strict=True) if used)
+
+        def evaluate(forward: Any) -> dict[str, float]:
+            assert eval_loader is not None
+            losses = mean_losses(forward, eval_loader.eval_batches(), world.device)
+            return {f"eval_{key}": value for key, value in losses.items()}
+
+        with _tracked(recipe, run_dir, name, "pretrain", world, spec) as tracker:
+            yield Job(
+                recipe, ds, batches, task, train_loader, evaluate if eval_loader else None, metric, run_dir, tracker
+            )
+
+
+@contextmanager
+def finetune_job(launch: Launch[FinetuneRecipe], world: World) -> Iterator[Job]:
+    """The job of launchers/finetune.py.
+
+    Raises:
+        UserError: settings, ds.json, shards, initial weights and ranks that do not fit each other.
+    """
+    recipe = launch.recipe
+    method = FINETUNE[recipe.finetune.method]
+    name = recipe.run.name or f"{_pretraining_name(recipe)}-{method.label}"
+    ds, batches = reconcile(launch.ds, recipe, world)
+    run_dir = open_run(recipe, ds, f"runs/finetune-{name}", world)
+    needs = Needs(waveform=method.wav, fbank=method.spec)
+    with _loaders(recipe, needs, world) as (train_loader, eval_loader):
+        spec = _remember(train_loader, recipe, run_dir, world)
+        task = FinetuneTask(recipe, spec.mel_bins, spec.frames, len(spec.labels), spec.single_label)
+        _initialise(task, recipe, run_dir)
+        evaluate = partial(evaluate_task, loader=eval_loader, single_label=spec.single_label) if eval_loader else None
+        metric = f"eval_{metric_name(spec.single_label)}"
+        with _tracked(recipe, run_dir, name, "finetune", world, spec) as tracker:
+            yield Job(recipe, ds, batches, task, train_loader, evaluate, metric, run_dir, tracker)
+
+
+def finish_finetuning(job: Job, world: World) -> None:
+    """Scores the held-out clips with the final (averaged) weights and writes `results.json`.
+
+    A module of its own, outside the engine, reads the consolidated weights: what is reported is what
+    evaluate.py and predict.py will load.
+    """
+    if job.evaluate is None:
+        log.warning("nothing is held out: no results.json; see data.eval_split and data.fold")
+        return
+    file = weights_file(job.run_dir)
+    content = evaluate_run(job.run_dir, file, job.recipe, world)
+    if world.is_main:
+        write_results(content, job.run_dir / "results.json")
+        job.tracker.artifact(job.run_dir / "results.json")
+    job.tracker.metrics({f"final_{name}": value for name, value in content["metrics"].items()}, job.total_steps)
+    log.info("%s %.4f on %d clips (%s)", content["metric"], content["value"], content["clips"], file.name)
+
+
+def evaluate_run(run_dir: Path, file: Path, recipe: Recipe, world: World) -> dict[str, Any]:
+    """Results of a finetuned run's weights `file` on the evaluation part of `recipe.data`.
+
+    Raises:
+        UserError: the shards' label vocabulary or audio format is not the run's.
+    """
+    task, spec = load_finetuned(run_dir, file, world.device)
+    size = recipe.eval.batch_size or recipe.train.batch_size
+    needs = Needs(waveform=task.method.wav, fbank=task.method.spec)
+    data = recipe.data.model_copy(update={"mean": spec.mean, "std": spec.std, "frames": spec.frames})
+    with build_loader(
+        data, None, part="eval", needs=needs, batch_size=_eval_size(size, world), seed=0, place=_place(world)
+    ) as loader:
+        manifest = loader.manifest
+        found = (manifest.audio.sample_rate, manifest.audio.samples, manifest.fbank.mel_bins)
+        if found != (spec.sample_rate, spec.samples, spec.mel_bins):
+            raise UserError(
+                f"{data.shards}: {found[0]} Hz, {found[1]} samples, {found[2]} mel bins, but {run_dir} was trained on "
+                f"{spec.sample_rate} Hz, {spec.samples}, {spec.mel_bins}; rebuild the shards with that format"
+            )
+        if [label.id for label in manifest.labels] != [label.id for label in spec.labels]:
+            raise UserError(f"{data.shards}: its labels are not those that {run_dir} was trained on")
+        scores = score(task, loader.eval_batches())
+    about = {
+        "weights": file.stem,
+        "split": recipe.data.train_split if recipe.data.fold else recipe.data.eval_split,
+        "fold": recipe.data.fold,
+        "shards_digest": manifest.digest,
+    }
+    return results(scores, spec.labels, spec.single_label, about)
+
+
+def load_finetuned(run_dir: Path, file: Path, device: torch.device) -> tuple[FinetuneTask, DataSpec]:
+    """The model of a finetuned run, in float32 and evaluation mode.
+
+    Raises:
+        UserError: `run_dir` is no finetuned run, or its files are damaged.
+    """
+    content = _run_config(run_dir)
+    if "finetune" not in content:
+        raise UserError(f"{run_dir}: not a finetuned run (its config.yaml has no finetune section); run finetune.py")
+    recipe = FinetuneRecipe.model_validate(content)
+    spec = DataSpec.load(run_dir)
+    task = FinetuneTask(recipe, spec.mel_bins, spec.frames, len(spec.labels), spec.single_label)
+    report = load_weights(task, file)
+    if report.fresh or report.dropped:
+        raise UserError(f"{file}: not the weights of {run_dir}/config.yaml: {report}")
+    return task.to(device).eval(), spec
+
+
+@contextmanager
+def _loaders(recipe: Recipe, needs: Needs, world: World) -> Iterator[tuple[Loader, Loader | None]]:
+    """Training loader, and the held-out one where the shards have such clips."""
+    with build_loader(
+        recipe.data,
+        recipe.augment,
+        part="train",
+        needs=needs,
+        batch_size=recipe.train.batch_size,
+        seed=recipe.run.seed,
+        place=_place(world),
+    ) as train_loader:
+        if not recipe.data.fold and recipe.data.eval_split not in train_loader.manifest.splits:
+            log.warning("data.eval_split = '%s' is not in the shards: nothing is held out", recipe.data.eval_split)
+            yield train_loader, None
+            return
+        size = _eval_size(recipe.eval.batch_size or recipe.train.batch_size, world)
+        data = recipe.data.model_copy(update=_normalisation(train_loader, recipe))
+        with build_loader(
+            data,
+            None,
+            part="eval",
+            needs=needs,
+            batch_size=size,
+            seed=recipe.run.seed,
+            place=_place(world),
+            limit=recipe.eval.clips,
+        ) as eval_loader:
+            yield train_loader, eval_loader
+
+
+def _normalisation(loader: Loader, recipe: Recipe) -> dict[str, float]:
+    spec = DataSpec.of(loader.manifest, recipe.data)
+    return {"mean": spec.mean, "std": spec.std}
+
+
+def _place(world: World) -> Place:
+    return Place(world.rank, world.size, world.device)
+
+
+def _eval_size(size: int, world: World) -> int:
+    """Evaluation has no batch to keep to: the next multiple of the ranks will do."""
+    return max(1, size // world.size) * world.size
+
+
+def _remember(loader: Loader, recipe: Recipe, run_dir: Path, world: World) -> DataSpec:
+    spec = DataSpec.of(loader.manifest, recipe.data)
+    if world.is_main:
+        spec.save(run_dir)
+    log.info("%d training clips, %d classes, T = %d", loader.clips, len(spec.labels), spec.frames)
+    return spec
+
+
+def _initialise(task: PretrainTask | FinetuneTask, recipe: Recipe, run_dir: Path) -> None:
+    """`model.init`, unless a checkpoint will overwrite it anyhow."""
+    if recipe.model.init and not checkpoint.complete_checkpoints(run_dir):
+        file = weights_file(recipe.model.init)
+        log.info("%s: %s", file, load_weights(task, file))
+
+
+def _run_config(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "config.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a run directory of pretrain.py or finetune.py") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no settings; the run directory is damaged")
+    return content
+
+
+def _pretraining_name(recipe: FinetuneRecipe) -> str:
+    """BatchSize-Pretrain of the run that `model.init` names."""
+    config = Path(recipe.model.init) / "config.yaml"
+    if not recipe.model.init or not config.is_file():
+        return f"{recipe.train.batch_size}-Scratch" if not recipe.model.init else Path(recipe.model.init).stem
+    content = _run_config(config.parent)
+    method = content.get("pretrain", {}).get("method")
+    return f"{content['train']['batch_size']}-{PRETRAIN[method].label}" if method else Path(recipe.model.init).name
+
+
+@contextmanager
+def _tracked(
+    recipe: Recipe, run_dir: Path, name: str, kind: str, world: World, spec: DataSpec
+) -> Iterator[Tracker]:
+    state = checkpoint.read_state(run_dir)
+    tracker = open_tracker(
+        recipe.log,
+        run_dir,
+        name=name,
+        rank=world.rank,
+        kind=kind,
+        parent=recipe.model.init or None,
+        resume_id=state["run_id"] if state else None,
+    )
+    tracker.params(flatten(recipe))
+    tracker.tags({"manifest_digest": spec.digest, "ranks": str(world.size), "device": world.device.type})
+    for file in ("config.yaml", "ds.json", "data.json"):
+        if world.is_main:
+            tracker.artifact(run_dir / file)
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)

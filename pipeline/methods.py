@@ -1,0 +1,75 @@
+"""The paper's methods as data (Table 2, Appendix A.3): what is encoded, masked, contrasted and fused.
+
+In: a method's name. Out: a row that the model and the tasks read. A new method is a new row; no code
+asks for a method by name.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PretrainMethod:
+    """One way to pretrain.
+
+    Attributes:
+        label: The paper's spelling.
+        spec: The spectrogram is encoded.
+        wav: The waveform is encoded.
+        masked_spec: Spectrogram patches are masked and predicted (MSPM, Eq. 2).
+        masked_wav: Waveform patches are masked and predicted (Eq. 3).
+        contrast: The two representations of a clip are contrasted (SWaCL, Eq. 4a).
+        meaning: One line for people.
+    """
+
+    label: str
+    spec: bool
+    wav: bool
+    masked_spec: bool
+    masked_wav: bool
+    contrast: bool
+    meaning: str
+
+    @property
+    def contrast_only(self) -> bool:
+        """The contrast is the whole loss, with weight 1 (Table 6)."""
+        return not (self.masked_spec or self.masked_wav)
+
+
+@dataclass(frozen=True)
+class FinetuneMethod:
+    """One way to finetune.
+
+    Attributes:
+        label: The paper's spelling.
+        spec: The spectrogram is encoded.
+        wav: The waveform is encoded.
+        fusion: The streams exchange bottleneck tokens (SWaB, Eq. 5).
+        meaning: One line for people.
+    """
+
+    label: str
+    spec: bool
+    wav: bool
+    fusion: bool
+    meaning: str
+
+    @property
+    def streams(self) -> int:
+        """Number of encoded representations."""
+        return int(self.spec) + int(self.wav)
+
+
+PRETRAIN: dict[str, PretrainMethod] = {
+    "ssast": PretrainMethod("SSAST", True, False, True, False, False, "masked spectrogram patches (Eq. 2)"),
+    "wapt": PretrainMethod("WaPT", False, True, False, True, False, "masked waveform patches (A.3)"),
+    "swapt": PretrainMethod("SWaPT", True, True, True, True, False, "both masked, no contrast (Eq. 3)"),
+    "swacl": PretrainMethod("SWaCL", True, True, False, False, True, "contrast only (Table 6)"),
+    "pswacl": PretrainMethod("PSWaCL", True, True, True, False, True, "masked spectrogram + contrast (Eq. 4b): CRAFT"),
+}
+
+FINETUNE: dict[str, FinetuneMethod] = {
+    "ast": FinetuneMethod("AST", True, False, False, "spectrogram tokens"),
+    "wast": FinetuneMethod("WAST", False, True, False, "waveform tokens"),
+    "swast": FinetuneMethod("SWAST", True, True, False, "both, late concatenation (3.2)"),
+    "swab": FinetuneMethod("SWaB", True, True, True, "both, fusion bottlenecks (Eq. 5): CRAFT"),
+}

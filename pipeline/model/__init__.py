@@ -1,0 +1,1 @@
+"""The network: patch and waveform embedding, masking, shared encoder, heads, weights."""

@@ -1,0 +1,191 @@
+"""The CRAFT network: embeddings, token sequences and the shared encoder.
+
+In: fbank [B, T, M] and/or waveform [B, L], optional masks. Out: `Encoded` patch tokens.
+
+Scale: the cost of a clip is fixed by (size, stride, streams) alone. No parameter stands directly on a
+module that calls others: ZeRO-3 gathers a module's own weights around its forward, and outputs
+that are dataclasses hide tensors from its hooks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from pipeline.config import ModelConfig
+from pipeline.errors import UserError
+from pipeline.flow import Encoded
+from pipeline.model.embed import (
+    SAMPLES_PER_FRAME,
+    MultiScaleEmbedding,
+    PatchEmbedding,
+    SpecialTokens,
+    TokenSequence,
+    patch_grid,
+)
+from pipeline.model.encoder import Encoder, run_block
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width D, depth and heads of a backbone."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+SIZES: dict[str, Size] = {
+    "micro": Size(96, 4, 3),  # for laptops and tests
+    "tiny": Size(192, 12, 3),
+    "small": Size(384, 12, 6),
+    "base": Size(768, 12, 12),
+}
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What a network reads and how its streams meet; from a row of `pipeline.methods` and the data.
+
+    Attributes:
+        spec: The spectrogram is encoded.
+        wav: The waveform is encoded.
+        mel_bins: M.
+        frames: T.
+        masked_spec: Spectrogram patches may be masked.
+        masked_wav: Waveform patches may be masked.
+        bottlenecks: F; 0: no fusion.
+        fusion_layer: First fusing block; -1: a third of the depth.
+    """
+
+    spec: bool
+    wav: bool
+    masked_spec: bool = False
+    masked_wav: bool = False
+    mel_bins: int = 128
+    frames: int = 1024
+    bottlenecks: int = 0
+    fusion_layer: int = -1
+
+
+class Craft(nn.Module):
+    """Both representations through one backbone (paper Section 3, Figure 1).
+
+    Args:
+        config: Model settings.
+        streams: Which representations, and the shape of the data.
+
+    Raises:
+        UserError: MSAE settings that do not fit each other or the mel bins; a patch larger than the map.
+    """
+
+    def __init__(self, config: ModelConfig, streams: Streams) -> None:
+        super().__init__()
+        _check(config, streams)
+        size = SIZES[config.size]
+        self.config = config
+        self.streams = streams
+        self.grid = patch_grid(streams.mel_bins, streams.frames, config.patch, config.stride)
+        self.special = SpecialTokens(size.width)
+        if streams.wav:
+            self.msae = MultiScaleEmbedding(
+                config.kernels, config.kernel_strides, config.channels, config.norm, config.activation
+            )
+        if streams.spec or config.shared_patch:
+            self.spec_patch = PatchEmbedding(size.width, config.patch, config.stride)
+        if streams.wav and not config.shared_patch:
+            self.wav_patch = PatchEmbedding(size.width, config.patch, config.stride)
+        if streams.spec:
+            self.spec_tokens = TokenSequence(size.width, self.grid, config.modality_embedding, streams.masked_spec)
+        if streams.wav:
+            self.wav_tokens = TokenSequence(size.width, self.grid, config.modality_embedding, streams.masked_wav)
+        self.encoder = Encoder(
+            size.width,
+            size.depth,
+            size.heads,
+            bottlenecks=streams.bottlenecks,
+            fusion_layer=size.depth // 3 if streams.fusion_layer < 0 else streams.fusion_layer,
+            recompute=config.checkpoint_activations,
+        )
+        self.apply(_initialise)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return SIZES[self.config.size].width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; inputs are cast to it (bf16 and fp16 engines)."""
+        return self.encoder.norm.weight.dtype
+
+    def waveform_map(self, waveform: torch.Tensor) -> torch.Tensor:
+        """MSAE of waveforms cut or zero-padded to T * 160 samples: [B, L] -> [B, M, T]."""
+        padding = self.streams.frames * SAMPLES_PER_FRAME - waveform.shape[-1]
+        x = F.pad(waveform, (0, padding)).to(self.dtype)
+        return run_block(self.msae, x, recompute=self.config.checkpoint_activations)
+
+    def forward(
+        self,
+        fbank: torch.Tensor | None,
+        wav_map: torch.Tensor | None,
+        spec_mask: torch.Tensor | None = None,
+        wav_mask: torch.Tensor | None = None,
+        clean: bool = False,
+    ) -> Encoded:
+        """Encodes the given representations in one pass of the encoder.
+
+        Args:
+            fbank: [B, T, M], normalised; None: no spectrogram stream.
+            wav_map: [B, M, T] of `waveform_map`; None: no waveform stream.
+            spec_mask: int64 [B, K], indices of masked spectrogram patches.
+            wav_mask: int64 [B, K], indices of masked waveform patches.
+            clean: Encode the spectrogram once more, unmasked.
+
+        Returns:
+            Patch tokens [B, N, D] of each stream, without cls, dist and bottlenecks.
+        """
+        special = self.special()
+        sequences = []
+        if fbank is not None:
+            patches = self.spec_patch(fbank.to(self.dtype).transpose(1, 2))
+            sequences.append(self.spec_tokens(patches, special, spec_mask))
+            if clean:
+                sequences.append(self.spec_tokens(patches, special, None))
+        if wav_map is not None:
+            embedding = self.spec_patch if self.config.shared_patch else self.wav_patch
+            sequences.append(self.wav_tokens(embedding(wav_map), special, wav_mask))
+        encoded = list(self.encoder(torch.stack(sequences))[:, :, len(special) :])
+        spec = encoded.pop(0) if fbank is not None else None
+        return Encoded(spec, clean=encoded.pop(0) if clean else None, wav=encoded.pop() if encoded else None)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Linear: trunc_normal .02, zero bias; patch embedding: as a Linear over its pixels (ViT)."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _check(config: ModelConfig, streams: Streams) -> None:
+    if config.patch > min(streams.mel_bins, streams.frames):
+        raise UserError(
+            f"model.patch = {config.patch} is larger than the {streams.mel_bins} x {streams.frames} map; shrink it"
+        )
+    if not streams.wav:
+        return
+    if not len(config.kernels) == len(config.kernel_strides) == len(config.channels):
+        raise UserError(
+            f"model.kernels, kernel_strides and channels have {len(config.kernels)}, {len(config.kernel_strides)} and "
+            f"{len(config.channels)} entries; give each scale one of each"
+        )
+    if sum(config.channels) != streams.mel_bins:
+        raise UserError(
+            f"model.channels = {list(config.channels)} sum to {sum(config.channels)}, not to the "
+            f"{streams.mel_bins} mel bins of the shards; the two representations share one patch grid"
+        )
+    for stride in config.kernel_strides:
+        if SAMPLES_PER_FRAME % stride:
+            raise UserError(f"model.kernel_strides: {stride} does not divide 160, the samples of a frame")

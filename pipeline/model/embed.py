@@ -1,0 +1,149 @@
+"""Representations -> patch tokens with positions.
+
+In: a normalised fbank [B, T, M] or a waveform [B, L]. Out: a map [B, M, T], its patches, tokens [B, N, D].
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+SAMPLES_PER_FRAME = 160  # 10 ms at 16 kHz, the fbank's hop: both representations share a time axis
+
+
+class MultiScaleEmbedding(nn.Module):
+    """MSAE (Eq. 1): convolutions of several kernels over the waveform, pooled to the fbank's frames.
+
+    Conv1d -> GroupNorm -> nonlinearity -> average pool, one branch a scale, concatenated on channels.
+    The nonlinearity before the pool is essential: a convolution followed by an average is one long
+    low-pass filter, which leaves under 0.4 % of any tone above 100 Hz. GroupNorm, because the
+    running statistics of BatchNorm drift apart between data-parallel ranks.
+
+    Args:
+        kernels: Kernel size per scale (11, 51, 101).
+        strides: Stride per scale (1, 5, 10); each divides 160.
+        channels: Output channels per scale (43, 43, 42).
+        norm: "group" or "none".
+        activation: "relu", "gelu" or "none" (Eq. 1 read literally).
+    """
+
+    def __init__(
+        self, kernels: tuple[int, ...], strides: tuple[int, ...], channels: tuple[int, ...], norm: str, activation: str
+    ) -> None:
+        super().__init__()
+        nonlinearity = {"relu": nn.ReLU, "gelu": nn.GELU, "none": nn.Identity}[activation]
+        self.scales = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv1d(1, width, kernel, stride, padding=kernel // 2, bias=norm == "none"),
+                nn.GroupNorm(1, width, eps=1e-6) if norm == "group" else nn.Identity(),
+                nonlinearity(),
+                nn.AvgPool1d(SAMPLES_PER_FRAME // stride),
+            )
+            for kernel, stride, width in zip(kernels, strides, channels, strict=True)
+        )
+
+    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
+        """[B, T * 160] -> [B, sum of channels, T]."""
+        x = waveform[:, None]
+        return torch.cat([scale(x) for scale in self.scales], dim=1)
+
+
+class PatchEmbedding(nn.Module):
+    """Patchify: a strided convolution over a map, frequency-major (index = f * T' + t), as SSAST.
+
+    Args:
+        width: D.
+        patch: Patch side.
+        stride: Patch stride.
+    """
+
+    def __init__(self, width: int, patch: int, stride: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(1, width, patch, stride)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """[B, M, T] -> [B, N, D]."""
+        grid: torch.Tensor = self.proj(maps[:, None])  # (B, D, f, t)
+        return grid.flatten(2).transpose(1, 2)
+
+
+def patchify(maps: torch.Tensor, patch: int) -> torch.Tensor:
+    """The pixels of non-overlapping patches, the targets of masked prediction: [B, M, T] -> [B, N, patch^2]."""
+    return F.unfold(maps[:, None], patch, stride=patch).transpose(1, 2)
+
+
+def patch_grid(mel_bins: int, frames: int, patch: int, stride: int) -> tuple[int, int]:
+    """(patches along frequency, patches along time)."""
+    return (mel_bins - patch) // stride + 1, (frames - patch) // stride + 1
+
+
+class TokenSequence(nn.Module):
+    """Masks patch tokens, adds positions and prepends cls and dist: one representation's sequence.
+
+    Position parameters keep their grid in their shape, [f, t, D], so that a checkpoint says by itself
+    how it must be resized.
+
+    Args:
+        width: D.
+        grid: Patches along frequency and time.
+        modality: Add a learned vector for the representation.
+        maskable: Have a mask token.
+    """
+
+    def __init__(self, width: int, grid: tuple[int, int], modality: bool, maskable: bool) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.empty(*grid, width))
+        self.mask_token = nn.Parameter(torch.empty(width)) if maskable else None
+        self.modality = nn.Parameter(torch.empty(width)) if modality else None
+        for parameter in self.parameters():
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, patches: torch.Tensor, special: torch.Tensor, masked: torch.Tensor | None) -> torch.Tensor:
+        """Builds the sequence.
+
+        Args:
+            patches: [B, N, D].
+            special: [2, D], cls and dist with their positions.
+            masked: int64 [B, K], indices of the patches that the mask token replaces; None: none.
+
+        Returns:
+            [B, 2 + N, D].
+        """
+        if masked is not None and self.mask_token is not None:
+            hidden = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter_(1, masked, True)
+            patches = torch.where(hidden[..., None], self.mask_token, patches)
+        patches = patches + self.positions.flatten(0, 1)
+        if self.modality is not None:
+            patches = patches + self.modality
+        return torch.cat([special.expand(len(patches), -1, -1), patches], dim=1)
+
+
+class SpecialTokens(nn.Module):
+    """The cls and dist tokens with their positions, shared by both representations."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(2, width))
+        self.positions = nn.Parameter(torch.empty(2, width))
+        for parameter in self.parameters():
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self) -> torch.Tensor:
+        """[2, D]."""
+        return self.tokens + self.positions
+
+
+def resize_positions(positions: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Fits learned positions [f, t, D] to another grid, as SSAST does for finetuning.
+
+    Time: the centre is cut out where the new grid is shorter, else bilinear. Frequency: bilinear.
+    """
+    frequency, time = grid
+    if time < positions.shape[1]:
+        start = (positions.shape[1] - time) // 2
+        positions = positions[:, start : start + time]
+    if positions.shape[:2] == grid:
+        return positions.clone()
+    resized = F.interpolate(
+        positions.float().permute(2, 0, 1)[None], size=(frequency, time), mode="bilinear", align_corners=False
+    )
+    return resized[0].permute(1, 2, 0).to(positions.dtype)

@@ -1,0 +1,135 @@
+"""The shared transformer: both representations in one call, with fusion bottlenecks.
+
+In: sequences [S, B, n, D] of S = 1 or 2 streams. Out: the same after all blocks and the last LayerNorm.
+
+Streams are stacked along the batch axis, so each block is one large matmul for both, and Eq. 5's two
+passes cost one kernel launch instead of two.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+LAYER_NORM_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (SDPA); parameter names as in ViT checkpoints."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, n, D] -> [B, n, D]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out: torch.Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+class Mlp(nn.Module):
+    """Linear - GELU - Linear with a hidden width of 4 D."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]."""
+        out: torch.Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, n, D] -> [B, n, D]."""
+        x = x + self.attn(self.norm1(x))
+        out: torch.Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class Bottlenecks(nn.Module):
+    """The F fusion tokens of SWaB: N(0, .02), no position (Nagrani et al. 2021)."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(count, width))
+        nn.init.trunc_normal_(self.tokens, std=0.02)
+
+    def forward(self, batch: int) -> torch.Tensor:
+        """B -> [B, F, D]."""
+        return self.tokens.expand(batch, -1, -1)
+
+
+class Encoder(nn.Module):
+    """ViT blocks over one or two stacked streams.
+
+    Args:
+        width: D.
+        depth: Blocks.
+        heads: Attention heads.
+        bottlenecks: F; 0: the streams never meet.
+        fusion_layer: First block that fuses, 0-based; `depth` or more: none does.
+        recompute: Recompute each block in backward instead of keeping its activations.
+    """
+
+    def __init__(
+        self, width: int, depth: int, heads: int, *, bottlenecks: int, fusion_layer: int, recompute: bool
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        fuses = bottlenecks > 0 and fusion_layer < depth
+        self.bottlenecks = Bottlenecks(bottlenecks, width) if fuses else None
+        self.fusion_layer = fusion_layer
+        self.recompute = recompute
+
+    def forward(self, streams: torch.Tensor) -> torch.Tensor:
+        """Encodes.
+
+        Args:
+            streams: [S, B, n, D].
+
+        Returns:
+            [S, B, n, D]; bottleneck tokens are left out.
+        """
+        count, batch, length, _ = streams.shape
+        x = streams.flatten(0, 1)
+        for layer, block in enumerate(self.blocks):
+            if self.bottlenecks is not None and layer == self.fusion_layer:
+                x = torch.cat([x, self.bottlenecks(count * batch)], dim=1)
+            x = run_block(block, x, recompute=self.recompute)
+            if self.bottlenecks is not None and layer >= self.fusion_layer:
+                x = _share_bottlenecks(x, length, count)
+        out: torch.Tensor = self.norm(x[:, :length])
+        return out.reshape(count, batch, length, -1)
+
+
+def run_block(block: nn.Module, x: torch.Tensor, *, recompute: bool) -> torch.Tensor:
+    """`block(x)`; with `recompute` its activations are thrown away and made again in backward."""
+    if recompute and torch.is_grad_enabled():
+        # The re-entrant kind breaks ZeRO-2/3 when a block runs twice in one backward.
+        out: torch.Tensor = checkpoint(block, x, use_reentrant=False)
+    else:
+        out = block(x)
+    return out
+
+
+def _share_bottlenecks(x: torch.Tensor, length: int, streams: int) -> torch.Tensor:
+    """Eq. 5c: each bottleneck becomes the mean of its copies in the streams."""
+    tokens, bottlenecks = x[:, :length], x[:, length:]
+    mean = torch.stack(bottlenecks.chunk(streams)).mean(dim=0)
+    return torch.cat([tokens, mean.repeat(streams, 1, 1)], dim=1)

@@ -1,0 +1,1 @@
+"""Training objectives: masked patches, contrast between representations, classification."""

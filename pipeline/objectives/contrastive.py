@@ -1,0 +1,102 @@
+"""SWaCL: contrast between a clip's waveform and spectrogram over the global batch (Eq. 4a).
+
+In: this rank's pooled representations [n, D] each, in order of rank. Out: a scalar whose gradient,
+averaged over ranks, is that of the global loss.
+
+How it scales: each rank gathers the G vectors (O(G D), no gradient through the collective), computes
+the softmax rows of its own clips in chunks, gathers G row normalisers, and from them the exact
+gradient columns of its own clips. No rank ever holds the G x G matrix, nothing is sent in
+backward, and so no collective can be reordered by ZeRO's own. The same function serves gradient
+accumulation (`pipeline.tasks`): it takes all of the rank's clips of the step at once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Gather = Callable[[torch.Tensor], torch.Tensor]
+CHUNK = 1024  # rows of the similarity matrix that exist at once
+
+
+class _GlobalInfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, gather: Gather, rank: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of this rank's queries; saves d(global loss)/d(local) times the number of ranks."""
+        n = len(query)
+        queries, keys = gather(query), gather(key)
+        first, total = rank * n, len(queries)
+        own = torch.arange(first, first + n, device=query.device)
+        lse, positive, hit, grad_query = [], [], [], []
+        for rows in _chunks(n):
+            logits = query[rows] @ keys.T  # (rows, G)
+            lse.append(logits.logsumexp(dim=1))
+            positive.append(logits.gather(1, own[rows, None])[:, 0])
+            hit.append(logits.argmax(dim=1) == own[rows])
+            grad_query.append((logits - lse[-1][:, None]).exp() @ keys - keys[own[rows]])
+        normaliser = gather(torch.cat(lse))
+        grad_key = -query  # the positives' part; query i is key i's partner on the same rank
+        for rows in _chunks(total):
+            grad_key += (queries[rows] @ key.T - normaliser[rows, None]).exp().T @ queries[rows]
+        # d(global loss) = 1 / G; times R because data parallelism averages gradients over ranks: 1 / n.
+        ctx.save_for_backward(torch.cat(grad_query) / n, grad_key / n)
+        loss = (torch.cat(lse) - torch.cat(positive)).mean()
+        accuracy = torch.cat(hit).float().mean()
+        ctx.mark_non_differentiable(accuracy)
+        return loss, accuracy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_query, grad_key = ctx.saved_tensors
+        return grads[0] * grad_query, grads[0] * grad_key, None, None
+
+
+def _chunks(rows: int) -> list[slice]:
+    return [slice(start, start + CHUNK) for start in range(0, rows, CHUNK)]
+
+
+def global_info_nce(
+    query: torch.Tensor, key: torch.Tensor, gather: Gather, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log softmax of query i at key i over all keys of all ranks.
+
+    Args:
+        query: [n, D], scaled (1 / temperature) if at all.
+        key: [n, D], row i the partner of query i.
+        gather: All ranks' rows in rank order, without gradient: [n, ...] -> [R n, ...].
+        rank: This rank.
+
+    Returns:
+        (loss, accuracy): float32 scalars, means over this rank's queries. The mean over ranks is the
+        global value; the gradient is R times d(global loss)/d(local rows), so that the ranks'
+        average is the global gradient, the remote softmax terms included.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        loss, accuracy = _GlobalInfoNCE.apply(query.float(), key.float(), gather, rank)
+    return loss, accuracy
+
+
+def swacl_loss(
+    wav: torch.Tensor, spec: torch.Tensor, gather: Gather, rank: int, *, temperature: float | None, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. 4a on pooled representations, waveform -> spectrogram.
+
+    Args:
+        wav: [n, D].
+        spec: [n, D].
+        gather: As in `global_info_nce`.
+        rank: This rank.
+        temperature: L2-normalise and divide by it; None: the raw dot products of Eq. 4a.
+        symmetric: Average with the spectrogram -> waveform direction.
+    """
+    wav, spec = wav.float(), spec.float()
+    if temperature is not None:
+        wav = torch.nn.functional.normalize(wav, dim=-1) / temperature
+        spec = torch.nn.functional.normalize(spec, dim=-1)
+    loss, accuracy = global_info_nce(wav, spec, gather, rank)
+    if symmetric:
+        back, back_accuracy = global_info_nce(spec, wav, gather, rank)
+        loss, accuracy = (loss + back) / 2, (accuracy + back_accuracy) / 2
+    return loss, accuracy

@@ -1,0 +1,63 @@
+"""Masked-patch objectives: InfoNCE and reconstruction (Eq. 2, 7; SSAST).
+
+In: predictions and targets of the masked patches, [B, K, P]. Out: scalars in float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+
+@dataclass(slots=True)
+class MaskedPatchLoss:
+    """Scalars, float32, means over clips and masked patches.
+
+    Attributes:
+        nce: Eq. 7a. Negatives are the other masked patches of the same clip.
+        mse: Eq. 7b, also averaged over a patch's values, as SSAST does.
+        accuracy: Share of predictions nearest to their own target (Figure 2, left).
+    """
+
+    nce: torch.Tensor
+    mse: torch.Tensor
+    accuracy: torch.Tensor
+
+
+def masked_patch_loss(
+    predicted: torch.Tensor, reconstructed: torch.Tensor, target: torch.Tensor, softmax: str = "paper"
+) -> MaskedPatchLoss:
+    """InfoNCE and MSE of masked patches, one batched matmul for all clips.
+
+    Args:
+        predicted: c, [B, K, P].
+        reconstructed: r, [B, K, P].
+        target: x, [B, K, P]; no gradient flows into it.
+        softmax: "paper": over targets j for a prediction i (Eq. 7a). "ssast": its code's transpose.
+    """
+    target = target.detach().float()
+    logits = predicted.float() @ target.transpose(1, 2)  # (B, K predictions, K targets), in float32
+    if softmax == "ssast":
+        logits = logits.transpose(1, 2)
+    own = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
+    return MaskedPatchLoss(
+        nce=F.cross_entropy(logits.flatten(0, 1), own.flatten()),
+        mse=F.mse_loss(reconstructed.float(), target),
+        accuracy=(logits.detach().argmax(dim=-1) == own).float().mean(),
+    )
+
+
+def gather_patches(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The chosen rows of each clip: [B, N, P], int64 [B, K] -> [B, K, P], without a device sync."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def normalise_patches(patches: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """Each patch to zero mean and unit variance over its values, without gradient.
+
+    For targets that are learned (the MSAE map): a map that shrinks to a constant would otherwise
+    make the reconstruction trivially perfect.
+    """
+    patches = patches.detach().float()
+    centred = patches - patches.mean(dim=-1, keepdim=True)
+    return centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()

@@ -1,0 +1,52 @@
+"""Random numbers that are a pure function of (seed, purpose, position).
+
+In: the positions of a batch's clips. Out: the same draws on any device, rank or worker.
+
+A torch.Generator hands out numbers in the order in which they are asked for, so a clip's mask would
+depend on its neighbours and on the number of ranks. Here every number is a hash of its own
+coordinates (counter-based, as Philox is): drawing for a whole batch is one vectorised expression,
+and resuming at step k needs no state at all.
+"""
+
+import hashlib
+
+import torch
+
+_GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's >> keeps the sign; the mask drops it
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014): int64 in, well-mixed int64 out."""
+    x = (x ^ _shift(x, 30)) * _MIX1
+    x = (x ^ _shift(x, 27)) * _MIX2
+    return x ^ _shift(x, 31)
+
+
+def stream_key(seed: int, purpose: str) -> int:
+    """The 63-bit number that keeps draws for different purposes independent."""
+    digest = hashlib.blake2b(f"{seed}:{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def uniform(seed: int, purpose: str, position: torch.Tensor, count: int) -> torch.Tensor:
+    """Uniform draws in [0, 1) on a grid of 2^-24.
+
+    Args:
+        seed: The run's seed.
+        purpose: Name of the draw, e.g. "mask.spec"; different names are independent.
+        position: int64 [B], positions in the sample stream.
+        count: Draws for each clip.
+
+    Returns:
+        float32 [B, count] on the device of `position`.
+    """
+    counter = torch.arange(1, count + 1, device=position.device, dtype=torch.int64)
+    base = _mix(position * _GAMMA + stream_key(seed, purpose))
+    bits = _mix(base[:, None] + counter * _GAMMA)
+    return _shift(bits, 40).to(torch.float32) * 2.0**-24

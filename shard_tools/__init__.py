@@ -1,0 +1,1 @@
+"""Audio in, WebDataset shards out."""

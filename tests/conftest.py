@@ -1,0 +1,44 @@
+"""What all rooms share: the path to real audio, and real DeepSpeed launches."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real audio and metadata; set CRAFT_SHARED where they lie elsewhere."""
+    return Path(os.environ.get("CRAFT_SHARED", ROOT.parent / "shared")).resolve()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def deepspeed_run() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a script with `deepspeed --num_gpus RANKS`, as a user would."""
+
+    def run(ranks: int, script: str | Path, *args: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+        command = [
+            str(Path(sys.executable).with_name("deepspeed")),
+            *("--num_gpus", str(ranks), "--master_port", str(free_port())),
+            str(script),
+            *map(str, args),
+        ]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
+        if check and done.returncode:
+            pytest.fail(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
+        return done
+
+    return run

@@ -1,0 +1,161 @@
+"""Shapes, sizes and identities of the network."""
+
+import pytest
+import torch
+
+from pipeline.config import FinetuneRecipe, ModelConfig, PretrainRecipe, load_recipe
+from pipeline.errors import UserError
+from pipeline.flow import Batch
+from pipeline.methods import FINETUNE, PRETRAIN
+from pipeline.model.craft import Craft, Streams
+from pipeline.model.embed import MultiScaleEmbedding, patch_grid, patchify, resize_positions
+from pipeline.model.encoder import Encoder
+from pipeline.tasks import FinetuneTask, PretrainTask
+
+MICRO = ["model.size=micro"]
+
+
+def batch(clips: int = 3, frames: int = 64, mel_bins: int = 128, classes: int = 5) -> Batch:
+    generator = torch.Generator().manual_seed(5)
+    position = torch.arange(clips)
+    return Batch(
+        position,
+        position,
+        torch.ones(clips, dtype=torch.bool),
+        0.1 * torch.randn(clips, frames * 160 - 77, generator=generator),
+        torch.randn(clips, frames, mel_bins, generator=generator),
+        torch.eye(classes)[position % classes],
+    )
+
+
+def test_grids_of_the_paper():
+    assert patch_grid(128, 1024, 16, 16) == (8, 64)
+    assert patch_grid(128, 1024, 16, 10) == (12, 101)
+    assert patch_grid(128, 512, 16, 10) == (12, 50)
+
+
+@pytest.mark.parametrize("seconds", [10.24, 5.12])
+def test_waveform_map_has_the_spectrograms_frames(seconds):
+    samples = round(seconds * 16000)
+    msae = MultiScaleEmbedding((11, 51, 101), (1, 5, 10), (43, 43, 42), "group", "relu")
+    with torch.no_grad():
+        assert msae(torch.randn(1, samples)).shape == (1, 128, samples // 160)
+
+
+def test_a_nonlinearity_keeps_tones_alive():
+    """Read literally, Eq. 1 averages every tone away; with ReLU a tone's level survives the pool."""
+    tone = torch.sin(2 * torch.pi * 1000 * torch.arange(16000) / 16000)[None]
+    levels = {}
+    for activation in ("none", "relu"):
+        torch.manual_seed(0)
+        msae = MultiScaleEmbedding((11,), (1,), (16,), "none", activation)
+        with torch.no_grad():
+            loud, silent = msae(tone), msae(torch.zeros_like(tone))
+        levels[activation] = (loud - silent)[..., 2:-2].abs().mean()
+    assert levels["relu"] > 50 * levels["none"]
+
+
+def test_base_has_the_size_of_ssast():
+    """86.8 M without SSAST's two dead ImageNet heads and its prediction heads."""
+    model = Craft(ModelConfig(), Streams(spec=True, wav=False))
+    parameters = sum(p.numel() for p in model.parameters())
+    blocks = 12 * (12 * 768**2 + 13 * 768)
+    assert parameters == blocks + 2 * 768 + (257 * 768) + 512 * 768 + 4 * 768
+
+
+def test_patchify_matches_the_patch_embeddings_order():
+    """A convolution that picks one pixel returns that pixel of each unfolded patch."""
+    maps = torch.randn(2, 32, 48)
+    weight = torch.zeros(1, 1, 16, 16)
+    weight[0, 0, 3, 7] = 1.0
+    picked = torch.nn.functional.conv2d(maps[:, None], weight, stride=16).flatten(1)
+    assert torch.equal(picked, patchify(maps, 16)[:, :, 3 * 16 + 7])
+
+
+@pytest.mark.parametrize("method", PRETRAIN)
+def test_every_pretraining_method_steps_and_uses_all_its_weights(method):
+    recipe = load_recipe(PretrainRecipe, [], [*MICRO, f"pretrain.method={method}"])
+    task = PretrainTask(recipe, 128, 64)
+    losses = task(batch())
+    losses.total.backward()
+    assert torch.isfinite(losses.total)
+    assert "loss" in losses.named
+    assert [name for name, p in task.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("head", ["concat", "mean_pool", "mean_logits"])
+@pytest.mark.parametrize("method", FINETUNE)
+def test_every_finetuning_method_steps_and_uses_all_its_weights(method, head):
+    recipe = load_recipe(FinetuneRecipe, [], [*MICRO, f"finetune.method={method}", f"finetune.head={head}"])
+    task = FinetuneTask(recipe, 128, 64, 5, single_label=True)
+    losses = task(batch())
+    losses.total.backward()
+    assert losses.logits.shape == (3, 5)
+    assert [name for name, p in task.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_one_stacked_call_equals_eq5_read_literally():
+    """SWaB's stacked encoder against two passes a layer with averaged bottlenecks."""
+    torch.manual_seed(0)
+    encoder = Encoder(24, 4, 3, bottlenecks=5, fusion_layer=1, recompute=False).double()
+    spec, wav = torch.randn(2, 2, 7, 24, dtype=torch.float64)
+    stacked = encoder(torch.stack([spec, wav]))
+    shared = encoder.bottlenecks.tokens.expand(2, -1, -1)
+    for layer, block in enumerate(encoder.blocks):
+        if layer < 1:
+            spec, wav = block(spec), block(wav)
+            continue
+        both = [block(torch.cat([tokens, shared], dim=1)) for tokens in (spec, wav)]
+        spec, wav = (out[:, :7] for out in both)
+        shared = (both[0][:, 7:] + both[1][:, 7:]) / 2
+    torch.testing.assert_close(stacked, torch.stack([encoder.norm(spec), encoder.norm(wav)]))
+
+
+def test_fusion_after_the_last_layer_is_late_fusion():
+    words = [*MICRO, "finetune.method=swab", "model.stride=16"]
+    torch.manual_seed(0)
+    late = FinetuneTask(load_recipe(FinetuneRecipe, [], [*words, "finetune.fusion_layer=4"]), 128, 64, 5, True)
+    torch.manual_seed(0)
+    plain = FinetuneTask(load_recipe(FinetuneRecipe, [], [*words, "finetune.method=swast"]), 128, 64, 5, True)
+    assert torch.equal(late(batch()).logits, plain(batch()).logits)
+
+
+def test_permuting_clips_permutes_logits():
+    task = FinetuneTask(load_recipe(FinetuneRecipe, [], MICRO), 128, 64, 5, False).double()
+    whole = batch()
+    flipped = Batch(*(field.flip(0) for field in (whole.position, whole.row, whole.valid, whole.waveform, whole.fbank,
+                                                 whole.targets)))
+    torch.testing.assert_close(task(flipped).logits, task(whole).logits.flip(0))
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    gradients = []
+    for flag in ("false", "true"):
+        torch.manual_seed(0)
+        recipe = load_recipe(PretrainRecipe, [], [*MICRO, f"model.checkpoint_activations={flag}"])
+        task = PretrainTask(recipe, 128, 64)
+        task(batch()).total.backward()
+        gradients.append({name: p.grad for name, p in task.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_positions_are_cut_or_stretched():
+    positions = torch.arange(8 * 64 * 2.0).view(8, 64, 2)
+    assert torch.equal(resize_positions(positions, (8, 50)), positions[:, 7:57])
+    assert resize_positions(positions, (12, 101)).shape == (12, 101, 2)
+    assert torch.equal(resize_positions(positions, (8, 64)), positions)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model.channels=[43,43]"], "kernels"),
+        (["model.channels=[40,40,40]"], "sum to 120"),
+        (["model.kernel_strides=[1,5,7]"], "7 does not divide 160"),
+        (["model.patch=200"], "larger than"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(words, said):
+    recipe = load_recipe(PretrainRecipe, [], [*MICRO, *words])
+    with pytest.raises(UserError, match=said):
+        PretrainTask(recipe, 128, 64)

@@ -1,0 +1,65 @@
+"""SWaCL against autograd on the whole matrix, with ranks simulated by a gather that is handed in."""
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from pipeline.objectives import contrastive
+from pipeline.objectives.contrastive import global_info_nce, swacl_loss
+
+
+def sharded(query: torch.Tensor, key: torch.Tensor, ranks: int) -> tuple[list, torch.Tensor, torch.Tensor]:
+    """Runs each rank's part; the gather answers with what all ranks would send."""
+    losses, query_grads, key_grads = [], [], []
+    normaliser = (query @ key.T).logsumexp(dim=1)
+    for rank in range(ranks):
+        local_query = query.chunk(ranks)[rank].clone().requires_grad_()
+        local_key = key.chunk(ranks)[rank].clone().requires_grad_()
+        answers = iter([query, key, normaliser])
+        loss, _ = global_info_nce(local_query, local_key, lambda _, answers=answers: next(answers), rank)
+        loss.backward()
+        losses.append(loss.detach())
+        query_grads.append(local_query.grad / ranks)  # data parallelism averages over ranks
+        key_grads.append(local_key.grad / ranks)
+    return losses, torch.cat(query_grads), torch.cat(key_grads)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
+@pytest.mark.parametrize("chunk", [2, 1024])
+def test_value_and_gradient_equal_the_whole_batch(ranks, chunk, monkeypatch):
+    monkeypatch.setattr(contrastive, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(1)
+    query, key = torch.randn(2, 12, 8, generator=generator)
+    whole_query, whole_key = query.clone().requires_grad_(), key.clone().requires_grad_()
+    expected = F.cross_entropy(whole_query @ whole_key.T, torch.arange(12))
+    expected.backward()
+    losses, query_grad, key_grad = sharded(query, key, ranks)
+    torch.testing.assert_close(torch.stack(losses).mean(), expected.detach())
+    torch.testing.assert_close(query_grad, whole_query.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(key_grad, whole_key.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_raw_contrast_is_the_literal_equation():
+    """Eq. 4a term by term."""
+    wav, spec = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(2))
+    terms = []
+    for i in range(5):
+        numerator = torch.exp(wav[i] @ spec[i])
+        terms.append(torch.log(numerator / sum(torch.exp(wav[i] @ spec[j]) for j in range(5))))
+    loss, _ = swacl_loss(wav, spec, lambda x: x, 0, temperature=None, symmetric=False)
+    torch.testing.assert_close(loss, -sum(terms) / 5)
+
+
+def test_aligned_clips_score_perfectly():
+    vectors = torch.eye(6)
+    loss, accuracy = swacl_loss(vectors, vectors, lambda x: x, 0, temperature=0.01, symmetric=True)
+    assert accuracy == 1.0
+    assert loss < 1e-6
+
+
+def test_bfloat16_input_is_contrasted_in_float32():
+    wav, spec = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(3)).bfloat16()
+    loss, _ = swacl_loss(wav, spec, lambda x: x, 0, temperature=0.07, symmetric=False)
+    exact, _ = swacl_loss(wav.float(), spec.float(), lambda x: x, 0, temperature=0.07, symmetric=False)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, exact)

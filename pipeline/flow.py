@@ -35,6 +35,7 @@ class Clip:
         split: Name of the split.
         fold: Cross-validation fold, 1-based; 0 where the data set has none.
         id: The data set's own name for the clip (YouTube id, file name), for `failures.jsonl`.
+        trimmed: The file is the segment itself; None: it is where it is too short to hold the segment.
     """
 
     key: str
@@ -45,6 +46,7 @@ class Clip:
     split: str
     fold: int = 0
     id: str = ""
+    trimmed: bool | None = None
 
 
 @dataclass(slots=True)

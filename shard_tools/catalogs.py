@@ -1,0 +1,289 @@
+"""A data set on disk -> the list of its clips and its label vocabulary.
+
+In: official csv files, a table, or a folder of folders. Out: a `Catalog`. Nothing is decoded here; a clip
+whose file is missing is an entry of `missing`, never a silent gap.
+
+Scale: one pass over the csv and one over the directory tree; about 0.5 KB of memory a clip.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from pipeline.data.manifest import Label
+from pipeline.errors import UserError
+from pipeline.flow import Clip
+
+KEY_LIMIT = 60  # a tar member name of at most 100 bytes fits one header
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A listed clip that is not in the shards."""
+
+    id: str
+    path: str
+    reason: str
+    split: str
+
+
+@dataclass(slots=True)
+class Catalog:
+    """What a data set lists.
+
+    Attributes:
+        dataset: Its name, for the manifest.
+        root: Directory that clip paths are relative to.
+        labels: Vocabulary; a clip's labels are indices into it.
+        clips: Clips whose file was found.
+        missing: Listed clips without a file.
+    """
+
+    dataset: str
+    root: Path
+    labels: list[Label]
+    clips: list[Clip] = field(default_factory=list)
+    missing: list[Failure] = field(default_factory=list)
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits, in order of appearance."""
+        return list(dict.fromkeys([*(clip.split for clip in self.clips), *(miss.split for miss in self.missing)]))
+
+    def listed(self, split: str) -> int:
+        """Clips of the split that the source names, found or not."""
+        return sum(clip.split == split for clip in self.clips) + sum(miss.split == split for miss in self.missing)
+
+
+def audioset(root: Path, segments: Path, class_labels: Path | None, ontology: Path | None, split: str) -> Catalog:
+    """AudioSet's official csv and audio files named after YouTube ids, anywhere below `root`.
+
+    Files are found as `YTID.*`, `YTID_START.*` (seconds or milliseconds) or `YYTID.*`. A file with a
+    start in its name is the segment itself; of the others, one that is too short to reach the
+    segment's end is taken for a trimmed segment, a longer one is cut at the segment.
+
+    Raises:
+        UserError: a missing or malformed file, or a label that is not in the vocabulary.
+    """
+    rows = list(_segments(segments))
+    labels = _audioset_labels(rows, class_labels, ontology)
+    index = {label.id: number for number, label in enumerate(labels)}
+    files = _files_by_stem(root)
+    catalog = Catalog("audioset", root, labels)
+    seen: set[str] = set()
+    for line, ytid, start, end, mids in rows:
+        unknown = [mid for mid in mids if mid not in index]
+        if unknown:
+            raise UserError(f"{segments}:{line}: label '{unknown[0]}' is not in the vocabulary; see --class-labels")
+        key = f"{ytid}_{round(start * 1000)}"
+        if key in seen:
+            continue
+        seen.add(key)
+        found = next(((stem, cut) for stem, cut in _audioset_stems(ytid, start, end) if stem in files), None)
+        if found is None:
+            catalog.missing.append(Failure(key, "", "missing: no such audio file below --audio-root", split))
+            continue
+        stem, is_segment = found
+        catalog.clips.append(
+            Clip(
+                key=key,
+                path=files[stem],
+                start=0.0 if is_segment else start,
+                end=end - start if is_segment else end,
+                labels=tuple(sorted(index[mid] for mid in mids)),
+                split=split,
+                id=ytid,
+                trimmed=True if is_segment else None,
+            )
+        )
+    return catalog
+
+
+def esc50(root: Path, split: str) -> Catalog:
+    """ESC-50: `meta/esc50.csv` and `audio/`, any audio extension; folds 1 to 5.
+
+    Raises:
+        UserError: the csv is missing or lacks a column.
+    """
+    table = root / "meta" / "esc50.csv"
+    rows = list(_read_csv(table, ("filename", "fold", "target", "category")))
+    names = {int(row["target"]): row["category"] for row in rows}
+    catalog = Catalog("esc50", root, [Label(id=names[t], name=names[t].replace("_", " ")) for t in sorted(names)])
+    order = {target: number for number, target in enumerate(sorted(names))}
+    files = _files_by_stem(root / "audio")
+    for row in rows:
+        stem = Path(row["filename"]).stem
+        if stem not in files:
+            catalog.missing.append(Failure(stem, row["filename"], "missing: no such audio file", split))
+            continue
+        label = (order[int(row["target"])],)
+        clip = Clip(clean_key(stem), files[stem], 0.0, None, label, split, int(row["fold"]), stem)
+        catalog.clips.append(clip)
+    return catalog
+
+
+def table(root: Path, path: Path, class_labels: Path | None, split: str | None) -> Catalog:
+    """A csv with the columns `path` and `labels` (several: `a;b`), and optionally start, end, split, fold, key.
+
+    Args:
+        root: Paths are relative to it.
+        path: The csv.
+        class_labels: Vocabulary csv (index,mid,display_name); None: the labels of the table, sorted.
+        split: Take only this split of the `split` column, or name the only one.
+
+    Raises:
+        UserError: a missing file or column, a bad number, or a label outside the vocabulary.
+    """
+    rows = list(_read_csv(path, ("path", "labels")))
+    names = sorted({name for row in rows for name in _names(row["labels"])})
+    labels = _vocabulary(class_labels) if class_labels else [Label(id=name, name=name) for name in names]
+    index = {spelling: number for number, label in enumerate(labels) for spelling in (label.name, label.id)}
+    catalog = Catalog("csv", root, labels)
+    for line, row in enumerate(rows, start=2):
+        own = row.get("split") or split or "train"
+        if split is not None and own != split:
+            continue
+        unknown = [name for name in _names(row["labels"]) if name not in index]
+        if unknown:
+            raise UserError(f"{path}:{line}: label '{unknown[0]}' is not in {class_labels}; add it there or correct it")
+        file = root / row["path"]
+        if not file.is_file():
+            catalog.missing.append(Failure(row["path"], row["path"], "missing: no such audio file", own))
+            continue
+        start, end, fold = (_number(path, line, row, name) for name in ("start", "end", "fold"))
+        picked = tuple(sorted({index[name] for name in _names(row["labels"])}))
+        key = row.get("key") or f"{row['path']}" + (f"-{start:g}" if start else "")
+        catalog.clips.append(
+            Clip(clean_key(key), str(file), start or 0.0, end, picked, own, int(fold or 0), row["path"])
+        )
+    return catalog
+
+
+def folder(root: Path, split: str) -> Catalog:
+    """One folder per class below `root`; every file in it is a clip of that class.
+
+    Raises:
+        UserError: no class folder.
+    """
+    classes = sorted(entry.name for entry in _scan(root) if entry.is_dir())
+    if not classes:
+        raise UserError(f"--audio-root {root}: holds no folders; a folder data set has one folder per class")
+    catalog = Catalog("folder", root, [Label(id=name, name=name) for name in classes])
+    for number, name in enumerate(classes):
+        for path in sorted(_walk(root / name)):
+            relative = os.path.relpath(path, root)
+            catalog.clips.append(Clip(clean_key(relative), path, 0.0, None, (number,), split, 0, relative))
+    return catalog
+
+
+def clean_key(name: str) -> str:
+    """A sample key out of any name: [A-Za-z0-9_-], no dot, short; a changed name gets a hash to stay unique."""
+    stem = name.rsplit(".", 1)[0] if "." in name else name
+    key = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_")[:KEY_LIMIT]
+    if key == name or (key == stem and "/" not in name and len(name) - len(stem) <= 5):
+        return key
+    return f"{key}-{hashlib.blake2b(name.encode('utf-8', 'surrogateescape'), digest_size=5).hexdigest()}"
+
+
+def _segments(path: Path) -> Iterator[tuple[int, str, float, float, list[str]]]:
+    """(line, id, start, end, label ids) of an official segments csv."""
+    with _open(path) as file:
+        reader = csv.reader(file, skipinitialspace=True)
+        for row in reader:
+            if not row or row[0].startswith("#"):
+                continue
+            try:
+                ytid, start, end, mids = row[0], float(row[1]), float(row[2]), row[3].split(",")
+            except (IndexError, ValueError) as error:
+                raise UserError(
+                    f"{path}:{reader.line_num}: '{','.join(row)}' is not 'YTID, start, end, \"labels\"'; "
+                    "give an official AudioSet segments csv"
+                ) from error
+            yield reader.line_num, ytid, start, end, mids
+
+
+def _audioset_labels(
+    rows: Sequence[tuple[int, str, float, float, list[str]]], class_labels: Path | None, ontology: Path | None
+) -> list[Label]:
+    if class_labels is not None:
+        return _vocabulary(class_labels)
+    mids = sorted({mid for row in rows for mid in row[4]})
+    if ontology is None:
+        raise UserError("--class-labels is missing; give AudioSet's class_labels_indices.csv")
+    try:
+        names = {node["id"]: node["name"] for node in json.loads(ontology.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--ontology {ontology}: {error}; give AudioSet's ontology.json") from error
+    return [Label(id=mid, name=names.get(mid, mid)) for mid in mids]
+
+
+def _vocabulary(path: Path) -> list[Label]:
+    rows = sorted(_read_csv(path, ("index", "mid", "display_name")), key=lambda row: int(row["index"]))
+    return [Label(id=row["mid"], name=row["display_name"]) for row in rows]
+
+
+def _audioset_stems(ytid: str, start: float, end: float) -> Iterator[tuple[str, bool]]:
+    """Names a clip's file may have, and whether the name says that it is the segment itself."""
+    starts = dict.fromkeys([f"{start:g}", f"{start:.3f}", f"{start:.1f}", f"{round(start * 1000)}"])
+    for name in (ytid, f"Y{ytid}"):
+        for text in starts:
+            yield f"{name}_{text}", True
+            yield f"{name}_{text}_{end:g}", True
+            yield f"{name}_{text}_{end:.3f}", True
+            yield f"{name}_{text}_{round(end * 1000)}", True
+        yield name, False
+
+
+def _files_by_stem(root: Path) -> dict[str, str]:
+    return {os.path.splitext(os.path.basename(path))[0]: path for path in sorted(_walk(root), reverse=True)}
+
+
+def _walk(root: Path) -> Iterator[str]:
+    _scan(root)
+    for folder_, directories, names in os.walk(root):
+        directories.sort()
+        yield from (os.path.join(folder_, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _scan(root: Path) -> list[os.DirEntry[str]]:
+    try:
+        return list(os.scandir(root))
+    except OSError as error:
+        raise UserError(f"--audio-root {root}: {error.strerror}; give the directory that holds the audio") from error
+
+
+def _open(path: Path) -> TextIO:
+    try:
+        return path.open(encoding="utf-8-sig", newline="")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; check the path") from error
+
+
+def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    with _open(path) as file:
+        reader = csv.DictReader(file)
+        absent = [column for column in columns if column not in (reader.fieldnames or [])]
+        if absent:
+            raise UserError(
+                f"{path}: no column '{absent[0]}' (has {', '.join(reader.fieldnames or []) or 'none'}); "
+                f"it needs {', '.join(columns)}"
+            )
+        yield from reader
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(";") if name.strip()]
+
+
+def _number(path: Path, line: int, row: dict[str, str], name: str) -> float | None:
+    text = row.get(name) or ""
+    try:
+        return float(text) if text else None
+    except ValueError as error:
+        raise UserError(f"{path}:{line}: {name} = '{text}' is not a number; correct it or leave it empty") from error

@@ -14,10 +14,40 @@ from pathlib import Path
 
 import torch
 
+from pipeline.data.fbank import fbank
+from pipeline.data.loader import pad_frames
+from pipeline.data.manifest import Label
+from pipeline.data.spec import DataSpec
 from pipeline.errors import run_cli
+from pipeline.flow import Batch
 from pipeline.jobs import load_finetuned
 from pipeline.model.weights import weights_file
-from pipeline.predict import predict_file
+from pipeline.tasks import FinetuneTask
+from shard_tools.decode import DecodeError, decode
+from shard_tools.write import encode_waveform
+
+
+def predict(task: FinetuneTask, spec: DataSpec, path: str, top: int) -> list[tuple[Label, float]]:
+    """The best labels of one file: probabilities, softmax of single-label data, else a sigmoid each.
+
+    The file goes the way of the shards: decoded, down-mixed, resampled, mean removed, rounded to int16.
+
+    Raises:
+        DecodeError: it cannot be read.
+    """
+    decoded = decode(path, 0.0, None, rate=spec.sample_rate, seconds=spec.samples / spec.sample_rate)
+    stored, _ = encode_waveform(decoded, spec.samples)
+    device = next(task.parameters()).device
+    waveform = torch.from_numpy(stored).to(device).float()[None] / 32768
+    features = pad_frames(fbank(waveform, spec.sample_rate, spec.mel_bins), spec.frames)
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    targets = torch.zeros(1, len(spec.labels), device=device)
+    batch = Batch(zero, zero, zero == 0, waveform, (features - spec.mean) / (2 * spec.std), targets)
+    with torch.no_grad():
+        logits = task(batch).logits[0]
+    scores = logits.softmax(dim=0) if spec.single_label else logits.sigmoid()
+    best = scores.topk(min(top, len(scores)))
+    return [(spec.labels[i], score) for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
 
 def main() -> int:
@@ -33,8 +63,8 @@ def main() -> int:
     failed = 0
     for path in args.audio:
         try:
-            best = predict_file(task, spec, path, args.top)
-        except (OSError, ValueError) as error:
+            best = predict(task, spec, path, args.top)
+        except DecodeError as error:
             sys.stderr.write(f"{path}: {error}\n")
             failed += 1
             continue

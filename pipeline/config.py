@@ -56,7 +56,7 @@ class DataConfig(Section):
     replacement: bool = Field(True, description="balanced: draw with replacement (SSAST) or without (PaSST)")
     streams: int = Field(64, ge=1, description="S: streams that the shuffled shards are dealt to")
     window: int = Field(2048, ge=1, description="clips of the shuffle window of one stream")
-    workers: int = Field(2, ge=0, description="reader processes per rank; 0: read in the training process")
+    workers: int = Field(2, ge=0, description="reader threads per rank; 0: read in the training thread")
     prefetch: int = Field(4, ge=1, description="batches in flight per rank")
     on_error: Literal["skip", "raise"] = Field("skip", description="a corrupt sample is replaced, or ends the run")
     max_bad: int = Field(1000, ge=0, description="corrupt samples of one epoch that end the run")

@@ -241,7 +241,6 @@ def _pretraining_name(recipe: FinetuneRecipe) -> str:
 def _tracked(
     recipe: Recipe, run_dir: Path, name: str, kind: str, world: World, spec: DataSpec
 ) -> Iterator[Tracker]:
-    state = checkpoint.read_state(run_dir)
     tracker = open_tracker(
         recipe.log,
         run_dir,
@@ -249,7 +248,6 @@ def _tracked(
         rank=world.rank,
         kind=kind,
         parent=recipe.model.init or None,
-        resume_id=state["run_id"] if state else None,
     )
     tracker.params(flatten(recipe))
     tracker.tags({"manifest_digest": spec.digest, "ranks": str(world.size), "device": world.device.type})

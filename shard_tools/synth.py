@@ -11,28 +11,29 @@ the same harmonics with random phases, clicks of one polarity against the other,
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 from scipy.signal import butter, chirp, sosfilt
 
-Synthesiser = Callable[[np.random.Generator, np.ndarray, int], np.ndarray]
+Synthesiser = Callable[[np.random.Generator, np.ndarray, int], Any]
 
 
 def _tone(low: float, high: float) -> Synthesiser:
-    def make(rng: np.random.Generator, time: np.ndarray, rate: int) -> np.ndarray:
+    def make(rng: np.random.Generator, time: np.ndarray, rate: int) -> Any:
         return np.sin(2 * np.pi * (rng.uniform(low, high) * time + rng.uniform()))
 
     return make
 
 
-def _chord(rng: np.random.Generator, time: np.ndarray, rate: int) -> np.ndarray:
+def _chord(rng: np.random.Generator, time: np.ndarray, rate: int) -> Any:
     root = rng.uniform(200, 400)
-    return sum(np.sin(2 * np.pi * (root * ratio * time + rng.uniform())) for ratio in (1, 1.25, 1.5)) / 3
+    return np.sum([np.sin(2 * np.pi * (root * ratio * time + rng.uniform())) for ratio in (1, 1.25, 1.5)], axis=0) / 3
 
 
 def _noise(low: float, high: float) -> Synthesiser:
-    def make(rng: np.random.Generator, time: np.ndarray, rate: int) -> np.ndarray:
+    def make(rng: np.random.Generator, time: np.ndarray, rate: int) -> Any:
         band = butter(4, [low / (rate / 2), min(0.99, high / (rate / 2))], "bandpass", output="sos")
         return 3 * sosfilt(band, rng.standard_normal(len(time)))
 
@@ -40,7 +41,7 @@ def _noise(low: float, high: float) -> Synthesiser:
 
 
 def _sweep(start: float, stop: float) -> Synthesiser:
-    def make(rng: np.random.Generator, time: np.ndarray, rate: int) -> np.ndarray:
+    def make(rng: np.random.Generator, time: np.ndarray, rate: int) -> Any:
         period = rng.uniform(0.3, 0.6)
         return chirp(time % period, start, period, stop, "logarithmic", phi=rng.uniform(0, 360))
 
@@ -50,12 +51,12 @@ def _sweep(start: float, stop: float) -> Synthesiser:
 def _harmonics(random_phase: bool) -> Synthesiser:
     """A 100 to 140 Hz complex, its harmonics in phase (an impulse train) or at random phases."""
 
-    def make(rng: np.random.Generator, time: np.ndarray, rate: int) -> np.ndarray:
+    def make(rng: np.random.Generator, time: np.ndarray, rate: int) -> Any:
         pitch = rng.uniform(100, 140)
         count = int(0.4 * rate / pitch)
         phases = rng.uniform(0, 2 * np.pi, count) if random_phase else np.zeros(count)
-        wave = sum(np.cos(2 * np.pi * pitch * k * time + phases[k - 1]) for k in range(1, count + 1))
-        return np.asarray(wave) / np.sqrt(count)
+        partials = [np.cos(2 * np.pi * pitch * k * time + phases[k - 1]) for k in range(1, count + 1)]
+        return np.sum(partials, axis=0) / np.sqrt(count)
 
     return make
 
@@ -63,15 +64,15 @@ def _harmonics(random_phase: bool) -> Synthesiser:
 def _clicks(sign: int) -> Synthesiser:
     """Decaying clicks 20 to 30 times a second, of one polarity: the magnitude spectra are equal."""
 
-    def make(rng: np.random.Generator, time: np.ndarray, rate: int) -> np.ndarray:
+    def make(rng: np.random.Generator, time: np.ndarray, rate: int) -> Any:
         phase = (time * rng.uniform(20, 30) + rng.uniform()) % 1.0
-        return sign * 3 * np.exp(-phase * 25)
+        return np.asarray(sign * 3 * np.exp(-phase * 25))
 
     return make
 
 
 def _gated(low: float, high: float) -> Synthesiser:
-    def make(rng: np.random.Generator, time: np.ndarray, rate: int) -> np.ndarray:
+    def make(rng: np.random.Generator, time: np.ndarray, rate: int) -> Any:
         gate = (time * rng.uniform(low, high)) % 1.0 < 0.25
         return 1.5 * gate * rng.standard_normal(len(time))
 

@@ -18,7 +18,7 @@ import torch
 
 from pipeline import distributed
 from pipeline.config import Recipe
-from typing import Any as Loader
+from pipeline.data.loader import Loader
 from pipeline.distributed import World
 from pipeline.engine import checkpoint
 from pipeline.engine.records import Records
@@ -27,7 +27,7 @@ from pipeline.engine.setup import Batches, build_engine
 from pipeline.errors import UserError
 from pipeline.flow import Batch, Losses
 from pipeline.tasks import CachedContrast, FinetuneTask, Pooled, PretrainTask
-from typing import Any as Tracker
+from pipeline.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -263,7 +263,7 @@ def _average(engine: Any, job: Job, progress: Progress, average: dict[str, torch
 
 
 def _save(engine: Any, job: Job, progress: Progress, average: dict[str, torch.Tensor], world: World) -> None:
-    state = asdict(progress) | {"run_id": job.tracker.run_id, "identity": _identity(job)}
+    state = asdict(progress) | {"mlflow_run_id": job.tracker.run_id, "identity": _identity(job)}
     folder = checkpoint.save(engine, job.run_dir, state, average, world, job.recipe.checkpoint.keep)
     log.info("step %d: saved %s", progress.step, folder)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.distributed import World
 from pipeline.flow import Batch
-from typing import Any as Tracker
+from pipeline.tracking import Tracker
 
 log = logging.getLogger(__name__)
 

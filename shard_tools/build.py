@@ -107,7 +107,12 @@ def build(catalog: Catalog, out: Path, options: BuildOptions, workers: int, over
 
 
 def _finish(
-    catalog: Catalog, pending: list[str], plans: list[ShardPlan], out: Path, options: BuildOptions, earlier: Manifest | None
+    catalog: Catalog,
+    pending: list[str],
+    plans: list[ShardPlan],
+    out: Path,
+    options: BuildOptions,
+    earlier: Manifest | None,
 ) -> Summary:
     """Index, failures and, last, the manifest; then the records are no longer needed."""
     audio = options.audio
@@ -145,7 +150,12 @@ def _finish(
 
 
 def _index(
-    catalog: Catalog, pending: list[str], plans: list[ShardPlan], out: Path, content: dict[str, Any], earlier: Manifest | None
+    catalog: Catalog,
+    pending: list[str],
+    plans: list[ShardPlan],
+    out: Path,
+    content: dict[str, Any],
+    earlier: Manifest | None,
 ) -> tuple[Counter[str], int]:
     """Writes index.parquet and failures.jsonl from the records, and fills in the manifest's totals."""
     reasons: Counter[str] = Counter()
@@ -259,8 +269,8 @@ def _compare(out: Path, split: str, old: dict[str, Any], new: dict[str, Any]) ->
     for name, value in new.items():
         if old.get(name) != value:
             raise UserError(
-                f"{out}: split '{split}' was begun with {name} = {old.get(name)}, not {value}; repeat that command, use "
-                "another --out, or --overwrite"
+                f"{out}: split '{split}' was begun with {name} = {old.get(name)}, not {value}; repeat that command, "
+                "use another --out, or --overwrite"
             )
 
 

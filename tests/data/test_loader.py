@@ -1,0 +1,164 @@
+"""Batches: the same clips and bytes for any ranks, threads and restarts; bad clips replaced and counted."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import AugmentConfig, DataConfig
+from pipeline.data.fbank import fbank
+from pipeline.data.loader import Needs, Place, build_loader
+from pipeline.data.manifest import load_index
+from pipeline.errors import UserError
+
+BATCH = 12
+BOTH = Needs(waveform=True, fbank=True)
+CPU = torch.device("cpu")
+
+
+def loader(shards, rank=0, ranks=1, part="train", augment=None, needs=BOTH, **data):
+    config = DataConfig(shards=str(shards), streams=6, window=5, **data)
+    place = Place(rank, ranks, CPU)
+    return build_loader(config, augment, part=part, needs=needs, batch_size=BATCH, seed=1, place=place)
+
+
+def global_batches(shards, ranks, first, count, **options):
+    """Batches first .. first + count - 1, their rows brought into global order."""
+    parts = []
+    for rank in range(ranks):
+        with loader(shards, rank, ranks, **options) as own:
+            batches = own.train_batches(first)
+            parts.append([next(batches) for _ in range(count)])
+    whole = []
+    for pieces in zip(*parts, strict=True):
+        order = torch.cat([piece.position for piece in pieces]).argsort()
+        whole.append(
+            {name: torch.cat([getattr(piece, name) for piece in pieces])[order]
+             for name in ("position", "row", "waveform", "fbank", "targets")}
+        )  # fmt: skip
+    return whole
+
+
+AUGMENT = AugmentConfig(mixup=0.5, freq_mask=24, time_mask=16, noise=0.1, roll=0.05)
+
+
+@pytest.mark.parametrize("augment", [None, AUGMENT])
+@pytest.mark.parametrize("sampler", ["shuffle", "balanced"])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 1), (4, 2), (3, 0)])
+def test_ranks_threads_and_restarts_change_no_byte(shards, ranks, workers, sampler, augment):
+    expected = global_batches(shards, 1, 0, 12, workers=0, sampler=sampler, augment=augment)
+    first = 5
+    found = global_batches(shards, ranks, first, 7, workers=workers, sampler=sampler, augment=augment)
+    for batch, reference in zip(found, expected[first:], strict=True):
+        for name, tensor in reference.items():
+            assert torch.equal(batch[name], tensor), name
+
+
+def test_values_are_those_of_the_shards(shards):
+    with loader(shards) as own:
+        batch = next(own.train_batches(0))
+        spec = own._spec
+        raw = fbank(batch.waveform) if batch.waveform is not None else None
+    assert raw is not None
+    padded = torch.nn.functional.pad(raw, (0, 0, 0, spec.frames - raw.shape[1]))
+    expected = (padded - spec.mean) / (2 * spec.std)
+    assert (batch.fbank - expected).abs().max() < 4e-3 / spec.std
+    assert batch.waveform.abs().max() < 1
+    index = load_index(shards, columns=["labels"])
+    for row, target in zip(batch.row.tolist(), batch.targets, strict=True):
+        assert target.nonzero()[:, 0].tolist() == index["labels"][row].as_py()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_evaluation_sees_each_clip_once(shards, ranks):
+    rows, counts = [], set()
+    for rank in range(ranks):
+        with loader(shards, rank, ranks, part="eval") as own:
+            batches = list(own.eval_batches())
+            total = own.clips
+        counts.add(len(batches))
+        rows += [row for batch in batches for row in batch.row[batch.valid].tolist()]
+    assert len(counts) == 1  # equally many batches: no rank waits for ever in a collective
+    assert len(rows) == len(set(rows)) == total
+
+
+def test_a_held_out_fold_is_never_trained_on(shards):
+    with loader(shards, fold=2) as train, loader(shards, part="eval", fold=2) as held:
+        seen = {row for _, batch in zip(range(20), train.train_batches(0), strict=False) for row in batch.row.tolist()}
+        kept = {row for batch in held.eval_batches() for row in batch.row.tolist()}
+    folds = load_index(shards, columns=["fold"])["fold"].to_numpy()
+    assert set(folds[list(seen)].tolist()) == {1, 3, 5}  # fold 4 of so few clips is all in the eval split
+    assert set(folds[list(kept)].tolist()) == {2}
+
+
+@pytest.fixture
+def damaged(shards, tmp_path):
+    """A copy in which one clip's waveform has a flipped bit and the last shard is cut in half."""
+    copy = tmp_path / "damaged"
+    shutil.copytree(shards, copy, ignore=shutil.ignore_patterns("source"))
+    rows = load_index(copy).to_pylist()
+    victim = next(row for row in rows if row["split"] == "train")
+    with (copy / victim["shard"]).open("r+b") as file:
+        file.seek(victim["waveform_offset"] + 500)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    last = sorted(copy.glob("train-*.tar"))[-1]
+    with last.open("r+b") as file:
+        file.truncate(last.stat().st_size // 2)
+    return copy, victim["key"]
+
+
+def test_bad_clips_are_replaced_alike_on_any_rank_and_counted(damaged):
+    copy, key = damaged
+    one = global_batches(copy, 1, 0, 6)
+    two = global_batches(copy, 2, 0, 6)
+    assert all(torch.equal(a["row"], b["row"]) for a, b in zip(one, two, strict=True))
+    with loader(copy) as own:
+        for _, batch in zip(range(6), own.train_batches(0), strict=False):
+            assert len(batch) == BATCH
+        assert "its hash differs" in own.bad[key]
+        assert any("the tar is cut" in problem for problem in own.bad.values())
+
+
+def test_raise_names_clip_and_shard(damaged):
+    copy, _ = damaged
+    with loader(copy, on_error="raise") as own, pytest.raises(UserError, match=r"train-0000\d\d.tar: clip"):
+        for _ in zip(range(6), own.train_batches(0), strict=False):
+            pass
+
+
+def test_too_many_bad_clips_end_the_run(damaged):
+    copy, _ = damaged
+    with loader(copy, max_bad=1) as own, pytest.raises(UserError, match=r"data.max_bad = 1"):
+        for _ in zip(range(6), own.train_batches(0), strict=False):
+            pass
+
+
+def test_mixup_mixes_waveforms_and_labels(shards):
+    plain = global_batches(shards, 1, 0, 4)
+    mixed = global_batches(shards, 1, 0, 4, augment=AugmentConfig(mixup=0.5))
+    changed = [
+        not torch.equal(a["waveform"][i], b["waveform"][i])
+        for a, b in zip(plain, mixed, strict=True)
+        for i in range(BATCH)
+    ]
+    assert 0.25 < np.mean(changed) < 0.75
+    soft = torch.cat([batch["targets"] for batch in mixed])
+    assert ((soft > 0) & (soft < 1)).any()
+
+
+def test_only_what_is_needed_is_read(shards):
+    with loader(shards, needs=Needs(waveform=False, fbank=True)) as own:
+        batch = next(own.train_batches(0))
+    assert batch.waveform is None
+    assert batch.fbank is not None
+
+
+@pytest.mark.parametrize(
+    ("data", "said"), [({"train_split": "nope"}, "nope"), ({"fold": 9}, "data.fold = 9"), ({"eval_split": "x"}, "'x'")]
+)
+def test_wrong_parts_are_named(shards, data, said):
+    with pytest.raises(UserError, match=said):
+        loader(shards, part="eval", **data)

@@ -1,0 +1,54 @@
+"""Metrics against definitions written out, and where classes have no positives."""
+
+import numpy as np
+import pytest
+
+from pipeline.engine.metrics import auc, average_precision, d_prime, evaluate_multilabel, evaluate_single
+
+
+def loop_average_precision(score, truth):
+    """Sum over distinct thresholds of (recall step) x precision."""
+    total, last = 0.0, 0.0
+    for threshold in sorted(set(score), reverse=True):
+        chosen = score >= threshold
+        recall, precision = (chosen & truth).sum() / truth.sum(), (chosen & truth).sum() / chosen.sum()
+        total, last = total + (recall - last) * precision, recall
+    return total
+
+
+def loop_auc(score, truth):
+    pairs = [(a > b) + 0.5 * (a == b) for a in score[truth] for b in score[~truth]]
+    return np.mean(pairs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_metrics_equal_their_definitions_with_ties(seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 6, (40, 4)).astype(np.float32)
+    targets = (rng.random((40, 4)) < 0.3).astype(np.float32)
+    targets[0], targets[1] = 1, 0
+    for c in range(4):
+        truth = targets[:, c] > 0
+        assert average_precision(scores, targets)[c] == pytest.approx(loop_average_precision(scores[:, c], truth))
+        assert auc(scores, targets)[c] == pytest.approx(loop_auc(scores[:, c], truth))
+
+
+def test_classes_without_positives_are_left_out():
+    scores = np.array([[0.9, 0.1], [0.1, 0.2]])
+    targets = np.array([[1, 0], [0, 0]])
+    assert np.isnan(average_precision(scores, targets)[1])
+    assert evaluate_multilabel(scores, targets)["mAP"] == 1.0
+
+
+def test_d_prime_of_the_literature():
+    assert d_prime(0.5) == 0
+    assert d_prime(0.959) == pytest.approx(2.46, abs=0.01)
+
+
+def test_accuracy_and_top5():
+    scores = np.eye(8)[:, ::-1].copy()
+    targets = np.eye(8)
+    assert evaluate_single(np.eye(8), targets)["accuracy"] == 1.0
+    assert evaluate_single(scores, targets)["accuracy"] == 0.0
+    constant = evaluate_single(np.zeros((8, 8)), targets)  # a collapsed model is not rewarded for ties
+    assert constant["accuracy"] == 0.0

@@ -1,0 +1,74 @@
+"""Batch arithmetic, ds.json against the recipe, and the learning rate."""
+
+import pytest
+import torch
+
+from pipeline.config import FinetuneRecipe, PretrainRecipe, load_recipe
+from pipeline.distributed import World
+from pipeline.engine.schedule import Plateau, learning_rate
+from pipeline.engine.setup import Batches, read_deepspeed_config, reconcile
+from pipeline.errors import UserError
+
+
+def world(ranks: int) -> World:
+    return World(0, ranks, torch.device("cpu"))
+
+
+def recipe(*words: str) -> PretrainRecipe:
+    return load_recipe(PretrainRecipe, [], list(words))
+
+
+@pytest.mark.parametrize(
+    ("ds", "words", "ranks", "expected"),
+    [
+        ({}, (), 2, Batches(180, 90, 1)),
+        ({}, ("train.micro_batch=15",), 4, Batches(180, 15, 3)),
+        ({"gradient_accumulation_steps": 3}, (), 4, Batches(180, 15, 3)),
+        ({"train_micro_batch_size_per_gpu": 10, "train_batch_size": "auto"}, (), 6, Batches(180, 10, 3)),
+        ({"train_batch_size": 180}, (), 1, Batches(180, 180, 1)),
+    ],
+)
+def test_batch_arithmetic(ds, words, ranks, expected):
+    resolved, batches = reconcile(ds, recipe(*words), world(ranks))
+    assert batches == expected
+    assert resolved["train_batch_size"] == ranks * expected.micro * expected.accumulation
+    assert resolved["gradient_clipping"] == 0.0  # DeepSpeed's own default would clip at 1
+
+
+@pytest.mark.parametrize(
+    ("ds", "words", "ranks", "said"),
+    [
+        ({}, (), 8, "180 does not divide by 8 ranks; use a batch of 176 or 184, or 6 or 9 ranks"),
+        ({"train_batch_size": 64}, (), 2, "train_batch_size = 64, but train.batch_size = 180"),
+        ({"gradient_clipping": 1.0}, (), 2, "gradient_clipping = 1.0, but optim.clip = 0.0"),
+        ({"zero_optimisation": {}}, (), 2, "unknown key 'zero_optimisation'"),
+        ({"optimizer": {"type": "Adam"}}, (), 2, "'optimizer'"),
+        ({"fp16": {"enabled": True}}, (), 2, "needs a GPU"),
+        ({}, ("train.micro_batch=7",), 2, "90 clips a rank, which is not micro-batch 7"),
+    ],
+)
+def test_contradictions_name_both_sides(ds, words, ranks, said):
+    with pytest.raises(UserError) as error:
+        reconcile(ds, recipe(*words), world(ranks))
+    assert said in str(error.value)
+
+
+def test_shipped_deepspeed_configs_are_accepted():
+    for name in ("ds.json", "zero0.json", "zero1.json", "zero2.json", "zero3.json"):
+        resolved, _ = reconcile(read_deepspeed_config(name), recipe(), world(2))
+        assert resolved["bf16"]["enabled"] is False  # "auto" on a CPU
+    with pytest.raises(UserError, match=r"nope\.json"):
+        read_deepspeed_config("nope.json")
+
+
+def test_learning_rates_of_the_paper():
+    optim = recipe().optim
+    plateau = Plateau()
+    assert learning_rate(optim, 499, 10**6, 0.0, plateau) == pytest.approx(2.5e-4)
+    assert learning_rate(optim, 5000, 10**6, 0.0, plateau) == 5e-4
+    for metric in (0.1, 0.2, 0.2, 0.2, 0.2):  # patience 2: the third in a row without improvement cuts
+        plateau.observe(metric, optim.patience)
+    assert learning_rate(optim, 5000, 10**6, 0.0, plateau) == 2.5e-4
+    balanced = load_recipe(FinetuneRecipe).optim
+    rates = [learning_rate(balanced, 0, 1, epoch, Plateau()) for epoch in (0, 9.9, 10, 15, 20)]
+    assert rates == pytest.approx([5e-5, 5e-5, 2.5e-5, 1.25e-5, 6.25e-6])

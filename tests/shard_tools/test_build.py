@@ -1,0 +1,175 @@
+"""Shards: format, bytes, restart, and a stock WebDataset reader."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import webdataset
+
+from pipeline.data.manifest import load_index, load_manifest
+from pipeline.errors import UserError
+from shard_tools import build as build_module
+from shard_tools.verify_shards import verify
+from tests.conftest import ROOT
+from tests.helpers import synth_shards
+
+
+def digests(out: Path) -> dict[str, str]:
+    files = sorted(path for path in out.glob("*.*") if path.is_file())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def command(*words: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "shard_tools/build_shards.py", *map(str, words)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_stock_webdataset_reads_the_shards(shards):
+    """No code of ours: default decoders, sample by sample."""
+    manifest = load_manifest(shards)
+    urls = [str(shards / shard.name) for shard in manifest.shards if shard.split == "train"]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    assert len(samples) == manifest.splits["train"].clips
+    for sample in samples:
+        assert "." not in sample["__key__"]
+        assert sample["waveform.npy"].dtype == np.int16
+        assert sample["waveform.npy"].shape == (manifest.audio.samples,)
+        assert sample["fbank.npy"].dtype == np.float16
+        assert sample["fbank.npy"].shape == (manifest.fbank.frames, 128)
+        wanted = {"labels", "source", "start", "end", "original_duration", "original_sample_rate"}
+        assert wanted <= sample["json"].keys()
+        assert sample["json"]["label_names"] == [manifest.labels[i].name for i in sample["json"]["labels"]]
+
+
+def test_bytes_do_not_depend_on_workers(shards, tmp_path):
+    synth_shards(tmp_path, workers=2)
+    assert digests(tmp_path) == digests(shards)
+
+
+def test_statistics_are_those_of_the_stored_fbanks(shards):
+    manifest = load_manifest(shards)
+    values = []
+    for row in load_index(shards, "train").to_pylist():
+        with (shards / row["shard"]).open("rb") as file:
+            file.seek(row["fbank_offset"])
+            values.append(np.load(file, allow_pickle=False).astype(np.float64))
+    assert manifest.splits["train"].fbank_mean == pytest.approx(np.mean(values), abs=1e-9)
+    assert manifest.splits["train"].fbank_std == pytest.approx(np.std(values), abs=1e-9)
+    assert manifest.single_label is False
+
+
+def test_an_interrupted_build_goes_on_to_the_same_bytes(shards, tmp_path, monkeypatch):
+    written = []
+    real = build_module.run
+
+    def dies(plans, workers):
+        for plan in real(plans, workers):
+            written.append(plan.name)
+            yield plan
+            if len(written) == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_module, "run", dies)
+    with pytest.raises(KeyboardInterrupt):
+        synth_shards(tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.tar")}
+    assert len(times) >= 3
+    monkeypatch.setattr(build_module, "run", real)
+    synth_shards(tmp_path)
+    assert digests(tmp_path) == digests(shards)
+    records = [name for name in written if (tmp_path / name).stat().st_mtime_ns == times[name]]
+    assert records == written  # finished shards were not touched
+
+
+def test_changed_options_are_refused_by_name(tmp_path):
+    synth_shards(tmp_path, clips=26)
+    with pytest.raises(UserError, match="clips_per_shard = 8, not 4"):
+        synth_shards(tmp_path, clips=26, per_shard=4)
+    with pytest.raises(UserError, match=r"--seconds 0\.5, not 0\.25"):
+        synth_shards(tmp_path, clips=26, seconds=0.25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["tar", "index.parquet", "manifest.json"])
+def test_verify_finds_one_flipped_bit(tmp_path, target):
+    synth_shards(tmp_path, clips=26)
+    assert verify(tmp_path, workers=1) == []
+    path = sorted(tmp_path.glob("*.tar"))[0] if target == "tar" else tmp_path / target
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    if target == "manifest.json":
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            verify(tmp_path, workers=1)
+    else:
+        problems = verify(tmp_path, workers=1)
+        assert problems
+        assert all(problem.startswith(path.name) for problem in problems)
+
+
+@pytest.mark.slow
+def test_a_second_split_joins_the_first(tmp_path):
+    """Two AudioSet csvs into one directory, with files named in all the ways they come in."""
+    audio = tmp_path / "audio" / "deep"
+    audio.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def write(name: str, seconds: float = 1.0, rate: int = 16000) -> None:
+        soundfile.write(audio / name, 0.1 * rng.standard_normal(round(seconds * rate)), rate)
+
+    write("--4gqARaEJE_0.000.wav")
+    write("-0BIyqJj9ZU_30000.flac")
+    write("Y-0RWZT-miFs.ogg", rate=44100)
+    write("abcdefghijk.wav", seconds=5.0)
+    header = "# comment\n# comment\n# YTID, start_seconds, end_seconds, positive_labels\n"
+    train = tmp_path / "balanced_train_segments.csv"
+    train.write_text(
+        header
+        + '--4gqARaEJE, 0.000, 10.000, "/m/068hy,/m/07q6cd_"\n-0BIyqJj9ZU, 30.000, 40.000, "/m/068hy"\n'
+        + 'zzzzzzzzzzz, 30.000, 40.000, "/m/068hy"\n'
+    )
+    test = tmp_path / "eval_segments.csv"
+    test.write_text(header + '-0RWZT-miFs, 420.0, 430.0, "/m/068hy"\nabcdefghijk, 2.0, 3.0, "/m/07q6cd_"\n')
+    labels = tmp_path / "class_labels_indices.csv"
+    labels.write_text('index,mid,display_name\n0,/m/068hy,"Domestic animals, pets"\n1,/m/07q6cd_,Squeak\n')
+    out = tmp_path / "out"
+    for csv in (train, test):
+        done = command("--dataset", "audioset", "--audio-root", tmp_path / "audio", "--segments", csv,
+                       "--class-labels", labels, "--seconds", 1, "--out", out, "--workers", 1)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    manifest = load_manifest(out)
+    assert {name: (s.clips, s.listed) for name, s in manifest.splits.items()} == {"train": (2, 3), "eval": (2, 2)}
+    assert [label.name for label in manifest.labels] == ["Domestic animals, pets", "Squeak"]
+    failures = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
+    assert [failure["id"] for failure in failures] == ["zzzzzzzzzzz_30000"]
+    assert set(load_index(out)["key"].to_pylist()) == {
+        "--4gqARaEJE_0", "-0BIyqJj9ZU_30000", "-0RWZT-miFs_420000", "abcdefghijk_2000"}  # fmt: skip
+    assert verify(out, workers=1) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--dataset", "esc50"], "--audio-root"),
+        (["--dataset", "folder", "--audio-root", "/no/such"], "/no/such"),
+        (["--dataset", "csv", "--table", "{bad}"], "no column 'labels'"),
+        (["--dataset", "csv", "--table", "{unknown}", "--class-labels", "{vocabulary}"], "'dragon'"),
+        (["--dataset", "synth", "--seconds", "0"], "--seconds 0.0"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(tmp_path, words, said):
+    (tmp_path / "bad.csv").write_text("path,label\na.wav,dog\n")
+    (tmp_path / "unknown.csv").write_text("path,labels\na.wav,dragon\n")
+    (tmp_path / "vocabulary.csv").write_text("index,mid,display_name\n0,/m/1,dog\n")
+    names = {name: tmp_path / f"{name}.csv" for name in ("bad", "unknown", "vocabulary")}
+    done = command(*(str(word).format(**names) for word in words), "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr

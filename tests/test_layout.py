@@ -1,0 +1,60 @@
+"""The house: imports point down, and the top level holds what it should."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+FLOORS = [
+    {"errors", "flow", "rng", "methods", "config", "distributed"},
+    {"data", "model", "objectives"},
+    {"tasks"},
+    {"engine", "tracking"},
+    {"launch", "jobs"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imported_rooms(path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("pipeline.")} & FLOOR.keys()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipeline").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    room = path.relative_to(ROOT / "pipeline").parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    for other in imported_rooms(path) - {room}:
+        same_floor_is_fine = FLOOR[room] in (0, 3, 4)
+        assert FLOOR[other] < FLOOR[room] or (same_floor_is_fine and FLOOR[other] == FLOOR[room]), f"{room} -> {other}"
+
+
+def test_shard_tools_need_no_deepspeed():
+    code = "import sys, shard_tools.build_shards; assert 'deepspeed' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_only_distributed_calls_a_collective():
+    callers = {
+        path.name
+        for path in (ROOT / "pipeline").rglob("*.py")
+        if "torch.distributed" in path.read_text(encoding="utf-8")
+    }
+    assert callers == {"distributed.py"}
+
+
+def test_top_level_holds_what_it_should():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = {line.split("/")[0] for line in tracked.splitlines()}
+    allowed = {"README.md", "requirements.txt", "pipeline", "shard_tools", "launchers", "configs", "docker", "tests",
+               "pyproject.toml", "Makefile", "LICENSE"}  # fmt: skip
+    assert {name for name in top if not name.startswith(".")} <= allowed

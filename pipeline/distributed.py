@@ -65,6 +65,8 @@ def session(timeout: float, seed: int) -> Iterator[World]:
         device = torch.device("cuda", local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one host share its cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

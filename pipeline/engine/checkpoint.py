@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file, save_file
 
 from pipeline import distributed
@@ -34,6 +33,8 @@ def full_weights(engine: Any, keep: bool) -> dict[str, torch.Tensor]:
         engine: DeepSpeed engine.
         keep: Return them (rank 0); other ranks take part and return nothing.
     """
+    from deepspeed.utils import safe_get_full_fp32_param  # slow to import, and only trainers need it
+
     weights = {}
     for name, parameter in engine.module.named_parameters():
         full = safe_get_full_fp32_param(parameter)  # None: not partitioned, the parameter is whole

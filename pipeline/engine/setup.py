@@ -4,11 +4,11 @@ In: a task, a recipe and the content of `--deepspeed_config`. Out: the engine an
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from torch import nn
 
@@ -155,10 +155,13 @@ def build_engine(task: nn.Module, recipe: Recipe, ds: dict[str, Any]) -> Any:
 
     A config "Adam" would mean AdamW and compile a fused kernel; SSAST's recipe is Adam with L2.
     """
+    import deepspeed  # takes seconds and prints: not for --help, evaluate.py or predict.py
+
     kind = torch.optim.Adam if recipe.optim.name == "adam" else torch.optim.AdamW
     optimizer = kind(
         task.parameters(), lr=recipe.optim.lr, betas=recipe.optim.betas, weight_decay=recipe.optim.weight_decay
     )
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed.initialize(model=task, optimizer=optimizer, config=ds)[0]
 
 

@@ -1,0 +1,156 @@
+"""The launchers as a user runs them: 2 ranks, real shards, resume, results, errors."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from pipeline.engine.checkpoint import complete_checkpoints
+from tests.conftest import ROOT
+
+MICRO = ["model.size=micro", "train.batch_size=8", "log.every=1", "optim.warmup=2", "data.workers=1"]
+
+
+def lines(run_dir) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def python(script: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, script, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def pretrained(deepspeed_run, shards, tmp_path_factory):
+    """Six steps in one go."""
+    run_dir = tmp_path_factory.mktemp("runs") / "pretrain"
+    deepspeed_run(2, "launchers/pretrain.py", "--deepspeed_config", "ds.json", f"data.shards={shards}",
+                  f"run.dir={run_dir}", "train.steps=6", "train.micro_batch=2", *MICRO)  # fmt: skip
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def finetuned(deepspeed_run, shards, pretrained):
+    run_dir = pretrained.parent / "finetune"
+    deepspeed_run(2, "launchers/finetune.py", "--deepspeed_config", "zero3.json", f"data.shards={shards}",
+                  f"run.dir={run_dir}", f"model.init={pretrained}", "train.epochs=2", "checkpoint.average=[1,2]",
+                  *MICRO)  # fmt: skip
+    return run_dir
+
+
+@pytest.mark.slow
+def test_a_run_directory_holds_what_it_should(pretrained):
+    config = yaml.safe_load((pretrained / "config.yaml").read_text())
+    assert config["pretrain"]["method"] == "pswacl"
+    assert json.loads((pretrained / "ds.json").read_text())["gradient_accumulation_steps"] == 2
+    assert len(complete_checkpoints(pretrained)) == 1
+    trained = [line for line in lines(pretrained) if "loss" in line]
+    assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
+    wanted = {"loss", "spec_nce", "spec_mse", "spec_accuracy", "contrast", "lr", "clips_per_second",
+              "data_wait_fraction", "grad_norm"}  # fmt: skip
+    for line in trained:
+        assert wanted <= line.keys()
+        assert all(math.isfinite(line[name]) for name in wanted)
+        assert line["grad_norm"] > 0
+        total = line["spec_nce"] + 10 * line["spec_mse"] + 0.01 * line["contrast"]
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_resuming_gives_the_losses_of_an_unbroken_run(deepspeed_run, shards, pretrained, tmp_path):
+    """Steps 1 to 4, then the same command for 6: bit for bit the losses of six in one go."""
+    common = ["--deepspeed_config", "ds.json", f"data.shards={shards}", f"run.dir={tmp_path}", "train.micro_batch=2"]
+    deepspeed_run(2, "launchers/pretrain.py", *common, "train.steps=4", *MICRO)
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # a lost attempt's lines, the last one cut by the kill
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    deepspeed_run(2, "launchers/pretrain.py", *common, "train.steps=6", *MICRO)
+    losses = [{k: v for k, v in line.items() if k in ("step", "loss", "contrast", "grad_norm")}
+              for line in lines(tmp_path) if "loss" in line]  # fmt: skip
+    expected = [{k: v for k, v in line.items() if k in ("step", "loss", "contrast", "grad_norm")}
+                for line in lines(pretrained) if "loss" in line]  # fmt: skip
+    assert losses == expected
+    refused = deepspeed_run(2, "launchers/pretrain.py", *common, *MICRO, "model.size=tiny", check=False)
+    assert refused.returncode == 2
+    assert "model.size = micro, not tiny" in refused.stderr
+
+
+@pytest.mark.slow
+def test_finetuning_writes_results_that_evaluate_reproduces(finetuned, shards, tmp_path):
+    results = json.loads((finetuned / "results.json").read_text())
+    assert results["metric"] == "mAP"
+    assert results["weights"] == "average"
+    assert len(results["per_class"]) == 13
+    assert results["metrics"].keys() == {"mAP", "mAUC", "d_prime"}
+    out = tmp_path / "again.json"
+    done = python("launchers/evaluate.py", "--checkpoint", finetuned, "--shards", shards, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())["value"] == pytest.approx(results["value"], abs=1e-6)
+    other = python("launchers/evaluate.py", "--checkpoint", finetuned, "--shards", shards, "--split", "nope")
+    assert other.returncode == 2
+    assert "'nope'" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+@pytest.mark.slow
+def test_predict_labels_files_and_names_those_it_cannot_read(finetuned, shards, tmp_path):
+    audio = sorted((shards / "source" / "audio").glob("*.flac"))[:2]
+    (tmp_path / "text.wav").write_text("no audio")
+    done = python("launchers/predict.py", "--checkpoint", finetuned, audio[0], tmp_path / "text.wav", audio[1],
+                  "--top", 3, "--json")  # fmt: skip
+    assert done.returncode == 1
+    assert "text.wav: undecodable" in done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["path"] for row in found] == [str(path) for path in audio]
+    for row in found:
+        scores = [label["score"] for label in row["labels"]]
+        assert len(scores) == 3
+        assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.slow
+def test_mlflow_holds_both_runs_linked(pretrained, finetuned):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{pretrained.parent}/mlflow.db")
+    experiment = client.get_experiment_by_name("craft")
+    runs = {run.data.tags["kind"]: run for run in client.search_runs([experiment.experiment_id])}
+    assert runs.keys() == {"pretrain", "finetune"}
+    assert runs["pretrain"].info.run_name == "8-PSWaCL"
+    assert runs["finetune"].info.run_name == "8-PSWaCL-SWaB"
+    assert runs["finetune"].data.tags["pretrain_run_id"] == runs["pretrain"].info.run_id
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    history = client.get_metric_history(runs["pretrain"].info.run_id, "loss")
+    trained = [line for line in lines(pretrained) if "loss" in line]
+    assert [(metric.step, metric.value) for metric in history] == [(line["step"], line["loss"]) for line in trained]
+    assert runs["finetune"].data.metrics["final_mAP"] == json.loads((finetuned / "results.json").read_text())["value"]
+    artifacts = {file.path for file in client.list_artifacts(runs["finetune"].info.run_id)}
+    assert {"config.yaml", "ds.json", "data.json", "results.json"} <= artifacts
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_divide_is_one_clear_line(deepspeed_run, shards):
+    done = deepspeed_run(2, "launchers/pretrain.py", f"data.shards={shards}", "train.batch_size=7", check=False)
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert said == ["error: train.batch_size = 7 does not divide by 2 ranks; use a batch of 6 or 8, or 1 or 7 ranks"]
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_print_config_and_help(script):
+    printed = python(f"launchers/{script}.py", "--print-config", "train.steps=3")
+    assert yaml.safe_load(printed.stdout)["train"]["steps"] == 3
+    helped = python(f"launchers/{script}.py", "--help")
+    assert helped.returncode == 0
+    assert "train.batch_size = " in helped.stdout
+
+
+def test_missing_shards_and_unknown_keys_are_one_line():
+    cases = ((["train.stesp=1"], "train.steps"), ([], "data.shards"), (["data.shards=/no/such"], "/no/such"))
+    for words, said in cases:
+        done = python("launchers/pretrain.py", *words)
+        assert done.returncode == 2
+        assert said in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr

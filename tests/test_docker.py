@@ -1,0 +1,30 @@
+"""Images: what can be checked without an engine. `docker compose config` is run where the client has it."""
+
+import shutil
+import subprocess
+
+import yaml
+
+from tests.conftest import ROOT
+
+
+def test_compose_is_accepted_and_bound_to_localhost():
+    file = ROOT / "docker" / "compose.yaml"
+    content = yaml.safe_load(file.read_text())
+    assert {"trainer", "mlflow", "postgres", "store"} <= content["services"].keys()
+    for service in content["services"].values():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    clients = (["docker", "compose"], ["docker-compose"])
+    for client in clients:
+        if not shutil.which(client[0]):
+            continue
+        if subprocess.run([*client, "version"], capture_output=True, check=False).returncode == 0:
+            subprocess.run([*client, "-f", str(file), "config", "-q"], check=True, cwd=ROOT)
+
+
+def test_the_image_runs_as_a_user_and_installs_our_requirements():
+    lines = (ROOT / "docker" / "Dockerfile").read_text().splitlines()
+    users = [line.split()[1] for line in lines if line.startswith("USER ")]
+    assert users
+    assert users[-1] != "root"
+    assert any("requirements.txt" in line for line in lines)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 40.0  # longer than rank 0 may take to close its tracking; its exit ends the wait
 
 
 class UserError(Exception):

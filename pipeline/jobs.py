@@ -14,15 +14,17 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from pipeline import distributed
 from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe, flatten
 from pipeline.data.loader import Loader, Needs, Place, build_loader
+from pipeline.data.manifest import load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine import checkpoint
 from pipeline.engine.evaluation import evaluate_task, metric_name, results, write_results
 from pipeline.engine.inference import mean_losses, score
 from pipeline.engine.loop import Job
-from pipeline.engine.setup import reconcile
+from pipeline.engine.setup import Batches, reconcile
 from pipeline.errors import UserError
 from pipeline.launch import Launch, open_run
 from pipeline.methods import FINETUNE, PRETRAIN
@@ -44,7 +46,8 @@ def pretrain_job(launch: Launch[PretrainRecipe], world: World) -> Iterator[Job]:
     method = PRETRAIN[recipe.pretrain.method]
     name = recipe.run.name or f"{recipe.train.batch_size}-{method.label}"
     ds, batches = reconcile(launch.ds, recipe, world)
-    run_dir = open_run(recipe, ds, f"runs/pretrain-{name}", world)
+    run_dir = Path(recipe.run.dir or f"runs/pretrain-{name}")
+    identity = _open(recipe, ds, batches, method.label, run_dir, world)
     needs = Needs(waveform=method.wav, fbank=method.spec)
     with _loaders(recipe, needs, world) as (train_loader, eval_loader):
         spec = _remember(train_loader, recipe, run_dir, world)
@@ -60,9 +63,8 @@ def pretrain_job(launch: Launch[PretrainRecipe], world: World) -> Iterator[Job]:
             return {f"eval_{key}": value for key, value in losses.items()}
 
         with _tracked(recipe, run_dir, name, "pretrain", world, spec) as tracker:
-            yield Job(
-                recipe, ds, batches, task, train_loader, evaluate if eval_loader else None, metric, run_dir, tracker
-            )
+            held_out = evaluate if eval_loader else None
+            yield Job(recipe, ds, batches, task, train_loader, held_out, metric, run_dir, tracker, identity)
 
 
 @contextmanager
@@ -76,7 +78,8 @@ def finetune_job(launch: Launch[FinetuneRecipe], world: World) -> Iterator[Job]:
     method = FINETUNE[recipe.finetune.method]
     name = recipe.run.name or f"{_pretraining_name(recipe)}-{method.label}"
     ds, batches = reconcile(launch.ds, recipe, world)
-    run_dir = open_run(recipe, ds, f"runs/finetune-{name}", world)
+    run_dir = Path(recipe.run.dir or f"runs/finetune-{name}")
+    identity = _open(recipe, ds, batches, method.label, run_dir, world)
     needs = Needs(waveform=method.wav, fbank=method.spec)
     with _loaders(recipe, needs, world) as (train_loader, eval_loader):
         spec = _remember(train_loader, recipe, run_dir, world)
@@ -85,7 +88,7 @@ def finetune_job(launch: Launch[FinetuneRecipe], world: World) -> Iterator[Job]:
         evaluate = partial(evaluate_task, loader=eval_loader, single_label=spec.single_label) if eval_loader else None
         metric = f"eval_{metric_name(spec.single_label)}"
         with _tracked(recipe, run_dir, name, "finetune", world, spec) as tracker:
-            yield Job(recipe, ds, batches, task, train_loader, evaluate, metric, run_dir, tracker)
+            yield Job(recipe, ds, batches, task, train_loader, evaluate, metric, run_dir, tracker, identity)
 
 
 def finish_finetuning(job: Job, world: World) -> None:
@@ -185,6 +188,23 @@ def _loaders(recipe: Recipe, needs: Needs, world: World) -> Iterator[tuple[Loade
             limit=recipe.eval.clips,
         ) as eval_loader:
             yield train_loader, eval_loader
+
+
+def _open(
+    recipe: Recipe, ds: dict[str, Any], batches: Batches, method: str, run_dir: Path, world: World
+) -> dict[str, Any]:
+    """Opens the run directory, unless another run lives there; returns the run's identity."""
+    identity = {
+        "data.shards digest": load_manifest(recipe.data.shards).digest,
+        "train.batch_size": batches.total,
+        "model.size": recipe.model.size,
+        "run.seed": recipe.run.seed,
+        "method": method,
+    }
+    checkpoint.refuse_other_run(run_dir, identity, recipe.run.resume)
+    distributed.barrier()  # every rank has read the directory before rank 0 writes to it
+    open_run(recipe, ds, run_dir, world)
+    return identity
 
 
 def _normalisation(loader: Loader, recipe: Recipe) -> dict[str, float]:

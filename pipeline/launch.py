@@ -65,12 +65,11 @@ def parse(kind: type[RecipeT], description: str | None, argv: list[str] | None =
     return Launch(recipe, read_deepspeed_config(args.deepspeed_config))
 
 
-def open_run(recipe: RecipeT, ds: dict[str, Any], default_dir: str, world: World) -> Path:
+def open_run(recipe: RecipeT, ds: dict[str, Any], run_dir: Path, world: World) -> None:
     """Makes the run directory, writes the resolved configuration, and starts the logs.
 
     Logs: rank 0 to stderr, every rank to `logs/rank-N.log`.
     """
-    run_dir = Path(recipe.run.dir or default_dir)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     form = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
     handlers: list[logging.Handler] = [logging.FileHandler(run_dir / "logs" / f"rank-{world.rank}.log")]
@@ -85,4 +84,3 @@ def open_run(recipe: RecipeT, ds: dict[str, Any], default_dir: str, world: World
     if world.is_main:
         (run_dir / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         (run_dir / "ds.json").write_text(json.dumps(ds, indent=1), encoding="utf-8")
-    return run_dir

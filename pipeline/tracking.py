@@ -141,17 +141,23 @@ class Spool:
             self.identity.write_text(json.dumps(identity), encoding="utf-8")
         run_id = identity["run_id"]
         batch: dict[str, list[Any]] = {"metrics": [], "params": [], "tags": []}
+        params: dict[str, str] = {}
         for line in lines:
             if line["kind"] == "metrics":
                 batch["metrics"] += [
                     Metric(name, value, line["time"], line["step"]) for name, value in line["values"].items()
                 ]
             elif line["kind"] == "params":
-                batch["params"] += [Param(name, str(value)[:6000]) for name, value in line["values"].items()]
+                params |= {name: str(value)[:6000] for name, value in line["values"].items()}
             elif line["kind"] == "tags":
                 batch["tags"] += [RunTag(name, str(value)) for name, value in line["values"].items()]
             elif line["kind"] == "artifact" and Path(line["path"]).exists():
                 client.log_artifact(run_id, line["path"])
+        # MLflow's parameters cannot change; a resumed job may, in train.steps for instance: a tag says so.
+        known = client.get_run(run_id).data.params if params else {}
+        batch["params"] = [Param(name, value) for name, value in params.items() if name not in known]
+        batch["tags"] += [RunTag(f"changed.{name}", params[name]) for name in known.keys() & params.keys()
+                          if known[name] != params[name]]  # fmt: skip
         while any(batch.values()):  # within the server's limits on one request
             taken = {kind: [items.pop(0) for _ in items[:100]] for kind, items in batch.items()}
             client.log_batch(run_id, metrics=taken["metrics"], params=taken["params"], tags=taken["tags"])

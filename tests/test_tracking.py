@@ -68,7 +68,7 @@ def test_a_resumed_job_goes_on_in_its_run(tmp_path, monkeypatch):
     (run_dir / "config.yaml").write_text("a: 1\n")
     for first in (1, 4):
         tracker = open_tracker(LogConfig(), run_dir, name="8-PSWaCL", rank=0, kind="pretrain", parent=None)
-        tracker.params({"train.steps": 6, "data.shards": "x" * 7000})
+        tracker.params({"train.steps": first + 2, "data.shards": "x" * 7000})
         tracker.artifact(run_dir / "config.yaml")
         for step in range(first, first + 3):
             tracker.metrics({"loss": step / 2, "broken": float("nan")}, step)
@@ -76,6 +76,9 @@ def test_a_resumed_job_goes_on_in_its_run(tmp_path, monkeypatch):
         assert tracker.run_id
     status, values = history(f"sqlite:///{tmp_path}/mlflow.db")
     assert status == "FINISHED"
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    data = client.get_run(tracker.run_id).data
+    assert (data.params["train.steps"], data.tags["changed.train.steps"]) == ("3", "6")
     assert values == [(step, step / 2) for step in range(1, 7)]
 
 

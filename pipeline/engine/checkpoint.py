@@ -94,6 +94,25 @@ def read_state(run_dir: Path) -> dict[str, Any] | None:
     return state
 
 
+def refuse_other_run(run_dir: Path, identity: dict[str, Any], resume: str) -> None:
+    """Checks, before anything is written, that a checkpoint in `run_dir` is of this very run.
+
+    Raises:
+        UserError: it is another run's, or `run.resume` is "never".
+    """
+    state = read_state(run_dir)
+    if state is None:
+        return
+    if resume == "never":
+        raise UserError(f"run.resume = never, but {run_dir} holds a checkpoint; give another run.dir")
+    for key, value in identity.items():
+        if state["identity"][key] != value:
+            raise UserError(
+                f"{run_dir} holds a run with {key} = {state['identity'][key]}, not {value}; go on with that, or give "
+                "another run.dir"
+            )
+
+
 def restore(engine: Any, run_dir: Path, state: dict[str, Any], world: World) -> None:
     """Loads weights and optimiser of the checkpoint that `state` was read from; a collective.
 

@@ -48,6 +48,7 @@ class Job:
         metric: The metric that must grow: the plateau rule watches it.
         run_dir: Where the run lives.
         tracker: MLflow.
+        identity: What the run may not change on the way, by name: it would be another run.
     """
 
     recipe: Recipe
@@ -59,6 +60,7 @@ class Job:
     metric: str
     run_dir: Path
     tracker: Tracker
+    identity: dict[str, Any]
 
     @property
     def total_steps(self) -> int:
@@ -104,7 +106,7 @@ def train(job: Job, world: World) -> None:
     """Runs the job from its newest checkpoint to its last step.
 
     Raises:
-        UserError: the run directory holds another run, or too many steps in a row were not finite.
+        UserError: the checkpoint is another world size's, or too many steps in a row were not finite.
     """
     engine = build_engine(job.task, job.recipe, job.ds)
     progress, average = _resume(engine, job, world)
@@ -263,7 +265,7 @@ def _average(engine: Any, job: Job, progress: Progress, average: dict[str, torch
 
 
 def _save(engine: Any, job: Job, progress: Progress, average: dict[str, torch.Tensor], world: World) -> None:
-    state = asdict(progress) | {"mlflow_run_id": job.tracker.run_id, "identity": _identity(job)}
+    state = asdict(progress) | {"mlflow_run_id": job.tracker.run_id, "identity": job.identity}
     folder = checkpoint.save(engine, job.run_dir, state, average, world, job.recipe.checkpoint.keep)
     log.info("step %d: saved %s", progress.step, folder)
 
@@ -272,14 +274,6 @@ def _resume(engine: Any, job: Job, world: World) -> tuple[Progress, dict[str, to
     state = distributed.broadcast(checkpoint.read_state(job.run_dir) if world.is_main else None)
     if state is None:
         return Progress(), {}
-    if job.recipe.run.resume == "never":
-        raise UserError(f"run.resume = never, but {job.run_dir} holds a checkpoint; give another run.dir")
-    for key, value in _identity(job).items():
-        if state["identity"][key] != value:
-            raise UserError(
-                f"{job.run_dir} holds a run with {key} = {state['identity'][key]}, not {value}; go on with that, or "
-                "give another run.dir"
-            )
     checkpoint.restore(engine, job.run_dir, state, world)
     plateau = Plateau(**state["plateau"])
     progress = Progress(
@@ -287,17 +281,6 @@ def _resume(engine: Any, job: Job, world: World) -> tuple[Progress, dict[str, to
     )
     average = checkpoint.read_average(job.run_dir) if world.is_main else {}
     return progress, average
-
-
-def _identity(job: Job) -> dict[str, Any]:
-    """What a run may not change on the way: it would be another run."""
-    return {
-        "data.shards digest": job.loader.manifest.digest,
-        "train.batch_size": job.batches.total,
-        "model.size": job.recipe.model.size,
-        "run.seed": job.recipe.run.seed,
-        "method": job.task.method.label,
-    }
 
 
 def _until(batches: Iterator[Batch], count: int) -> Iterator[Batch]:

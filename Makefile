@@ -9,6 +9,8 @@ DATA ?= synth
 ESC50 ?=
 RANKS ?= 2
 DEMO_DIR ?= demo_run
+# DeepSpeed's compiled kernel stays with the environment: two environments sharing a cache compile in turns.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 RUN := deepspeed --num_gpus $(RANKS)
@@ -18,6 +20,7 @@ SHARDS := $(DEMO_DIR)/$(DATA)/shards
 ifeq ($(DATA),esc50)
 BUILD := --dataset esc50 --audio-root "$(ESC50)" --seconds 5 --clips-per-shard 128
 HELD_OUT := data.fold=5
+FINETUNE_WORDS := train.epochs=3 eval.every_epochs=1
 CHANCE := 1/50 = 0.02
 else
 BUILD := --dataset synth --seconds 1 --limit 1000 --clips-per-shard 64
@@ -50,7 +53,7 @@ demo: install  ## Audio -> shards -> pretraining -> finetuning -> metric, in und
 	  data.shards=$(SHARDS) $(HELD_OUT) run.dir=$(PRETRAIN)
 	@echo "== 4/5 finetuning: SWaB"
 	$(RUN) launchers/finetune.py --deepspeed_config ds.json --config configs/finetune/demo.yaml \
-	  data.shards=$(SHARDS) $(HELD_OUT) model.init=$(PRETRAIN) run.dir=$(FINETUNE)
+	  data.shards=$(SHARDS) $(HELD_OUT) model.init=$(PRETRAIN) run.dir=$(FINETUNE) $(FINETUNE_WORDS)
 	@echo "== 5/5 evaluation"
 	python launchers/evaluate.py --checkpoint $(FINETUNE) --shards $(SHARDS) --out $(FINETUNE)/results.json
 	@echo

@@ -60,8 +60,6 @@ class DataConfig(Section):
     prefetch: int = Field(4, ge=1, description="batches in flight per rank")
     on_error: Literal["skip", "raise"] = Field("skip", description="a corrupt sample is replaced, or ends the run")
     max_bad: int = Field(1000, ge=0, description="corrupt samples of one epoch that end the run")
-    cache: str = Field("", description="node-local directory for remote shards; empty: below the temp directory")
-    cache_gb: float = Field(200.0, gt=0, description="size bound of that directory")
 
 
 class AugmentConfig(Section):
@@ -73,7 +71,6 @@ class AugmentConfig(Section):
     time_mask: int = Field(0, ge=0, description="SpecAugment: longest masked span, in frames")
     noise: float = Field(0.0, ge=0, description="white noise, at most this share of the clip's peak")
     roll: float = Field(0.0, ge=0, description="circular time shift, at most this many seconds either way")
-    mask_waveform: bool = Field(False, description="apply SpecAugment's time and channel masks to the MSAE map too")
 
 
 class ModelConfig(Section):

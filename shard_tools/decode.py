@@ -153,7 +153,7 @@ def _duration(binary: str, source: str, first_reason: str) -> float:
     _, errors = _run([binary, "-nostdin", "-hide_banner", "-i", source])
     if "Audio:" not in errors:
         lines = errors.strip().splitlines()
-        raise DecodeError(f"undecodable: {lines[-1].removeprefix('[in#0 @') if lines else first_reason}")
+        raise DecodeError(f"undecodable: {lines[-1] if lines else first_reason}")
     found = re.search(r"Duration: (\d+):(\d+):(\d+\.\d+)", errors)
     if found is None:
         return 0.0

@@ -12,6 +12,8 @@ from pipeline.data.fbank import padded_frames
 from pipeline.data.manifest import Label, Manifest
 from pipeline.errors import UserError
 
+SAMPLE_RATE = 16000  # MSAE pools 160 samples, the 10 ms hop of the fbank, to a frame
+
 
 class DataSpec(BaseModel):
     """Audio format, normalisation and label vocabulary.
@@ -45,8 +47,13 @@ class DataSpec(BaseModel):
         """From the manifest, where the settings do not say otherwise.
 
         Raises:
-            UserError: the training split is not in the shards.
+            UserError: the training split is not in the shards, or their sample rate is not the model's.
         """
+        if manifest.audio.sample_rate != SAMPLE_RATE:
+            raise UserError(
+                f"{data.shards}: sample rate {manifest.audio.sample_rate} Hz, the model reads {SAMPLE_RATE}; rebuild "
+                f"the shards with --sample-rate {SAMPLE_RATE}"
+            )
         split = manifest.splits.get(data.train_split)
         if split is None:
             raise UserError(

@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from pipeline.engine.checkpoint import complete_checkpoints
+from pipeline.model.weights import weights_file
 from tests.conftest import ROOT
 
 MICRO = ["model.size=micro", "train.batch_size=8", "log.every=1", "optim.warmup=2", "data.workers=1"]
@@ -154,3 +157,30 @@ def test_missing_shards_and_unknown_keys_are_one_line():
         assert done.returncode == 2
         assert said in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero0.json", "zero2.json"])
+def test_steps_that_are_not_finite_change_nothing_and_end_the_run(deepspeed_run, shards, tmp_path, stage):
+    """A rate of 1e30 makes the second step's gradient NaN; three such steps in a row are too many."""
+    done = deepspeed_run(2, "launchers/pretrain.py", "--deepspeed_config", stage, f"data.shards={shards}",
+                         f"run.dir={tmp_path}", "train.steps=20", "train.max_bad_steps=3", "log.mlflow=false", *MICRO,
+                         "optim.lr=1e30", "optim.warmup=0", check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert "train.max_bad_steps = 3" in done.stderr
+    keys = (tmp_path / "bad_clips.txt").read_text().split()
+    assert len(keys) == 8
+    assert all(key.startswith("audio_clip") for key in keys)
+
+
+@pytest.mark.slow
+def test_bfloat16_trains_and_saves_float32_weights(deepspeed_run, shards, tmp_path):
+    config = tmp_path / "bf16.json"
+    config.write_text('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}')
+    deepspeed_run(2, "launchers/pretrain.py", "--deepspeed_config", config, f"data.shards={shards}",
+                  f"run.dir={tmp_path / 'run'}", "train.steps=3", "log.mlflow=false", *MICRO)  # fmt: skip
+    trained = [line for line in lines(tmp_path / "run") if "loss" in line]
+    assert len(trained) == 3
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in trained)
+    weights = load_file(weights_file(tmp_path / "run"))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}

@@ -1,8 +1,10 @@
 """The stations that data passes on its way from a source file to a loss.
 
-    Clip  ->  Example  ->  Batch  ->  Encoded  ->  Losses
-    (a source file's        (one sample      (this rank's     (tokens after     (named scalars
-     segment + labels)       out of a shard)  micro-batch)     the encoder)      + metrics)
+    Clip                ->  Batch         ->  Encoded        ->  Losses
+    (a source file's        (this rank's      (tokens after      (named scalars
+     segment + labels)       micro-batch)      the encoder)       + metrics)
+
+Between the first two lie the shards: a sample is read from its tar straight into its row of a batch.
 
 Shape legend, used by every docstring of the project:
 
@@ -11,13 +13,12 @@ Shape legend, used by every docstring of the project:
     C classes                     F fusion bottleneck tokens (64)      R ranks
     K masked patches (400)        G clips of the global batch (180)
 
-Imports nothing but torch and numpy, so every room may import it.
+Imports nothing but torch, so every room may import it.
 """
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 
@@ -47,25 +48,6 @@ class Clip:
     fold: int = 0
     id: str = ""
     trimmed: bool | None = None
-
-
-@dataclass(slots=True)
-class Example:
-    """One sample read back from a shard.
-
-    Attributes:
-        key: Sample key.
-        row: Row in the shard index.
-        waveform: int16 [L], or None where the method reads no waveform.
-        fbank: float16 [frames, M], unnormalised and unpadded, or None.
-        labels: Label indices.
-    """
-
-    key: str
-    row: int
-    waveform: np.ndarray | None
-    fbank: np.ndarray | None
-    labels: tuple[int, ...]
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ In: a forward function and a loader. Out: `Scores` in index order, equal on all 
 Memory: n x C scores on each host (20 k clips x 527 classes: 42 MB); everything else is per batch.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ import torch
 
 from pipeline import distributed
 from pipeline.flow import Batch, Losses
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -74,4 +77,6 @@ def mean_losses(
             count += 1
             for name, value in forward(batch).named.items():
                 totals[name] = totals.get(name, torch.zeros_like(value, dtype=torch.float64)) + value
+    if not count:
+        log.warning("fewer held-out clips than eval.batch_size: nothing to average; lower eval.batch_size")
     return distributed.mean({name: value / max(1, count) for name, value in totals.items()}, device)

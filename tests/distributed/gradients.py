@@ -21,7 +21,7 @@ CLIPS, MELS, FRAMES = 12, 32, 64
 
 def global_batch() -> Batch:
     generator = torch.Generator().manual_seed(7)
-    # Tones, not noise: with noise the 11-tap kernel's gradient is a sum of 120,000 terms that cancel to a
+    # Tones, not noise: with noise a narrow kernel's gradient is a sum of 120,000 terms that cancel to a
     # thousandth of their size, and its float32 rounding alone is 1e-5.
     time = torch.arange(FRAMES * 160 - 300) / 16000
     pitch = 100 + 900 * torch.rand(CLIPS, 1, generator=generator)
@@ -35,7 +35,7 @@ def global_batch() -> Batch:
 def main() -> None:
     out, stage, micro, *words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     words += ["model.size=micro", f"train.batch_size={CLIPS}", f"train.micro_batch={micro}"]
-    words += ["model.channels=[11,11,10]", "pretrain.r_cl=1.0"]
+    words += ["model.channels=[11,11,10]", "model.kernel_strides=[5,5,10]", "pretrain.r_cl=1.0"]
     recipe = load_recipe(PretrainRecipe, [], words)
     with distributed.session(120, seed=0) as world:
         ds, batches = reconcile({"zero_optimization": {"stage": int(stage)}}, recipe, world)

@@ -91,8 +91,16 @@ def build_loader(
         limit: Only the first clips of the part; 0: all.
 
     Raises:
-        UserError: no such split or fold, fewer clips than a batch, or shards that cannot be read.
+        UserError: no such split or fold, no clip in it, shards that cannot be read, a batch that does not
+            divide by the ranks, or a stored fbank under augmentation of the waveform.
     """
+    if batch_size % place.world_size:
+        raise UserError(f"batch of {batch_size} clips does not divide by {place.world_size} ranks; use a multiple")
+    if data.fbank == "stored" and needs.fbank and augment is not None and changes_waveform(augment):
+        raise UserError(
+            "data.fbank = stored: the stored fbank is not that of a waveform changed by augment.mixup, noise or roll; "
+            "use data.fbank=auto"
+        )
     manifest = load_manifest(data.shards)
     spec = DataSpec.of(manifest, data)
     split = data.train_split if part == "train" or data.fold else data.eval_split
@@ -154,7 +162,10 @@ class Loader:
         weights = None
         if data.sampler == "balanced":
             starts, stops = reader.label_offsets[part.rows], reader.label_offsets[part.rows + 1]
-            values = np.concatenate([reader.labels(row) for row in part.rows.tolist()] or [np.empty(0, np.int64)])
+            inside = np.zeros(len(reader.keys), bool)
+            inside[part.rows] = True
+            values = reader.label_values[reader.label_offsets[0] : reader.label_offsets[-1]]
+            values = values[np.repeat(inside, np.diff(reader.label_offsets))]
             weights = balanced_weights(np.r_[0, np.cumsum(stops - starts)], values, len(spec.labels))
         self._order = TrainOrder(part, share.seed, data.streams, data.window, weights, data.replacement)
         self._pool = ThreadPoolExecutor(data.workers, "reader") if data.workers else None
@@ -191,7 +202,8 @@ class Loader:
     def eval_batches(self) -> Iterator[Batch]:
         """Every clip exactly once over all ranks, in index order, equally many batches on each rank.
 
-        The last batch is filled up with the part's first clip, marked not valid.
+        The last batch is filled up with the part's first clip, marked not valid; so is what stands in for
+        a bad clip, which would else be scored twice.
         """
         place, size = self._share.place, self._share.batch_size
 
@@ -199,7 +211,9 @@ class Loader:
             position = step * size + np.arange(place.rank, size, place.world_size)
             valid = position < self.clips
             row = self._part.rows[np.where(valid, position, 0)]
-            return self._load(position, row, valid, None)
+            raw = self._load(position, row, valid, None)
+            raw.valid &= raw.row == row
+            return raw
 
         for raw in self._ahead(load, iter(range(-(-self.clips // size)))):
             yield self._to_device(raw, augmented=False)

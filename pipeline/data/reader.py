@@ -24,7 +24,6 @@ from pipeline.errors import UserError
 log = logging.getLogger(__name__)
 
 OPEN_FILES = 128
-ATTEMPTS = 64  # replacements tried for one bad clip
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,12 @@ class ShardReader:
         self.on_error, self.max_bad = on_error, max_bad
         members = [f"{member}_{what}" for member in ("waveform", "fbank") for what in ("offset", "size", "xxh3")]
         table = load_index(directory, columns=["key", "shard", "split", "fold", "labels", *members])
+        listed = sum(split.clips for split in manifest.splits.values())
+        if len(table) != listed:
+            raise UserError(
+                f"{self.directory / 'index.parquet'}: {len(table)} rows, manifest.json counts {listed}: one of another "
+                "build; run verify_shards.py"
+            )
         self.keys = table["key"]
         self.columns = {name: table[name].to_numpy() for name in members}
         shard = table["shard"].combine_chunks()
@@ -68,6 +73,7 @@ class ShardReader:
         self.split, self.fold = table["split"], table["fold"].to_numpy()
         self.bad: dict[str, str] = {}
         self._reported: set[str] = set()
+        self._known: set[tuple[int, Needs]] = set()  # bad clips, not to be read again
         self._files: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
         self._closing: list[int] = []
@@ -87,8 +93,10 @@ class ShardReader:
         Raises:
             UserError: bad, and `on_error` is "raise"; or more than `max_bad` bad clips.
         """
-        for attempt in range(ATTEMPTS):
+        for attempt in range(len(self.keys)):
             candidate = (row + attempt) % len(self.keys)
+            if (candidate, needs) in self._known:
+                continue  # a cut tar costs one look per clip, not one per clip and replacement
             if attempt and (self.split[candidate] != self.split[row] or self.fold[candidate] != self.fold[row]):
                 continue  # a held-out clip never stands in for a training clip
             problem = None
@@ -99,8 +107,12 @@ class ShardReader:
             if problem is None:
                 return candidate
             self._bad(candidate, problem)
-        raise UserError(f"{self.directory}: {ATTEMPTS} bad clips in a row from {self.keys[row]}; run verify_shards.py",
-                        local=True)  # fmt: skip
+            self._known.add((candidate, needs))
+        raise UserError(
+            f"{self.directory}: no clip of split '{self.split[row]}', fold {self.fold[row]} can be read; run "
+            "verify_shards.py",
+            local=True,
+        )
 
     def labels(self, row: int) -> np.ndarray:
         """Label indices of a row."""

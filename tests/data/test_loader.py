@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from pipeline.data.fbank import fbank
 from pipeline.data.loader import Needs, Place, build_loader
 from pipeline.data.manifest import load_index
 from pipeline.errors import UserError
+from tests.helpers import synth_shards
 
 BATCH = 12
 BOTH = Needs(waveform=True, fbank=True)
@@ -162,3 +164,39 @@ def test_only_what_is_needed_is_read(shards):
 def test_wrong_parts_are_named(shards, data, said):
     with pytest.raises(UserError, match=said):
         loader(shards, part="eval", **data)
+
+
+def test_a_missing_shard_larger_than_any_search_is_replaced(tmp_path):
+    synth_shards(tmp_path, clips=160, seconds=0.1, per_shard=80)
+    sorted(tmp_path.glob("train-*.tar"))[0].unlink()
+    with loader(tmp_path) as own:
+        for _, batch in zip(range(20), own.train_batches(0), strict=False):
+            assert len(batch) == BATCH
+        lost = next(shard for shard in own.manifest.shards if shard.split == "train").clips
+        assert len(own.bad) == lost > 64
+
+
+def test_a_bad_clip_is_not_scored_twice(damaged, shards):
+    copy, _ = damaged
+    victim = load_index(copy, "eval").to_pylist()[0]
+    with (copy / victim["shard"]).open("r+b") as file:
+        file.seek(victim["waveform_offset"] + 300)
+        file.write(b"\x55" * 16)
+    with loader(copy, part="eval") as own:
+        rows = [row for batch in own.eval_batches() for row in batch.row[batch.valid].tolist()]
+        assert len(rows) == len(set(rows)) == own.clips - 1
+        assert victim["key"] in own.bad
+
+
+def test_an_index_of_another_build_is_refused(damaged):
+    copy, _ = damaged
+    pq.write_table(load_index(copy).slice(0, 20), copy / "index.parquet")
+    with pytest.raises(UserError, match=r"index.parquet: 20 rows, manifest.json counts"):
+        loader(copy)
+
+
+def test_what_would_give_wrong_batches_is_refused(shards):
+    with pytest.raises(UserError, match="divide by 5 ranks"):
+        loader(shards, ranks=5)
+    with pytest.raises(UserError, match=r"data.fbank = stored"):
+        loader(shards, augment=AUGMENT, fbank="stored")

@@ -71,3 +71,11 @@ def test_partners_share_the_window_and_are_others():
     assert (partners != order.rows(positions)).all()
     assert np.array_equal(partners, TrainOrder(part(200), 0, 4, 25).partners(
         positions, np.random.default_rng(0).random(200)))  # fmt: skip
+
+
+def test_a_partner_is_another_clip_among_weighted_draws_too():
+    order = TrainOrder(part(40), 0, 2, 20, np.r_[np.ones(30), np.full(10, 20.0)])
+    positions = np.arange(400)
+    rows = order.rows(positions)
+    assert len(np.unique(rows[:40])) < 40  # draws repeat
+    assert (order.partners(positions, np.random.default_rng(0).random(400)) != rows).all()

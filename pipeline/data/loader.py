@@ -27,7 +27,7 @@ from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data.augment import MixupPlan, augment_waveform, changes_waveform, mask_fbank, plan_mixup
 from pipeline.data.fbank import fbank as compute_fbank
 from pipeline.data.manifest import load_manifest
-from pipeline.data.order import Part, TrainOrder, balanced_weights
+from pipeline.data.order import Part, train_order
 from pipeline.data.reader import Needs, ShardReader
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
@@ -101,6 +101,8 @@ def build_loader(
             "data.fbank = stored: the stored fbank is not that of a waveform changed by augment.mixup, noise or roll; "
             "use data.fbank=auto"
         )
+    if part == "eval":  # sees each clip once, whatever training draws
+        data = data.model_copy(update={"sampler": "shuffle", "epoch_clips": 0})
     manifest = load_manifest(data.shards)
     spec = DataSpec.of(manifest, data)
     split = data.train_split if part == "train" or data.fold else data.eval_split
@@ -117,7 +119,7 @@ def build_loader(
     rows = np.flatnonzero(chosen)[: limit or None]
     if not len(rows):
         raise UserError(f"{data.shards}: no clip in split '{split}', fold {data.fold}; see its failures.jsonl")
-    selection = Part(rows, reader.shards[rows], f"{manifest.digest}/{split}/{data.fold}/{part}")
+    selection = Part.of(rows, reader.shards[rows], f"{manifest.digest}/{split}/{data.fold}/{part}")
     return Loader(reader, selection, spec, data, augment or AugmentConfig(), needs, _Share(batch_size, seed, place))
 
 
@@ -137,7 +139,7 @@ class Loader:
     """Batches of one part of the data for one rank; a context manager. Made by `build_loader`.
 
     Attributes:
-        clips: n, of the part, over all ranks.
+        clips: Of an epoch, over all ranks: n, or `data.epoch_clips`.
         manifest: Of the shards.
     """
 
@@ -151,7 +153,6 @@ class Loader:
         needs: Needs,
         share: _Share,
     ) -> None:
-        self.clips = len(part)
         self.manifest = reader.manifest
         self._reader, self._part, self._spec = reader, part, spec
         self._data, self._augment, self._needs, self._share = data, augment, needs, share
@@ -159,15 +160,8 @@ class Loader:
         self._online = online and needs.fbank
         reads_waveform = needs.waveform or self._online or changes_waveform(augment)
         self._read = Needs(reads_waveform, needs.fbank and not self._online)
-        weights = None
-        if data.sampler == "balanced":
-            starts, stops = reader.label_offsets[part.rows], reader.label_offsets[part.rows + 1]
-            inside = np.zeros(len(reader.keys), bool)
-            inside[part.rows] = True
-            values = reader.label_values[reader.label_offsets[0] : reader.label_offsets[-1]]
-            values = values[np.repeat(inside, np.diff(reader.label_offsets))]
-            weights = balanced_weights(np.r_[0, np.cumsum(stops - starts)], values, len(spec.labels))
-        self._order = TrainOrder(part, share.seed, data.streams, data.window, weights, data.replacement)
+        self._order = train_order(part, data, share.seed, reader, len(spec.labels))
+        self.clips = len(self._order)
         self._pool = ThreadPoolExecutor(data.workers, "reader") if data.workers else None
 
     @property
@@ -209,13 +203,13 @@ class Loader:
 
         def load(step: int) -> _Raw:
             position = step * size + np.arange(place.rank, size, place.world_size)
-            valid = position < self.clips
-            row = self._part.rows[np.where(valid, position, 0)]
+            valid = position < len(self._part)
+            row = self._part.at(np.where(valid, position, 0))
             raw = self._load(position, row, valid, None)
             raw.valid &= raw.row == row
             return raw
 
-        for raw in self._ahead(load, iter(range(-(-self.clips // size)))):
+        for raw in self._ahead(load, iter(range(-(-len(self._part) // size)))):
             yield self._to_device(raw, augmented=False)
 
     def close(self) -> None:

@@ -2,27 +2,40 @@
 
 In: positions in a run's endless sample stream. Out: rows of the shard index.
 
-Position g belongs to epoch g // n, where it is position p = g mod n; each clip of the part comes exactly
-once an epoch. Batch k is positions k G .. (k + 1) G - 1, so a batch may hold the end of one epoch and
-the beginning of the next: no clip is dropped and no batch is short, for any number of ranks. The whole
-state of a run's reader is its step.
+Position g belongs to epoch g // m, where it is place p = g mod m; each clip of the part comes exactly
+once an epoch (m = n; class-balanced epochs are m draws, see `pipeline.data.balance`). Batch k is positions
+k G .. (k + 1) G - 1. The rule for an epoch's last batch: it is filled up with the beginning of the next
+epoch. So no clip is dropped and no batch is short, and since the rule knows no ranks, it is the same for any
+number of them. The whole state of a run's reader is its step.
 
 An epoch's sequence is its shards in random order, each shuffled within. It is cut into S streams whose
-lengths differ by at most one; position p takes slot p div S of stream p mod S, out of a shuffle
-window of the stream. Where R divides S, a rank's positions all lie in its own S / R streams, that is in
-about 1 / R of the shards (a shard at a cut is read by two ranks).
+lengths differ by at most one; place p takes slot p div S of stream p mod S. A stream is cut into
+windows of at most `window` clips, equally long, each shuffled. Where R divides S, a rank's places all lie in
+its own S / R streams, that is in about 1 / R of the shards (a shard at a cut is read by two ranks). Data that
+does not fill S windows needs no locality: S is halved until it does, and up to one window of
+clips is one true permutation.
 
-Memory is O(shards + S x window) plus four bytes a clip; a look-up is O(1), resuming included.
+Cost: memory O(shards + S x (window + clips of a shard)), whatever the clips; a new epoch O(shards); a
+look-up, resuming included, O(window + clips of a shard). Only integers are used (`pipeline.rng`), so an order stays the
+same on any machine and with any release of numpy. `tests/benchmarks/bench_shuffle.py` measures how
+near it comes to a true permutation: with the defaults the class mix of batches scatters as that of true
+permutations does, whatever order the clips were built in.
 """
 
-import hashlib
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-WINDOWS_KEPT = 4  # shuffle windows in memory per stream: of this epoch and the next, and of mixup's partners
+from pipeline.config import DataConfig
+from pipeline.data.balance import Draws, Weights
+from pipeline.errors import UserError
+from pipeline.rng import permutation, stream_key
+
+WINDOWS_KEPT = 4  # in memory per stream: batches in flight may lie in several
+BLOCKS_KEPT = 2  # shuffled shards in memory per stream: the next window goes on in the last one's shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,30 +43,90 @@ class Part:
     """The clips of a run, grouped by shard.
 
     Attributes:
-        rows: int64 [n], rows of the shard index, in index order.
-        shards: int64 [n], shard number of each.
+        starts: int64 [shards + 1], where each shard's clips begin.
+        rows: int32 [n], their rows of the shard index; None: `first`, `first` + 1, ...
+        first: Index row of the first clip.
         key: What names this part: digest of the manifest, split and fold.
     """
 
-    rows: np.ndarray
-    shards: np.ndarray
+    starts: np.ndarray
+    rows: np.ndarray | None
+    first: int
     key: str
 
+    @staticmethod
+    def of(rows: np.ndarray, shards: np.ndarray, key: str) -> "Part":
+        """From ascending index rows [n] and the shard number [n] of each."""
+        edges = np.flatnonzero(shards[1:] != shards[:-1]) + 1
+        starts = np.concatenate([[0], edges, [len(rows)]]).astype(np.int64)
+        whole = int(rows[-1]) - int(rows[0]) + 1 == len(rows)
+        return Part(starts, None if whole else rows.astype(np.int32), int(rows[0]), key)
+
     def __len__(self) -> int:
-        return len(self.rows)
+        return int(self.starts[-1])
+
+    def at(self, numbers: np.ndarray) -> np.ndarray:
+        """Index rows of the part's clips of these numbers: int64 [m] -> int64 [m]."""
+        return self.first + numbers if self.rows is None else self.rows[numbers].astype(np.int64)
+
+    def shard(self, number: int) -> np.ndarray:
+        """Index rows of a shard's clips, ascending."""
+        return self.at(np.arange(self.starts[number], self.starts[number + 1]))
+
+
+class LabelTable(Protocol):
+    """Where labels come from, by index row: `pipeline.data.reader.ShardReader`."""
+
+    label_offsets: np.ndarray
+    label_values: np.ndarray
+
+
+def part_weights(part: Part, table: LabelTable, classes: int) -> Weights:
+    """Class-balanced weights of a part's clips."""
+
+    def labels(shard: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = part.shard(shard)
+        begins, ends = table.label_offsets[rows].astype(np.int64), table.label_offsets[rows + 1].astype(np.int64)
+        offsets = np.concatenate([[0], np.cumsum(ends - begins)])
+        where = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], ends - begins)
+        return offsets, table.label_values[where]
+
+    return Weights(labels, len(part.starts) - 1, classes)
+
+
+def train_order(part: Part, data: DataConfig, seed: int, table: LabelTable, classes: int) -> "TrainOrder":
+    """The order that the settings ask for.
+
+    Raises:
+        UserError: an epoch length that the sampler cannot have.
+    """
+    if data.sampler == "shuffle":
+        if data.epoch_clips:
+            raise UserError(
+                f"data.epoch_clips = {data.epoch_clips}: data.sampler=shuffle takes each of the {len(part)} clips once "
+                "an epoch; set data.sampler=balanced, or data.epoch_clips=0"
+            )
+        return TrainOrder(part, seed, data.streams, data.window)
+    if not data.replacement and not 0 < data.epoch_clips < len(part):
+        raise UserError(
+            f"data.replacement = false, data.epoch_clips = {data.epoch_clips}: without replacement an epoch draws "
+            f"fewer than the {len(part)} clips, each at most once; set data.epoch_clips (PaSST: 100000 of 2 million)"
+        )
+    weights = part_weights(part, table, classes)
+    return TrainOrder(part, seed, data.streams, data.window, weights, data.epoch_clips, data.replacement)
 
 
 class TrainOrder:
-    """Shuffled order of training.
+    """Shuffled order of training; safe to use from several threads.
 
     Args:
         part: Clips.
         seed: The run's seed.
-        streams: S.
-        window: Clips of a shuffle window.
-        weights: float64 [n], for class-balanced sampling: an epoch is n draws in proportion to them.
-        replacement: Draw independently; else systematically, so that each clip comes its expected
-            number of times, rounded up or down.
+        streams: S, at most.
+        window: Most clips of a shuffle window.
+        weights: For class-balanced sampling; None: each clip once an epoch.
+        epoch_clips: m, draws of a class-balanced epoch; 0: n.
+        replacement: Draw independently; else no clip twice in an epoch.
     """
 
     def __init__(
@@ -62,27 +135,35 @@ class TrainOrder:
         seed: int,
         streams: int,
         window: int,
-        weights: np.ndarray | None = None,
+        weights: Weights | None = None,
+        epoch_clips: int = 0,
         replacement: bool = True,
     ) -> None:
         self.part = part
-        self.seed = seed
-        self.streams = min(streams, len(part))
-        self.window = window
-        self.weights = weights
-        self.replacement = replacement
-        self._lock = threading.Lock()  # reader threads share the caches
+        self.key = f"{part.key}/{seed}"
+        self._clips = epoch_clips or len(part)
+        self.streams, self.window = streams, window
+        while self.streams > 1 and self._clips < self.streams * window:
+            self.streams //= 2
+        self.weights, self.replacement = weights, replacement
+        if weights is not None and not replacement:
+            weights.cut(self._clips)
+        self._lock = threading.Lock()
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
 
+    def __len__(self) -> int:
+        """m, clips of an epoch."""
+        return self._clips
+
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Index rows of these positions: int64 [m] -> int64 [m]."""
-        found = []
+        found = np.empty(len(positions), np.int64)
         with self._lock:
-            for position in positions.tolist():
+            for i, position in enumerate(positions.tolist()):
                 window, slot = self._locate(position)
-                found.append(window[slot])
-        return np.array(found, np.int64)
+                found[i] = window[slot]
+        return found
 
     def partners(self, positions: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """Another clip for each position, out of its own shuffle window, so of the same shards.
@@ -94,34 +175,32 @@ class TrainOrder:
         Returns:
             int64 [m], index rows; the clip itself where its window holds no other.
         """
-        found = []
+        found = np.empty(len(positions), np.int64)
         with self._lock:
-            for position, draw in zip(positions.tolist(), draws.tolist(), strict=True):
+            for i, (position, draw) in enumerate(zip(positions.tolist(), draws.tolist(), strict=True)):
                 window, slot = self._locate(position)
-                turned = np.roll(window, -slot)
-                first = int(draw * (len(window) - 1)) + 1
+                size, own = len(window), window[slot]
+                first = slot + 1 + int(draw * (size - 1))
                 # A window of weighted draws may hold the clip itself again: the next other one is taken.
-                others = np.r_[turned[first:], turned[1:first]]
-                others = others[others != turned[0]]
-                found.append(others[0] if len(others) else turned[0])
-        return np.array(found, np.int64)
+                turns = (window[(first + turn) % size] for turn in range(size))
+                found[i] = next((other for other in turns if other != own), own)
+        return found
 
     def _locate(self, position: int) -> tuple[np.ndarray, int]:
-        epoch, local = divmod(position, len(self.part))
-        slot, stream = divmod(local, self.streams)
-        number, offset = divmod(slot, self.window)
-        return self._window(epoch, stream, number), offset
+        epoch, place = divmod(position, self._clips)
+        slot, stream = divmod(place, self.streams)
+        start, stop = _cut(self._clips, self.streams, stream)
+        windows = -(-(stop - start) // self.window)
+        number = _piece(stop - start, windows, slot)
+        first, last = _cut(stop - start, windows, number)
+        return self._window(epoch, stream, number, start + first, start + last), slot - first
 
-    def _window(self, epoch: int, stream: int, number: int) -> np.ndarray:
+    def _window(self, epoch: int, stream: int, number: int, first: int, stop: int) -> np.ndarray:
         key = (epoch, stream, number)
         window = self._windows.get(key)
         if window is None:
-            size, longer = divmod(len(self.part), self.streams)
-            start = stream * size + min(stream, longer)
-            stop = start + size + (stream < longer)
-            first = start + number * self.window
-            window = self._epoch(epoch).slice(first, min(first + self.window, stop))
-            window = window[self._rng("window", *key).permutation(len(window))]
+            rows = self._epoch(epoch).slice(first, stop)
+            window = rows[permutation(stream_key(self.key, f"window/{epoch}/{stream}/{number}"), len(rows))]
             self._windows[key] = window
             if len(self._windows) > WINDOWS_KEPT * self.streams:
                 self._windows.popitem(last=False)
@@ -134,63 +213,59 @@ class TrainOrder:
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
 
-    def _rng(self, *coordinates: object) -> np.random.Generator:
-        text = "/".join(map(str, (self.part.key, self.seed, *coordinates)))
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
-
-    def _draw(self, epoch: int) -> np.ndarray:
-        """Indices into the part that this epoch consists of, ascending: all of them, or weighted draws."""
-        count = len(self.part)
-        if self.weights is None:
-            return np.arange(count)
-        edges = np.cumsum(self.weights / self.weights.sum())
-        rng = self._rng("draw", epoch)
-        points = np.sort(rng.random(count)) if self.replacement else (np.arange(count) + rng.random()) / count
-        return np.minimum(np.searchsorted(edges, points, side="right"), count - 1)  # sorted points: 4 x faster
-
 
 class _Epoch:
     """One epoch's sequence: shards in random order, cut out on demand."""
 
     def __init__(self, order: TrainOrder, epoch: int) -> None:
-        drawn = order._draw(epoch)
-        shards = order.part.shards[drawn]
-        starts = np.flatnonzero(np.r_[True, shards[1:] != shards[:-1]])
-        stops = np.r_[starts[1:], len(drawn)]
-        shuffled = order._rng("shards", epoch).permutation(len(starts))
-        self._rows = order.part.rows[drawn]
-        self._starts, self._stops = starts[shuffled], stops[shuffled]
-        self._ends = np.cumsum(self._stops - self._starts)
-        self._order, self._epoch = order, epoch
+        self._part, self._key = order.part, f"{order.key}/{epoch}"
+        sizes = np.diff(order.part.starts)
+        self._order = permutation(stream_key(self._key, "shards"), len(sizes))
+        self._draws: Draws | None = None
+        counts = sizes[self._order]
+        if order.weights is not None:
+            self._draws = Draws(order.weights, self._order, len(order), order.replacement, self._key)
+            counts = self._draws.counts
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        self._blocks: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._kept = BLOCKS_KEPT * order.streams
 
     def slice(self, first: int, stop: int) -> np.ndarray:
         """Rows first .. stop - 1 of the sequence."""
         pieces = []
-        block = int(np.searchsorted(self._ends, first, side="right"))
+        place = int(np.searchsorted(self._starts, first, side="right")) - 1
         while first < stop:
-            begin = int(self._ends[block - 1]) if block else 0
-            rows = self._rows[self._starts[block] : self._stops[block]]
-            rows = rows[self._order._rng("shard", self._epoch, int(self._starts[block])).permutation(len(rows))]
-            end = min(stop, int(self._ends[block]))
-            pieces.append(rows[first - begin : end - begin])
-            first, block = end, block + 1
-        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+            begin, end = int(self._starts[place]), min(stop, int(self._starts[place + 1]))
+            if first < end:  # a shard may be drawn nothing from
+                pieces.append(self._block(place)[first - begin : end - begin])
+                first = end
+            place += 1
+        return np.concatenate(pieces)
+
+    def _block(self, place: int) -> np.ndarray:
+        """Shuffled rows of the shard at this place."""
+        block = self._blocks.get(place)
+        if block is None:
+            rows = self._part.shard(int(self._order[place]))
+            if self._draws is None:
+                block = rows[permutation(stream_key(self._key, f"shard/{place}"), len(rows))]
+            else:
+                block = rows[self._draws.of(place)]
+            self._blocks[place] = block
+            if len(self._blocks) > self._kept:
+                self._blocks.popitem(last=False)
+        return block
 
 
-def balanced_weights(offsets: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """AST's class-balanced weights: a clip weighs the sum over its labels of 1000 / (count + 0.01).
+def _cut(total: int, pieces: int, number: int) -> tuple[int, int]:
+    """Begin and end of a piece, where `total` is cut into pieces whose lengths differ by at most one."""
+    size, longer = divmod(total, pieces)
+    start = number * size + min(number, longer)
+    return start, start + size + (number < longer)
 
-    Args:
-        offsets: int64 [n + 1], where each clip's labels begin in `labels`.
-        labels: int64, labels of all clips, one after the other.
-        classes: C.
 
-    Returns:
-        float64 [n]; a clip without labels weighs as one of the most frequent class.
-    """
-    counts = np.bincount(labels, minlength=classes)
-    per_label = 1000.0 / (counts[labels] + 0.01)
-    sums = np.r_[0.0, np.cumsum(per_label)]
-    weights = sums[offsets[1:]] - sums[offsets[:-1]]
-    return np.asarray(np.where(np.diff(offsets) > 0, weights, 1000.0 / (counts.max(initial=0) + 0.01)))
+def _piece(total: int, pieces: int, at: int) -> int:
+    """The piece of such a cut in which `at` lies."""
+    size, longer = divmod(total, pieces)
+    edge = longer * (size + 1)
+    return at // (size + 1) if at < edge else longer + (at - edge) // size

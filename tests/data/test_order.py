@@ -1,15 +1,24 @@
 """The sample order: every clip once an epoch, a function of position alone, in the rank's own shards."""
 
+import hashlib
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.order import Part, TrainOrder, balanced_weights
+from pipeline.config import DataConfig
+from pipeline.data.order import Part, TrainOrder, part_weights, train_order
+from pipeline.errors import UserError
+
+GOLDEN = ["827194711999f1d8", "181b27f6520aa23e"]  # sha256 of rows: shuffled, balanced
+
+GOLDEN = ["827194711999f1d8", "181b27f6520aa23e"]  # sha256 of rows: shuffled, balanced
 
 
 def part(clips: int, per_shard: int = 10) -> Part:
-    return Part(np.arange(clips) + 1000, np.arange(clips) // per_shard, "digest/train")
+    return Part.of(np.arange(clips) + 1000, np.arange(clips) // per_shard, "digest/train")
 
 
 @settings(max_examples=60, deadline=None)
@@ -21,6 +30,23 @@ def test_every_clip_once_an_epoch(clips, streams, window, seed):
         assert np.array_equal(np.sort(rows), np.arange(clips) + 1000)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
+def test_the_last_batch_of_an_epoch_is_filled_up_with_the_next_one_for_any_ranks(ranks):
+    """100 clips, batches of 12: batch 8 holds the last 4 clips of epoch 0 and the first 8 of epoch 1."""
+    clips, size = 100, 12
+    order = TrainOrder(part(clips), 0, 6, 8)
+    batches = []
+    for step in range(25):
+        own = [order.rows(step * size + np.arange(rank, size, ranks)) for rank in range(ranks)]
+        assert {len(rows) for rows in own} == {size // ranks}
+        batches.append(np.stack(own, axis=1).ravel())
+    stream = np.concatenate(batches)
+    assert np.array_equal(stream, TrainOrder(part(clips), 0, 6, 8).rows(np.arange(300)))
+    assert np.array_equal(batches[8], np.r_[stream[96:100], stream[100:108]])
+    for epoch in range(3):
+        assert len(np.unique(stream[epoch * clips : (epoch + 1) * clips])) == clips
+
+
 def test_any_question_gives_the_same_answer():
     """A fresh order asked for scattered positions agrees with one that walked there."""
     walked = TrainOrder(part(137), 3, 8, 16).rows(np.arange(500))
@@ -28,12 +54,20 @@ def test_any_question_gives_the_same_answer():
     assert np.array_equal(TrainOrder(part(137), 3, 8, 16).rows(asked), walked[asked])
 
 
+def test_an_order_stays_the_same_in_later_releases():
+    """A run that goes on with another release of this package or of numpy sees the clips it would have seen."""
+    plain = TrainOrder(part(1000), 5, 8, 64).rows(np.arange(2500))
+    weights = part_weights(part(1000), labelled(np.arange(2000) % 7), 7)
+    balanced = TrainOrder(part(1000), 5, 8, 64, weights).rows(np.arange(2500))
+    assert [hashlib.sha256(rows.tobytes()).hexdigest()[:16] for rows in (plain, balanced)] == GOLDEN
+
+
 def test_epochs_seeds_and_data_differ():
     base = TrainOrder(part(100), 0, 8, 16)
     first = base.rows(np.arange(100))
     assert not np.array_equal(first, base.rows(np.arange(100, 200)))
     assert not np.array_equal(first, TrainOrder(part(100), 1, 8, 16).rows(np.arange(100)))
-    other = Part(part(100).rows, part(100).shards, "other/train")
+    other = Part.of(np.arange(100) + 1000, np.arange(100) // 10, "other/train")
     assert not np.array_equal(first, TrainOrder(other, 0, 8, 16).rows(np.arange(100)))
 
 
@@ -41,40 +75,67 @@ def test_epochs_seeds_and_data_differ():
 def test_a_rank_touches_only_its_own_shards(ranks):
     """4000 clips in 400 shards, 8 streams: a rank's epoch lies in 1 / R of the shards, plus those at cuts."""
     order = TrainOrder(part(4000), 0, 8, 64)
-    shards = part(4000).shards
-    for rank in range(ranks):
-        rows = order.rows(np.arange(rank, 4000, ranks)) - 1000
-        assert len(np.unique(shards[rows])) <= 400 / ranks + 2 * 8 / ranks
+    shards = np.arange(4000) // 10
+    for epoch in (0, 1):
+        for rank in range(ranks):
+            rows = order.rows(epoch * 4000 + np.arange(rank, 4000, ranks)) - 1000
+            assert len(np.unique(shards[rows])) <= 400 / ranks + 2 * 8 / ranks
 
 
-def test_balanced_draws_follow_the_weights():
-    weights = np.r_[np.full(90, 1.0), np.full(10, 9.0)]
-    drawn = TrainOrder(part(100), 0, 4, 32, weights).rows(np.arange(100 * 100)) - 1000
-    assert (drawn >= 90).mean() == pytest.approx(0.5, abs=0.03)
-    exact = TrainOrder(part(100), 0, 4, 32, weights, replacement=False).rows(np.arange(100)) - 1000
-    counts = np.bincount(exact, minlength=100)
-    expected = 100 * weights / weights.sum()
-    assert ((counts >= np.floor(expected)) & (counts <= np.ceil(expected))).all()
+def test_few_clips_are_one_permutation_and_many_keep_their_streams():
+    assert [TrainOrder(part(clips), 0, 64, 100).streams for clips in (5, 99, 250, 3200, 6400, 9999)] == [
+        1, 1, 2, 32, 64, 64]  # fmt: skip
 
 
-def test_weights_are_asts():
-    offsets, labels = np.array([0, 1, 3, 3]), np.array([0, 0, 1])
-    weights = balanced_weights(offsets, labels, classes=3)
-    a, b = 1000 / 2.01, 1000 / 1.01
-    assert weights == pytest.approx([a, a + b, a])
+def test_neighbours_of_the_index_do_not_stay_neighbours():
+    """Each clip's place in the epoch, over 400 epochs of 30 clips in 3 shards, is uniform; so is its successor."""
+    places, successors = np.zeros((30, 30)), np.zeros((30, 30))
+    order = TrainOrder(part(30), 0, 4, 30)
+    for epoch in range(400):
+        rows = order.rows(epoch * 30 + np.arange(30)) - 1000
+        places[rows, np.arange(30)] += 1
+        successors[rows[:-1], rows[1:]] += 1
+    expected = 400 / 30
+    assert ((places - expected) ** 2 / expected).sum() / 29**2 == pytest.approx(1, abs=0.15)
+    off = successors[~np.eye(30, dtype=bool)]
+    expected = 400 * 29 / 870
+    assert ((off - expected) ** 2 / expected).mean() == pytest.approx(1, abs=0.15)
+
+
+def labelled(classes: np.ndarray) -> SimpleNamespace:
+    """One label for each index row."""
+    return SimpleNamespace(label_offsets=np.arange(len(classes) + 1), label_values=classes)
+
+
+def order_of(clips: int = 100, **data: object) -> TrainOrder:
+    classes = np.arange(1000 + clips) % 10 // 9  # every tenth clip is of class 1
+    return train_order(part(clips), DataConfig(**data), 0, labelled(classes), 2)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"epoch_clips": 50}, r"data.epoch_clips = 50: data.sampler=shuffle takes each of the 100 clips once"),
+        ({"sampler": "balanced", "replacement": False}, r"data.epoch_clips = 0: without replacement"),
+        ({"sampler": "balanced", "replacement": False, "epoch_clips": 100}, r"fewer than the 100 clips"),
+    ],
+)
+def test_epochs_that_cannot_be_are_refused(data, said):
+    with pytest.raises(UserError, match=said):
+        order_of(**data)
 
 
 def test_partners_share_the_window_and_are_others():
     order = TrainOrder(part(200), 0, 4, 25)
     positions = np.arange(200)
-    partners = order.partners(positions, np.random.default_rng(0).random(200))
+    draws = np.random.default_rng(0).random(200)
+    partners = order.partners(positions, draws)
     assert (partners != order.rows(positions)).all()
-    assert np.array_equal(partners, TrainOrder(part(200), 0, 4, 25).partners(
-        positions, np.random.default_rng(0).random(200)))  # fmt: skip
+    assert np.array_equal(partners, TrainOrder(part(200), 0, 4, 25).partners(positions, draws))
 
 
 def test_a_partner_is_another_clip_among_weighted_draws_too():
-    order = TrainOrder(part(40), 0, 2, 20, np.r_[np.ones(30), np.full(10, 20.0)])
+    order = order_of(40, sampler="balanced", streams=2, window=20)
     positions = np.arange(400)
     rows = order.rows(positions)
     assert len(np.unique(rows[:40])) < 40  # draws repeat

@@ -65,20 +65,20 @@ class Summary:
 
 def plan_split(catalog: Catalog, split: str, out: Path, options: BuildOptions) -> list[ShardPlan]:
     """The shards of one split, without a byte of audio read."""
-    clips = [clip for clip in catalog.clips if clip.split == split]
-    order = np.random.default_rng([options.seed]).permutation(len(clips))
+    rows = catalog.clips.rows(split)
+    order = rows[np.random.default_rng([options.seed]).permutation(len(rows))].tolist()
     size = options.clips_per_shard
     return [
         ShardPlan(
             split=split,
             number=start // size,
-            clips=[clips[i] for i in order[start : start + size]],
+            clips=[catalog.clips[row] for row in order[start : start + size]],
             labels=catalog.labels,
             root=str(catalog.root),
             out=str(out),
             audio=options.audio,
         )
-        for start in range(0, len(clips), size)
+        for start in range(0, len(rows), size)
     ]
 
 
@@ -142,6 +142,7 @@ def _finish(
     failures, silent = _index(catalog, pending, plans, out, content, earlier)
     content["options"] |= {split: _identity(catalog, split, options) for split in pending}
     content["index"] = _file_record(out / "index.parquet")
+    content["failures"] = _file_record(out / "failures.jsonl")
     draft = Manifest.model_validate({**content, "digest": ""})
     manifest = draft.model_copy(update={"digest": draft.computed_digest()})
     _replace(out / "manifest.json", json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
@@ -163,7 +164,7 @@ def _index(
     totals = {split: np.zeros(3) for split in pending}
     seconds = dict.fromkeys(pending, 0.0)
     lines = _earlier_failures(out, pending) if earlier else []
-    lines += [vars(missing) for missing in catalog.missing if missing.split in pending]
+    lines += [asdict(missing) for missing in catalog.missing if missing.split in pending]
     temporary = out / "index.parquet.tmp"
     with pq.ParquetWriter(temporary, INDEX_SCHEMA) as writer:
         if earlier is not None:
@@ -282,11 +283,10 @@ def _products(out: Path) -> Iterator[Path]:
 
 
 def _check_keys(catalog: Catalog) -> None:
-    seen: dict[tuple[str, str], str] = {}
-    for clip in catalog.clips:
-        other = seen.setdefault((clip.split, clip.key), clip.path)
-        if other != clip.path:
-            raise UserError(f"{clip.path} and {other} get the same key '{clip.key}'; give them a key column")
+    repeat = catalog.clips.repeat()
+    if repeat is not None:
+        one, other = repeat
+        raise UserError(f"{one.path} and {other.path} get the same key '{one.key}'; give them a key column")
 
 
 def _earlier_failures(out: Path, pending: list[str]) -> list[dict[str, str]]:

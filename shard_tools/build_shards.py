@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dataset", required=True, choices=("audioset", "esc50", "csv", "folder", "synth"), help="what to read")
     add("--out", required=True, type=Path, metavar="DIR", help="directory of the shards")
     add("--audio-root", type=Path, metavar="DIR", help="of the audio (default: that of --table; synth: OUT/source)")
+    add("--audio-list", type=Path, metavar="TXT", help="audioset: paths below --audio-root, one a line (default: walk)")
     add("--segments", type=Path, metavar="CSV", help="audioset: an official segments csv (no default)")
     add("--class-labels", type=Path, metavar="CSV", help="index,mid,display_name (default: the labels of --table)")
     add("--table", type=Path, metavar="CSV", help="columns path,labels[,start,end,split,fold,key] (no default)")
@@ -64,7 +65,8 @@ def read_catalog(args: argparse.Namespace) -> Catalog:
     if args.dataset == "audioset":
         segments = _needed(args, "segments")
         split = args.split or ("eval" if "eval" in segments.name else "train")
-        catalog = catalogs.audioset(_needed(args, "audio_root"), segments, args.class_labels, args.ontology, split)
+        catalog = catalogs.audioset(_needed(args, "audio_root"), segments, args.class_labels, args.ontology, split,
+                                    args.audio_list)  # fmt: skip
     elif args.dataset == "esc50":
         catalog = catalogs.esc50(_needed(args, "audio_root"), args.split or "train")
     elif args.dataset == "folder":
@@ -78,7 +80,7 @@ def read_catalog(args: argparse.Namespace) -> Catalog:
         catalog = catalogs.table(root, table, None, args.split)
         catalog.dataset = "synth"
     if args.limit:
-        del catalog.clips[args.limit :]
+        catalog.clips.truncate(args.limit)
     if not catalog.clips and not catalog.missing:
         raise UserError(f"--dataset {args.dataset}: lists no clips; check the paths and --split")
     return catalog

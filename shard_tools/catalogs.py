@@ -3,7 +3,8 @@
 In: official csv files, a table, or a folder of folders. Out: a `Catalog`. Nothing is decoded here; a clip
 whose file is missing is an entry of `missing`, never a silent gap.
 
-Scale: one pass over the csv and one over the directory tree; about 0.5 KB of memory a clip.
+Scale: one pass over the csv and one over the directory tree. Clips are kept as columns (columns.py); the
+largest passing cost is the table of file names, about 0.3 KB a file.
 """
 
 import csv
@@ -19,18 +20,9 @@ from typing import TextIO
 from pipeline.data.manifest import Label
 from pipeline.errors import UserError
 from pipeline.flow import Clip
+from shard_tools.columns import Clips, Failure, Failures
 
 KEY_LIMIT = 60  # a tar member name of at most 100 bytes fits one header
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A listed clip that is not in the shards."""
-
-    id: str
-    path: str
-    reason: str
-    split: str
 
 
 @dataclass(slots=True)
@@ -41,43 +33,60 @@ class Catalog:
         dataset: Its name, for the manifest.
         root: Directory that clip paths are relative to.
         labels: Vocabulary; a clip's labels are indices into it.
-        clips: Clips whose file was found.
+        clips: Clips whose file was found; a sequence of `Clip` in columns.
         missing: Listed clips without a file.
     """
 
     dataset: str
     root: Path
     labels: list[Label]
-    clips: list[Clip] = field(default_factory=list)
-    missing: list[Failure] = field(default_factory=list)
+    clips: Clips = field(init=False)
+    missing: Failures = field(default_factory=Failures)
+
+    def __post_init__(self) -> None:
+        self.clips = Clips(str(self.root))
 
     @property
     def splits(self) -> list[str]:
         """Names of the splits, in order of appearance."""
-        return list(dict.fromkeys([*(clip.split for clip in self.clips), *(miss.split for miss in self.missing)]))
+        return list(dict.fromkeys([*self.clips.splits, *self.missing.splits]))
 
     def listed(self, split: str) -> int:
         """Clips of the split that the source names, found or not."""
-        return sum(clip.split == split for clip in self.clips) + sum(miss.split == split for miss in self.missing)
+        return len(self.clips.rows(split)) + len(self.missing.rows(split))
 
 
-def audioset(root: Path, segments: Path, class_labels: Path | None, ontology: Path | None, split: str) -> Catalog:
+def audioset(
+    root: Path,
+    segments: Path,
+    class_labels: Path | None,
+    ontology: Path | None,
+    split: str,
+    listing: Path | None = None,
+) -> Catalog:
     """AudioSet's official csv and audio files named after YouTube ids, anywhere below `root`.
 
     Files are found as `YTID.*`, `YTID_START.*` (seconds or milliseconds) or `YYTID.*`. A file with a
     start in its name is the segment itself; of the others, one that is too short to reach the
     segment's end is taken for a trimmed segment, a longer one is cut at the segment.
 
+    Args:
+        root: Of the audio.
+        segments: The csv.
+        class_labels: Vocabulary; None: the labels of the csv, named by `ontology`.
+        ontology: AudioSet's ontology.json.
+        split: Name of the split.
+        listing: Paths below `root`, one a line, instead of a walk (hours, for two million files on a network disk).
+
     Raises:
         UserError: a missing or malformed file, or a label that is not in the vocabulary.
     """
-    rows = list(_segments(segments))
-    labels = _audioset_labels(rows, class_labels, ontology)
+    labels = _audioset_labels(segments, class_labels, ontology)
     index = {label.id: number for number, label in enumerate(labels)}
-    files = _files_by_stem(root)
+    files = _files_by_stem(_listed(root, listing) if listing else _walk(root))
     catalog = Catalog("audioset", root, labels)
     seen: set[str] = set()
-    for line, ytid, start, end, mids in rows:
+    for line, ytid, start, end, mids in _segments(segments):
         unknown = [mid for mid in mids if mid not in index]
         if unknown:
             raise UserError(f"{segments}:{line}: label '{unknown[0]}' is not in the vocabulary; see --class-labels")
@@ -116,7 +125,7 @@ def esc50(root: Path, split: str) -> Catalog:
     names = {int(row["target"]): row["category"] for row in rows}
     catalog = Catalog("esc50", root, [Label(id=names[t], name=names[t].replace("_", " ")) for t in sorted(names)])
     order = {target: number for number, target in enumerate(sorted(names))}
-    files = _files_by_stem(root / "audio")
+    files = _files_by_stem(_walk(root / "audio"))
     for row in rows:
         stem = Path(row["filename"]).stem
         if stem not in files:
@@ -208,19 +217,17 @@ def _segments(path: Path) -> Iterator[tuple[int, str, float, float, list[str]]]:
             yield reader.line_num, ytid, start, end, mids
 
 
-def _audioset_labels(
-    rows: Sequence[tuple[int, str, float, float, list[str]]], class_labels: Path | None, ontology: Path | None
-) -> list[Label]:
+def _audioset_labels(segments: Path, class_labels: Path | None, ontology: Path | None) -> list[Label]:
     if class_labels is not None:
         return _vocabulary(class_labels)
-    mids = sorted({mid for row in rows for mid in row[4]})
     if ontology is None:
         raise UserError("--class-labels is missing; give AudioSet's class_labels_indices.csv")
     try:
         names = {node["id"]: node["name"] for node in json.loads(ontology.read_text(encoding="utf-8"))}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--ontology {ontology}: {error}; give AudioSet's ontology.json") from error
-    return [Label(id=mid, name=names.get(mid, mid)) for mid in mids]
+    mids = {mid for row in _segments(segments) for mid in row[4]}
+    return [Label(id=mid, name=names.get(mid, mid)) for mid in sorted(mids)]
 
 
 def _vocabulary(path: Path) -> list[Label]:
@@ -240,8 +247,21 @@ def _audioset_stems(ytid: str, start: float, end: float) -> Iterator[tuple[str, 
         yield name, False
 
 
-def _files_by_stem(root: Path) -> dict[str, str]:
-    return {os.path.splitext(os.path.basename(path))[0]: path for path in sorted(_walk(root), reverse=True)}
+def _files_by_stem(paths: Iterator[str]) -> dict[str, str]:
+    """Path of each stem; of several files of one stem the first in the order of the alphabet."""
+    files: dict[str, str] = {}
+    for path in paths:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        if path < files.get(stem, "\U0010ffff"):
+            files[stem] = path
+    return files
+
+
+def _listed(root: Path, listing: Path) -> Iterator[str]:
+    with _open(listing) as file:
+        for line in file:
+            if name := line.rstrip("\r\n").removeprefix("./"):
+                yield os.path.join(root, name)
 
 
 def _walk(root: Path) -> Iterator[str]:

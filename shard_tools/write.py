@@ -30,7 +30,7 @@ import xxhash
 from pipeline.data.fbank import fbank
 from pipeline.data.manifest import INDEX_SCHEMA, Label
 from pipeline.flow import Clip
-from shard_tools.catalogs import Failure
+from shard_tools.columns import Failure
 from shard_tools.decode import Decoded, DecodeError, decode
 
 MEMBERS = ("waveform", "fbank", "json")
@@ -227,6 +227,10 @@ def _index_row(clip: Clip, plan: ShardPlan, share: float, columns: dict[str, int
         "shard": plan.name,
         "labels": list(clip.labels),
         "seconds": share * plan.audio.seconds,
+        "source": os.path.relpath(clip.path, plan.root),
+        "start": clip.start,
+        "end": clip.end,
+        "trimmed": clip.trimmed,
         **columns,
     }
 

@@ -1,6 +1,7 @@
 """The shard index: what a directory of shards holds, and whether it is what it says.
 
-In: a directory with `manifest.json` and `index.parquet`. Out: a checked `Manifest` and index columns.
+In: a directory, or an fsspec URL of one, with `manifest.json` and `index.parquet`. Out: a checked `Manifest`
+and index columns.
 
 The manifest, not the tar, says what must be there: a tar cut at a member boundary still opens, and a
 stock reader returns half its samples without an error.
@@ -9,7 +10,6 @@ stock reader returns half its samples without an error.
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.data.storage import Location, file_system, is_remote, join, local, read_bytes
 from pipeline.errors import UserError
 
 FORMAT = "craft-shards"
@@ -32,6 +33,12 @@ INDEX_SCHEMA = pa.schema(
         ("shard", pa.dictionary(pa.int32(), pa.string())),
         ("labels", pa.list_(pa.int32())),
         ("seconds", pa.float32()),  # audio before padding, at most the clip length
+        # Where it came from, so that a damaged shard can be built again: path relative to the audio root,
+        # the segment as listed (end null: to the end), and whether the file is the segment itself.
+        ("source", pa.string()),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+        ("trimmed", pa.bool_()),
         *((f"{member}_{what}", kind) for member in ("waveform", "fbank", "json")
           for what, kind in (("offset", pa.int64()), ("size", pa.int64()), ("xxh3", pa.uint64()))),
     ]
@@ -109,6 +116,7 @@ class Manifest(Record):
     splits: dict[str, SplitRecord]
     shards: list[ShardRecord]
     index: FileRecord
+    failures: FileRecord
     options: dict[str, Any]
     digest: str
 
@@ -118,17 +126,18 @@ class Manifest(Record):
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def load_manifest(directory: str | Path) -> Manifest:
-    """Reads and checks `manifest.json`.
+def load_manifest(directory: Location) -> Manifest:
+    """Reads and checks `manifest.json` of a local or remote directory.
 
     Raises:
         UserError: no manifest, another format or version, or a digest that does not fit.
     """
-    path = Path(directory) / "manifest.json"
+    path = join(directory, "manifest.json")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(path).decode("utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; point data.shards at a finished build_shards.py --out") from error
+        reason = error.strerror or error
+        raise UserError(f"{path}: {reason}; point data.shards at a finished build_shards.py --out") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); rebuild it with build_shards.py") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -149,18 +158,19 @@ def load_manifest(directory: str | Path) -> Manifest:
 
 
 def load_index(
-    directory: str | Path, split: str | None = None, folds: Sequence[int] = (), columns: Sequence[str] | None = None
+    directory: Location, split: str | None = None, folds: Sequence[int] = (), columns: Sequence[str] | None = None
 ) -> pa.Table:
     """Rows of `index.parquet`, in file order.
 
     Args:
-        directory: Of the shards.
+        directory: Of the shards, local or remote.
         split: Only this split; None: all.
         folds: Only these folds; empty: all.
         columns: Only these columns; None: all.
     """
     wanted = None if columns is None else list(dict.fromkeys([*columns, "split", "fold"]))
-    table = pq.read_table(Path(directory) / "index.parquet", columns=wanted)
+    system, path = file_system(join(directory, "index.parquet")) if is_remote(directory) else (None, "")
+    table = pq.read_table(path or local(directory) / "index.parquet", columns=wanted, filesystem=system)
     if split is not None:
         table = table.filter(pc.equal(table["split"].cast(pa.string()), split))
     if folds:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import UserError
 
@@ -72,6 +72,7 @@ class AugmentConfig(Section):
     time_mask: int = Field(0, ge=0, description="SpecAugment: longest masked span, in frames")
     noise: float = Field(0.0, ge=0, description="white noise, at most this share of the clip's peak")
     roll: float = Field(0.0, ge=0, description="circular time shift, at most this many seconds either way")
+    mask_map: bool = Field(False, description="SpecAugment on the MSAE map too: the same span and band as the fbank")
 
 
 class ModelConfig(Section):
@@ -83,7 +84,9 @@ class ModelConfig(Section):
     stride: int = Field(16, ge=1, description="patch stride; smaller than the patch: overlap (SSAST finetuning: 10)")
     kernels: tuple[int, ...] = Field((11, 51, 101), description="MSAE: convolution kernels, one per scale")
     kernel_strides: tuple[int, ...] = Field((1, 5, 10), description="MSAE: strides of those convolutions")
-    channels: tuple[int, ...] = Field((43, 43, 42), description="MSAE: channels per scale; they sum to mel bins")
+    channels: tuple[int, ...] = Field(
+        (43, 43, 42), description="MSAE: channels per scale; they sum to the mel bins, or (32, 32, 32) to a lower grid"
+    )
     activation: Literal["relu", "gelu", "none"] = Field("relu", description="MSAE before pooling; none: literal Eq. 1")
     norm: Literal["group", "none"] = Field("group", description="MSAE: after each convolution")
     shared_patch: bool = Field(False, description="one patch embedding for both representations")
@@ -149,16 +152,28 @@ class PretrainConfig(Section):
     method: Literal["ssast", "wapt", "swapt", "swacl", "pswacl"] = Field("pswacl", description="paper, Table 2")
     mask_patches: int = Field(400, ge=1, description="K of N = 512 patches; scaled where the grid is smaller")
     clusters: tuple[int, ...] = Field((3, 4, 5), description="sides of the square clusters of masked patches")
+    ssast_compat: bool = Field(False, description="masks as SSAST's code draws them: biased, the first never masked")
+    two_pass: bool = Field(False, description="InfoNCE and reconstruction each with a mask and pass of its own (SSAST)")
     r_g: float = Field(10.0, ge=0, description="weight of the reconstruction (Eq. 2)")
     r_w: float = Field(1.0, ge=0, description="weight of the waveform's masked-patch losses (Eq. 3)")
     r_cl: float = Field(0.01, ge=0, description="weight of the contrastive loss (Eq. 4b)")
     contrast: Literal["cosine", "raw"] = Field("cosine", description="normalised with temperature, or Eq. 4a literally")
     temperature: float = Field(0.07, gt=0, description="of the cosine contrast")
+    level: Literal["clip", "token"] = Field(
+        "clip", description="contrast clips of the global batch, or the patches within a clip (N of Eq. 7)"
+    )
     projection: Literal["none", "mlp"] = Field("none", description="head before the contrast")
     symmetric: bool = Field(False, description="add the spectrogram -> waveform direction")
     mask_waveform: bool = Field(False, description="pswacl: mask the contrast's waveform tokens too")
     clean_spectrogram: bool = Field(False, description="pswacl: contrast an extra unmasked spectrogram pass")
     softmax: Literal["paper", "ssast"] = Field("paper", description="InfoNCE over targets (Eq. 7a) or predictions")
+
+    @field_validator("clusters")
+    @classmethod
+    def _sides(cls, sides: tuple[int, ...]) -> tuple[int, ...]:
+        if not sides or min(sides) < 1:
+            raise ValueError("give one or more sides of 1 patch or more")
+        return sides
 
 
 class FinetuneConfig(Section):
@@ -168,6 +183,7 @@ class FinetuneConfig(Section):
     bottlenecks: int = Field(64, ge=0, description="F: fusion bottleneck tokens (swab)")
     fusion_layer: int = Field(-1, ge=-1, description="first fusing layer, 0-based; -1: a third of the depth (4 of 12)")
     head: Literal["concat", "mean_pool", "mean_logits"] = Field("concat", description="swast, swab: how streams meet")
+    pool: Literal["mean", "cls"] = Field("mean", description="mean of patch tokens (SSAST), or of cls and dist (AST)")
     loss: Literal["auto", "bce", "ce"] = Field("auto", description="auto: ce where every clip has one label, else bce")
 
 

@@ -94,16 +94,16 @@ class Encoded(NamedTuple):
     """Patch tokens after the encoder's last LayerNorm; cls, dist and bottlenecks are cut off.
 
     A tuple, as is `Losses`, because ZeRO-3's hooks look for tensors in tuples and not in dataclasses.
+    Each entry is one pass of a representation through the encoder: one in finetuning, up to three
+    in pretraining (two masks, one clean); none where the method does not read the representation.
 
     Attributes:
-        spec: [B, N, D] of the spectrogram, or None.
-        wav: [B, N, D] of the waveform, or None.
-        clean: [B, N, D] of an extra unmasked spectrogram pass, or None.
+        spec: [B, N, D] each, of the spectrogram.
+        wav: [B, N, D] each, of the waveform (its own N where the MSAE map is not M high).
     """
 
-    spec: torch.Tensor | None
-    wav: torch.Tensor | None
-    clean: torch.Tensor | None = None
+    spec: tuple[torch.Tensor, ...]
+    wav: tuple[torch.Tensor, ...]
 
 
 class Losses(NamedTuple):

@@ -11,19 +11,22 @@ from torch import nn
 
 from pipeline import distributed
 from pipeline.config import FinetuneRecipe, PretrainRecipe
+from pipeline.data.augment import mask_fbank
+from pipeline.errors import UserError
 from pipeline.flow import Batch, Encoded, Losses
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.model.craft import Craft, Streams
 from pipeline.model.embed import patchify
 from pipeline.model.heads import Classifier, MaskedPatchHeads, ProjectionHead
-from pipeline.model.masking import cluster_masks, masked_count
+from pipeline.model.masking import cluster_masks, masked_count, ssast_masks
 from pipeline.objectives.classification import classification_loss
-from pipeline.objectives.contrastive import swacl_loss
+from pipeline.objectives.contrastive import swacl_loss, token_loss
 from pipeline.objectives.masked_patch import gather_patches, masked_patch_loss, normalise_patches
+from pipeline.precision import full
 
 
 class Pooled(NamedTuple):
-    """Clip representations of a micro-batch before the contrast: [B, D] each."""
+    """Representations of a micro-batch before the contrast: [B, D] each; [B, N, D] with `level` = "token"."""
 
     wav: torch.Tensor
     spec: torch.Tensor
@@ -60,6 +63,7 @@ class PretrainTask(nn.Module):
         self.method = method = PRETRAIN[config.method]
         self.seed = recipe.run.seed
         self.masks_wav = method.masked_wav or (method.contrast and config.mask_waveform)
+        self.contrasts_batch = method.contrast and config.level == "clip"
         streams = Streams(
             spec=method.spec,
             wav=method.wav,
@@ -69,7 +73,12 @@ class PretrainTask(nn.Module):
             masked_wav=self.masks_wav,
         )
         self.model = Craft(recipe.model, streams)
-        self.masked = masked_count(config.mask_patches, self.model.grid)
+        if method.contrast and config.level == "token" and self.model.grid != self.model.wav_grid:
+            raise UserError(
+                f"pretrain.level = token pairs patches, but the spectrogram has {self.model.grid} and the waveform "
+                f"{self.model.wav_grid}; let model.channels sum to {mel_bins}"
+            )
+        self._check_masks(mel_bins, frames)
         if method.masked_spec or method.masked_wav:
             self.heads = MaskedPatchHeads(self.model.width, recipe.model.patch**2)
         if method.contrast and config.projection == "mlp":
@@ -85,36 +94,40 @@ class PretrainTask(nn.Module):
             cached: The contrast of the step, where it spans several micro-batches.
             pooled_only: Return the representations to be contrasted and no loss.
         """
-        spec_mask = self._mask("mask.spec", batch.position) if self.method.masked_spec else None
-        wav_mask = self._mask("mask.wav", batch.position) if self.masks_wav else None
-        fbank = _given(batch.fbank) if self.method.spec else None
-        wav_map = self.model.waveform_map(_given(batch.waveform)) if self.method.wav else None
-        clean = self.method.contrast and self.method.masked_spec and self.config.clean_spectrogram
-        encoded: Encoded = self.model(fbank, wav_map, spec_mask, wav_mask, clean)
+        method = self.method
+        spec_masks = self._masks("spec", batch.position) if method.masked_spec else []
+        wav_masks = self._masks("wav", batch.position) if self.masks_wav else []
+        clean = [None] if method.contrast and self.config.clean_spectrogram else []
+        fbank = _given(batch.fbank) if method.spec else None
+        wav_map = self.model.waveform_map(_given(batch.waveform)) if method.wav else None
+        encoded: Encoded = self.model(fbank, wav_map, [*spec_masks, *clean] or [None], wav_masks or [None])
         if pooled_only:
             return self._pool(encoded)
         named: dict[str, torch.Tensor] = {}
         total = torch.zeros((), device=batch.position.device)
-        if self.method.masked_spec:
-            target = patchify(_given(fbank).float().transpose(1, 2), self.model.config.patch)
-            total = total + self._masked_patches("spec", _given(encoded.spec), target, _given(spec_mask), named)
-        if self.method.masked_wav:
-            target = normalise_patches(patchify(_given(wav_map).detach().float(), self.model.config.patch))
-            weight = self.config.r_w if self.method.masked_spec else 1.0
-            masked = self._masked_patches("wav", _given(encoded.wav), target, _given(wav_mask), named)
+        if method.masked_spec:
+            target = patchify(full(_given(fbank)).transpose(1, 2), self.model.config.patch)
+            total = total + self._masked_patches("spec", encoded.spec, target, spec_masks, named)
+        if method.masked_wav:
+            pixels = patchify(full(_given(wav_map).detach()), self.model.config.patch)
+            named["wav_target_variance"] = pixels.var(dim=-1, correction=0).mean()  # 0: the map has collapsed
+            weight = self.config.r_w if method.masked_spec else 1.0
+            masked = self._masked_patches("wav", encoded.wav, normalise_patches(pixels), wav_masks, named)
             total = total + weight * masked
         value = total.detach()
-        if self.method.contrast:
-            weight = 1.0 if self.method.contrast_only else self.config.r_cl
-            surrogate, loss, accuracy = self._contrast(self._pool(encoded), cached)
+        if method.contrast:
+            weight = 1.0 if method.contrast_only else self.config.r_cl
+            surrogate, loss, accuracy = self._contrast(encoded, cached)
             total = total + weight * surrogate
             value = value + weight * loss.detach()
             named |= {"contrast": loss.detach(), "contrast_accuracy": accuracy}
         return Losses(total, {"loss": value, **named})
 
     def contrast(self, pooled: Pooled) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eq. 4a over the global batch: (loss, accuracy) of this rank's clips; a collective."""
+        """Eq. 4a: (loss, accuracy) of this rank's clips; over the global batch, so a collective, unless by token."""
         temperature = self.config.temperature if self.config.contrast == "cosine" else None
+        if not self.contrasts_batch:
+            return token_loss(pooled.wav, pooled.spec, temperature=temperature, symmetric=self.config.symmetric)
         return swacl_loss(
             pooled.wav,
             pooled.spec,
@@ -124,14 +137,43 @@ class PretrainTask(nn.Module):
             symmetric=self.config.symmetric,
         )
 
-    def _mask(self, purpose: str, position: torch.Tensor) -> torch.Tensor:
-        return cluster_masks(self.seed, purpose, position, self.model.grid, self.masked, self.config.clusters)
+    def _check_masks(self, mel_bins: int, frames: int) -> None:
+        """Whether K masked patches leave others; SSAST's generator needs two of them."""
+        used = {"spec": self.method.masked_spec, "wav": self.masks_wav}
+        for name, grid in self._grids().items():
+            most = grid[0] * grid[1] - (2 if self.config.ssast_compat else 0)
+            count = masked_count(self.config.mask_patches, grid)
+            if used[name] and count > most:
+                raise UserError(
+                    f"pretrain.mask_patches = {self.config.mask_patches}: {count} masked patches, but {mel_bins} "
+                    f"mel bins and {frames} frames allow {most}; lower it"
+                )
+
+    def _grids(self) -> dict[str, tuple[int, int]]:
+        return {"spec": self.model.grid, "wav": self.model.wav_grid}
+
+    def _masks(self, name: str, position: torch.Tensor) -> list[torch.Tensor]:
+        """Masked patches int64 [B, K] of each masked pass."""
+        draw = ssast_masks if self.config.ssast_compat else cluster_masks
+        grid = self._grids()[name]
+        count = masked_count(self.config.mask_patches, grid)
+        masked = self.method.masked_spec if name == "spec" else self.method.masked_wav
+        purposes = [f"mask.{name}", f"mask.{name}.second"] if masked and self.config.two_pass else [f"mask.{name}"]
+        return [draw(self.seed, purpose, position, grid, count, self.config.clusters) for purpose in purposes]
 
     def _masked_patches(
-        self, name: str, tokens: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, named: dict[str, torch.Tensor]
+        self,
+        name: str,
+        passes: tuple[torch.Tensor, ...],
+        target: torch.Tensor,
+        masks: list[torch.Tensor],
+        named: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        predicted, reconstructed = self.heads(gather_patches(tokens, mask))
-        loss = masked_patch_loss(predicted, reconstructed, gather_patches(target, mask), self.config.softmax)
+        tokens = [gather_patches(encoded, mask) for encoded, mask in zip(passes, masks, strict=False)]
+        targets = [gather_patches(target, mask) for mask in masks]
+        predicted, reconstructed = self.heads(*tokens)
+        second = targets[1] if len(targets) > 1 else None
+        loss = masked_patch_loss(predicted, reconstructed, targets[0], self.config.softmax, second)
         named |= {
             f"{name}_nce": loss.nce.detach(),
             f"{name}_mse": loss.mse.detach(),
@@ -140,15 +182,21 @@ class PretrainTask(nn.Module):
         return loss.nce + self.config.r_g * loss.mse
 
     def _pool(self, encoded: Encoded) -> Pooled:
-        spec = encoded.spec if encoded.clean is None else encoded.clean
-        means = [_given(tokens).float().mean(dim=1) for tokens in (encoded.wav, spec)]
+        """What is contrasted: mean patch tokens of a clip, or with `level` = "token" the tokens themselves.
+
+        The spectrogram's last pass is the clean one where there is one.
+        """
+        views = [full(encoded.wav[0]), full(encoded.spec[-1 if self.config.clean_spectrogram else 0])]
+        if self.contrasts_batch:
+            views = [tokens.mean(dim=1) for tokens in views]
         if self.config.projection == "mlp":
-            means = [self.projection(mean.to(self.model.dtype)).float() for mean in means]
-        return Pooled(*means)
+            views = [full(self.projection(view.to(self.model.dtype))) for view in views]
+        return Pooled(*views)
 
     def _contrast(
-        self, pooled: Pooled, cached: CachedContrast | None
+        self, encoded: Encoded, cached: CachedContrast | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        pooled = self._pool(encoded)
         if cached is None:
             loss, accuracy = self.contrast(pooled)
             return loss, loss, accuracy
@@ -179,7 +227,10 @@ class FinetuneTask(nn.Module):
             frames=frames,
             bottlenecks=config.bottlenecks if method.fusion else 0,
             fusion_layer=config.fusion_layer,
+            pool=config.pool,
         )
+        self.seed = recipe.run.seed
+        self.augment = recipe.augment
         self.model = Craft(recipe.model, streams)
         self.classifier = Classifier(self.model.width, classes, method.streams, config.head)
 
@@ -187,6 +238,8 @@ class FinetuneTask(nn.Module):
         """One micro-batch."""
         fbank = _given(batch.fbank) if self.method.spec else None
         wav_map = self.model.waveform_map(_given(batch.waveform)) if self.method.wav else None
+        if wav_map is not None and self.training and self.augment.mask_map:
+            wav_map = mask_fbank(wav_map.transpose(1, 2), self.augment, self.seed, batch.position).transpose(1, 2)
         logits = self.classifier(self.model(fbank, wav_map))
         loss = classification_loss(logits, batch.targets, self.loss)
         named = {"loss": loss.detach()}

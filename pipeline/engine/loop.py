@@ -190,7 +190,7 @@ def _cache_contrast(
     gradient at the pooled vectors; the second pass carries it on. Loss and gradients equal those
     of one large batch, for the memory of a micro-batch.
     """
-    if len(parts) == 1 or isinstance(task, FinetuneTask) or not task.method.contrast:
+    if len(parts) == 1 or isinstance(task, FinetuneTask) or not task.contrasts_batch:
         return [None] * len(parts)
     with torch.no_grad():
         pooled: list[Pooled] = [engine(part, pooled_only=True) for part in parts]

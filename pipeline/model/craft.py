@@ -7,6 +7,7 @@ module that calls others: ZeRO-3 gathers a module's own weights around its forwa
 that are dataclasses hide tensors from its hooks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,7 @@ class Streams:
         masked_wav: Waveform patches may be masked.
         bottlenecks: F; 0: no fusion.
         fusion_layer: First fusing block; -1: a third of the depth.
+        pool: The tokens that are returned: "mean", the patches, or "cls", cls and dist.
     """
 
     spec: bool
@@ -67,6 +69,7 @@ class Streams:
     frames: int = 1024
     bottlenecks: int = 0
     fusion_layer: int = -1
+    pool: str = "mean"
 
 
 class Craft(nn.Module):
@@ -75,6 +78,10 @@ class Craft(nn.Module):
     Args:
         config: Model settings.
         streams: Which representations, and the shape of the data.
+
+    Attributes:
+        grid: Patches of the spectrogram along frequency and time.
+        wav_grid: Patches of the MSAE map along channels and time; `grid` where it has M channels.
 
     Raises:
         UserError: MSAE settings that do not fit each other or the mel bins; a patch larger than the map.
@@ -87,6 +94,7 @@ class Craft(nn.Module):
         self.config = config
         self.streams = streams
         self.grid = patch_grid(streams.mel_bins, streams.frames, config.patch, config.stride)
+        self.wav_grid = patch_grid(sum(config.channels), streams.frames, config.patch, config.stride)
         self.special = SpecialTokens(size.width)
         if streams.wav:
             self.msae = MultiScaleEmbedding(
@@ -99,7 +107,7 @@ class Craft(nn.Module):
         if streams.spec:
             self.spec_tokens = TokenSequence(size.width, self.grid, config.modality_embedding, streams.masked_spec)
         if streams.wav:
-            self.wav_tokens = TokenSequence(size.width, self.grid, config.modality_embedding, streams.masked_wav)
+            self.wav_tokens = TokenSequence(size.width, self.wav_grid, config.modality_embedding, streams.masked_wav)
         self.encoder = Encoder(
             size.width,
             size.depth,
@@ -121,7 +129,7 @@ class Craft(nn.Module):
         return self.encoder.norm.weight.dtype
 
     def waveform_map(self, waveform: torch.Tensor) -> torch.Tensor:
-        """MSAE of waveforms cut or zero-padded to T * 160 samples: [B, L] -> [B, M, T]."""
+        """MSAE of waveforms cut or zero-padded to T * 160 samples: [B, L] -> [B, channels, T]."""
         padding = self.streams.frames * SAMPLES_PER_FRAME - waveform.shape[-1]
         x = F.pad(waveform, (0, padding)).to(self.dtype)
         return run_block(self.msae, x, recompute=self.config.checkpoint_activations)
@@ -130,35 +138,34 @@ class Craft(nn.Module):
         self,
         fbank: torch.Tensor | None,
         wav_map: torch.Tensor | None,
-        spec_mask: torch.Tensor | None = None,
-        wav_mask: torch.Tensor | None = None,
-        clean: bool = False,
+        spec_masks: Sequence[torch.Tensor | None] = (None,),
+        wav_masks: Sequence[torch.Tensor | None] = (None,),
     ) -> Encoded:
         """Encodes the given representations in one pass of the encoder.
 
         Args:
             fbank: [B, T, M], normalised; None: no spectrogram stream.
-            wav_map: [B, M, T] of `waveform_map`; None: no waveform stream.
-            spec_mask: int64 [B, K], indices of masked spectrogram patches.
-            wav_mask: int64 [B, K], indices of masked waveform patches.
-            clean: Encode the spectrogram once more, unmasked.
+            wav_map: [B, channels, T] of `waveform_map`; None: no waveform stream.
+            spec_masks: One entry for each time that the spectrogram is encoded: int64 [B, K], indices of
+                masked patches, or None.
+            wav_masks: Likewise for the waveform.
 
         Returns:
-            Patch tokens [B, N, D] of each stream, without cls, dist and bottlenecks.
+            Patch tokens [B, N, D], or with `pool` = "cls" the cls and dist tokens [B, 2, D].
         """
         special = self.special()
         sequences = []
         if fbank is not None:
             patches = self.spec_patch(fbank.to(self.dtype).transpose(1, 2))
-            sequences.append(self.spec_tokens(patches, special, spec_mask))
-            if clean:
-                sequences.append(self.spec_tokens(patches, special, None))
+            sequences += [self.spec_tokens(patches, special, mask) for mask in spec_masks]
+        passes = len(sequences)
         if wav_map is not None:
             embedding = self.spec_patch if self.config.shared_patch else self.wav_patch
-            sequences.append(self.wav_tokens(embedding(wav_map), special, wav_mask))
-        encoded = list(self.encoder(torch.stack(sequences))[:, :, len(special) :])
-        spec = encoded.pop(0) if fbank is not None else None
-        return Encoded(spec, clean=encoded.pop(0) if clean else None, wav=encoded.pop() if encoded else None)
+            patches = embedding(wav_map)
+            sequences += [self.wav_tokens(patches, special, mask) for mask in wav_masks]
+        kept = slice(len(special)) if self.streams.pool == "cls" else slice(len(special), None)
+        encoded = [tokens[:, kept] for tokens in self.encoder(sequences)]
+        return Encoded(tuple(encoded[:passes]), tuple(encoded[passes:]))
 
 
 def _initialise(module: nn.Module) -> None:
@@ -181,10 +188,11 @@ def _check(config: ModelConfig, streams: Streams) -> None:
             f"model.kernels, kernel_strides and channels have {len(config.kernels)}, {len(config.kernel_strides)} and "
             f"{len(config.channels)} entries; give each scale one of each"
         )
-    if sum(config.channels) != streams.mel_bins:
+    total = sum(config.channels)
+    if total != streams.mel_bins and (total % config.patch or not total):
         raise UserError(
-            f"model.channels = {list(config.channels)} sum to {sum(config.channels)}, not to the "
-            f"{streams.mel_bins} mel bins of the shards; the two representations share one patch grid"
+            f"model.channels = {list(config.channels)} sum to {total}, neither the {streams.mel_bins} mel bins "
+            f"of the shards (one patch grid for both representations) nor a multiple of model.patch = {config.patch}"
         )
     for stride in config.kernel_strides:
         if SAMPLES_PER_FRAME % stride:

@@ -1,10 +1,12 @@
 """The shared transformer: both representations in one call, with fusion bottlenecks.
 
-In: sequences [S, B, n, D] of S = 1 or 2 streams. Out: the same after all blocks and the last LayerNorm.
+In: sequences [B, n, D], one a stream. Out: the same after all blocks and the last LayerNorm.
 
-Streams are stacked along the batch axis, so each block is one large matmul for both, and Eq. 5's two
-passes cost one kernel launch instead of two.
+Streams of one length are stacked along the batch axis, so each block is one large matmul for both, and
+Eq. 5's two passes cost one kernel launch instead of two.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -75,7 +77,7 @@ class Bottlenecks(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ViT blocks over one or two stacked streams.
+    """ViT blocks over one or more streams.
 
     Args:
         width: D.
@@ -97,25 +99,26 @@ class Encoder(nn.Module):
         self.fusion_layer = fusion_layer
         self.recompute = recompute
 
-    def forward(self, streams: torch.Tensor) -> torch.Tensor:
+    def forward(self, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Encodes.
 
         Args:
-            streams: [S, B, n, D].
+            streams: [B, n, D] each; n may differ between streams, at the price of one call more a block.
 
         Returns:
-            [S, B, n, D]; bottleneck tokens are left out.
+            [B, n, D] each; bottleneck tokens are left out.
         """
-        count, batch, length, _ = streams.shape
-        x = streams.flatten(0, 1)
+        batch = len(streams[0])
+        stacks = _stack(streams)
+        lengths = [x.shape[1] for x in stacks]
         for layer, block in enumerate(self.blocks):
             if self.bottlenecks is not None and layer == self.fusion_layer:
-                x = torch.cat([x, self.bottlenecks(count * batch)], dim=1)
-            x = run_block(block, x, recompute=self.recompute)
+                stacks = [torch.cat([x, self.bottlenecks(len(x))], dim=1) for x in stacks]
+            stacks = [run_block(block, x, recompute=self.recompute) for x in stacks]
             if self.bottlenecks is not None and layer >= self.fusion_layer:
-                x = _share_bottlenecks(x, length, count)
-        out: torch.Tensor = self.norm(x[:, :length])
-        return out.reshape(count, batch, length, -1)
+                stacks = _share_bottlenecks(stacks, lengths, batch)
+        encoded = [self.norm(x[:, :length]) for x, length in zip(stacks, lengths, strict=True)]
+        return [stream for x in encoded for stream in torch.split(x, batch)]
 
 
 def run_block(block: nn.Module, x: torch.Tensor, *, recompute: bool) -> torch.Tensor:
@@ -128,8 +131,24 @@ def run_block(block: nn.Module, x: torch.Tensor, *, recompute: bool) -> torch.Te
     return out
 
 
-def _share_bottlenecks(x: torch.Tensor, length: int, streams: int) -> torch.Tensor:
+def _stack(streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Neighbouring streams of one length on top of each other: [S B, n, D] each."""
+    groups: list[list[torch.Tensor]] = []
+    for stream in streams:
+        if groups and groups[-1][0].shape[1] == stream.shape[1]:
+            groups[-1].append(stream)
+        else:
+            groups.append([stream])
+    return [torch.cat(group) for group in groups]
+
+
+def _share_bottlenecks(stacks: list[torch.Tensor], lengths: list[int], batch: int) -> list[torch.Tensor]:
     """Eq. 5c: each bottleneck becomes the mean of its copies in the streams."""
-    tokens, bottlenecks = x[:, :length], x[:, length:]
-    mean = torch.stack(bottlenecks.chunk(streams)).mean(dim=0)
-    return torch.cat([tokens, mean.repeat(streams, 1, 1)], dim=1)
+    copies = [
+        copy for x, length in zip(stacks, lengths, strict=True) for copy in torch.split(x[:, length:], batch)
+    ]
+    mean = torch.stack(copies).mean(dim=0)
+    return [
+        torch.cat([x[:, :length], mean.repeat(len(x) // batch, 1, 1)], dim=1)
+        for x, length in zip(stacks, lengths, strict=True)
+    ]

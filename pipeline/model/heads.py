@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 from pipeline.flow import Encoded
+from pipeline.precision import full
+
+HEAD_NORM_EPS = 1e-5  # torch's default, which SSAST's and AST's heads have; their blocks have 1e-6
 
 
 class MaskedPatchHeads(nn.Module):
@@ -22,9 +25,14 @@ class MaskedPatchHeads(nn.Module):
         self.discriminative = _mlp(width, pixels)
         self.generative = _mlp(width, pixels)
 
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, K, D] -> the InfoNCE prediction and the reconstruction, [B, K, pixels] each."""
-        return self.discriminative(tokens), self.generative(tokens)
+    def forward(self, tokens: torch.Tensor, second: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, K, D] -> the InfoNCE prediction and the reconstruction, [B, K, pixels] each.
+
+        Args:
+            tokens: Encoded masked patches.
+            second: Those of a second pass that is reconstructed instead (SSAST's two passes).
+        """
+        return self.discriminative(tokens), self.generative(tokens if second is None else second)
 
 
 class ProjectionHead(nn.Sequential):
@@ -39,7 +47,9 @@ def _mlp(width: int, out: int) -> nn.Sequential:
 
 
 class Classifier(nn.Module):
-    """Mean of patch tokens -> LayerNorm -> Linear, over one or two streams.
+    """Mean of tokens -> LayerNorm -> Linear, over one or two streams.
+
+    The mean is over patch tokens (SSAST) or over cls and dist (AST), as the network hands them out.
 
     Args:
         width: D.
@@ -52,13 +62,13 @@ class Classifier(nn.Module):
         super().__init__()
         self.mode = mode if streams == 2 else "concat"
         features = width * (streams if self.mode == "concat" else 1)
-        self.norm = nn.LayerNorm(features, eps=1e-6)
+        self.norm = nn.LayerNorm(features, eps=HEAD_NORM_EPS)
         self.linear = nn.Linear(features, classes)
 
     def forward(self, encoded: Encoded) -> torch.Tensor:
         """Tokens of the encoded streams -> logits float32 [B, C]."""
-        means = [tokens.mean(dim=1) for tokens in (encoded.spec, encoded.wav) if tokens is not None]
+        means = [tokens.mean(dim=1) for tokens in (*encoded.spec, *encoded.wav)]
         if self.mode == "mean_logits":
-            return torch.stack([self.linear(self.norm(mean)) for mean in means]).float().mean(dim=0)
+            return full(torch.stack([self.linear(self.norm(mean)) for mean in means])).mean(dim=0)
         pooled = torch.cat(means, dim=-1) if self.mode == "concat" else torch.stack(means).mean(dim=0)
-        return self.linear(self.norm(pooled)).float()  # type: ignore[no-any-return]
+        return full(self.linear(self.norm(pooled)))

@@ -8,6 +8,8 @@ import torch.nn.functional as F  # noqa: N812
 
 from pipeline.rng import uniform
 
+THROWS = 8  # x N throws: enough to cover any patch but with probability e^-16
+
 
 def cluster_masks(
     seed: int, purpose: str, position: torch.Tensor, grid: tuple[int, int], count: int, sides: tuple[int, ...]
@@ -36,8 +38,7 @@ def cluster_masks(
     """
     height, width = grid
     total = height * width
-    if not 1 <= count <= total:
-        raise ValueError(f"{count} masked patches of {total}")
+    _check(count, total)
     draws = uniform(seed, purpose, position, 2 * total + 1)
     scores = draws[:, :total].view(-1, 1, height, width)
     choice = (draws[:, -1] * len(sides)).long()
@@ -50,6 +51,45 @@ def cluster_masks(
     # Draws lie on a grid of 2^-24, so score and tie-break make one exact integer.
     ranked = (best * 2**24).long() * 2**24 + (draws[:, total:-1] * 2**24).long()
     return ranked.topk(count, dim=1).indices.sort(dim=1).values
+
+
+def ssast_masks(
+    seed: int, purpose: str, position: torch.Tensor, grid: tuple[int, int], count: int, sides: tuple[int, ...]
+) -> torch.Tensor:
+    """The masks of SSAST's code, biases included, without its loop over clips and clusters.
+
+    Its generator throws squares at random patches until more than `count` patches are covered, and
+    keeps the `count` with the smallest indices. A square that leaves the grid on the right goes on in
+    the next row, one that leaves it at the bottom is cut, and patch 0 is never covered. Here each patch
+    learns the number of the first throw that covers it; the throw that ends the loop is the
+    (count + 1)-th smallest of these.
+
+    Arguments, result and errors are those of `cluster_masks`; `count` must leave two patches over.
+    """
+    total = grid[0] * grid[1]
+    _check(count, total - 2)
+    throws = THROWS * total
+    draws = uniform(seed, purpose, position, throws + 1)
+    starts = (draws[:, :throws] * total).long()
+    number = torch.arange(throws, device=position.device).expand_as(starts)
+    first = torch.full((len(position), total), throws, device=position.device)
+    first = first.scatter_reduce(1, starts, number, "amin")  # of throws that start at this patch
+    choice = (draws[:, -1] * len(sides)).long()
+    covered = torch.full_like(first, throws)
+    for index, side in enumerate(sides):
+        offsets = {grid[1] * row + column for row in range(side) for column in range(side)}
+        padded = F.pad(first, (max(offsets), 0), value=throws)
+        reach = [padded[:, max(offsets) - offset : max(offsets) - offset + total] for offset in sorted(offsets)]
+        covered = torch.where((choice == index)[:, None], torch.stack(reach).amin(dim=0), covered)
+    covered[:, 0] = throws + 1
+    last = covered.kthvalue(count + 1, dim=1, keepdim=True).values
+    ranked = (covered > last) * total + torch.arange(total, device=position.device)
+    return ranked.topk(count, dim=1, largest=False).indices.sort(dim=1).values
+
+
+def _check(count: int, most: int) -> None:
+    if not 1 <= count <= most:
+        raise ValueError(f"{count} masked patches, but 1 to {most} are possible")
 
 
 def masked_count(requested: int, grid: tuple[int, int], nominal: int = 512) -> int:

@@ -14,6 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
+
+from pipeline.precision import full
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 CHUNK = 1024  # rows of the similarity matrix that exist at once
@@ -74,7 +77,7 @@ def global_info_nce(
         average is the global gradient, the remote softmax terms included.
     """
     with torch.autocast(query.device.type, enabled=False):
-        loss, accuracy = _GlobalInfoNCE.apply(query.float(), key.float(), gather, rank)
+        loss, accuracy = _GlobalInfoNCE.apply(full(query), full(key), gather, rank)
     return loss, accuracy
 
 
@@ -91,12 +94,44 @@ def swacl_loss(
         temperature: L2-normalise and divide by it; None: the raw dot products of Eq. 4a.
         symmetric: Average with the spectrogram -> waveform direction.
     """
-    wav, spec = wav.float(), spec.float()
+    wav, spec = full(wav), full(spec)
     if temperature is not None:
-        wav = torch.nn.functional.normalize(wav, dim=-1) / temperature
-        spec = torch.nn.functional.normalize(spec, dim=-1)
+        wav, spec = _unit(wav) / temperature, _unit(spec)
     loss, accuracy = global_info_nce(wav, spec, gather, rank)
     if symmetric:
         back, back_accuracy = global_info_nce(spec, wav, gather, rank)
         loss, accuracy = (loss + back) / 2, (accuracy + back_accuracy) / 2
     return loss, accuracy
+
+
+def token_loss(
+    wav: torch.Tensor, spec: torch.Tensor, *, temperature: float | None, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. 4a read with Eq. 7's indices: i and j are patches of one clip, and N their number.
+
+    A waveform token is contrasted with the spectrogram tokens of its own clip, so neither the batch
+    nor the ranks play a part.
+
+    Args:
+        wav: [B, N, D].
+        spec: [B, N, D], the token of the same place in the grid.
+        temperature: As in `swacl_loss`.
+        symmetric: As in `swacl_loss`.
+
+    Returns:
+        (loss, accuracy): scalars, means over clips and tokens.
+    """
+    with torch.autocast(wav.device.type, enabled=False):
+        wav, spec = full(wav), full(spec)
+        if temperature is not None:
+            wav, spec = _unit(wav) / temperature, _unit(spec)
+        logits = wav @ spec.transpose(1, 2)  # (B, N waveform tokens, N spectrogram tokens)
+        own = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
+        directions = [logits, logits.transpose(1, 2)] if symmetric else [logits]
+        losses = [F.cross_entropy(rows.flatten(0, 1), own.flatten()) for rows in directions]
+        hits = [(rows.detach().argmax(dim=-1) == own).float().mean() for rows in directions]
+    return torch.stack(losses).mean(), torch.stack(hits).mean()
+
+
+def _unit(vectors: torch.Tensor) -> torch.Tensor:
+    return F.normalize(vectors, dim=-1)

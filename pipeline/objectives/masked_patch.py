@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from pipeline.precision import full
+
 
 @dataclass(slots=True)
 class MaskedPatchLoss:
@@ -25,7 +27,11 @@ class MaskedPatchLoss:
 
 
 def masked_patch_loss(
-    predicted: torch.Tensor, reconstructed: torch.Tensor, target: torch.Tensor, softmax: str = "paper"
+    predicted: torch.Tensor,
+    reconstructed: torch.Tensor,
+    target: torch.Tensor,
+    softmax: str = "paper",
+    second: torch.Tensor | None = None,
 ) -> MaskedPatchLoss:
     """InfoNCE and MSE of masked patches, one batched matmul for all clips.
 
@@ -34,15 +40,17 @@ def masked_patch_loss(
         reconstructed: r, [B, K, P].
         target: x, [B, K, P]; no gradient flows into it.
         softmax: "paper": over targets j for a prediction i (Eq. 7a). "ssast": its code's transpose.
+        second: x of the reconstruction, where that has a mask of its own.
     """
-    target = target.detach().float()
-    logits = predicted.float() @ target.transpose(1, 2)  # (B, K predictions, K targets), in float32
+    target = full(target.detach())
+    rebuilt = target if second is None else full(second.detach())
+    logits = full(predicted) @ target.transpose(1, 2)  # (B, K predictions, K targets), never in half precision
     if softmax == "ssast":
         logits = logits.transpose(1, 2)
     own = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
     return MaskedPatchLoss(
         nce=F.cross_entropy(logits.flatten(0, 1), own.flatten()),
-        mse=F.mse_loss(reconstructed.float(), target),
+        mse=F.mse_loss(full(reconstructed), rebuilt),
         accuracy=(logits.detach().argmax(dim=-1) == own).float().mean(),
     )
 
@@ -58,6 +66,6 @@ def normalise_patches(patches: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     For targets that are learned (the MSAE map): a map that shrinks to a constant would otherwise
     make the reconstruction trivially perfect.
     """
-    patches = patches.detach().float()
+    patches = full(patches.detach())
     centred = patches - patches.mean(dim=-1, keepdim=True)
     return centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()

@@ -4,21 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.engine.metrics import auc, average_precision, d_prime, evaluate_multilabel, evaluate_single
-
-
-def loop_average_precision(score, truth):
-    """Sum over distinct thresholds of (recall step) x precision."""
-    total, last = 0.0, 0.0
-    for threshold in sorted(set(score), reverse=True):
-        chosen = score >= threshold
-        recall, precision = (chosen & truth).sum() / truth.sum(), (chosen & truth).sum() / chosen.sum()
-        total, last = total + (recall - last) * precision, recall
-    return total
-
-
-def loop_auc(score, truth):
-    pairs = [(a > b) + 0.5 * (a == b) for a in score[truth] for b in score[~truth]]
-    return np.mean(pairs)
+from tests.reference import metrics as reference
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -27,10 +13,14 @@ def test_metrics_equal_their_definitions_with_ties(seed):
     scores = rng.integers(0, 6, (40, 4)).astype(np.float32)
     targets = (rng.random((40, 4)) < 0.3).astype(np.float32)
     targets[0], targets[1] = 1, 0
+    truth = targets > 0
     for c in range(4):
-        truth = targets[:, c] > 0
-        assert average_precision(scores, targets)[c] == pytest.approx(loop_average_precision(scores[:, c], truth))
-        assert auc(scores, targets)[c] == pytest.approx(loop_auc(scores[:, c], truth))
+        found = average_precision(scores, targets)[c], auc(scores, targets)[c]
+        expected = reference.average_precision(scores[:, c], truth[:, c]), reference.auc(scores[:, c], truth[:, c])
+        assert found == pytest.approx(expected, abs=1e-6)
+    found = evaluate_multilabel(scores, targets)
+    assert found["mAP"] == pytest.approx(reference.mean_average_precision(scores, truth), abs=1e-6)
+    assert found["d_prime"] == pytest.approx(reference.d_prime(found["mAUC"]), abs=1e-6)
 
 
 def test_classes_without_positives_are_left_out():

@@ -1,9 +1,15 @@
-"""Masks: exact count, unbiased, clustered, keyed by position."""
+"""Masks: equal to their loop-written twins, exact count, unbiased, clustered, keyed by position."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipeline.model.masking import cluster_masks, masked_count
+from pipeline.model.masking import THROWS, cluster_masks, masked_count, ssast_masks
+from tests.reference import masks as reference
+
+GRIDS = st.tuples(st.integers(2, 9), st.integers(2, 20))
+SIDES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 
 
 def masks(clips: int, count: int = 400, grid=(8, 64), sides=(3, 4, 5)) -> torch.Tensor:
@@ -44,5 +50,45 @@ def test_count_is_scaled_to_smaller_grids():
 
 
 def test_impossible_count_is_refused():
-    with pytest.raises(ValueError, match="513 masked patches of 512"):
+    with pytest.raises(ValueError, match="513 masked patches, but 1 to 512 are possible"):
         masks(1, 513)
+
+
+@given(grid=GRIDS, sides=SIDES, share=st.floats(0, 1), seed=st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_cluster_masks_equal_their_twin_and_count_exactly(grid, sides, share, seed):
+    total = grid[0] * grid[1]
+    count = max(1, round(share * total))
+    found = cluster_masks(seed, "mask.spec", torch.tensor([3, 1]), grid, count, sides)
+    assert found.shape == (2, count)
+    assert found.tolist() == reference.clusters(seed, "mask.spec", [3, 1], grid, count, sides)
+
+
+@given(grid=GRIDS, sides=SIDES, share=st.floats(0, 1), seed=st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_compatible_masks_equal_ssasts_loop(grid, sides, share, seed):
+    count = max(1, round(share * (grid[0] * grid[1] - 2)))
+    found = ssast_masks(seed, "mask.spec", torch.tensor([3, 1]), grid, count, sides)
+    assert found.tolist() == reference.ssast(seed, "mask.spec", [3, 1], grid, count, sides, THROWS)
+
+
+def test_compatible_masks_have_ssasts_biases():
+    """The first and last patch are never masked; the rates of the 8 rows span .41 to .89."""
+    index = ssast_masks(0, "mask.spec", torch.arange(1000), (8, 64), 400, (3, 4, 5))
+    rate = torch.zeros(1000, 512).scatter_(1, index, 1.0).mean(dim=0)
+    assert rate[0] == rate[511] == 0
+    rows = rate.view(8, 64).mean(dim=1)
+    assert 0.35 < rows.min() < 0.5
+    assert rows.max() > 0.85
+
+
+@given(grid=GRIDS, sides=SIDES, share=st.floats(0.1, 0.9))
+@settings(max_examples=10, deadline=None)
+def test_no_position_is_favoured(grid, sides, share):
+    """1500 clips: each patch's rate lies within five binomial deviations of K / N."""
+    total = grid[0] * grid[1]
+    count = max(1, round(share * total))
+    index = cluster_masks(7, "mask.spec", torch.arange(1500), grid, count, sides)
+    rate = torch.zeros(1500, total).scatter_(1, index, 1.0).mean(dim=0)
+    nominal = count / total
+    assert (rate - nominal).abs().max() < 5 * (nominal * (1 - nominal) / 1500) ** 0.5 + 1e-6

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.config import FinetuneRecipe, ModelConfig, PretrainRecipe, load_recipe
 from pipeline.errors import UserError
@@ -11,6 +13,8 @@ from pipeline.model.craft import Craft, Streams
 from pipeline.model.embed import MultiScaleEmbedding, patch_grid, patchify, resize_positions
 from pipeline.model.encoder import Encoder
 from pipeline.tasks import FinetuneTask, PretrainTask
+from tests.reference import swab
+from tests.reference.msae import embed
 
 MICRO = ["model.size=micro"]
 
@@ -94,38 +98,58 @@ def test_every_finetuning_method_steps_and_uses_all_its_weights(method, head):
     assert [name for name, p in task.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_one_stacked_call_equals_eq5_read_literally():
-    """SWaB's stacked encoder against two passes a layer with averaged bottlenecks."""
+@pytest.mark.parametrize(("bottlenecks", "fusion_layer"), [(5, 1), (1, 0), (5, 3), (0, 1)])
+@pytest.mark.parametrize("length", [7, 4])
+def test_one_stacked_call_equals_eq5_read_literally(bottlenecks, fusion_layer, length):
+    """Value and gradients; with streams of equal and of different length."""
     torch.manual_seed(0)
-    encoder = Encoder(24, 4, 3, bottlenecks=5, fusion_layer=1, recompute=False).double()
-    spec, wav = torch.randn(2, 2, 7, 24, dtype=torch.float64)
-    stacked = encoder(torch.stack([spec, wav]))
-    shared = encoder.bottlenecks.tokens.expand(2, -1, -1)
-    for layer, block in enumerate(encoder.blocks):
-        if layer < 1:
-            spec, wav = block(spec), block(wav)
-            continue
-        both = [block(torch.cat([tokens, shared], dim=1)) for tokens in (spec, wav)]
-        spec, wav = (out[:, :7] for out in both)
-        shared = (both[0][:, 7:] + both[1][:, 7:]) / 2
-    torch.testing.assert_close(stacked, torch.stack([encoder.norm(spec), encoder.norm(wav)]))
+    encoder = Encoder(12, 3, 3, bottlenecks=bottlenecks, fusion_layer=fusion_layer, recompute=False).double()
+    spec = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
+    wav = torch.randn(2, length, 12, dtype=torch.float64, requires_grad=True)
+    weights = list(encoder.parameters())
+    outputs = [encoder([spec, wav]), list(swab.encode(encoder, spec, wav, fusion_layer))]
+    torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
+    gradients = [
+        torch.autograd.grad(sum((out.sin() * 3).sum() for out in both), [spec, wav, *weights]) for both in outputs
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
 
 
-def test_fusion_after_the_last_layer_is_late_fusion():
+def test_msae_equals_eq1_sample_by_sample():
+    torch.manual_seed(0)
+    kernels, strides = (11, 51, 101), (20, 40, 80)
+    msae = MultiScaleEmbedding(kernels, strides, (3, 2, 2), "group", "relu").double()
+    for parameter in msae.parameters():
+        torch.nn.init.normal_(parameter)
+    waveform = torch.randn(2, 480, dtype=torch.float64, requires_grad=True)
+    maps = msae(waveform), embed(waveform, msae, strides)
+    torch.testing.assert_close(*maps, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad((out**2).sum(), [waveform, *msae.parameters()]) for out in maps]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("word", ["finetune.fusion_layer=4", "finetune.bottlenecks=0"])
+def test_fusion_after_the_last_layer_or_without_bottlenecks_is_late_fusion(word):
     words = [*MICRO, "finetune.method=swab", "model.stride=16"]
     torch.manual_seed(0)
-    late = FinetuneTask(load_recipe(FinetuneRecipe, [], [*words, "finetune.fusion_layer=4"]), 128, 64, 5, True)
+    late = FinetuneTask(load_recipe(FinetuneRecipe, [], [*words, word]), 128, 64, 5, True)
     torch.manual_seed(0)
     plain = FinetuneTask(load_recipe(FinetuneRecipe, [], [*words, "finetune.method=swast"]), 128, 64, 5, True)
     assert torch.equal(late(batch()).logits, plain(batch()).logits)
 
 
-def test_permuting_clips_permutes_logits():
-    task = FinetuneTask(load_recipe(FinetuneRecipe, [], MICRO), 128, 64, 5, False).double()
+@pytest.fixture(scope="module")
+def swab_task() -> FinetuneTask:
+    return FinetuneTask(load_recipe(FinetuneRecipe, [], MICRO), 128, 64, 5, False).double()
+
+
+@given(order=st.permutations(range(3)))
+@settings(max_examples=6, deadline=None)
+def test_permuting_clips_permutes_logits(swab_task, order):
     whole = batch()
-    flipped = Batch(*(field.flip(0) for field in (whole.position, whole.row, whole.valid, whole.waveform, whole.fbank,
-                                                 whole.targets)))
-    torch.testing.assert_close(task(flipped).logits, task(whole).logits.flip(0))
+    fields = (whole.position, whole.row, whole.valid, whole.waveform, whole.fbank, whole.targets)
+    turned = Batch(*(field[order] for field in fields))
+    torch.testing.assert_close(swab_task(turned).logits, swab_task(whole).logits[order])
 
 
 def test_recomputed_activations_give_the_same_gradients():

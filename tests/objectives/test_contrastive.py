@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.objectives import contrastive
-from pipeline.objectives.contrastive import global_info_nce, swacl_loss
+from pipeline.objectives.contrastive import global_info_nce, swacl_loss, token_loss
+from tests.reference.swacl import contrast
 
 
 def sharded(query: torch.Tensor, key: torch.Tensor, ranks: int) -> tuple[list, torch.Tensor, torch.Tensor]:
@@ -39,15 +42,48 @@ def test_value_and_gradient_equal_the_whole_batch(ranks, chunk, monkeypatch):
     torch.testing.assert_close(key_grad, whole_key.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_raw_contrast_is_the_literal_equation():
-    """Eq. 4a term by term."""
-    wav, spec = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(2))
-    terms = []
-    for i in range(5):
-        numerator = torch.exp(wav[i] @ spec[i])
-        terms.append(torch.log(numerator / sum(torch.exp(wav[i] @ spec[j]) for j in range(5))))
-    loss, _ = swacl_loss(wav, spec, lambda x: x, 0, temperature=None, symmetric=False)
-    torch.testing.assert_close(loss, -sum(terms) / 5)
+def pair(*shape: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, *shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("temperature", [None, 0.07])
+@given(clips=st.integers(1, 6), width=st.integers(2, 5), seed=st.integers(0, 999))
+@settings(max_examples=10, deadline=None)
+def test_value_and_gradient_equal_the_equation(temperature, symmetric, clips, width, seed):
+    views = pair(clips, width, seed=seed)
+    fast, _ = swacl_loss(*views, lambda x: x, 0, temperature=temperature, symmetric=symmetric)
+    slow = contrast(*views, temperature)
+    if symmetric:
+        slow = (slow + contrast(*views.flip(0), temperature)) / 2
+    torch.testing.assert_close(fast, slow, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(loss, views)[0] for loss in (fast, slow)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
+@given(ranks=st.integers(1, 5), share=st.integers(1, 4), seed=st.integers(0, 999))
+@settings(max_examples=15, deadline=None)
+def test_the_split_over_ranks_changes_nothing(ranks, share, seed):
+    query, key = pair(ranks * share, 4, seed=seed).detach()
+    whole = sharded(query, key, 1)
+    split = sharded(query, key, ranks)
+    torch.testing.assert_close(torch.stack(split[0]).mean(), whole[0][0])
+    torch.testing.assert_close(split[1:], whole[1:])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_token_contrast_is_the_equation_within_each_clip(temperature, symmetric):
+    views = pair(3, 5, 4, seed=4)
+    fast, accuracy = token_loss(*views, temperature=temperature, symmetric=symmetric)
+    directions = [views, views.flip(0)] if symmetric else [views]
+    slow = sum(contrast(w, s, temperature) for wav, spec in directions for w, s in zip(wav, spec, strict=True))
+    slow = slow / 3 / len(directions)
+    torch.testing.assert_close(fast, slow, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(loss, views)[0] for loss in (fast, slow)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+    assert 0 <= accuracy <= 1
 
 
 def test_aligned_clips_score_perfectly():

@@ -3,11 +3,16 @@
 In: a normalised fbank [B, T, M] or a waveform [B, L]. Out: a map [B, M, T], its patches, tokens [B, N, D].
 """
 
+import math
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from pipeline.model.pooled_conv import pooled_conv
+
 SAMPLES_PER_FRAME = 160  # 10 ms at 16 kHz, the fbank's hop: both representations share a time axis
+NORM_EPS = 1e-6
 
 
 class MultiScaleEmbedding(nn.Module):
@@ -30,21 +35,56 @@ class MultiScaleEmbedding(nn.Module):
         self, kernels: tuple[int, ...], strides: tuple[int, ...], channels: tuple[int, ...], norm: str, activation: str
     ) -> None:
         super().__init__()
-        nonlinearity = {"relu": nn.ReLU, "gelu": nn.GELU, "none": nn.Identity}[activation]
         self.scales = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv1d(1, width, kernel, stride, padding=kernel // 2, bias=norm == "none"),
-                nn.GroupNorm(1, width, eps=1e-6) if norm == "group" else nn.Identity(),
-                nonlinearity(),
-                nn.AvgPool1d(SAMPLES_PER_FRAME // stride),
-            )
+            Scale(kernel, stride, width, norm, activation)
             for kernel, stride, width in zip(kernels, strides, channels, strict=True)
         )
 
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
         """[B, T * 160] -> [B, sum of channels, T]."""
-        x = waveform[:, None]
-        return torch.cat([scale(x) for scale in self.scales], dim=1)
+        return torch.cat([scale(waveform) for scale in self.scales], dim=1)
+
+
+class Scale(nn.Module):
+    """One scale of MSAE: Conv1d -> GroupNorm -> nonlinearity -> average pool to frames.
+
+    Args:
+        kernel: Kernel size; padded with kernel // 2.
+        stride: Of the convolution; divides 160.
+        channels: Output channels.
+        norm: "group" or "none".
+        activation: "relu", "gelu" or "none".
+    """
+
+    def __init__(self, kernel: int, stride: int, channels: int, norm: str, activation: str) -> None:
+        super().__init__()
+        self.stride, self.activation = stride, activation
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # nn.Conv1d's
+        self.norm_weight = nn.Parameter(torch.ones(channels)) if norm == "group" else None
+        self.bias = nn.Parameter(torch.zeros(channels))  # of the normalisation, where there is one
+        # Beyond, the k x k moments cost more than the activations that they save.
+        self.fused = norm == "group" and activation == "relu" and kernel % 2 == 1 and kernel < channels
+
+    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
+        """[B, T * 160] -> [B, channels, T]."""
+        if self.fused and self.norm_weight is not None and not waveform.requires_grad:
+            return pooled_conv(
+                waveform,
+                self.weight[:, 0],
+                self.norm_weight,
+                self.bias,
+                stride=self.stride,
+                hop=SAMPLES_PER_FRAME,
+                eps=NORM_EPS,
+            )
+        bias = self.bias if self.norm_weight is None else None
+        x = F.conv1d(waveform[:, None], self.weight, bias, self.stride, padding=self.weight.shape[-1] // 2)
+        if self.norm_weight is not None:
+            x = F.group_norm(x, 1, self.norm_weight, self.bias, NORM_EPS)
+        if self.activation != "none":
+            x = F.relu(x) if self.activation == "relu" else F.gelu(x)
+        return F.avg_pool1d(x, SAMPLES_PER_FRAME // self.stride)
 
 
 class PatchEmbedding(nn.Module):

@@ -1,0 +1,149 @@
+"""Convolution -> GroupNorm -> ReLU -> average pool over a waveform, without its activations in memory.
+
+In: a waveform [B, L], one scale's weights. Out: its pooled map [B, C, T].
+
+The finest scale of MSAE has C x L values a clip before the pool: 27 MB in float32 at 10 s, written and
+read again by every operation of the chain, forward and backward. Here blocks of frames stay in the
+cache, and nothing but the waveform is kept for backward:
+
+- The normalisation's statistics need no activations. A convolution is linear, so with u_p the k samples
+  under position p, S = sum u_p and R = sum u_p u_p^T, the sums of z = W u_p over positions are W S and
+  diag(W R W^T): a k x k matrix a clip.
+- With them the normalisation is an affine map, folded into the weights: one matmul a block gives what
+  the ReLU takes.
+- Backward computes a block again, and needs only A = sum dy_p u_p^T of it: the gradient through the
+  statistics is linear in A, S and R.
+
+Against the four operations one after the other: tests/benchmarks/bench_msae.py.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+CPU_BLOCK_FRAMES = 32  # activations of a block stay in a core's cache
+GPU_BLOCK_BYTES = 1 << 26
+
+
+class _PooledConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        waveform: torch.Tensor,
+        weight: torch.Tensor,
+        gain: torch.Tensor,
+        shift: torch.Tensor,
+        stride: int,
+        hop: int,
+        eps: float,
+    ) -> torch.Tensor:
+        windows = _Windows(waveform, weight.shape[1], stride, hop, len(weight))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        moments = torch.zeros(len(waveform), weight.shape[1] + 1, weight.shape[1] + 1, dtype=wide, device=weight.device)
+        for clips, _, u in windows.blocks(wide):
+            moments[clips] += u @ u.mT
+        count = len(weight) * windows.positions
+        w = weight.to(wide)
+        mean = (moments[:, -1:, :-1] @ w.T).sum(dim=(1, 2)) / count
+        square = ((w @ moments[:, :-1, :-1]) * w).sum(dim=(1, 2)) / count
+        rstd = (square - mean.square()).clamp(min=0.0).add(eps).rsqrt()
+        folded = _fold(w, gain.to(wide), shift.to(wide), mean, rstd).to(weight.dtype)
+        out = waveform.new_empty(len(waveform), len(weight), windows.frames, dtype=weight.dtype)
+        for clips, frames, u in windows.blocks(weight.dtype):
+            out[clips, :, frames] = (folded[clips] @ u).relu_().unflatten(-1, (-1, windows.pool)).mean(dim=-1)
+        ctx.save_for_backward(waveform, weight, gain, shift, mean, rstd, moments)
+        ctx.windows = windows
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        waveform, weight, gain, shift, mean, rstd, moments = ctx.saved_tensors
+        windows: _Windows = ctx.windows
+        wide = moments.dtype
+        w, g = weight.to(wide), gain.to(wide)
+        folded = _fold(w, g, shift.to(wide), mean, rstd).to(weight.dtype)
+        grad = grads[0] / windows.pool
+        outer = torch.zeros(len(waveform), len(weight), weight.shape[1] + 1, dtype=wide, device=weight.device)
+        for clips, frames, u in windows.blocks(weight.dtype):
+            y = (folded[clips] @ u).unflatten(-1, (-1, windows.pool))
+            dy = y.gt_(0).mul_(grad[clips, :, frames, None]).flatten(-2)  # `where` is not vectorised here
+            outer[clips] += dy @ u.mT
+        cross, total = outer[..., :-1], outer[..., -1]  # sum dy u^T: (B, C, k); sum dy: (B, C)
+        count = len(weight) * windows.positions
+        aligned = rstd[:, None] * ((cross * w).sum(dim=-1) - mean[:, None] * total)  # sum dy z_hat: (B, C)
+        mean_dz = ((total * g).sum(dim=-1) / count)[:, None, None]
+        mean_dz_z = ((aligned * g).sum(dim=-1) / count)[:, None, None]
+        sums = moments[:, -1:, :-1]
+        normalised = rstd[:, None, None] * (w @ moments[:, :-1, :-1] - mean[:, None, None] * sums)  # sum z_hat u^T
+        grad_weight = (rstd[:, None, None] * (g[:, None] * cross - mean_dz * sums - mean_dz_z * normalised)).sum(dim=0)
+        return (
+            None,
+            grad_weight.to(weight.dtype),
+            aligned.sum(dim=0).to(gain.dtype),
+            total.sum(dim=0).to(shift.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+class _Windows:
+    """The samples under each kernel position, block by block of frames, with a row of ones for biases."""
+
+    def __init__(self, waveform: torch.Tensor, kernel: int, stride: int, hop: int, channels: int) -> None:
+        self.frames = waveform.shape[1] // hop
+        self.pool = hop // stride
+        self.positions = self.frames * self.pool
+        self.kernel, self.stride = kernel, stride
+        self.padded = F.pad(waveform, (kernel // 2, kernel // 2))
+        self.on_cpu = waveform.device.type == "cpu"
+        clip_frame = self.pool * (channels + kernel) * waveform.element_size() * len(waveform)
+        self.block = CPU_BLOCK_FRAMES if self.on_cpu else max(1, GPU_BLOCK_BYTES // clip_frame)
+
+    def blocks(self, dtype: torch.dtype) -> Any:
+        """Yields (clips, frames, [b, kernel + 1, positions]) of every block."""
+        views = self.padded.unfold(1, self.kernel, self.stride)[:, : self.positions].mT  # (B, kernel, positions)
+        for clips in [slice(i, i + 1) for i in range(len(views))] if self.on_cpu else [slice(None)]:
+            for start in range(0, self.frames, self.block):
+                stop = min(start + self.block, self.frames)
+                view = views[clips, :, start * self.pool : stop * self.pool]
+                u = torch.ones(len(view), self.kernel + 1, view.shape[2], dtype=dtype, device=view.device)
+                u[:, :-1] = view
+                yield clips, slice(start, stop), u
+
+
+def _fold(
+    weight: torch.Tensor, gain: torch.Tensor, shift: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+) -> torch.Tensor:
+    """[B, C, kernel + 1]: convolution, normalisation and bias of each clip as one matrix."""
+    scale = rstd[:, None] * gain
+    return torch.cat([scale[..., None] * weight, (shift - mean[:, None] * scale)[..., None]], dim=-1)
+
+
+def pooled_conv(
+    waveform: torch.Tensor,
+    weight: torch.Tensor,
+    gain: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    stride: int,
+    hop: int,
+    eps: float,
+) -> torch.Tensor:
+    """avg_pool1d(relu(group_norm(conv1d(waveform), 1 group)), hop / stride), with gradients of the weights.
+
+    Args:
+        waveform: [B, T * hop]; gets no gradient.
+        weight: [C, k], k odd; the convolution pads with k // 2 zeros.
+        gain: [C], the normalisation's weight.
+        shift: [C], the normalisation's bias.
+        stride: Of the convolution; divides `hop`.
+        hop: Samples of a frame.
+        eps: Of the normalisation.
+
+    Returns:
+        [B, C, T] in the weights' type; statistics and gradient sums are float32 at least.
+    """
+    out: torch.Tensor = _PooledConv.apply(waveform, weight, gain, shift, stride, hop, eps)
+    return out

@@ -144,6 +144,10 @@ class LogConfig(Section):
     mlflow: bool = Field(True, description="track the run in MLflow")
     uri: str = Field("", description="MLflow tracking URI; empty: MLFLOW_TRACKING_URI, else sqlite beside run.dir")
     experiment: str = Field("craft", description="MLflow experiment")
+    tags: dict[str, str] = Field({}, description="further tags of the MLflow run")
+    pictures: int = Field(4, ge=0, description="pretraining: evaluations that leave pictures of masked reconstructions")
+    model: bool = Field(True, description="finetuning: the final model becomes an artifact that `mlflow models` serves")
+    register_as: str = Field("", description="finetuning: name in MLflow's registry for the final model; empty: none")
 
 
 class PretrainConfig(Section):

@@ -21,7 +21,7 @@ from pipeline.data.manifest import load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine import checkpoint
-from pipeline.engine.evaluation import evaluate_task, metric_name, results, write_results
+from pipeline.engine.evaluation import evaluate_task, metric_name, results, write_predictions, write_results
 from pipeline.engine.inference import mean_losses, score
 from pipeline.engine.loop import Job
 from pipeline.engine.setup import Batches, reconcile
@@ -30,7 +30,7 @@ from pipeline.launch import Launch, open_run
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.model.weights import load_weights, weights_file
 from pipeline.tasks import FinetuneTask, PretrainTask
-from pipeline.tracking import Tracker, open_tracker
+from pipeline.tracking import Tracker, open_tracker, run_of
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def finish_finetuning(job: Job, world: World) -> None:
         log.warning("nothing is held out: no results.json; see data.eval_split and data.fold")
         return
     file = weights_file(job.run_dir)
-    content = evaluate_run(job.run_dir, file, job.recipe, world)
+    content = evaluate_run(job.run_dir, file, job.recipe, world, job.run_dir / "predictions.parquet")
     if world.is_main:
         write_results(content, job.run_dir / "results.json")
         job.tracker.artifact(job.run_dir / "results.json")
@@ -109,8 +109,17 @@ def finish_finetuning(job: Job, world: World) -> None:
     log.info("%s %.4f on %d clips (%s)", content["metric"], content["value"], content["clips"], file.name)
 
 
-def evaluate_run(run_dir: Path, file: Path, recipe: Recipe, world: World) -> dict[str, Any]:
+def evaluate_run(
+    run_dir: Path, file: Path, recipe: Recipe, world: World, predictions: Path | None = None
+) -> dict[str, Any]:
     """Results of a finetuned run's weights `file` on the evaluation part of `recipe.data`.
+
+    Args:
+        run_dir: Finetuned run.
+        file: Its weights.
+        recipe: Names the shards.
+        world: Ranks.
+        predictions: Write every clip's logits there, on rank 0; None: nowhere.
 
     Raises:
         UserError: the shards' label vocabulary or audio format is not the run's.
@@ -132,6 +141,8 @@ def evaluate_run(run_dir: Path, file: Path, recipe: Recipe, world: World) -> dic
         if [label.id for label in manifest.labels] != [label.id for label in spec.labels]:
             raise UserError(f"{data.shards}: its labels are not those that {run_dir} was trained on")
         scores = score(task, loader.eval_batches())
+        if predictions and world.is_main:
+            write_predictions(scores, loader.keys(scores.rows.tolist()), predictions)
     about = {
         "weights": file.stem,
         "split": recipe.data.train_split if recipe.data.fold else recipe.data.eval_split,
@@ -249,12 +260,13 @@ def _run_config(run_dir: Path) -> dict[str, Any]:
 
 def _pretraining_name(recipe: FinetuneRecipe) -> str:
     """BatchSize-Pretrain of the run that `model.init` names."""
-    config = Path(recipe.model.init) / "config.yaml"
+    source = run_of(recipe.model.init)
+    config = source / "config.yaml"
     if not recipe.model.init or not config.is_file():
-        return f"{recipe.train.batch_size}-Scratch" if not recipe.model.init else Path(recipe.model.init).stem
+        return f"{recipe.train.batch_size}-Scratch" if not recipe.model.init else source.stem
     content = _run_config(config.parent)
     method = content.get("pretrain", {}).get("method")
-    return f"{content['train']['batch_size']}-{PRETRAIN[method].label}" if method else Path(recipe.model.init).name
+    return f"{content['train']['batch_size']}-{PRETRAIN[method].label}" if method else source.name
 
 
 @contextmanager
@@ -271,6 +283,7 @@ def _tracked(
     )
     tracker.params(flatten(recipe))
     tracker.tags({"manifest_digest": spec.digest, "ranks": str(world.size), "device": world.device.type})
+    tracker.tags(recipe.log.tags)
     for file in ("config.yaml", "ds.json", "data.json"):
         if world.is_main:
             tracker.artifact(run_dir / file)

@@ -282,6 +282,12 @@ def tracking_uri(config: LogConfig, run_dir: Path) -> str:
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI", "") or f"sqlite:///{beside}"
 
 
+def run_of(source: str) -> Path:
+    """The run directory that weights come from: `model.init` may name one of its checkpoints."""
+    path = Path(source)
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
 def _local_artifacts(run_dir: Path) -> str:
     return (run_dir.resolve().parent / "mlartifacts").as_uri()
 
@@ -294,9 +300,9 @@ def _tags(run_dir: Path, kind: str, parent: str | None) -> dict[str, str]:
         "python": platform.python_version(),
         **_git(),
     }
-    identity = Path(parent or "") / "tracking.json"
+    identity = run_of(parent or "") / "tracking.json"
     if parent:
-        tags["pretrain_dir"] = str(Path(parent).resolve())
+        tags["pretrain_dir"] = str(run_of(parent).resolve())
     if parent and identity.is_file():
         linked = json.loads(identity.read_text(encoding="utf-8"))["run_id"]
         tags |= {"pretrain_run_id": linked, "mlflow.parentRunId": linked} if linked else {}

@@ -14,6 +14,8 @@ FLOORS = [
     {"tasks"},
     {"engine", "tracking"},
     {"launch", "jobs"},
+    {"ablation"},
+    {"report"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

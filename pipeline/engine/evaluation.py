@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import Label
@@ -72,3 +74,21 @@ def write_results(content: dict[str, Any], path: Path) -> None:
     """Writes `results.json`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_predictions(scores: Scores, keys: list[str], path: Path) -> None:
+    """Writes `predictions.parquet`: key, labels (indices) and logits [C] of every scored clip, in key order."""
+    order = np.argsort(np.array(keys), kind="stable")
+    classes = scores.logits.shape[1]
+    logits = pa.array(scores.logits[order].astype(np.float32).reshape(-1))
+    labels = [np.flatnonzero(row > 0.5).astype(np.int32) for row in scores.targets[order]]
+    table = pa.table(
+        {
+            "key": pa.array([keys[i] for i in order]),
+            "labels": pa.array(labels, pa.list_(pa.int32())),
+            "logits": pa.FixedSizeListArray.from_arrays(logits, classes),
+        }
+    )
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    temporary.replace(path)

@@ -1,0 +1,153 @@
+"""Run the ablations of the paper: every distinct run once, in any number of sittings.
+
+    python launchers/ablate.py configs/ablation/table3.yaml [MORE.yaml ...] [--scale micro] [--dry-run] [--jobs N]
+
+In: table files; shards. Out: in --out, one run directory for each distinct pretraining and finetuning;
+`python -m pipeline.report` makes the tables of them. The same command again goes on: finished runs are
+kept, failed ones tried again, interrupted ones resumed. Exit status: 0 all done, 1 some failed, 130 interrupted.
+"""
+
+import argparse
+import fcntl
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.ablation.campaign import Campaign, Outcome
+from pipeline.ablation.executors import Executor, LocalExecutor, SlurmExecutor
+from pipeline.ablation.grid import ROOT, build_grid
+from pipeline.errors import UserError, run_cli
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    make = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = make.add_argument
+    add("tables", nargs="+", type=Path, metavar="TABLE.yaml", help="files of configs/ablation/")
+    add("--out", type=Path, metavar="DIR", help="of the run directories (default: runs/ablation-SCALE)")
+    add("--scale", default="paper", metavar="NAME", help="configs/ablation/scale/NAME.yaml, or a file (default: paper)")
+    add("--shards", action="append", default=[], metavar="NAME=DIR", help="a data set of the scale (default: its own)")
+    add("--seeds", nargs="+", type=int, default=[], metavar="N", help="of the finetunings (default: the table's)")
+    add("--dry-run", action="store_true", help="print one line a run and stop (default: off)")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    add("--ranks", type=int, default=0, metavar="R", help="of each run (default: its share of the GPUs, else 1)")
+    add("--executor", choices=("local", "slurm"), default="local", help="who runs them (default: local)")
+    add("--nodes", type=int, default=1, metavar="N", help="slurm: nodes of each run (default: 1)")
+    add("--slurm", action="append", default=[], metavar="KEY=VALUE",
+        help="slurm: an option of sbatch, such as partition=gpu, gpus-per-node=8 (default: none)")  # fmt: skip
+    add("--retries", type=int, default=1, metavar="N", help="times a failed run is tried again (default: 1)")
+    add("--deepspeed_config", default="ds.json", metavar="JSON", help="as in pretrain.py (default: ds.json)")
+    return make
+
+
+def main() -> int:
+    """Parses, plans, runs."""
+    args = parser().parse_args()
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs} is not positive; give 1 or more")
+    out = args.out or Path("runs") / f"ablation-{Path(args.scale).stem}"
+    out = out.resolve()  # recipes name it, and launchers may run elsewhere
+    grid = build_grid(args.tables, args.scale, _pairs(args.shards, "--shards"), args.seeds)
+    campaign = Campaign(grid, out)
+    if args.dry_run:
+        _print_plan(campaign)
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    with _alone(out):
+        about = {"scale": args.scale, "shards": _pairs(args.shards, "--shards"), "seeds": args.seeds}
+        (out / "ablation.json").write_text(json.dumps(about), encoding="utf-8")
+        try:
+            _build_shards(campaign)
+            campaign.check_data()
+            _make_store(out)
+            outcome = campaign.execute(_executor(args, out), args.deepspeed_config, args.retries, _say)
+        except KeyboardInterrupt:
+            _say("the same command goes on from here")
+            return 130
+    return _sum_up(outcome, args.tables, out)
+
+
+def _executor(args: argparse.Namespace, out: Path) -> Executor:
+    if args.executor == "slurm":
+        return SlurmExecutor(out, args.jobs, args.ranks, args.nodes, _pairs(args.slurm, "--slurm"))
+    import torch  # slow to import, and only the local executor has to know the GPUs
+
+    return LocalExecutor(args.jobs, args.ranks, torch.cuda.device_count())
+
+
+def _print_plan(campaign: Campaign) -> None:
+    """One line for each run: kind, name, what distinguishes it, state, tables."""
+    for run in campaign.grid.runs:
+        used = " ".join(run.used_by)
+        print(f"{run.kind:8s}  {run.name:20s}  {run.digest}  {run.about:44s}  {campaign.state(run):6s}  {used}")
+
+
+def _build_shards(campaign: Campaign) -> None:
+    """Makes generated data sets where they are missing."""
+    for name in sorted({run.data for run in campaign.grid.runs}):
+        folder = Path(campaign.shards(name))
+        options = campaign.grid.scale.data[name].build
+        if options and not (folder / "manifest.json").exists():
+            _say(f"building {folder}")
+            script = ROOT / "shard_tools" / "build_shards.py"
+            subprocess.run([sys.executable, script, *shlex.split(options), "--out", folder], check=True)
+
+
+def _make_store(out: Path) -> None:
+    """The default SQLite store, made before several runs at once would make it."""
+    from mlflow.tracking import MlflowClient
+
+    from pipeline.config import LogConfig
+    from pipeline.tracking import tracking_uri
+
+    uri = tracking_uri(LogConfig(), out / "run")
+    if uri.startswith("sqlite:"):
+        client = MlflowClient(uri)
+        if client.get_experiment_by_name("ablation") is None:
+            client.create_experiment("ablation", (out.resolve() / "mlartifacts").as_uri())
+
+
+def _sum_up(outcome: Outcome, tables: list[Path], out: Path) -> int:
+    _say(f"{len(outcome.done)} done, {len(outcome.failed)} failed, {len(outcome.blocked)} not begun")
+    for folder in outcome.failed:
+        _say(f"  failed: {out / folder / 'output.log'}")
+    for folder in outcome.blocked:
+        _say(f"  not begun, its pretraining failed: {folder}")
+    _say(f"report: python -m pipeline.report {' '.join(map(str, tables))} --runs {out} --out report/")
+    return 1 if outcome.failed else 0
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Two campaigns in one directory would race for the same runs.
+
+    Raises:
+        UserError: another one is there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "ablate.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out}: another ablate.py works there; wait for it or give another --out") from None
+        yield
+
+
+def _pairs(words: list[str], option: str) -> dict[str, str]:
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"{option} {word} is not NAME=VALUE; see --help")
+    return dict(word.split("=", 1) for word in words)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,1 @@
+"""The paper's tables as grids of runs, run once each."""

@@ -1,0 +1,222 @@
+"""Runs the runs of a grid: each once, whatever happens in between.
+
+In: a `Grid`, a directory, an executor. Out: finished run directories, each with a `done.json`.
+
+    OUT/180-PSWaCL-DIGEST/            a pretraining: recipe.yaml, output.log, what the launcher leaves
+    OUT/180-PSWaCL-SWaB-as_bal-.../   a finetuning
+    OUT/ablation.json                 scale and shards, for the report
+
+`done.json` is written when a run's launcher has ended with 0. Without it the same command is given
+again, and the launcher goes on from its newest checkpoint; so a crash at any moment loses nothing.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from pipeline.ablation.executors import GRACE_SECONDS, Executor, Handle
+from pipeline.ablation.grid import Grid, Run
+from pipeline.data.manifest import load_manifest
+from pipeline.engine.checkpoint import complete_checkpoints
+from pipeline.errors import UserError
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+State = Literal["done", "failed", "begun", "to do"]
+
+
+@dataclass
+class Outcome:
+    """What became of the runs: folder names."""
+
+    done: list[str]
+    failed: list[str]
+    blocked: list[str]
+
+
+class Campaign:
+    """The state of a grid's runs in a directory, and the way to finish them.
+
+    Args:
+        grid: Tables and runs.
+        out: Directory of the run directories.
+    """
+
+    def __init__(self, grid: Grid, out: Path) -> None:
+        self.grid = grid
+        self.out = out
+        self.tables = {table.file.stem: table for table in grid.tables}
+
+    def run_dir(self, run: Run) -> Path:
+        """Of a run."""
+        return self.out / run.folder
+
+    def state(self, run: Run) -> State:
+        """From the files that the run left."""
+        folder = self.run_dir(run)
+        if (folder / "done.json").exists():
+            return "done"
+        if (folder / "failed.json").exists():
+            return "failed"
+        return "begun" if complete_checkpoints(folder) else "to do"
+
+    def shards(self, name: str) -> str:
+        """Directory of a data set."""
+        return self.grid.scale.data[name].shards.replace("OUT", str(self.out), 1)
+
+    def check_data(self) -> None:
+        """A finished run must be of the data that the others will see.
+
+        Raises:
+            UserError: it was made from other shards.
+        """
+        digests = {name: load_manifest(self.shards(name)).digest for name in {run.data for run in self.grid.runs}}
+        for run in self.grid.runs:
+            file = self.run_dir(run) / "done.json"
+            if file.exists():
+                was = json.loads(file.read_text(encoding="utf-8"))["manifest_digest"]
+                if was != digests[run.data]:
+                    raise UserError(
+                        f"{file}: its shards had the digest {was[:12]}, those of {self.shards(run.data)} have "
+                        f"{digests[run.data][:12]}; give another --out, or delete that run"
+                    )
+
+    def execute(self, executor: Executor, ds: str, retries: int, say: Callable[[str], None]) -> Outcome:
+        """Runs what is not done; a finetuning starts when its pretraining is done.
+
+        Args:
+            executor: Where.
+            ds: DeepSpeed configuration.
+            retries: Times a failed run is tried again.
+            say: Receives a line for each event.
+
+        Raises:
+            KeyboardInterrupt: after the running ones were told to save and end.
+        """
+        todo = [run for run in self.grid.runs if self.state(run) != "done"]
+        outcome = Outcome([run.folder for run in self.grid.runs if run not in todo], [], [])
+        attempts: dict[str, int] = {}
+        running: dict[Run, tuple[Handle, float]] = {}
+        total = len(self.grid.runs)
+        try:
+            while todo or running:
+                self._start(todo, running, executor, ds, outcome, say)
+                for run, (handle, begun) in list(running.items()):
+                    status = handle.poll()
+                    if status is None:
+                        continue
+                    del running[run]
+                    seconds = time.monotonic() - begun
+                    if status == 0:
+                        say(f"[{len(outcome.done) + 1}/{total}] done    {self._finish(run, seconds)}")
+                        outcome.done.append(run.folder)
+                        continue
+                    attempts[run.folder] = attempts.get(run.folder, 0) + 1
+                    # Exit status 2 is an error of the settings or the data: the next try would meet it too.
+                    again = attempts[run.folder] <= retries and status != 2
+                    say(f"failed  {run.folder} (exit {status}), {'once more' if again else 'given up'}\n"
+                        f"{self._last_words(run)}")  # fmt: skip
+                    if again:
+                        todo.insert(0, run)
+                    else:
+                        self._note_failure(run, status)
+                        outcome.failed.append(run.folder)
+                time.sleep(POLL_SECONDS if running or todo else 0)
+        except KeyboardInterrupt:
+            say(f"interrupted: {len(running)} runs are told to save and end")
+            for handle, _ in running.values():
+                handle.stop()
+            for handle, _ in running.values():
+                handle.wait(GRACE_SECONDS)
+            raise
+        return outcome
+
+    def _start(
+        self, todo: list[Run], running: dict[Run, tuple[Handle, float]], executor: Executor, ds: str,
+        outcome: Outcome, say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        """Fills the free slots: finetunings first, so that results come early."""
+        for run in [r for r in todo if r.init and r.init.folder in outcome.failed]:
+            todo.remove(run)
+            outcome.blocked.append(run.folder)
+        ready = [r for r in todo if r.init is None or r.init.folder in outcome.done]
+        for run in sorted(ready, key=lambda r: r.kind == "pretrain"):
+            if len(running) >= executor.slots():
+                return
+            words = self._prepare(run, ds)
+            handle = executor.start(self.run_dir(run), f"{run.kind}.py", words)
+            if handle is None:  # a process of an earlier ablate.py still trains it: look again later
+                continue
+            (self.run_dir(run) / "failed.json").unlink(missing_ok=True)
+            todo.remove(run)
+            running[run] = (handle, time.monotonic())
+            say(f"started {run.folder} ({run.about})")
+
+    def _prepare(self, run: Run, ds: str) -> list[str]:
+        """Writes the run's recipe.yaml; returns the launcher's arguments."""
+        folder = self.run_dir(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = run.recipe.model_dump(mode="json")
+        content["run"]["dir"] = str(folder)
+        content["data"]["shards"] = self.shards(run.data)
+        content["log"]["tags"] = {table: ", ".join(rows) for table, rows in run.used_by.items()}
+        if run.init:
+            content["model"]["init"] = str(self._initial(run, run.init))
+        content["log"]["experiment"] = "ablation"
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        return ["--deepspeed_config", ds, "--config", str(folder / "recipe.yaml")]
+
+    def _initial(self, run: Run, init: Run) -> Path:
+        """The pretraining's directory, or the kept checkpoint nearest to the wanted share of its steps.
+
+        Raises:
+            UserError: none was kept near it.
+        """
+        folder = self.run_dir(init)
+        if run.share == 1.0:
+            return folder
+        steps = {int(path.name.removeprefix("step-")): path for path in complete_checkpoints(folder)}
+        wanted = run.share * max(steps)
+        nearest = min(steps, key=lambda step: abs(step - wanted))
+        if abs(nearest - wanted) > 0.05 * max(steps):
+            raise UserError(
+                f"{folder}: no checkpoint near step {wanted:.0f}, kept are {sorted(steps)}; a figure needs its "
+                "pretraining with checkpoint.every and checkpoint.keep that keep them (see the scale file)"
+            )
+        return steps[nearest]
+
+    def _finish(self, run: Run, seconds: float) -> str:
+        """Writes `done.json`; returns a line for people."""
+        folder = self.run_dir(run)
+        note: dict[str, Any] = {
+            "digest": run.digest,
+            "manifest_digest": json.loads((folder / "data.json").read_text(encoding="utf-8"))["digest"],
+            "seconds": round(seconds, 1),
+        }
+        said = f"{run.folder} ({run.about}) in {seconds:.0f} s"
+        results = folder / "results.json"
+        if run.kind == "finetune" and results.exists():
+            content = json.loads(results.read_text(encoding="utf-8"))
+            note |= {"metric": content["metric"], "value": content["value"]}
+            said += f", {content['metric']} {content['value']:.4f}"
+        temporary = folder / "done.tmp"
+        temporary.write_text(json.dumps(note, indent=1), encoding="utf-8")
+        temporary.replace(folder / "done.json")
+        return said
+
+    def _note_failure(self, run: Run, status: int) -> None:
+        content = {"status": status, "output": str(self.run_dir(run) / "output.log")}
+        (self.run_dir(run) / "failed.json").write_text(json.dumps(content), encoding="utf-8")
+
+    def _last_words(self, run: Run) -> str:
+        """The last lines of a run's output, indented."""
+        file = self.run_dir(run) / "output.log"
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()[-8:] if file.exists() else []
+        return "\n".join(f"    {line[:200]}" for line in [*lines, f"whole output: {file}"])

@@ -1,0 +1,277 @@
+"""Tables of the paper -> the distinct runs that fill them.
+
+In: table files (`configs/ablation/*.yaml`) and a scale (`configs/ablation/scale/*.yaml`). Out: `Table`s
+whose cells name `Run`s; a run that several cells need is one object.
+
+A run's identity is the hash of every setting that differs from its default and can change a result,
+of its data set's name and, for finetuning, of the pretraining it starts from. Paths, logging, workers and
+micro-batches do not count: they change no number. A later release's new settings do not count either
+as long as they stay at their defaults.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe, flatten, load_recipe
+from pipeline.errors import UserError
+from pipeline.methods import FINETUNE, PRETRAIN
+
+ROOT = Path(__file__).resolve().parents[2]
+SCALES = ROOT / "configs" / "ablation" / "scale"
+# Settings that change no result: where, how fast, and what is kept.
+WITHOUT_EFFECT = frozenset({
+    "run.dir", "run.name", "run.resume", "run.timeout", "data.shards", "data.workers", "data.prefetch",
+    "data.on_error", "data.max_bad", "model.init", "model.checkpoint_activations", "train.micro_batch",
+    "train.max_bad_steps", "checkpoint.every", "checkpoint.keep",
+})  # fmt: skip
+ModelT = TypeVar("ModelT", bound=BaseModel)
+RecipeT = TypeVar("RecipeT", PretrainRecipe, FinetuneRecipe)
+
+
+class Spec(BaseModel):
+    """A part of a table or scale file; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RowSpec(Spec):
+    """One system of a table."""
+
+    name: str
+    both: dict[str, Any] = Field({}, description="settings of pretraining and finetuning")
+    pretrain: dict[str, Any] = Field({}, description="settings of the pretraining")
+    finetune: dict[str, Any] = Field({}, description="settings of the finetuning")
+    paper: dict[str, float | None] = Field({}, description="column -> the paper's number in percent, or null")
+    run: bool = Field(True, description="false: shown only, somebody else's system")
+    ensemble: bool = Field(False, description="mean of the runs' probabilities instead of the mean of their metrics")
+    seeds: tuple[int, ...] = Field((), description="of the finetuning; empty: the table's")
+
+
+class TableSpec(Spec):
+    """A file of configs/ablation/."""
+
+    title: str
+    kind: Literal["table", "figure"] = "table"
+    columns: tuple[str, ...] = Field(description="tasks of the scale file")
+    rows: tuple[RowSpec, ...]
+    reference: str = Field("", description="row that the others are compared with; empty: the last one that is run")
+    seeds: tuple[int, ...] = Field((0,), description="of the finetuning")
+    pretrain_seeds: tuple[int, ...] = Field((0,), description="of the pretraining")
+    shares: tuple[float, ...] = Field((1.0,), description="finetune from checkpoints at these shares")
+    note: str = Field("", description="a sentence for the caption")
+
+
+class DataSet(Spec):
+    """Shards by name."""
+
+    shards: str = Field(description="directory; OUT stands for --out")
+    build: str = Field("", description="options of build_shards.py that make them where they are missing")
+
+
+class TaskSpec(Spec):
+    """What a column stands for: data, recipe files, folds."""
+
+    title: str
+    data: str
+    config: tuple[str, ...] = ()
+    settings: dict[str, Any] = {}
+    folds: tuple[int, ...] = (0,)
+
+
+class ScaleSpec(Spec):
+    """A file of configs/ablation/scale/."""
+
+    about: str = Field(description="a sentence for captions: which data, how small")
+    data: dict[str, DataSet]
+    pretrain: TaskSpec
+    tasks: dict[str, TaskSpec]
+    substitute: dict[str, dict[Any, Any]] = Field({}, description="setting -> {the paper's value: this scale's}")
+
+
+@dataclass(eq=False)
+class Run:
+    """One launch of pretrain.py or finetune.py.
+
+    Attributes:
+        kind: Which of the two.
+        name: BatchSize-Pretrain[-Finetune], as the paper writes it.
+        digest: Of everything that decides its result, 10 hex digits.
+        recipe: Resolved settings, without directories.
+        data: Name of its data set.
+        task: Column that it belongs to; empty for pretraining.
+        init: Pretraining that it starts from.
+        share: Of that pretraining, where its checkpoint is taken.
+        used_by: Table -> its rows, for tags.
+    """
+
+    kind: Literal["pretrain", "finetune"]
+    name: str
+    digest: str
+    recipe: Recipe
+    data: str
+    task: str = ""
+    init: "Run | None" = None
+    share: float = 1.0
+    used_by: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """Name of its run directory."""
+        return "-".join(filter(None, (self.name, self.task, self.digest)))
+
+    @property
+    def about(self) -> str:
+        """What distinguishes it from runs of the same name, for people."""
+        parts = [f"seed {self.recipe.run.seed}"]
+        parts += [f"fold {self.recipe.data.fold}"] if self.recipe.data.fold else []
+        parts += [f"{self.share:.0%} of pretraining"] if self.share != 1.0 else []
+        return ", ".join(filter(None, (self.task, *parts)))
+
+
+@dataclass
+class Row:
+    """A row of a table: cells[column] are its finetunings."""
+
+    spec: RowSpec
+    cells: dict[str, list[Run]]
+
+
+@dataclass
+class Table:
+    """A table file with its runs."""
+
+    file: Path
+    spec: TableSpec
+    rows: list[Row]
+
+
+@dataclass
+class Grid:
+    """Tables over shared runs; `runs` holds pretrainings, then finetunings, in order of appearance."""
+
+    scale: ScaleSpec
+    tables: list[Table]
+    runs: list[Run]
+
+
+def build_grid(files: Sequence[Path], scale: str, shards: dict[str, str], seeds: Sequence[int] = ()) -> Grid:
+    """Reads tables and finds the distinct runs.
+
+    Args:
+        files: Table files.
+        scale: Name in configs/ablation/scale/, or a path.
+        shards: Data set name -> directory, over the scale's.
+        seeds: Of the finetunings, over the tables'.
+
+    Raises:
+        UserError: a file that cannot be read, a key, column or setting that is unknown.
+    """
+    path = SCALES / f"{scale}.yaml" if not scale.endswith(".yaml") else Path(scale)
+    spec = _read(ScaleSpec, path)
+    for name in shards:
+        if name not in spec.data:
+            raise UserError(f"--shards {name}=...: {path} knows the data sets {', '.join(spec.data)}; name one of them")
+    data = {n: DataSet(shards=shards[n]) if n in shards else d for n, d in spec.data.items()}
+    builder = _Builder(spec.model_copy(update={"data": data}))
+    tables = [builder.table(Path(file), tuple(seeds)) for file in files]
+    runs = sorted(builder.runs.values(), key=lambda run: run.kind != "pretrain")  # stable
+    return Grid(builder.scale, tables, runs)
+
+
+class _Builder:
+    """Resolves rows to runs, each distinct one once."""
+
+    def __init__(self, scale: ScaleSpec) -> None:
+        self.scale = scale
+        self.runs: dict[str, Run] = {}
+
+    def table(self, file: Path, seeds: tuple[int, ...]) -> Table:
+        spec = _read(TableSpec, file)
+        for row in spec.rows:
+            unknown = set(row.paper) - set(spec.columns)
+            if unknown:
+                raise UserError(f"{file}: row '{row.name}': {unknown.pop()} is not a column; those are {spec.columns}")
+        for column in spec.columns:
+            if column not in self.scale.tasks:
+                known = ", ".join(self.scale.tasks)
+                raise UserError(f"{file}: column '{column}' is no task of the scale, which has {known}")
+        rows = []
+        for row in spec.rows:
+            columns = [c for c in spec.columns if c in row.paper] if row.run else []
+            cells = {column: list(self._cell(spec, row, column, seeds)) for column in columns}
+            for run in (run for runs in cells.values() for run in runs):
+                for used in filter(None, (run, run.init)):
+                    names = used.used_by.setdefault(file.stem, [])
+                    names += [row.name] if row.name not in names else []
+            rows.append(Row(row, cells))
+        return Table(file, spec, rows)
+
+    def _cell(self, table: TableSpec, row: RowSpec, column: str, seeds: tuple[int, ...]) -> Iterable[Run]:
+        task = self.scale.tasks[column]
+        for pretrain_seed in table.pretrain_seeds:
+            pretraining = self._pretraining(row, pretrain_seed)
+            for share in table.shares:
+                for seed in row.seeds or seeds or table.seeds:
+                    for fold in task.folds:
+                        extra = {**row.both, **row.finetune, "run.seed": seed, "data.fold": fold}
+                        recipe = self._recipe(FinetuneRecipe, task, extra)
+                        label = FINETUNE[recipe.finetune.method].label
+                        yield self._once("finetune", f"{pretraining.name}-{label}", recipe, task.data, column,
+                                         pretraining, share)  # fmt: skip
+
+    def _pretraining(self, row: RowSpec, seed: int) -> Run:
+        task = self.scale.pretrain
+        recipe = self._recipe(PretrainRecipe, task, {**row.both, **row.pretrain, "run.seed": seed})
+        name = f"{recipe.train.batch_size}-{PRETRAIN[recipe.pretrain.method].label}"
+        return self._once("pretrain", name, recipe, task.data)
+
+    def _recipe(self, kind: type[RecipeT], task: TaskSpec, extra: dict[str, Any]) -> RecipeT:
+        files = [ROOT / file for file in task.config]
+        words = [f"{key}={json.dumps(value)}" for key, value in {**task.settings, **extra}.items()]
+        values = flatten(load_recipe(kind, files, words))
+        for key, table in self.scale.substitute.items():
+            if key in values and values[key] in table:
+                words.append(f"{key}={json.dumps(table[values[key]])}")
+        return load_recipe(kind, files, words)
+
+    def _once(
+        self, kind: Literal["pretrain", "finetune"], name: str, recipe: Recipe, data: str, task: str = "",
+        init: Run | None = None, share: float = 1.0,
+    ) -> Run:  # fmt: skip
+        base = flatten(type(recipe)())
+        content = {
+            "kind": kind,
+            "data": data,
+            "init": init.digest if init else "",
+            "share": share,
+            "settings": {k: v for k, v in flatten(recipe).items() if v != base[k] and not _without_effect(k)},
+        }
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+        run = Run(kind, name, digest, recipe, data, task, init, share)
+        return self.runs.setdefault(f"{digest}-{task}", run)
+
+
+def _without_effect(key: str) -> bool:
+    return key in WITHOUT_EFFECT or key.startswith("log.")
+
+
+def _read(kind: type[ModelT], path: Path) -> ModelT:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; tables lie in configs/ablation/, scales in its scale/") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {error}") from error
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {where}: {first['msg']} ({str(first['input'])[:60]})") from error

@@ -1,0 +1,1 @@
+"""The paper's tables and Figure 2 beside what was measured."""

@@ -1,0 +1,122 @@
+"""The paper's tables with its numbers and ours beside them.
+
+    python -m pipeline.report configs/ablation/table3.yaml [MORE.yaml ...] [--runs runs/ablation-paper] --out report/
+
+In: table files and the directory that ablate.py filled. Out: report.md, report.html, a PNG for each table,
+numbers.json; the same in MLflow, beside the runs. Cells that were not run are empty.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.ablation.campaign import Campaign
+from pipeline.ablation.grid import build_grid
+from pipeline.config import LogConfig
+from pipeline.errors import UserError, run_cli
+from pipeline.report import figures, render
+from pipeline.report.collect import Collected, collect
+from pipeline.tracking import tracking_uri
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Parses, collects, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("tables", nargs="+", type=Path, metavar="TABLE.yaml", help="files of configs/ablation/")
+    add("--runs", type=Path, metavar="DIR", help="--out of ablate.py (default: the only runs/ablation-*, else -paper)")
+    add("--out", type=Path, default=Path("report"), metavar="DIR", help="(default: report/)")
+    add("--seeds", nargs="+", type=int, default=[], metavar="N", help="as given to ablate.py (default: the tables')")
+    add("--no-mlflow", action="store_true", help="do not log the report to MLflow (default: log it)")
+    args = parser.parse_args()
+    runs = args.runs or _only_runs()
+    if args.runs and not (runs / "ablation.json").exists():
+        raise UserError(f"--runs {runs}: no ablation.json in it; give the --out of ablate.py")
+    about: dict[str, Any] = {"scale": "paper", "shards": {}, "seeds": []}
+    if (runs / "ablation.json").exists():
+        about |= json.loads((runs / "ablation.json").read_text(encoding="utf-8"))
+    grid = build_grid(args.tables, about["scale"], about["shards"], args.seeds or about["seeds"])
+    campaign = Campaign(grid, runs.resolve())
+    parts = [collect(table, campaign) for table in grid.tables]
+    files = write(parts, args.out)
+    if not args.no_mlflow and any(campaign.state(run) == "done" for run in grid.runs):
+        log_to_mlflow(parts, files, runs)
+    done = sum(result.done for part in parts for result in part.results.values())
+    wanted = sum(result.wanted for part in parts for result in part.results.values())
+    sys.stdout.write(f"{done} of {wanted} finetunings of {len(parts)} tables are done -> {args.out / 'report.md'}\n")
+    return 0
+
+
+def write(parts: list[Collected], out: Path) -> list[Path]:
+    """Writes the report's files into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    title = parts[0].table.spec.title if len(parts) == 1 else "CRAFT: the paper's numbers and ours"
+    (out / "report.md").write_text(render.markdown(title, parts), encoding="utf-8")
+    (out / "report.html").write_text(render.html(title, parts), encoding="utf-8")
+    numbers = {
+        part.table.file.stem: {
+            row: {c: asdict(part.results[row, c]) for c in part.table.spec.columns}
+            for row in (r.spec.name for r in part.table.rows)
+        }
+        for part in parts
+    }
+    (out / "numbers.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    pictures = [out / f"{part.table.file.stem}.png" for part in parts]
+    for part, picture in zip(parts, pictures, strict=True):
+        figures.draw(part, picture)
+    return [out / name for name in ("report.md", "report.html", "numbers.json")] + pictures
+
+
+def log_to_mlflow(parts: list[Collected], files: list[Path], runs: Path) -> None:
+    """A run "report" in the experiment of the ablation, with the files and our means as metrics.
+
+    Raises:
+        UserError: the server does not take it.
+    """
+    from mlflow.entities import Metric, RunTag
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    uri = tracking_uri(LogConfig(), runs / "run")
+    try:
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name("ablation")
+        number = experiment.experiment_id if experiment else client.create_experiment("ablation")
+        stems = " ".join(part.table.file.stem for part in parts)
+        run_id = client.create_run(number, run_name=f"report {stems}", tags={"kind": "report"}).info.run_id
+        metrics = [
+            Metric(_metric_name(part.table.file.stem, *key), result.mean, 0, 0)
+            for part in parts
+            for key, result in part.results.items()
+            if result.mean is not None
+        ]
+        note = "\n\n".join(f"{part.table.spec.title}: {render.caption(part)}" for part in parts)
+        client.log_batch(run_id, metrics=metrics, tags=[RunTag("mlflow.note.content", note[:5000])])
+        for file in files:
+            client.log_artifact(run_id, str(file))
+        client.set_terminated(run_id)
+    except MlflowException as error:
+        raise UserError(f"{uri}: {error}; the report's files are written; --no-mlflow leaves the server out") from error
+
+
+def _metric_name(table: str, row: str, column: str) -> str:
+    """MLflow allows letters, digits and _-. /: in names."""
+    safe = "".join(c if c.isalnum() or c in "-." else "_" for c in row).strip("_")
+    return f"{table}/{safe}/{column}"
+
+
+def _only_runs() -> Path:
+    found = sorted(path.parent for path in Path("runs").glob("ablation-*/ablation.json"))
+    if len(found) > 1 and Path("runs/ablation-paper") not in found:
+        raise UserError(f"--runs is not given and there are {', '.join(map(str, found))}; name one")
+    return found[0] if len(found) == 1 else Path("runs/ablation-paper")
+
+
+if __name__ == "__main__":
+    run_cli(main)

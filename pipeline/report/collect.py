@@ -1,0 +1,236 @@
+"""Finished runs -> the numbers of a table.
+
+In: a `Table` and the directory of its runs. Out: a `Result` for each cell; what was not run stays empty.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.ablation.campaign import Campaign
+from pipeline.ablation.grid import Row, Run, Table
+from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.engine.metrics import evaluate_multilabel, evaluate_single
+from pipeline.errors import UserError
+from pipeline.report.significance import Difference, Predictions, paired_bootstrap
+
+# What the paper evaluates on: name of the data set, classes, listed clips. Anything else is said in the caption.
+PAPER_DATA = {"as_bal": ("audioset", 527, 20371), "as_full": ("audioset", 527, 20371), "esc50": ("esc50", 50, 2000)}
+
+
+@dataclass
+class Result:
+    """A cell.
+
+    Attributes:
+        paper: The paper's number in percent; None: it has none.
+        wanted: Runs that the cell asks for.
+        done: Those that finished.
+        metric: Of `mean`; empty where nothing is done.
+        mean: Percent, over seeds (each the mean over its folds); None where nothing is done.
+        spread: Standard deviation over seeds, or over folds where there is one seed; None for a single run.
+        over: What the spread is over.
+        clips: Evaluated clips of a seed, all folds.
+        listed: Clips that the source names for the evaluation.
+        difference: To the reference row.
+    """
+
+    paper: float | None = None
+    wanted: int = 0
+    done: int = 0
+    metric: str = ""
+    mean: float | None = None
+    spread: float | None = None
+    over: str = ""
+    clips: int = 0
+    listed: int = 0
+    difference: Difference | None = None
+
+    @property
+    def coverage(self) -> float | None:
+        """Share of the listed evaluation clips that were scored."""
+        return self.clips / self.listed if self.listed and self.mean is not None else None
+
+
+@dataclass
+class Curve:
+    """A pretraining's held-out metrics and its finetunings, for Figure 2."""
+
+    name: str
+    paper: float | None
+    accuracy: list[tuple[int, float]] = field(default_factory=list)
+    mse: list[tuple[int, float]] = field(default_factory=list)
+    finetuned: list[tuple[int, float, float]] = field(default_factory=list)  # step, mean, spread
+
+
+@dataclass
+class Collected:
+    """A table's numbers and what must be said beside them."""
+
+    table: Table
+    results: dict[tuple[str, str], Result]  # (row, column)
+    titles: dict[str, str]
+    caption: list[str]
+    curves: list[Curve]
+    reference: str
+
+
+def collect(table: Table, campaign: Campaign) -> Collected:
+    """Reads what the table's runs left.
+
+    Raises:
+        UserError: the reference row is unknown.
+    """
+    reader = _Reader(campaign)
+    tasks = campaign.grid.scale.tasks
+    runnable = [row for row in table.rows if row.spec.run]
+    reference = table.spec.reference or runnable[-1].spec.name
+    if reference not in {row.spec.name for row in runnable}:
+        raise UserError(f"{table.file}: reference '{reference}' is no row that is run")
+    results = {
+        (row.spec.name, column): reader.result(row, column) for row in table.rows for column in table.spec.columns
+    }
+    base = next(row for row in runnable if row.spec.name == reference)
+    for row in runnable:
+        for column in row.cells:
+            if row is not base and column in base.cells and not row.spec.ensemble:
+                results[row.spec.name, column].difference = reader.difference(row, base, column)
+    curves = [reader.curve(row, table.spec.columns[0]) for row in runnable] if table.spec.kind == "figure" else []
+    titles = {column: tasks[column].title for column in table.spec.columns}
+    caption = [_sentence(campaign.grid.scale.about), *_substitutions(table, campaign)]
+    caption += [sentence for column in table.spec.columns for sentence in reader.data_notes(table, column)]
+    caption += [table.spec.note] if table.spec.note else []
+    return Collected(table, results, titles, caption, curves, reference)
+
+
+class _Reader:
+    """Reads run directories, each file once."""
+
+    def __init__(self, campaign: Campaign) -> None:
+        self.campaign = campaign
+        self._results: dict[str, dict[str, Any] | None] = {}
+        self._predictions: dict[str, Predictions] = {}
+
+    def results(self, run: Run) -> dict[str, Any] | None:
+        """`results.json` of a finished run; None where it is not finished."""
+        if run.folder not in self._results:
+            file = self.campaign.run_dir(run) / "results.json"
+            done = self.campaign.state(run) == "done" and file.exists()
+            self._results[run.folder] = json.loads(file.read_text(encoding="utf-8")) if done else None
+        return self._results[run.folder]
+
+    def predictions(self, run: Run) -> Predictions:
+        """Scores of a finished run."""
+        if run.folder not in self._predictions:
+            self._predictions[run.folder] = Predictions.read(self.campaign.run_dir(run) / "predictions.parquet")
+        return self._predictions[run.folder]
+
+    def manifest(self, data: str) -> Manifest | None:
+        """Of a data set that is there."""
+        directory = self.campaign.shards(data)
+        return load_manifest(directory) if (Path(directory) / "manifest.json").exists() else None
+
+    def result(self, row: Row, column: str) -> Result:
+        """The numbers of a cell."""
+        result = Result(paper=row.spec.paper.get(column))
+        runs = [run for run in row.cells.get(column, []) if run.share == 1.0]
+        result.wanted = len(runs)
+        finished = [(run, content) for run in runs if (content := self.results(run))]
+        result.done = len(finished)
+        if not finished or (row.spec.ensemble and len(finished) < len(runs)):
+            return result
+        result.metric = finished[0][1]["metric"]
+        seeds: dict[tuple[int, str], list[float]] = {}
+        for run, content in finished:
+            key = (run.recipe.run.seed, run.init.digest if run.init else "")
+            seeds.setdefault(key, []).append(100 * content["value"])
+        first = next(iter(seeds))
+        result.clips = sum(c["clips"] for r, c in finished if (r.recipe.run.seed, r.init and r.init.digest) == first)
+        result.listed = self._listed(finished[0][0], finished[0][1])
+        means = [float(np.mean(values)) for values in seeds.values()]
+        result.mean = float(np.mean(means))
+        sample, result.over = (means, "seeds") if len(means) > 1 else (seeds[first], "folds")
+        if row.spec.ensemble:
+            result.mean = 100 * self._ensemble([run for run, _ in finished], result.metric)
+        elif len(sample) > 1:
+            result.spread = float(np.std(sample, ddof=1))
+        return result
+
+    def difference(self, row: Row, base: Row, column: str) -> Difference | None:
+        """Against the reference row, over the runs that finished; None where one side has none."""
+        sides = []
+        for cells in (row.cells[column], base.cells[column]):
+            done = [run for run in cells if run.share == 1.0 and self.results(run)]
+            sides.append([self.predictions(run) for run in done])
+        content = next((self.results(run) for run in row.cells[column] if self.results(run)), None)
+        return paired_bootstrap(sides[0], sides[1], content["metric"]) if content else None
+
+    def curve(self, row: Row, column: str) -> Curve:
+        """What Figure 2 shows of a system."""
+        curve = Curve(row.spec.name, row.spec.paper.get(column))
+        init = row.cells[column][0].init
+        assert init is not None  # a finetuning of a grid has a pretraining
+        metrics = self.campaign.run_dir(init) / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+        rows = [json.loads(line) for line in lines]
+        last = max((r["step"] for r in rows), default=0)
+        curve.accuracy = [(r["step"], 100 * r["eval_spec_accuracy"]) for r in rows if "eval_spec_accuracy" in r]
+        curve.mse = [(r["step"], r["eval_spec_mse"]) for r in rows if "eval_spec_mse" in r]
+        shares: dict[float, list[float]] = {}
+        for run in row.cells[column]:
+            if content := self.results(run):
+                shares.setdefault(run.share, []).append(100 * content["value"])
+        curve.finetuned = [
+            (round(share * last), float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
+            for share, values in sorted(shares.items())
+        ]
+        return curve
+
+    def data_notes(self, table: Table, column: str) -> list[str]:
+        """Where data, labels or clips are not the paper's, or not the same in all cells."""
+        runs = [run for row in table.rows for run in row.cells.get(column, []) if self.results(run)]
+        if not runs:
+            return []
+        title = self.campaign.grid.scale.tasks[column].title
+        digests = {(self.results(run) or {})["shards_digest"] for run in runs}
+        notes = [f"{title}: its cells were evaluated on different shards, so they do not compare."] if len(
+            digests) > 1 else []  # fmt: skip
+        name, classes, clips = PAPER_DATA.get(column, ("", 0, 0))
+        content = self.results(runs[0]) or {}
+        manifest = self.manifest(runs[0].data)
+        found = manifest.dataset if manifest else "unknown"
+        labels = len(content["per_class"])
+        if (found, labels) != (name, classes):
+            notes.append(f"{title}: data set '{found}' with {labels} labels, the paper's is {name} with {classes}; "
+                         "the numbers do not compare with the paper's.")  # fmt: skip
+        elif content["clips"] < clips and column != "esc50":
+            notes.append(f"{title}: {content['clips']} of the {clips} listed evaluation clips could be had.")
+        missing = content["classes_without_positives"]
+        if missing:
+            notes.append(f"{title}: {missing} classes have no evaluation clip and are left out of the mean.")
+        return notes
+
+    def _ensemble(self, runs: list[Run], metric: str) -> float:
+        """The metric of the runs' mean probabilities."""
+        predictions = [self.predictions(run) for run in runs]
+        scores = np.mean([1 / (1 + np.exp(-p.scores.astype(np.float64))) for p in predictions], axis=0)
+        evaluate = evaluate_single if metric == "accuracy" else evaluate_multilabel
+        return evaluate(scores, predictions[0].targets)[metric]
+
+    def _listed(self, run: Run, content: dict[str, Any]) -> int:
+        manifest = self.manifest(run.data)
+        record = manifest.splits.get(content["split"]) if manifest else None
+        return record.listed if record else 0
+
+
+def _substitutions(table: Table, campaign: Campaign) -> list[str]:
+    pairs = [f"{key} {old} as {new}" for key, table_ in campaign.grid.scale.substitute.items()
+             for old, new in table_.items()]  # fmt: skip
+    return [f"The paper's settings are run as: {', '.join(pairs)}."] if pairs else []
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."

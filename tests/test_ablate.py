@@ -1,0 +1,252 @@
+"""Ablations: the distinct runs of the tables, and running them whatever happens."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.ablation.campaign import Campaign
+from pipeline.ablation.executors import LocalExecutor, SlurmExecutor
+from pipeline.ablation.grid import build_grid
+from pipeline.errors import UserError
+from tests.conftest import ROOT
+
+TABLES = sorted((ROOT / "configs" / "ablation").glob("*.yaml"))
+
+# A launcher that does what the real ones do to a run directory, without the training in between.
+LAUNCHER = """
+import json, pathlib, sys, time, yaml
+recipe = yaml.safe_load(open(sys.argv[sys.argv.index("--config") + 1]))
+run, plan = pathlib.Path(recipe["run"]["dir"]), json.loads(open(PLAN).read())
+with (run / "starts").open("a") as file:
+    file.write("x")
+for word, action in plan.items():
+    if word in run.name:
+        number = len((run / "starts").read_text())
+        if action == "fail" or (action == "fail once" and number == 1):
+            sys.exit("this one fails")
+        if action == "bad settings":
+            sys.exit(2)
+        if action == "slow":
+            time.sleep(60)
+folder = run / "checkpoints" / "step-00000040"
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "complete").touch()
+init = recipe["model"]["init"]
+assert not init or (pathlib.Path(init) / "done.json").exists(), "begun before its pretraining was done"
+(run / "data.json").write_text(json.dumps({"digest": "D"}))
+if "finetune" in recipe:
+    (run / "results.json").write_text(json.dumps({"metric": "mAP", "value": 0.25}))
+"""
+
+
+def ablate(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launchers/ablate.py", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Table 3 at micro scale, a launcher that obeys `plan`, and what is said."""
+
+    class World:
+        plan = tmp_path / "plan.json"
+        campaign = Campaign(build_grid([ROOT / "configs/ablation/table3.yaml"], "micro", {}), tmp_path / "out")
+
+        def __init__(self) -> None:
+            self.said: list[str] = []
+
+        def run(self, plan: dict[str, str], jobs: int = 2, retries: int = 1):
+            self.plan.write_text(json.dumps(plan))
+            executor = LocalExecutor(jobs, 1, 0, tmp_path)
+            return self.campaign.execute(executor, "ds.json", retries, self.said.append)
+
+        def starts(self) -> dict[str, int]:
+            return {file.parent.name: len(file.read_text()) for file in (tmp_path / "out").glob("*/starts")}
+
+    for script in ("pretrain.py", "finetune.py"):
+        (tmp_path / script).write_text(LAUNCHER.replace("PLAN", repr(str(World.plan))))
+    return World()
+
+
+@pytest.mark.parametrize("scale", ["paper", "micro"])
+def test_the_paper_needs_twelve_pretrainings(scale):
+    grid = build_grid(TABLES, scale, {})
+    pretrainings = [run for run in grid.runs if run.kind == "pretrain"]
+    assert len(TABLES) == 12
+    assert len(pretrainings) == len({run.digest for run in pretrainings}) == 12
+    assert grid.runs[:12] == pretrainings
+    assert len({run.folder for run in grid.runs}) == len(grid.runs)
+    for run in grid.runs[12:]:
+        assert run.init in pretrainings
+    craft = next(row for table in grid.tables for row in table.rows if row.spec.name == "CRAFT")
+    assert [run.recipe.data.fold for run in craft.cells["esc50"]] == ([1, 2, 3, 4, 5] if scale == "paper" else [1, 2])
+
+
+def test_dry_run_prints_a_line_for_each_distinct_run():
+    done = ablate(*TABLES, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    kinds = [line.split()[0] for line in done.stdout.splitlines()]
+    assert kinds == ["pretrain"] * 12 + ["finetune"] * (len(kinds) - 12)
+    one = build_grid([ROOT / "configs/ablation/table5c.yaml"], "paper", {}).runs
+    assert [run.kind for run in one] == ["pretrain"] + ["finetune"] * 4
+
+
+def test_paper_numbers_are_the_specification_s():
+    grid = build_grid(TABLES, "paper", {})
+    numbers = {(t.file.stem, r.spec.name): r.spec.paper for t in grid.tables for r in t.rows}
+    assert numbers["table1", "CRAFT"] == {"as_bal": 33.4, "as_full": 43.0, "esc50": 90.1}
+    assert numbers["table4", "24-PSWaCL-SWaB"] == {"as_bal": 13.9}
+    assert [r.spec.paper["as_bal"] for r in grid.tables[[t.file.stem for t in grid.tables].index("table5d")].rows] == [
+        33.1, 33.4, 32.8, 33.0]  # fmt: skip
+    batch = {r.name: (r.recipe.train.batch_size, r.recipe.optim.lr) for r in grid.runs if r.name == "24-SSAST"}
+    assert batch == {"24-SSAST": (24, 1e-4)}
+
+
+def test_what_changes_no_number_changes_no_run_and_the_rest_does(tmp_path):
+    scale = yaml.safe_load((ROOT / "configs/ablation/scale/micro.yaml").read_text())
+    table = ROOT / "configs/ablation/table5b.yaml"
+
+    def digests(**settings) -> list[str]:
+        pretrain = {**scale["pretrain"], "settings": {**scale["pretrain"]["settings"], **settings}}
+        file = tmp_path / "scale.yaml"
+        file.write_text(yaml.safe_dump({**scale, "pretrain": pretrain}))
+        return [run.digest for run in build_grid([table], str(file), {"synth": str(tmp_path)}).runs]
+
+    base = digests()
+    assert len(set(base)) == 4
+    assert digests(**{"data.workers": 7, "log.every": 3, "checkpoint.keep": 9, "train.micro_batch": 2}) == base
+    for setting in ({"optim.lr": 2e-3}, {"pretrain.r_g": 5.0}, {"train.steps": 41}):
+        assert not set(digests(**setting)) & set(base), setting  # the finetunings change with their pretraining
+
+
+def test_finished_runs_stay_failed_ones_are_tried_again(world):
+    outcome = world.run({"SSAST-AST": "fail once", "SWaPT-7": "bad settings", "SWaPT-SWAST": "slow"})
+    starts = world.starts()
+    swapt = next(name for name in starts if "-SWaPT-" in name)
+    assert outcome.failed == [swapt]
+    assert starts[swapt] == 1  # exit status 2: the settings are wrong, the next try would meet it too
+    assert len(outcome.blocked) == 3
+    assert {count for name, count in starts.items() if "SSAST-AST" in name} == {2}
+    assert sum("once more" in line for line in world.said) == 1
+    assert any("this one fails" in line for line in world.said)
+    assert world.campaign.state(next(r for r in world.campaign.grid.runs if r.folder == swapt)) == "failed"
+    before = world.starts()
+    again = world.run({})
+    assert again.failed == again.blocked == []
+    assert len(again.done) == 10
+    after = world.starts()
+    assert {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)} == {
+        name: 1 for name in after if "SWaPT" in name
+    }
+    assert world.run({}).done
+    assert world.starts() == after
+
+
+def test_a_run_whose_ablate_was_killed_is_not_started_twice(world):
+    grid = world.campaign.grid
+    run = grid.runs[0]
+    folder = world.campaign.run_dir(run)
+    folder.mkdir(parents=True)
+    held = "import fcntl, sys, time; fcntl.flock(open(sys.argv[1], 'w'), 2); print(flush=True); time.sleep(60)"
+    orphan = subprocess.Popen([sys.executable, "-c", held, str(folder / "lock")], stdout=subprocess.PIPE)
+    try:
+        assert orphan.stdout is not None
+        orphan.stdout.readline()
+        thread = threading.Timer(4.0, orphan.kill)
+        thread.start()
+        begun = time.monotonic()
+        outcome = world.run({})
+        assert time.monotonic() - begun > 3.5
+        assert len(outcome.done) == 10
+        assert world.starts()[run.folder] == 1
+    finally:
+        orphan.kill()
+        orphan.wait()
+
+
+def test_interrupting_stops_the_running_ones(world):
+    threading.Timer(3.0, signal.raise_signal, [signal.SIGINT]).start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        world.run({"SWaPT-7": "slow", "32-SSAST-c": "slow"})
+    assert time.monotonic() - begun < 30
+    assert "interrupted: 2 runs" in world.said[-1]
+    assert len(world.run({}).done) == 10
+
+
+def test_other_data_is_refused(world, shards):
+    grid = build_grid([ROOT / "configs/ablation/table3.yaml"], "micro", {"synth": str(shards)})
+    campaign = Campaign(grid, world.campaign.out)
+    campaign.check_data()
+    world.run({})
+    with pytest.raises(UserError, match="give another --out"):
+        campaign.check_data()
+
+
+@pytest.mark.slow
+def test_submitit_runs_a_job_and_reports_its_failure(tmp_path):
+    """submitit's own local cluster: the same objects, files and environment as with sbatch."""
+    executor = SlurmExecutor(tmp_path, 1, 1, 1, {}, cluster="local")
+    handle = executor.start(tmp_path, "pretrain.py", ["data.shards=/no/such", f"run.dir={tmp_path}/run"])
+    assert handle is not None
+    deadline = time.monotonic() + 120
+    while (status := handle.poll()) is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert status == 1
+    assert "/no/such" in (tmp_path / "output.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("title: T\ncolumns: [mars]\nrows: []\n", "'mars' is no task"),
+        ("title: T\ncolumns: [as_bal]\nrowz: []\n", "rows"),
+        ("title: T\ncolumns: [as_bal]\nrows: [{name: a, paper: {as_bal: 1}, both: {model.sise: x}}]\n", "model.sise"),
+        ("title: [\n", "not YAML"),
+    ],
+)
+def test_wrong_tables_are_one_line(tmp_path, content, said):
+    file = tmp_path / "table.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=said):
+        build_grid([file], "micro", {})
+
+
+def test_options_that_cannot_be_are_one_line(tmp_path):
+    table = ROOT / "configs/ablation/table5b.yaml"
+    with pytest.raises(UserError, match=r"huge\.yaml"):
+        build_grid([table], "huge", {})
+    with pytest.raises(UserError, match="moon"):
+        build_grid([table], "micro", {"moon": "/x"})
+    done = ablate(table, "--dry-run", "--out", tmp_path, "--jobs", "0")
+    assert done.returncode == 2
+    assert "--jobs 0" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_gpus_are_split_between_the_jobs():
+    executor = LocalExecutor(2, 0, 8)
+    assert (executor._ranks, executor._free) == (4, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    with pytest.raises(UserError, match="--jobs 4"):
+        LocalExecutor(4, 3, 8)
+
+
+def test_a_share_of_pretraining_is_a_kept_checkpoint(tmp_path):
+    grid = build_grid([ROOT / "configs/ablation/figure2.yaml"], "micro", {})
+    campaign = Campaign(grid, tmp_path)
+    run = next(run for run in grid.runs if run.share == 0.5)
+    for step in (10, 20, 30, 40):
+        folder = campaign.run_dir(run.init) / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "complete").touch()
+    assert campaign._initial(run, run.init).name == "step-00000020"
+    Path(campaign.run_dir(run.init) / "checkpoints/step-00000020/complete").unlink()
+    with pytest.raises(UserError, match="no checkpoint near step 20"):
+        campaign._initial(run, run.init)

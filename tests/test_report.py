@@ -1,0 +1,148 @@
+"""The report: its statistics against slow twins, its honesty about what was not run."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import average_precision_score
+
+from pipeline.ablation.campaign import Campaign
+from pipeline.ablation.grid import build_grid
+from pipeline.engine.evaluation import results, write_predictions, write_results
+from pipeline.engine.inference import Scores
+from pipeline.report import render
+from pipeline.report.__main__ import write
+from pipeline.report.collect import collect
+from pipeline.report.significance import Predictions, paired_bootstrap, weighted_metric
+from tests.conftest import ROOT
+
+
+def predictions(seed: int, skill: float, clips: int = 200, classes: int = 6, rounded: bool = False) -> Predictions:
+    rng = np.random.default_rng(7)  # targets are of the data, not of the system
+    targets = rng.random((clips, classes)) < 0.2
+    targets[:, 0] |= ~targets.any(axis=1)
+    noise = np.random.default_rng(seed).normal(size=targets.shape)
+    scores = (noise + skill * targets).astype(np.float32)
+    return Predictions([f"k{i:04d}" for i in range(clips)], targets, scores.round(1) if rounded else scores)
+
+
+@pytest.mark.parametrize("rounded", [False, True])  # rounded scores tie
+def test_weighted_map_is_scikit_learns_on_the_drawn_clips(rounded):
+    run = predictions(1, 1.0, rounded=rounded)
+    drawn = np.random.default_rng(0).multinomial(200, np.full(200, 1 / 200), 5).astype(np.float32)
+    fast = weighted_metric(run, drawn, "mAP")
+    for weights, value in zip(drawn, fast, strict=True):
+        rows = np.repeat(np.arange(200), weights.astype(int))
+        slow = [average_precision_score(t, s) for t, s in zip(run.targets[rows].T, run.scores[rows].T, strict=True)]
+        assert value == pytest.approx(np.mean(slow), abs=1e-12)
+
+
+def test_weighted_accuracy_is_the_mean_over_the_drawn_clips():
+    run = predictions(1, 1.0)
+    single = Predictions(run.keys, np.eye(6, dtype=bool)[np.arange(200) % 6], run.scores)
+    drawn = np.random.default_rng(0).multinomial(200, np.full(200, 1 / 200), 3).astype(np.float32)
+    hit = single.scores.argmax(axis=1) == single.targets.argmax(axis=1)
+    assert weighted_metric(single, drawn, "accuracy") == pytest.approx((drawn * hit).sum(axis=1) / 200)
+
+
+def test_a_better_system_is_found_and_an_equal_one_is_not():
+    good, bad = predictions(1, 2.0), predictions(2, 0.5)
+    found = paired_bootstrap([good], [bad], "mAP")
+    assert found is not None
+    assert found.low > 0
+    assert found.p < 0.01
+    alike = paired_bootstrap([predictions(3, 1.0)], [predictions(4, 1.0)], "mAP")
+    assert alike is not None
+    assert alike.low < 0 < alike.high
+    assert alike.p > 0.05
+    same = paired_bootstrap([good], [good], "mAP")
+    assert same is not None
+    assert (same.value, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+    assert paired_bootstrap([good], [bad], "mAP") == found  # the draws are seeded
+
+
+def test_other_clips_or_labels_are_not_paired():
+    run = predictions(1, 1.0)
+    other_keys = Predictions([f"x{i}" for i in range(200)], run.targets, run.scores)
+    assert paired_bootstrap([run], [other_keys], "mAP") is None
+    assert paired_bootstrap([run], [Predictions(run.keys, ~run.targets, run.scores)], "mAP") is None
+
+
+def finish(campaign: Campaign, run, value_seed: int, skill: float, manifest) -> float:
+    """What a finished finetuning leaves, from synthetic scores on the real shards' evaluation clips."""
+    from pipeline.data.manifest import load_index
+
+    folder = campaign.run_dir(run)
+    folder.mkdir(parents=True)
+    index = load_index(campaign.shards(run.data), "eval")
+    targets = np.zeros((len(index), len(manifest.labels)), np.float32)
+    for row, labels in enumerate(index["labels"].to_pylist()):
+        targets[row, labels] = 1
+    logits = np.random.default_rng(value_seed).normal(size=targets.shape) + skill * targets
+    scores = Scores(np.arange(len(index)), logits.astype(np.float32), targets)
+    about = {"weights": "weights", "split": "eval", "fold": 0, "shards_digest": manifest.digest}
+    content = results(scores, manifest.labels, manifest.single_label, about)
+    write_results(content, folder / "results.json")
+    write_predictions(scores, index["key"].to_pylist(), folder / "predictions.parquet")
+    (folder / "done.json").write_text(json.dumps({"manifest_digest": manifest.digest}))
+    return 100 * content["value"]
+
+
+@pytest.fixture
+def campaign(shards, tmp_path):
+    tables = [ROOT / "configs/ablation/table5c.yaml", ROOT / "configs/ablation/figure2.yaml"]
+    return Campaign(build_grid(tables, "micro", {"synth": str(shards)}, seeds=[0, 1]), tmp_path)
+
+
+def test_numbers_spread_differences_and_empty_cells(campaign, shards, tmp_path):
+    from pipeline.data.manifest import load_manifest
+
+    manifest = load_manifest(shards)
+    table = campaign.grid.tables[0]
+    cells = {row.spec.name: row.cells["as_bal"] for row in table.rows}
+    for run in campaign.grid.runs[:3]:
+        campaign.run_dir(run).mkdir(parents=True)
+    best = [finish(campaign, run, seed, 3.0, manifest) for seed, run in enumerate(cells["64"])]
+    weak = finish(campaign, cells["4"][0], 9, 0.2, manifest)
+    part = collect(table, campaign)
+    result = part.results["64", "as_bal"]
+    assert (result.paper, result.done, result.wanted) == (33.4, 2, 2)
+    assert result.mean == pytest.approx(np.mean(best))
+    assert result.spread == pytest.approx(np.std(best, ddof=1))
+    assert result.coverage == 1.0
+    one = part.results["4", "as_bal"]
+    assert (one.mean, one.spread, one.done, one.wanted) == (pytest.approx(weak), None, 1, 2)
+    assert one.difference.value * 100 == pytest.approx(weak - np.mean(best))
+    assert one.difference.high < 0
+    assert part.results["128", "as_bal"].mean is None
+    text = render.markdown("T", [part])
+    assert "| 128 | 32.6 |  | 0/2 |  |  |" in text
+    assert f"| 4 | 33.3 | {weak:.1f} | 1/2 |" in text
+    assert "data set 'csv' with 13 labels, the paper's is audioset with 527" in text
+    assert "train.batch_size 180 as 32" in text
+    files = write([part, collect(campaign.grid.tables[1], campaign)], tmp_path / "report")
+    assert {file.name for file in files} == {"report.md", "report.html", "numbers.json", "table5c.png", "figure2.png"}
+    for name in ("table5c.png", "figure2.png"):
+        colours = np.unique(np.asarray(Image.open(tmp_path / "report" / name).convert("L")))
+        assert len(colours) > 10  # not a blank page
+    assert "<td>33.4</td>" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_without_any_run_the_paper_stands_alone(tmp_path):
+    def report(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipeline.report", ROOT / "configs/ablation/table1.yaml", *words]
+        return subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = report("--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("0 of ")
+    text = (tmp_path / "r" / "report.md").read_text()
+    assert "| PANN | 27.8 |  |  |" in text
+    assert "+4.4" not in text
+    assert "at the equal batch of 180 it is 2.0" in text
+    wrong = report("--runs", tmp_path)
+    assert wrong.returncode == 2
+    assert "ablation.json" in wrong.stderr

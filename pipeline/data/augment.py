@@ -1,10 +1,14 @@
 """Augmentation of training clips, batched, on the device, keyed by position.
 
-In: raw waveforms or fbanks of a batch and the clips' positions. Out: the same, changed. Every draw is a
-function of (seed, position), so a clip is augmented alike on any rank and after any restart.
+In: raw waveforms or fbanks of a batch and the clips' positions. Out: the same, changed.
+
+Every draw is a function of (seed, position), and a position names an epoch and a place in it. So a clip is
+augmented alike on any rank and after any restart, and anew in each epoch. Nothing loops over clips, and
+nothing is copied back from the device. `tests/reference/augment.py` says the same in plain loops.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +33,34 @@ class MixupPlan:
     draw: np.ndarray
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Of one clip.
+
+    Attributes:
+        sample_rate: Hz.
+        frames: T.
+        mel_bins: M.
+    """
+
+    sample_rate: int
+    frames: int
+    mel_bins: int
+
+
 def changes_waveform(config: AugmentConfig) -> bool:
     """A stored fbank would not be the augmented waveform's."""
     return config.mixup > 0 or config.noise > 0 or config.roll > 0
 
 
 def plan_mixup(config: AugmentConfig, seed: int, position: torch.Tensor) -> MixupPlan:
-    """Draws mixup for a batch: a share `mixup` of the clips, lambda ~ Beta(alpha, alpha)."""
+    """Draws mixup for a batch: a share `mixup` of the clips, lambda ~ Beta(alpha, alpha).
+
+    Args:
+        config: Settings.
+        seed: The run's seed.
+        position: int64 [B], on the host: the partners must be read.
+    """
     draws = uniform(seed, "mixup", position.cpu(), 3).double().numpy()
     mixed = draws[:, 0] < config.mixup
     weight = np.where(mixed, betaincinv(config.mixup_alpha, config.mixup_alpha, draws[:, 1]), 1.0)
@@ -45,14 +70,13 @@ def plan_mixup(config: AugmentConfig, seed: int, position: torch.Tensor) -> Mixu
 def augment_waveform(
     waveform: torch.Tensor, config: AugmentConfig, seed: int, position: torch.Tensor, sample_rate: int
 ) -> torch.Tensor:
-    """Circular shift and noise, on [B, L]."""
+    """Circular shift and white noise, uniform up to a level times the clip's peak, on float32 [B, L]."""
     if config.roll > 0:
-        limit = config.roll * sample_rate
-        shift = ((2 * uniform(seed, "roll", position, 1) - 1) * limit).round().long()
         index = torch.arange(waveform.shape[1], device=waveform.device)
+        shift = _shift(config, seed, position, sample_rate)[:, None]
         waveform = waveform.gather(1, (index - shift) % waveform.shape[1])
     if config.noise > 0:
-        level = config.noise * uniform(seed, "noise.level", position, 1) * waveform.abs().amax(dim=1, keepdim=True)
+        level = _noise_level(config, seed, position)[:, None] * waveform.abs().amax(dim=1, keepdim=True)
         waveform = waveform + level * (2 * uniform(seed, "noise", position, waveform.shape[1]) - 1)
     return waveform
 
@@ -60,19 +84,58 @@ def augment_waveform(
 def mask_fbank(fbank: torch.Tensor, config: AugmentConfig, seed: int, position: torch.Tensor) -> torch.Tensor:
     """SpecAugment on raw fbanks [B, T, M]: one band and one span of zeros, before normalisation as in AST.
 
-    Widths are uniform in [0, freq_mask] bins and [0, time_mask] frames.
+    Widths are uniform in [0, freq_mask] bins and [0, time_mask] frames, places uniform where they fit.
     """
-    if config.freq_mask:
-        fbank = fbank.masked_fill(_span(fbank.shape[2], config.freq_mask, seed, "freq", position)[:, None, :], 0.0)
-    if config.time_mask:
-        fbank = fbank.masked_fill(_span(fbank.shape[1], config.time_mask, seed, "time", position)[:, :, None], 0.0)
+    for axis, widest, purpose in ((2, config.freq_mask, "freq"), (1, config.time_mask, "time")):
+        if widest:
+            start, width = _span(fbank.shape[axis], widest, seed, purpose, position)
+            index = torch.arange(fbank.shape[axis], device=fbank.device)
+            inside = (index >= start[:, None]) & (index < (start + width)[:, None])
+            fbank = fbank.masked_fill(inside.unsqueeze(3 - axis), 0.0)
     return fbank
 
 
-def _span(length: int, widest: int, seed: int, purpose: str, position: torch.Tensor) -> torch.Tensor:
-    """Bool [B, length]: one run of True per clip."""
+def describe(config: AugmentConfig, seed: int, position: torch.Tensor, shape: Shape) -> list[dict[str, Any]]:
+    """What happens to each clip beside mixup, in words for people and JSON.
+
+    Returns:
+        For each position, those that are on: roll_seconds, noise_level (share of the peak), freq_mask and time_mask
+        ([first, count] of bins and frames).
+    """
+    said: list[dict[str, Any]] = [{} for _ in range(len(position))]
+    columns: dict[str, list[Any]] = {}
+    if config.roll > 0:
+        shift = _shift(config, seed, position, shape.sample_rate)
+        columns["roll_seconds"] = [round(samples / shape.sample_rate, 6) for samples in shift.tolist()]
+    if config.noise > 0:
+        columns["noise_level"] = [round(level, 6) for level in _noise_level(config, seed, position).tolist()]
+    for name, length, widest, purpose in (
+        ("freq_mask", shape.mel_bins, config.freq_mask, "freq"),
+        ("time_mask", shape.frames, config.time_mask, "time"),
+    ):
+        if widest:
+            columns[name] = torch.stack(_span(length, widest, seed, purpose, position), dim=1).tolist()
+    for name, values in columns.items():
+        for clip, value in zip(said, values, strict=True):
+            clip[name] = value
+    return said
+
+
+def _shift(config: AugmentConfig, seed: int, position: torch.Tensor, sample_rate: int) -> torch.Tensor:
+    """Samples by which each clip moves to the right: int64 [B]."""
+    limit = config.roll * sample_rate
+    return ((2 * uniform(seed, "roll", position, 1)[:, 0] - 1) * limit).round().long()
+
+
+def _noise_level(config: AugmentConfig, seed: int, position: torch.Tensor) -> torch.Tensor:
+    """Share of the peak: float32 [B]."""
+    return config.noise * uniform(seed, "noise.level", position, 1)[:, 0]
+
+
+def _span(
+    length: int, widest: int, seed: int, purpose: str, position: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First index and count of one run per clip: int64 [B] each."""
     draws = uniform(seed, f"specaugment.{purpose}", position, 2)
-    width = (draws[:, :1] * (min(widest, length) + 1)).long()
-    start = (draws[:, 1:] * (length - width + 1)).long()
-    index = torch.arange(length, device=position.device)
-    return (index >= start) & (index < start + width)
+    width = (draws[:, 0] * (min(widest, length) + 1)).long()
+    return (draws[:, 1] * (length - width + 1)).long(), width

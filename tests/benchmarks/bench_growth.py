@@ -1,0 +1,142 @@
+"""What a loader costs as the data grows: start-up, memory and time per batch for 1 thousand to 10 million clips.
+
+    python -m tests.benchmarks.bench_growth [--clips 1000 100000 ...] [--dir DIR]
+
+In: nothing; an index of each size is generated as the builder would write it (512 clips a shard, a row group a shard,
+AudioSet-like labels), all its shards being links to one real shard of short clips. Out: a table on stdout. Each
+row is a process of its own, rank 0 of 1 or of 256, G = 256. The memory is what the process grew by.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import AugmentConfig, DataConfig
+from pipeline.data.manifest import INDEX_SCHEMA, Manifest, load_index, load_manifest
+from tests.helpers import synth_shards
+
+PER_SHARD, CLASSES, BATCH, BATCHES = 512, 527, 256, 40
+SIZES = (1_000, 100_000, 2_000_000, 10_000_000)
+
+
+def real_shard(out: Path) -> tuple[Manifest, pa.Table]:
+    """One shard of `PER_SHARD` clips of a tenth of a second, and its rows of the index."""
+    if not (out / "manifest.json").exists():
+        synth_shards(out, clips=PER_SHARD * 4 // 3 + 64, seconds=0.1, per_shard=PER_SHARD)
+    manifest = load_manifest(out)
+    rows = load_index(out, "train")
+    return manifest, rows.slice(0, PER_SHARD)
+
+
+def generate(out: Path, source: Path, clips: int) -> Path:
+    """Index, manifest and links to shards for `clips` clips."""
+    if (out / "manifest.json").exists():
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    manifest, rows = real_shard(source)
+    tar = source / rows["shard"][0].as_py()
+    rng = np.random.default_rng(0)
+    popularity = 1 / np.arange(1, CLASSES + 1)  # a class has from half of the clips down to a thousandth
+    edges = np.cumsum(popularity / popularity.sum())
+    shards = []
+    with pq.ParquetWriter(out / "index.parquet", INDEX_SCHEMA) as writer:
+        for number in range(-(-clips // PER_SHARD)):
+            name, count = f"train-{number:06d}.tar", min(PER_SHARD, clips - number * PER_SHARD)
+            (out / name).symlink_to(tar)
+            pairs = np.sort(np.searchsorted(edges, rng.random((count, 2))).astype(np.int32), axis=1)
+            columns = {field.name: rows[field.name].slice(0, count) for field in INDEX_SCHEMA}
+            columns["key"] = pa.array([f"clip{number * PER_SHARD + i:09d}" for i in range(count)])
+            columns["split"] = pa.array(["train"] * count).dictionary_encode()
+            columns["shard"] = pa.array([name] * count).dictionary_encode()
+            columns["labels"] = pa.array(list(pairs), pa.list_(pa.int32()))
+            writer.write_table(pa.table(columns, schema=INDEX_SCHEMA))
+            shards.append({"name": name, "split": "train", "clips": count, "size": 0, "sha256": "0" * 64})
+    content = manifest.model_dump(mode="json")
+    content["splits"] = {"train": content["splits"]["train"] | {"clips": clips, "shards": len(shards)}}
+    content["labels"] = [{"id": f"/m/{number}", "name": f"class {number}"} for number in range(CLASSES)]
+    file = out / "index.parquet"
+    with file.open("rb") as opened:
+        content["index"] = {"size": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+    content |= {"shards": shards, "digest": ""}
+    digest = Manifest.model_validate(content).computed_digest()
+    (out / "manifest.json").write_text(json.dumps(content | {"digest": digest}), encoding="utf-8")
+    return out
+
+
+def measure(shards: Path, sampler: str, ranks: int, results: Any) -> None:
+    """One row, in a fresh process whose imports are done before the clock starts."""
+    import torch
+
+    from pipeline.data.loader import Needs, Place, build_loader
+
+    torch.set_num_threads(1)
+    load_index(shards.parent / "source")  # what pyarrow loads and allocates once is not the data's
+    data = DataConfig(shards=str(shards), sampler=sampler, workers=0)
+    memory, start = _memory(), time.perf_counter()
+    loader = build_loader(
+        data,
+        AugmentConfig(),
+        part="train",
+        needs=Needs(waveform=True, fbank=False),
+        batch_size=BATCH,
+        seed=0,
+        place=Place(0, ranks, torch.device("cpu")),
+    )
+    with loader:
+        opened = time.perf_counter()
+        batches = loader.train_batches(loader.clips // BATCH // 2)  # resume in the middle of epoch 0
+        next(batches)
+        first = time.perf_counter()
+        times = []
+        for _ in range(BATCHES):
+            before = time.perf_counter()
+            next(batches)
+            times.append(time.perf_counter() - before)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        results.put((opened - start, first - opened, _memory() - memory, peak - memory, float(np.median(times))))
+
+
+def _memory() -> float:
+    """Resident megabytes of this process."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def main() -> None:
+    """Generates, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, nargs="+", default=SIZES, help="sizes of the index")
+    parser.add_argument("--dir", type=Path, help="keep the generated data here (default: a temporary directory)")
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as temporary:
+        root = args.dir or Path(temporary)
+        print("clips      sampler   ranks  start s  first batch s  grown MB  peak MB  ms/batch  us/clip")
+        for clips in args.clips:
+            shards = generate(root / str(clips), root / "source", clips)
+            for sampler, ranks in (("shuffle", 1), ("shuffle", 256), ("balanced", 1)):
+                results = context.Queue()
+                process = context.Process(target=measure, args=(shards, sampler, ranks, results))
+                process.start()
+                opened, first, grown, peak, batch = results.get()
+                process.join()
+                print(
+                    f"{clips:<10d} {sampler:9s} {ranks:5d}  {opened:7.3f}  {first:13.3f}  {grown:8.1f}  {peak:7.1f}  "
+                    f"{1e3 * batch:8.2f}  {1e6 * batch / (BATCH / ranks):7.1f}"
+                )
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Augmentation against its loop-written twin, and what its draws are like over many clips."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from pipeline.config import AugmentConfig
+from pipeline.data.augment import Shape, augment_waveform, changes_waveform, describe, mask_fbank, plan_mixup
+from pipeline.rng import hashed, permutation, uniform
+from tests.reference import augment as reference
+
+SEED, RATE = 7, 16000
+POSITIONS = torch.tensor([0, 1, 2, 1000003, 2**40 + 5])
+
+
+@pytest.mark.parametrize("count", [1, 5, 70000])
+def test_draws_are_the_twin_s(count):
+    draws = uniform(SEED, "noise", POSITIONS, count)
+    for position, row in zip(POSITIONS.tolist(), draws, strict=True):
+        for number in {0, count // 2, count - 1}:
+            assert row[number].item() == reference.draw(SEED, "noise", position, number)
+
+
+def test_numpy_and_torch_hash_alike_and_permutations_are_fair():
+    """hashed() is splitmix64 twice, less the lowest bit."""
+    for counter in (1, 2, 77):
+        seen = int(hashed(12345, np.array([counter]))[0])
+        state = (counter * 0x9E3779B97F4A7C15 + 12345) % 2**64
+        assert seen == reference.splitmix(reference.splitmix(state)) >> 1
+    counts = np.zeros((8, 8))
+    for key in range(4000):
+        counts[np.arange(8), permutation(key, 8)] += 1
+    assert stats.chisquare(counts.ravel(), ddof=15).pvalue > 1e-3
+
+
+def test_roll_and_noise_are_the_twin_s():
+    generator = torch.Generator().manual_seed(0)
+    waveform = torch.rand(len(POSITIONS), 800, generator=generator) - 0.5
+    config = AugmentConfig(roll=0.02, noise=0.3)
+    found = augment_waveform(waveform, config, SEED, POSITIONS, RATE)
+    for row, clip, position in zip(found, waveform, POSITIONS.tolist(), strict=True):
+        rolled = reference.roll(clip.tolist(), config.roll, RATE, SEED, position)
+        expected = reference.add_noise(rolled, config.noise, SEED, position)
+        assert row.tolist() == pytest.approx(expected, abs=1e-6)
+        assert not torch.equal(row, clip)
+
+
+@pytest.mark.parametrize(("freq_mask", "time_mask"), [(48, 192), (0, 30), (24, 0), (500, 500), (0, 0)])
+def test_specaugment_is_the_twin_s(freq_mask, time_mask):
+    fbank = torch.arange(1.0, 1 + len(POSITIONS) * 60 * 40).reshape(-1, 60, 40)
+    config = AugmentConfig(freq_mask=freq_mask, time_mask=time_mask)
+    found = mask_fbank(fbank, config, SEED, POSITIONS)
+    for row, clip, position in zip(found, fbank, POSITIONS.tolist(), strict=True):
+        assert row.tolist() == reference.specaugment(clip.tolist(), freq_mask, time_mask, SEED, position)
+
+
+def test_mixup_is_drawn_from_its_beta():
+    position = torch.arange(20000)
+    plan = plan_mixup(AugmentConfig(mixup=0.5, mixup_alpha=10.0), SEED, position)
+    assert plan.mixed.mean() == pytest.approx(0.5, abs=0.02)
+    assert (plan.weight[~plan.mixed] == 1).all()
+    assert stats.kstest(plan.weight[plan.mixed], stats.beta(10, 10).cdf).pvalue > 1e-3
+    assert stats.kstest(plan.draw, stats.uniform.cdf).pvalue > 1e-3
+    assert plan.mixed[0] == (reference.draw(SEED, "mixup", 0, 0) < 0.5)
+
+
+def test_widths_and_places_of_masks_are_uniform():
+    said = describe(
+        AugmentConfig(freq_mask=9, time_mask=20), SEED, torch.arange(20000), Shape(RATE, frames=60, mel_bins=40)
+    )
+    for name, length, widest in (("freq_mask", 40, 9), ("time_mask", 60, 20)):
+        start, width = np.array([clip[name] for clip in said]).T
+        assert stats.chisquare(np.bincount(width, minlength=widest + 1)).pvalue > 1e-3
+        of_one = start[width == 5]
+        assert stats.chisquare(np.bincount(of_one, minlength=length - 4)).pvalue > 1e-3
+
+
+def test_what_is_described_is_what_happens():
+    config = AugmentConfig(freq_mask=24, time_mask=24, roll=0.01, noise=0.2)
+    said = describe(config, SEED, POSITIONS, Shape(RATE, frames=60, mel_bins=40))
+    masked = mask_fbank(torch.ones(len(POSITIONS), 60, 40), config, SEED, POSITIONS)
+    impulse = torch.zeros(len(POSITIONS), 800)
+    impulse[:, 400] = 1.0
+    moved = augment_waveform(impulse, config, SEED, POSITIONS, RATE)
+    for i, clip in enumerate(said):
+        (bin_, bins), (frame, frames) = clip["freq_mask"], clip["time_mask"]
+        assert (masked[i] == 0).sum() == 60 * bins + 40 * frames - bins * frames
+        assert (masked[i, :, bin_ : bin_ + bins] == 0).all()
+        assert (masked[i, frame : frame + frames] == 0).all()
+        peak = round(400 + clip["roll_seconds"] * RATE)
+        assert moved[i].abs().argmax() == peak
+        moved[i, peak] = 0
+        assert 0.9 * clip["noise_level"] < moved[i].abs().max() <= clip["noise_level"] + 1e-6
+    assert describe(AugmentConfig(), SEED, POSITIONS, Shape(RATE, 60, 40)) == [{}] * len(POSITIONS)
+
+
+@pytest.mark.parametrize("config", [AugmentConfig(noise=0.5, roll=0.01), AugmentConfig(freq_mask=20, time_mask=20)])
+def test_a_clip_does_not_depend_on_its_neighbours(config):
+    values = torch.randn(len(POSITIONS), 60, 40, generator=torch.Generator().manual_seed(1))
+
+    def run(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        if changes_waveform(config):
+            return augment_waveform(x.flatten(1), config, SEED, position, RATE)
+        return mask_fbank(x, config, SEED, position)
+
+    whole = run(values, POSITIONS)
+    for i in (0, 3, 4):
+        assert torch.equal(run(values[i : i + 1], POSITIONS[i : i + 1])[0], whole[i])

@@ -57,10 +57,13 @@ class DataConfig(Section):
     epoch_clips: int = Field(0, ge=0, description="balanced: clips drawn an epoch (PaSST: 100000); 0: n")
     streams: int = Field(64, ge=1, description="S: streams of shards; halved where the clips do not fill S windows")
     window: int = Field(2048, ge=1, description="most clips of the shuffle window of one stream")
-    workers: int = Field(2, ge=0, description="reader threads per rank; 0: read in the training thread")
+    workers: int = Field(2, ge=0, description="reader processes per rank; 0: the training process reads")
     prefetch: int = Field(4, ge=1, description="batches in flight per rank")
     on_error: Literal["skip", "raise"] = Field("skip", description="a corrupt sample is replaced, or ends the run")
-    max_bad: int = Field(1000, ge=0, description="corrupt samples of one epoch that end the run")
+    max_bad: int = Field(1000, ge=0, description="corrupt samples of one epoch, over all ranks, that end the run")
+    cache: str = Field("", description="of shards behind a URL, on the node; empty: CRAFT_CACHE, else ~/.cache/craft")
+    cache_gb: float = Field(0.0, ge=0, description="most GB in the cache; 0: until its disk is nine tenths full")
+    fetch_ahead: int = Field(256, ge=0, description="shards behind a URL: batches whose shards are fetched in advance")
 
 
 class AugmentConfig(Section):

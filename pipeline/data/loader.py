@@ -1,19 +1,16 @@
-"""build_loader(): order -> reader -> batches on the device.
+"""build_loader(): order -> ring of raw batches -> batches on the device.
 
 In: data settings, a part of the data, and this rank's place. Out: `Batch`es, the same clips in the same
-global order for any number of ranks and reader threads.
+global order for any number of ranks and reader processes.
 
-Reader threads fill whole batches ahead of the consumer, straight from disk into (pinned) host arrays;
-waveforms and fbanks travel to the device as int16 and float16 and are converted there. Waiting
-threads are bounded by `data.prefetch` batches. Reading releases Python's lock, so threads scale like
-processes without a copy between them. Nothing grows with the data set but the index columns (about
-60 bytes a clip).
+The training process only plans (which bytes go where) and converts; reader processes fill `data.prefetch`
+batches ahead of it (`pipeline.data.ring`), out of local files or the node's cache of remote shards
+(`pipeline.data.cache`). Nothing grows with the data set but the index columns: about 60 to 100 bytes a clip.
 """
 
-import logging
-from collections import deque
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -24,18 +21,24 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.config import AugmentConfig, DataConfig
-from pipeline.data.augment import MixupPlan, augment_waveform, changes_waveform, mask_fbank, plan_mixup
-from pipeline.data.fbank import fbank as compute_fbank
+from pipeline.data.assemble import Assembler, RawBatch, pad_frames
+from pipeline.data.augment import changes_waveform, plan_mixup
+from pipeline.data.bad import BadClips
+from pipeline.data.cache import Directory, Remote, Shard
+from pipeline.data.feed import Feed, Reading
+from pipeline.data.index import ShardIndex
 from pipeline.data.manifest import load_manifest
 from pipeline.data.order import Part, train_order
-from pipeline.data.reader import Needs, ShardReader
+from pipeline.data.plan import Layout, Plan, Walk
+from pipeline.data.reader import Needs
 from pipeline.data.spec import DataSpec
+from pipeline.data.storage import is_remote, local
 from pipeline.errors import UserError
 from pipeline.flow import Batch
 
-log = logging.getLogger(__name__)
+__all__ = ["Loader", "Needs", "Place", "build_loader", "pad_frames"]
 
-__all__ = ["Loader", "Needs", "Place", "build_loader"]
+OPEN_FILES = 128
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,6 @@ class Place:
     rank: int
     world_size: int
     device: torch.device
-
-
-@dataclass(slots=True)
-class _Raw:
-    """A batch on the host, as it lies in the shards."""
-
-    position: np.ndarray
-    row: np.ndarray
-    valid: np.ndarray
-    waveform: torch.Tensor | None
-    partner: torch.Tensor | None
-    weight: np.ndarray
-    fbank: torch.Tensor | None
-    targets: torch.Tensor
 
 
 def build_loader(
@@ -92,7 +81,7 @@ def build_loader(
 
     Raises:
         UserError: no such split or fold, no clip in it, shards that cannot be read, a batch that does not
-            divide by the ranks, or a stored fbank under augmentation of the waveform.
+            divide by the ranks or is larger than an epoch, or a stored fbank under augmentation of the waveform.
     """
     if batch_size % place.world_size:
         raise UserError(f"batch of {batch_size} clips does not divide by {place.world_size} ranks; use a multiple")
@@ -110,17 +99,24 @@ def build_loader(
         raise UserError(
             f"data.{part}_split = '{split}' is not in {data.shards}, which has {', '.join(manifest.splits)}; name one"
         )
-    reader = ShardReader(data.shards, manifest, data.on_error, data.max_bad)
-    chosen = pc.equal(reader.split.cast(pa.string()), split).to_numpy(zero_copy_only=False)
+    content = _Content.of(data, augment or AugmentConfig(), needs)
+    index = ShardIndex(data.shards, manifest, content.members)
+    chosen = pc.equal(index.split.cast(pa.string()), split).to_numpy(zero_copy_only=False)
     if data.fold:
-        if data.fold not in reader.fold[chosen]:
-            raise UserError(f"data.fold = {data.fold}: split '{split}' has folds {sorted(set(reader.fold[chosen]))}")
-        chosen &= (reader.fold == data.fold) == (part == "eval")
+        if data.fold not in index.fold[chosen]:
+            raise UserError(f"data.fold = {data.fold}: split '{split}' has folds {sorted(set(index.fold[chosen]))}")
+        chosen &= (index.fold == data.fold) == (part == "eval")
     rows = np.flatnonzero(chosen)[: limit or None]
     if not len(rows):
         raise UserError(f"{data.shards}: no clip in split '{split}', fold {data.fold}; see its failures.jsonl")
-    selection = Part.of(rows, reader.shards[rows], f"{manifest.digest}/{split}/{data.fold}/{part}")
-    return Loader(reader, selection, spec, data, augment or AugmentConfig(), needs, _Share(batch_size, seed, place))
+    selection = Part.of(rows, index.shards[rows], f"{manifest.digest}/{split}/{data.fold}/{part}")
+    loader = Loader(index, selection, spec, data, content, _Share(batch_size, seed, place))
+    if part == "train" and batch_size > loader.clips:
+        raise UserError(
+            f"train.batch_size = {batch_size}: an epoch has {loader.clips} clips, so every batch would hold a clip "
+            f"twice, and the contrast would push a clip away from itself; use at most {loader.clips}"
+        )
+    return loader
 
 
 @dataclass(frozen=True)
@@ -134,6 +130,33 @@ class _Share:
         """Clips of a batch on one rank."""
         return self.batch_size // self.place.world_size
 
+    def positions(self, step: int) -> np.ndarray:
+        """Rank r of R takes positions k G + r, k G + r + R, ... of batch k."""
+        return step * self.batch_size + np.arange(self.place.rank, self.batch_size, self.place.world_size)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What is read, and what becomes of it.
+
+    Attributes:
+        augment: Of training clips.
+        needs: What the method gets.
+        members: What is read for it.
+        online: Fbanks are computed from waveforms.
+    """
+
+    augment: AugmentConfig
+    needs: Needs
+    members: Needs
+    online: bool
+
+    @staticmethod
+    def of(data: DataConfig, augment: AugmentConfig, needs: Needs) -> "_Content":
+        changed = changes_waveform(augment)
+        online = needs.fbank and (data.fbank == "online" or (data.fbank == "auto" and changed))
+        return _Content(augment, needs, Needs(needs.waveform or online, needs.fbank and not online), online)
+
 
 class Loader:
     """Batches of one part of the data for one rank; a context manager. Made by `build_loader`.
@@ -141,57 +164,62 @@ class Loader:
     Attributes:
         clips: Of an epoch, over all ranks: n, or `data.epoch_clips`.
         manifest: Of the shards.
+        bad_clips: Bad clips met on this rank.
     """
 
     def __init__(
-        self,
-        reader: ShardReader,
-        part: Part,
-        spec: DataSpec,
-        data: DataConfig,
-        augment: AugmentConfig,
-        needs: Needs,
-        share: _Share,
+        self, index: ShardIndex, part: Part, spec: DataSpec, data: DataConfig, content: _Content, share: _Share
     ) -> None:
-        self.manifest = reader.manifest
-        self._reader, self._part, self._spec = reader, part, spec
-        self._data, self._augment, self._needs, self._share = data, augment, needs, share
-        online = data.fbank == "online" or (data.fbank == "auto" and changes_waveform(augment))
-        self._online = online and needs.fbank
-        reads_waveform = needs.waveform or self._online or changes_waveform(augment)
-        self._read = Needs(reads_waveform, needs.fbank and not self._online)
-        self._order = train_order(part, data, share.seed, reader, len(spec.labels))
+        self.manifest = index.manifest
+        self._index, self._part, self._spec = index, part, spec
+        self._content, self._share = content, share
+        self._order = train_order(part, data, share.seed, index, len(spec.labels))
         self.clips = len(self._order)
-        self._pool = ThreadPoolExecutor(data.workers, "reader") if data.workers else None
+        self.bad_clips = BadClips(data.shards, index.name, data.on_error, data.max_bad)
+        device = share.place.device
+        self._assemble = Assembler(spec, content.augment, content.needs, content.online, share.seed, device)
+        layout = Layout(index.manifest, content.members, content.augment.mixup > 0, share.clips)
+        reading = _reading(data, index, -(-self._order.streams // share.place.world_size))
+        self._feed = Feed(index, layout, reading, self.bad_clips, device, len(spec.labels))
 
     @property
     def bad(self) -> dict[str, str]:
         """Bad clips met on this rank: key -> shard and problem."""
-        return self._reader.bad
+        return self.bad_clips.problems
+
+    @property
+    def touched(self) -> dict[str, int]:
+        """Shard -> bytes of members that this rank asked of it."""
+        return {name: int(size) for name, size in zip(self._index.shard_names, self._feed.touched, strict=True) if size}
+
+    def replaced(self, step: int) -> int:
+        """Samples that this rank replaced so far in the epoch of batch `step`; they add up over ranks."""
+        return self.bad_clips.replaced[self._epoch(step)]
 
     def keys(self, rows: Sequence[int]) -> list[str]:
         """Sample keys of index rows."""
-        return [str(self._reader.keys[row]) for row in rows]
+        return [self._index.name(row)[0] for row in rows]
 
     def train_batches(self, start: int) -> Iterator[Batch]:
         """Own clips of global batches start, start + 1, ..., without end.
 
         Rank r of R takes positions k G + r, k G + r + R, ... of batch k.
         """
+        share, augment = self._share, self._content.augment
 
-        def load(step: int) -> _Raw:
-            place, size = self._share.place, self._share.batch_size
-            position = step * size + np.arange(place.rank, size, place.world_size)
-            return self._load(position, self._order.rows(position), np.ones(len(position), bool), self._mixup(position))
+        def plan(step: int) -> Plan:
+            position = share.positions(step)
+            mixup = partners = None
+            if augment.mixup > 0:
+                mixup = plan_mixup(augment, share.seed, torch.from_numpy(position))
+                partners = self._order.partners(position, mixup.draw)
+            return Plan(step, position, self._order.rows(position), np.ones(len(position), bool), mixup, partners)
 
-        def steps() -> Iterator[int]:
-            step = start
-            while True:
-                yield step
-                step += 1
+        def finish(plan: Plan, raw: RawBatch) -> Batch:
+            self.bad_clips.count(self._epoch(plan.step), int((raw.row != plan.rows).sum()))
+            return self._assemble(raw, augmented=True)
 
-        for raw in self._ahead(load, steps()):
-            yield self._to_device(raw, augmented=True)
+        return self._feed.batches(self._walk(plan, self._order.rows, self._order.streams, start), finish)
 
     def eval_batches(self) -> Iterator[Batch]:
         """Every clip exactly once over all ranks, in index order, equally many batches on each rank.
@@ -199,24 +227,27 @@ class Loader:
         The last batch is filled up with the part's first clip, marked not valid; so is what stands in for
         a bad clip, which would else be scored twice.
         """
-        place, size = self._share.place, self._share.batch_size
+        share, count = self._share, len(self._part)
 
-        def load(step: int) -> _Raw:
-            position = step * size + np.arange(place.rank, size, place.world_size)
-            valid = position < len(self._part)
-            row = self._part.at(np.where(valid, position, 0))
-            raw = self._load(position, row, valid, None)
-            raw.valid &= raw.row == row
-            return raw
+        def rows_of(position: np.ndarray) -> np.ndarray:
+            return self._part.at(position % count)
 
-        for raw in self._ahead(load, iter(range(-(-len(self._part) // size)))):
-            yield self._to_device(raw, augmented=False)
+        def plan(step: int) -> Plan:
+            position = share.positions(step)
+            valid = position < count
+            return Plan(step, position, self._part.at(np.where(valid, position, 0)), valid)
+
+        def finish(plan: Plan, raw: RawBatch) -> Batch:
+            self.bad_clips.count(0, int((raw.valid & (raw.row != plan.rows)).sum()))
+            raw.valid &= raw.row == plan.rows
+            return self._assemble(raw, augmented=False)
+
+        self.bad_clips.replaced.clear()
+        return self._feed.batches(self._walk(plan, rows_of, 1, 0, -(-count // share.batch_size)), finish)
 
     def close(self) -> None:
-        """Stops the reader threads and closes the shards."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-        self._reader.close()
+        """Stops the readers and closes the shards."""
+        self._feed.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -226,80 +257,34 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _ahead(self, load: Callable[[int], _Raw], steps: Iterator[int]) -> Iterator[_Raw]:
-        """Loads in order, at most `prefetch` batches before they are asked for."""
-        if self._pool is None:
-            yield from map(load, steps)
-            return
-        flight: deque[Future[_Raw]] = deque()
-        try:
-            while True:
-                while len(flight) < self._data.prefetch and (step := next(steps, None)) is not None:
-                    flight.append(self._pool.submit(load, step))
-                if not flight:
-                    return
-                yield flight.popleft().result()
-        finally:
-            for future in flight:
-                future.cancel()
+    def _epoch(self, step: int) -> int:
+        return step * self._share.batch_size // self.clips
 
-    def _mixup(self, position: np.ndarray) -> MixupPlan | None:
-        if self._augment.mixup == 0:
-            return None
-        return plan_mixup(self._augment, self._share.seed, torch.from_numpy(position))
+    def _walk(
+        self,
+        plan: Callable[[int], Plan],
+        rows_of: Callable[[np.ndarray], np.ndarray],
+        streams: int,
+        first: int,
+        stop: int = 0,
+    ) -> Walk:
+        size = self._share.batch_size
 
-    def _load(self, position: np.ndarray, rows: np.ndarray, valid: np.ndarray, mixup: MixupPlan | None) -> _Raw:
-        count, manifest = len(position), self.manifest
-        waveform = self._host(self._read.waveform, torch.int16, count, manifest.audio.samples)
-        fbank = self._host(self._read.fbank, torch.float16, count, manifest.fbank.frames, manifest.fbank.mel_bins)
-        partner = self._host(mixup is not None, torch.int16, count, manifest.audio.samples)
-        targets = torch.zeros(count, len(self._spec.labels))
-        weight = np.ones(count) if mixup is None else mixup.weight
-        actual = rows.copy()
-        nothing = np.empty(0)
-        for i, row in enumerate(rows.tolist()):
-            wave = nothing if waveform is None else waveform[i].numpy()
-            actual[i] = self._reader.read(row, self._read, wave, nothing if fbank is None else fbank[i].numpy())
-            targets[i, torch.from_numpy(self._reader.labels(actual[i]).astype(np.int64))] = weight[i]
-        if mixup is not None and partner is not None:
-            others = self._order.partners(position, mixup.draw)
-            for i in np.flatnonzero(mixup.mixed).tolist():
-                other = self._reader.read(int(others[i]), Needs(True, False), partner[i].numpy(), nothing)
-                targets[i, torch.from_numpy(self._reader.labels(other).astype(np.int64))] += 1 - weight[i]
-        return _Raw(position, actual, valid, waveform, partner, weight, fbank, targets)
+        def shards_ahead(step: int) -> np.ndarray:
+            return np.asarray(self._index.shards[rows_of(self._share.positions(step))])
 
-    def _host(self, wanted: bool, dtype: torch.dtype, *shape: int) -> torch.Tensor | None:
-        return torch.zeros(shape, dtype=dtype, pin_memory=self._share.place.device.type == "cuda") if wanted else None
-
-    def _to_device(self, raw: _Raw, augmented: bool) -> Batch:
-        device, seed = self._share.place.device, self._share.seed
-        position, row, valid = (
-            torch.from_numpy(array).to(device, non_blocking=True) for array in (raw.position, raw.row, raw.valid)
-        )
-        waveform, fbank = None, None
-        if raw.waveform is not None:
-            waveform = raw.waveform.to(device, non_blocking=True).float() / 32768
-            if raw.partner is not None:
-                weight = torch.from_numpy(raw.weight).to(device, torch.float32)[:, None]
-                waveform = weight * waveform + (1 - weight) * raw.partner.to(device, non_blocking=True).float() / 32768
-            if augmented:
-                waveform = augment_waveform(waveform, self._augment, seed, position, self._spec.sample_rate)
-        if self._online and waveform is not None:
-            fbank = compute_fbank(waveform, self._spec.sample_rate, self._spec.mel_bins)
-        elif raw.fbank is not None:
-            fbank = raw.fbank.to(device, non_blocking=True).float()
-        if fbank is not None:
-            fbank = pad_frames(fbank, self._spec.frames)
-            if augmented:
-                fbank = mask_fbank(fbank, self._augment, seed, position)
-            fbank = (fbank - self._spec.mean) / (2 * self._spec.std)
-        targets = raw.targets.to(device, non_blocking=True)
-        return Batch(position, row, valid, waveform if self._needs.waveform else None, fbank, targets)
+        return Walk(plan, rows_of, shards_ahead, size, -(-size // streams) * streams, len(self._part), first, stop)
 
 
-def pad_frames(fbank: torch.Tensor, frames: int) -> torch.Tensor:
-    """Zero-pads or cuts raw fbanks [B, t, M] to [B, T, M].
-
-    Zeros come after the log and before normalisation, as in SSAST: they become -mean / (2 std).
-    """
-    return torch.nn.functional.pad(fbank, (0, 0, 0, frames - fbank.shape[1]))
+def _reading(data: DataConfig, index: ShardIndex, streams: int) -> Reading:
+    """How a rank with so many streams reads these shards."""
+    source: Remote | Directory = Directory(str(local(data.shards)), tuple(index.shard_names))
+    open_files = OPEN_FILES
+    if is_remote(data.shards):
+        records = {record.name: record for record in index.manifest.shards}
+        shards = tuple(Shard(name, records[name].size, records[name].sha256) for name in index.shard_names)
+        cache = data.cache or os.environ.get("CRAFT_CACHE", "") or "~/.cache/craft"
+        source = Remote(data.shards.rstrip("/"), shards, cache, int(data.cache_gb * 1e9), time.time())
+        # What is open stays in the cache: the shards of the window that is read and of the next one.
+        open_files = min(OPEN_FILES, 2 * streams + 4)
+    return Reading(source, open_files, data.workers, data.prefetch, data.fetch_ahead)

@@ -1,0 +1,137 @@
+"""What goes into a batch and where it lies in a slot of the ring.
+
+In: positions and rows. Out: jobs for the readers, raw arrays, targets. Vectorised: no Python loop over clips.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.data.augment import MixupPlan
+from pipeline.data.index import ShardIndex
+from pipeline.data.manifest import Manifest
+from pipeline.data.reader import Needs
+from pipeline.data.ring import Ring
+
+ALIGNED = 64  # bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One rank's clips of one batch.
+
+    Attributes:
+        step: Number of the batch.
+        position: int64 [B], in the sample stream.
+        rows: int64 [B], of the index.
+        valid: bool [B]; see `Batch`.
+        mixup: Who is mixed, and how; None: nobody.
+        partners: int64 [B], rows of the other clips; None: no mixup.
+    """
+
+    step: int
+    position: np.ndarray
+    rows: np.ndarray
+    valid: np.ndarray
+    mixup: MixupPlan | None = None
+    partners: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A run through batches.
+
+    Attributes:
+        plan: Batch number -> plan.
+        rows_of: Positions [m] -> rows [m]: the order.
+        shards_ahead: Batch number -> shards that this rank reads for it.
+        batch_size: G.
+        stride: Between the positions of a clip and of its stand-ins.
+        clips: Of the part.
+        first: First batch.
+        stop: Behind the last one; 0: no end.
+    """
+
+    plan: Callable[[int], Plan]
+    rows_of: Callable[[np.ndarray], np.ndarray]
+    shards_ahead: Callable[[int], np.ndarray]
+    batch_size: int
+    stride: int
+    clips: int
+    first: int
+    stop: int = 0
+
+
+class Layout:
+    """Where a batch's clips lie in a slot: waveforms, mixup's other waveforms, fbanks.
+
+    Args:
+        manifest: Formats.
+        members: What is read.
+        mixup: Other waveforms are read too.
+        clips: B.
+    """
+
+    PARTS = ("waveform", "partner", "fbank")
+
+    def __init__(self, manifest: Manifest, members: Needs, mixup: bool, clips: int) -> None:
+        self.clips = clips
+        wave, fbank = (manifest.audio.samples,), (manifest.fbank.frames, manifest.fbank.mel_bins)
+        used = {"waveform": members.waveform, "partner": mixup, "fbank": members.fbank}
+        self.used = tuple(name for name in self.PARTS if used[name])
+        self._shape = {"waveform": wave, "partner": wave, "fbank": fbank}
+        self._bytes = {name: 2 * int(np.prod(shape)) for name, shape in self._shape.items()}
+        self._start: dict[str, int] = {}
+        self.size = 0
+        for name in self.used:
+            self._start[name] = self.size
+            self.size += -(-self._bytes[name] * clips // ALIGNED) * ALIGNED
+
+    def array(self, ring: Ring, slot: int, name: str) -> np.ndarray | None:
+        """A part of a slot: int16 [B, L] or float16 [B, frames, M]; None: it is not read."""
+        if name not in self.used:
+            return None
+        dtype = np.float16 if name == "fbank" else np.int16
+        return ring.array(slot, self._start[name], (self.clips, *self._shape[name]), dtype)
+
+    def jobs(self, index: ShardIndex, plan: Plan) -> np.ndarray:
+        """All reads of a batch, clip by clip: what one clip needs lies close together in its tar."""
+        places = np.arange(self.clips)
+        parts = [self._jobs(index, name, plan.rows, places) for name in ("waveform", "fbank") if name in self.used]
+        if plan.mixup is not None and plan.partners is not None:
+            mixed = np.flatnonzero(plan.mixup.mixed)
+            parts.append(self._jobs(index, "partner", plan.partners[mixed], mixed))
+        jobs = np.concatenate(parts)
+        return jobs[np.argsort(jobs["clip"] % self.clips, kind="stable")]
+
+    def stand_in(self, index: ShardIndex, partner: bool, row: int, place: int) -> np.ndarray:
+        """The reads of one clip, as the clip itself or as the other one of its mixture."""
+        names = [name for name in self.used if (name == "partner") == partner]
+        return np.concatenate([self._jobs(index, name, np.array([row]), np.array([place])) for name in names])
+
+    def meaning(self, number: int) -> tuple[bool, int, str]:
+        """What a job's number stands for: (mixup's other clip, place in the batch, member)."""
+        part, place = divmod(number, self.clips)
+        name = self.PARTS[part]
+        return name == "partner", place, "waveform" if name == "partner" else name
+
+    def _jobs(self, index: ShardIndex, name: str, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+        size = self._bytes[name]
+        jobs = index.jobs("waveform" if name == "partner" else name, rows)
+        jobs["clip"] = self.PARTS.index(name) * self.clips + places
+        jobs["start"], jobs["length"] = self._start[name] + places * size, size
+        return jobs
+
+
+def targets(index: ShardIndex, classes: int, plan: Plan, rows: np.ndarray, partners: np.ndarray | None) -> np.ndarray:
+    """Multi-hot targets float32 [B, C] of the clips that were read; soft where they are mixed."""
+    out = np.zeros((len(rows), classes), np.float32)
+    weight = np.ones(len(rows)) if plan.mixup is None else plan.mixup.weight
+    which, labels = index.labels(rows)
+    out[which, labels] = weight[which]
+    if plan.mixup is not None and partners is not None:
+        mixed = np.flatnonzero(plan.mixup.mixed)
+        which, labels = index.labels(partners[mixed])
+        out[mixed[which], labels] += (1 - weight[mixed[which]]).astype(np.float32)
+    return out

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.data.storage import Location, file_system, is_remote, join, local, read_bytes
+from pipeline.data.storage import Location, is_remote, join, read_bytes
 from pipeline.errors import UserError
 
 FORMAT = "craft-shards"
@@ -169,8 +169,10 @@ def load_index(
         columns: Only these columns; None: all.
     """
     wanted = None if columns is None else list(dict.fromkeys([*columns, "split", "fold"]))
-    system, path = file_system(join(directory, "index.parquet")) if is_remote(directory) else (None, "")
-    table = pq.read_table(path or local(directory) / "index.parquet", columns=wanted, filesystem=system)
+    path = join(directory, "index.parquet")
+    # Whole, and tried again where the store fails: a plain web server cannot serve the ranges of single columns.
+    file = pa.BufferReader(read_bytes(path)) if is_remote(directory) else path
+    table = pq.read_table(file, columns=wanted)
     if split is not None:
         table = table.filter(pc.equal(table["split"].cast(pa.string()), split))
     if folds:

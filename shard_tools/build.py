@@ -2,50 +2,40 @@
 
 In: a `Catalog` and options. Out: tars, `index.parquet`, `failures.jsonl`, `manifest.json`.
 
-The plan is a pure function of the catalog and the options: a seeded permutation of each split's clips,
-cut into shards of equal planned size. So a shard's bytes depend neither on workers nor on other
-shards, and a build that was killed goes on with the shards that have no record yet. Memory is that
-of the catalog; index rows pass through one shard at a time.
+The plan is a pure function of the catalog and the options (plan.py) and each shard is a pure function of
+its plan (write.py). A finished shard has a record in `.build/`; a build that was killed goes on with
+the shards that have none, or whose tar is not what the record says. The same holds for the parts of a
+build cut by `Slice`, on any machines, which `merge` completes. Memory is that of the catalog (columns.py).
 """
 
-import hashlib
+import fcntl
+import io
 import json
 import logging
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from pipeline.data.fbank import FRAME_MS, HOP_MS, frame_count
-from pipeline.data.manifest import FORMAT, INDEX_SCHEMA, VERSION, Manifest, load_index, load_manifest
+from pipeline.data import storage
+from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.data.storage import Location, is_remote, join
 from pipeline.errors import UserError
 from shard_tools.catalogs import Catalog
 from shard_tools.distribute import run
-from shard_tools.write import AudioOptions, ShardPlan, read_record
+from shard_tools.finish import finish, reasons
+from shard_tools.plan import BuildOptions, Slice, SplitPlan
+from shard_tools.store import Store
+from shard_tools.write import record_name, shard_name
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How the shards are cut.
-
-    Attributes:
-        audio: What is stored of a clip.
-        clips_per_shard: Planned clips of a shard; those that fail leave it smaller.
-        seed: Of the permutation that mixes classes over shards.
-    """
-
-    audio: AudioOptions
-    clips_per_shard: int = 512
-    seed: int = 0
+RECORD_THREADS = 16  # records are small; from an object store the waiting is what costs
 
 
 @dataclass(slots=True)
@@ -54,186 +44,166 @@ class Summary:
 
     Attributes:
         manifest: Of the whole directory.
-        failures: Reasons (up to the first colon) and how many listed clips each cost.
-        silent: Stored clips that are digital silence.
+        failures: Reasons (up to the first colon) and how many listed clips of the catalog's splits each cost.
     """
 
     manifest: Manifest
     failures: Counter[str]
-    silent: int
+
+    @property
+    def silent(self) -> int:
+        """Stored clips of all splits that are digital silence."""
+        return sum(split.silent for split in self.manifest.splits.values())
 
 
-def plan_split(catalog: Catalog, split: str, out: Path, options: BuildOptions) -> list[ShardPlan]:
-    """The shards of one split, without a byte of audio read."""
-    rows = catalog.clips.rows(split)
-    order = rows[np.random.default_rng([options.seed]).permutation(len(rows))].tolist()
-    size = options.clips_per_shard
-    return [
-        ShardPlan(
-            split=split,
-            number=start // size,
-            clips=[catalog.clips[row] for row in order[start : start + size]],
-            labels=catalog.labels,
-            root=str(catalog.root),
-            out=str(out),
-            audio=options.audio,
-        )
-        for start in range(0, len(rows), size)
-    ]
+@dataclass(slots=True)
+class _Work:
+    """A checked beginning: what is there, what is to be built, and each plan's shards that are to be written."""
+
+    store: Store
+    earlier: Manifest | None
+    plans: list[SplitPlan]
+    todo: list[list[int]]
 
 
-def build(catalog: Catalog, out: Path, options: BuildOptions, workers: int, overwrite: bool = False) -> Summary:
+def build(
+    catalog: Catalog,
+    out: Location,
+    options: BuildOptions,
+    workers: int,
+    overwrite: bool = False,
+    engine: str = "process",
+) -> Summary:
     """Builds all splits of the catalog into `out`, going on where an earlier attempt stopped.
 
     Splits that `out` already holds stay; a split built before with the same options is not built again.
 
     Raises:
-        UserError: `out` holds shards of another format, vocabulary or options.
+        UserError: `out` holds shards of another format, vocabulary or options, or is being built.
+        OSError: something could not be written.
     """
-    _check_keys(catalog)
-    earlier = _earlier(catalog, out, options, overwrite)
-    pending = [split for split in catalog.splits if earlier is None or split not in earlier.splits]
-    plans: list[ShardPlan] = []
-    for split in pending:
-        _begin(catalog, split, out, options, overwrite)
-        plans += plan_split(catalog, split, out, options)
-    todo = [plan for plan in plans if not plan.record.exists()]
-    total = sum(len(plan.clips) for plan in plans)
-    done = total - sum(len(plan.clips) for plan in todo)
-    with tqdm(total=total, initial=done, unit="clip", disable=not todo) as bar:
-        for plan in run(todo, max(1, min(workers, len(todo)))):
-            bar.update(len(plan.clips))
-    return _finish(catalog, pending, plans, out, options, earlier)
+    with _owner(out, shared=False):
+        if overwrite:
+            _erase(Store(out))
+        work = _begin(catalog, out, options)
+        work.store.clean()
+        _write(work, workers, engine)
+        return _finish(catalog, options, work)
 
 
-def _finish(
-    catalog: Catalog,
-    pending: list[str],
-    plans: list[ShardPlan],
-    out: Path,
-    options: BuildOptions,
-    earlier: Manifest | None,
-) -> Summary:
-    """Index, failures and, last, the manifest; then the records are no longer needed."""
-    audio = options.audio
-    content: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "dataset": catalog.dataset,
-        "audio": {
-            "sample_rate": audio.sample_rate,
-            "seconds": audio.seconds,
-            "samples": audio.samples,
-            "encoding": "int16.npy",
-        },
-        "fbank": {
-            "mel_bins": audio.mel_bins,
-            "frames": frame_count(audio.samples, audio.sample_rate),
-            "frame_ms": FRAME_MS,
-            "hop_ms": HOP_MS,
-            "encoding": "float16.npy",
-        },
-        "single_label": earlier is None or earlier.single_label,
-        "labels": [label.model_dump() for label in catalog.labels],
-        "splits": {} if earlier is None else earlier.model_dump()["splits"],
-        "shards": [] if earlier is None else earlier.model_dump()["shards"],
-        "options": {} if earlier is None else dict(earlier.options),
-    }
-    failures, silent = _index(catalog, pending, plans, out, content, earlier)
-    content["options"] |= {split: _identity(catalog, split, options) for split in pending}
-    content["index"] = _file_record(out / "index.parquet")
-    content["failures"] = _file_record(out / "failures.jsonl")
-    draft = Manifest.model_validate({**content, "digest": ""})
-    manifest = draft.model_copy(update={"digest": draft.computed_digest()})
-    _replace(out / "manifest.json", json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
-    shutil.rmtree(out / ".build", ignore_errors=True)
-    return Summary(manifest, failures, silent)
+def build_slice(
+    catalog: Catalog, out: Location, options: BuildOptions, workers: int, part: Slice, engine: str = "process"
+) -> int:
+    """Writes one slice's shards and no index; returns how many shards the slice has. `merge` completes the build.
+
+    Raises:
+        UserError, OSError: as `build`.
+    """
+    with _owner(out, shared=True):
+        work = _begin(catalog, out, options)
+        mine, first = 0, 0
+        for place, plan in enumerate(work.plans):
+            chosen = {number for number in range(len(plan)) if (first + number) % part.count == part.number - 1}
+            work.todo[place] = [number for number in work.todo[place] if number in chosen]
+            mine, first = mine + len(chosen), first + len(plan)
+        _write(work, workers, engine)
+        return mine
 
 
-def _index(
-    catalog: Catalog,
-    pending: list[str],
-    plans: list[ShardPlan],
-    out: Path,
-    content: dict[str, Any],
-    earlier: Manifest | None,
-) -> tuple[Counter[str], int]:
-    """Writes index.parquet and failures.jsonl from the records, and fills in the manifest's totals."""
-    reasons: Counter[str] = Counter()
-    silent = 0
-    totals = {split: np.zeros(3) for split in pending}
-    seconds = dict.fromkeys(pending, 0.0)
-    lines = _earlier_failures(out, pending) if earlier else []
-    lines += [asdict(missing) for missing in catalog.missing if missing.split in pending]
-    temporary = out / "index.parquet.tmp"
-    with pq.ParquetWriter(temporary, INDEX_SCHEMA) as writer:
-        if earlier is not None:
-            writer.write_table(load_index(out))
-        for plan in plans:
-            rows, facts = read_record(plan.record)
-            writer.write_table(rows)
-            lines += facts["failures"]
-            silent += facts["silent"]
-            totals[plan.split] += facts["sums"]
-            seconds[plan.split] += float(np.sum(rows["seconds"].to_numpy(), dtype=np.float64))
-            content["single_label"] &= bool((np.diff(_offsets(rows)) == 1).all())
-            if facts["clips"]:
-                shard = {name: facts[name] for name in ("clips", "size", "sha256")}
-                content["shards"].append({"name": plan.name, "split": plan.split, **shard})
-    temporary.replace(out / "index.parquet")
-    for line in lines:
-        if line["split"] in pending:
-            reasons[line["reason"].split(":")[0]] += 1
-    _replace(out / "failures.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    for split in pending:
-        count, total, square = totals[split]
-        mean = total / count if count else 0.0
-        shards = [shard for shard in content["shards"] if shard["split"] == split]
-        content["splits"][split] = {
-            "clips": sum(shard["clips"] for shard in shards),
-            "listed": catalog.listed(split),
-            "shards": len(shards),
-            "seconds": seconds[split],
-            "fbank_mean": mean,
-            "fbank_std": float(np.sqrt(max(square / count - mean**2, 1e-12))) if count else 1.0,
-        }
-    return reasons, silent
+def merge(catalog: Catalog, out: Location, options: BuildOptions) -> Summary:
+    """Completes a build whose slices are done: index, failures, manifest.
+
+    Raises:
+        UserError: shards are still missing.
+    """
+    with _owner(out, shared=False):
+        work = _begin(catalog, out, options)
+        lacking = [shard_name(p.split, n) for p, numbers in zip(work.plans, work.todo, strict=True) for n in numbers]
+        if lacking:
+            total = sum(len(plan) for plan in work.plans)
+            raise UserError(
+                f"{out}: {len(lacking)} of {total} shards are not written yet, such as {lacking[0]}; run (again) the "
+                "slices that did not end, then --merge"
+            )
+        work.store.clean()
+        return _finish(catalog, options, work)
 
 
-def _offsets(rows: Any) -> np.ndarray:
-    column = rows["labels"].combine_chunks()
-    return np.asarray(column.offsets)
+def _begin(catalog: Catalog, out: Location, options: BuildOptions) -> _Work:
+    """Checks that the build fits what is there, and finds the shards that are not."""
+    repeat = catalog.clips.repeat()
+    if repeat is not None:
+        raise UserError(
+            f"{repeat[0].path} and {repeat[1].path} get the same key '{repeat[0].key}'; give them a key column"
+        )
+    store = Store(out)
+    earlier = _earlier(catalog, store, options)
+    work = _Work(store, earlier, [], [])
+    for split in catalog.splits:
+        plan = SplitPlan(catalog, split, out, options)
+        identity = plan.identity()
+        if earlier is not None and split in earlier.splits:
+            _compare(store, split, earlier.options.get(split, {}), identity)
+            continue
+        name = f".build/{split}/plan.json"
+        if "plan.json" in store.sizes(f".build/{split}"):
+            _compare(store, split, json.loads(store.read(name)), identity)
+        else:
+            store.write(name, json.dumps(identity).encode())
+        work.plans.append(plan)
+    tars = store.sizes()
+    work.todo = [_missing(store, plan, tars) for plan in work.plans]
+    return work
 
 
-def _identity(catalog: Catalog, split: str, options: BuildOptions) -> dict[str, Any]:
-    """What must be equal for a build to be the same build."""
-    lines = (
-        f"{clip.key}\t{os.path.relpath(clip.path, catalog.root)}\t{clip.start}\t{clip.end}\t{clip.labels}\t{clip.fold}"
-        for clip in catalog.clips
-        if clip.split == split
-    )
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
-    return {
-        "dataset": catalog.dataset,
-        "clips_digest": digest.hexdigest(),
-        "clips_per_shard": options.clips_per_shard,
-        "seed": options.seed,
-        **asdict(options.audio),
-    }
+def _missing(store: Store, plan: SplitPlan, tars: dict[str, int]) -> list[int]:
+    """Shards without a record, or with a tar that is not as long as its record says."""
+    records = store.sizes(f".build/{plan.split}")
+
+    def whole(number: int) -> bool:
+        if f"{number:06d}.parquet" not in records:
+            return False
+        record = store.read(record_name(plan.split, number))
+        facts = json.loads(pq.read_schema(io.BytesIO(record)).metadata[b"craft"])
+        return not facts["clips"] or tars.get(shard_name(plan.split, number)) == facts["size"]
+
+    with ThreadPoolExecutor(RECORD_THREADS) as pool:
+        return [number for number, there in enumerate(pool.map(whole, range(len(plan)))) if not there]
 
 
-def _earlier(catalog: Catalog, out: Path, options: BuildOptions, overwrite: bool) -> Manifest | None:
-    """The finished shards that `out` holds already, checked to agree with the new ones."""
-    if not (out / "manifest.json").exists():
+def _write(work: _Work, workers: int, engine: str) -> None:
+    plans, todo = work.plans, work.todo
+    total = sum(len(plan.order) for plan in plans)
+    left = sum(len(p.rows(number)) for p, numbers in zip(plans, todo, strict=True) for number in numbers)
+    shards = (shard for p, numbers in zip(plans, todo, strict=True) for shard in p.shards(numbers))
+    count = sum(map(len, todo))
+    if not count:
+        return
+    try:
+        with (
+            tqdm(total=total, initial=total - left, unit="clip") as bar,
+            closing(run(shards, max(1, min(workers, count)), engine)) as done,
+        ):
+            for shard in done:
+                bar.update(len(shard.clips))
+    except BaseException:  # Ctrl-C too: its workers are gone, and their half-written shards go after them
+        work.store.clean({shard_name(p.split, n) for p, numbers in zip(plans, todo, strict=True) for n in numbers})
+        raise
+
+
+def _finish(catalog: Catalog, options: BuildOptions, work: _Work) -> Summary:
+    manifest = work.earlier
+    if work.plans or manifest is None:
+        manifest = finish(catalog, work.store, options, work.plans, work.earlier)
+    work.store.remove_tree(".build")
+    return Summary(manifest, reasons(work.store, catalog.splits))
+
+
+def _earlier(catalog: Catalog, store: Store, options: BuildOptions) -> Manifest | None:
+    """The finished shards that are there already, checked to agree with the new ones."""
+    if "manifest.json" not in store.sizes():
         return None
-    if overwrite:
-        for file in _products(out):
-            file.unlink()
-        shutil.rmtree(out / ".build", ignore_errors=True)
-        return None
-    manifest = load_manifest(out)
+    manifest = load_manifest(store.location)
     audio = options.audio
     wanted = {
         "--sample-rate": (manifest.audio.sample_rate, audio.sample_rate),
@@ -243,71 +213,56 @@ def _earlier(catalog: Catalog, out: Path, options: BuildOptions, overwrite: bool
     }
     for name, (old, new) in wanted.items():
         if old != new:
-            raise UserError(f"{out}: holds shards with {name} {old}, not {new}; use another --out, or --overwrite")
-    for split in catalog.splits:
-        if split in manifest.splits:
-            _compare(out, split, manifest.options.get(split, {}), _identity(catalog, split, options))
+            raise UserError(
+                f"{store.location}: holds shards with {name} {old}, not {new}; use another --out, or --overwrite"
+            )
     return manifest
 
 
-def _begin(catalog: Catalog, split: str, out: Path, options: BuildOptions, overwrite: bool) -> None:
-    """Starts or resumes a split: its plan must be that of the unfinished attempt."""
-    folder = out / ".build" / split
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    plan = folder / "plan.json"
-    identity = _identity(catalog, split, options)
-    if plan.exists():
-        _compare(out, split, json.loads(plan.read_text(encoding="utf-8")), identity)
-    else:
-        _replace(plan, json.dumps(identity))
-    for leftover in out.glob("*.tmp"):
-        leftover.unlink()
-
-
-def _compare(out: Path, split: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _compare(store: Store, split: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     for name, value in new.items():
         if old.get(name) != value:
+            how = f"{name} = {old.get(name)}, not {value}" if "the clips" not in name else f"other {name}"
+            how = f"other {name}" if name in ("source files", "segments", "missing clips") else how
             raise UserError(
-                f"{out}: split '{split}' was begun with {name} = {old.get(name)}, not {value}; repeat that command, "
-                "use another --out, or --overwrite"
+                f"{store.location}: split '{split}' was begun with {how}; repeat that command, use another --out, or "
+                "--overwrite"
             )
 
 
-def _products(out: Path) -> Iterator[Path]:
-    yield from out.glob("*.tar")
-    for name in ("manifest.json", "index.parquet", "failures.jsonl"):
-        if (out / name).exists():
-            yield out / name
+def _erase(store: Store) -> None:
+    """Deletes the products of builds, the manifest first: what is left is never taken for whole."""
+    names = store.sizes()
+    store.remove(name for name in ("manifest.json", "index.parquet", "failures.jsonl") if name in names)
+    store.remove(name for name in names if name.endswith(".tar"))
+    store.remove_tree(".build")
 
 
-def _check_keys(catalog: Catalog) -> None:
-    repeat = catalog.clips.repeat()
-    if repeat is not None:
-        one, other = repeat
-        raise UserError(f"{one.path} and {other.path} get the same key '{one.key}'; give them a key column")
-
-
-def _earlier_failures(out: Path, pending: list[str]) -> list[dict[str, str]]:
-    text = (out / "failures.jsonl").read_text(encoding="utf-8")
-    return [line for line in map(json.loads, text.splitlines()) if line["split"] not in pending]
-
-
-def _names(labels: Any) -> list[str]:
+def _names(labels: Sequence[Any]) -> list[str]:
     return [label.id for label in labels]
 
 
-def _file_record(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+@contextmanager
+def _owner(out: Location, shared: bool) -> Iterator[None]:
+    """One build, or any number of slices, at a time in a local directory.
 
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    In an object store nothing is locked: files appear whole there, and two builds write the same bytes.
+    """
+    if is_remote(out):
+        yield
+        return
+    folder = storage.local(join(out, ".build"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{out}: another process is building here; wait for it, or stop it") from error
+        except OSError as error:
+            log.warning("%s: no locks on this file system (%s): do not run two builds here at once", out, error)
+        try:
+            yield
+        finally:
+            if not any(path.name != "lock" for path in folder.iterdir()) if folder.is_dir() else False:
+                (folder / "lock").unlink(missing_ok=True)
+                folder.rmdir()

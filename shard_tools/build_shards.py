@@ -2,21 +2,32 @@
 
 In: AudioSet, ESC-50, a csv, a folder of class folders, or generated audio. Out: in --out, tars of
 waveforms, fbanks and labels, index.parquet, manifest.json and failures.jsonl. Same inputs and
-options give the same bytes, whatever --workers is. Run the same command again to go on after an
-interruption. Exit status: 0 done, 1 more than --max-failures clips failed, 2 wrong input.
+options give the same bytes, whatever the workers, engine or slices. Run the same command again to go
+on after an interruption. Exit status: 0 done, 1 more than --max-failures clips failed, 2 wrong input,
+130 interrupted.
+
+On many machines: --distributor ray on a Ray cluster, or as many commands with --slice 1/N to N/N as
+there are machines (in a Slurm array: --slice $SLURM_ARRAY_TASK_ID/N), then the same with --merge.
+Inputs and --out may be URLs (s3://bucket/prefix, gs://, ...) where fsspec's package for them is installed.
 """
 
 import argparse
 import logging
 import os
+import re
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from pipeline.data.storage import Location, is_remote, join, local
 from pipeline.errors import UserError, run_cli
 from shard_tools import catalogs
-from shard_tools.build import BuildOptions, Summary, build
+from shard_tools.build import Summary, build, build_slice, merge
 from shard_tools.catalogs import Catalog
+from shard_tools.distribute import ENGINES
+from shard_tools.plan import BuildOptions, Slice, write_plan
 from shard_tools.synth import write_synth
 from shard_tools.write import AudioOptions
 
@@ -36,24 +47,45 @@ def parser() -> argparse.ArgumentParser:
     )
     add = make.add_argument
     add("--dataset", required=True, choices=("audioset", "esc50", "csv", "folder", "synth"), help="what to read")
-    add("--out", required=True, type=Path, metavar="DIR", help="directory of the shards")
-    add("--audio-root", type=Path, metavar="DIR", help="of the audio (default: that of --table; synth: OUT/source)")
-    add("--audio-list", type=Path, metavar="TXT", help="audioset: paths below --audio-root, one a line (default: walk)")
-    add("--segments", type=Path, metavar="CSV", help="audioset: an official segments csv (no default)")
-    add("--class-labels", type=Path, metavar="CSV", help="index,mid,display_name (default: the labels of --table)")
-    add("--table", type=Path, metavar="CSV", help="columns path,labels[,start,end,split,fold,key] (no default)")
+    add("--out", required=True, type=location, metavar="DIR|URL", help="of the shards")
+    add("--audio-root", type=location, metavar="DIR|URL", help="of the audio (default: of --table; synth: OUT/source)")
+    add("--audio-list", type=location, metavar="TXT", help="audioset: paths below --audio-root, by line (no default)")
+    add("--segments", type=location, metavar="CSV", help="audioset: an official segments csv (no default)")
+    add("--class-labels", type=location, metavar="CSV", help="index,mid,display_name (default: the labels of --table)")
+    add("--table", type=location, metavar="CSV", help="columns path,labels[,start,end,split,fold,key] (no default)")
     add("--ontology", type=Path, metavar="JSON", help="audioset: names of labels without --class-labels (no default)")
     add("--split", metavar="NAME", help="(default: eval for an eval csv, else train; csv: its column)")
     add("--sample-rate", type=int, default=16000, metavar="HZ", help="of the stored waveforms (default: 16000)")
     add("--seconds", type=float, default=10.0, metavar="S", help="clips are cut or zero-padded to this (default: 10)")
     add("--mel-bins", type=int, default=128, metavar="M", help="of the stored fbanks (default: 128)")
     add("--clips-per-shard", type=int, default=512, metavar="N", help="(default: 512, about 300 MB at 10 s)")
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)")
+    add("--workers", type=int, metavar="N", help="processes (default: one per core; ray: as many as the cluster takes)")
+    add("--distributor", choices=ENGINES, default="process", help="what runs the workers (default: process)")
+    add("--slice", type=a_slice, metavar="I/N", help="write only every N-th shard, from the I-th on (default: all)")
+    add("--merge", action="store_true", help="complete a build whose slices are done")
+    add("--dry-run", action="store_true", help="decode nothing: sum up the plan, and write it to OUT/plan.parquet")
     add("--limit", type=int, metavar="N", help="first N clips only; synth: clips to make (default: all; 800)")
     add("--seed", type=int, default=0, metavar="N", help="of the order in the shards, and of synth (default: 0)")
     add("--max-failures", type=int, metavar="N", help="exit with 1 if more clips than this fail (default: no limit)")
     add("--overwrite", action="store_true", help="throw away what --out holds (default: go on with it)")
     return make
+
+
+def location(text: str) -> Location:
+    """A path, or a URL as it is."""
+    return text if is_remote(text) else Path(text)
+
+
+def a_slice(text: str) -> Slice:
+    """I/N.
+
+    Raises:
+        ArgumentTypeError: something else.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"'{text}' is not I/N with 1 <= I <= N, such as 3/8")
+    return Slice(int(found[1]), int(found[2]))
 
 
 def read_catalog(args: argparse.Namespace) -> Catalog:
@@ -64,7 +96,7 @@ def read_catalog(args: argparse.Namespace) -> Catalog:
     """
     if args.dataset == "audioset":
         segments = _needed(args, "segments")
-        split = args.split or ("eval" if "eval" in segments.name else "train")
+        split = args.split or ("eval" if "eval" in str(segments).rsplit("/", 1)[-1] else "train")
         catalog = catalogs.audioset(_needed(args, "audio_root"), segments, args.class_labels, args.ontology, split,
                                     args.audio_list)  # fmt: skip
     elif args.dataset == "esc50":
@@ -73,9 +105,10 @@ def read_catalog(args: argparse.Namespace) -> Catalog:
         catalog = catalogs.folder(_needed(args, "audio_root"), args.split or "train")
     elif args.dataset == "csv":
         table = _needed(args, "table")
-        catalog = catalogs.table(args.audio_root or table.parent, table, args.class_labels, args.split)
+        root = args.audio_root or location(str(table).rpartition("/")[0] or ".")
+        catalog = catalogs.table(root, table, args.class_labels, args.split)
     else:
-        root = args.audio_root or args.out / "source"
+        root = local(args.audio_root or join(args.out, "source"))
         table = write_synth(root, args.limit or 800, args.seconds, args.sample_rate, args.seed)
         catalog = catalogs.table(root, table, None, args.split)
         catalog.dataset = "synth"
@@ -90,27 +123,63 @@ def main() -> int:
     """Parses, builds, sums up."""
     args = parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _check(args)
+    begun = time.perf_counter()
+    signal.signal(signal.SIGTERM, _interrupt)  # Slurm's time limit, kill: as Ctrl-C
+    try:
+        catalog = read_catalog(args)
+        summary = _run(args, catalog)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: {error}; free the disk or the path, then run the same command") from error
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; finished shards are kept: run the same command to go on\n")
+        return 130
+    if summary is None:
+        return 0
+    failed = _report(summary, args.out, time.perf_counter() - begun)
+    return 1 if args.max_failures is not None and failed > args.max_failures else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.workers is None:
+        args.workers = 1 << 16 if args.distributor == "ray" else os.cpu_count() or 1
     for name in ("sample_rate", "seconds", "mel_bins", "clips_per_shard", "workers"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive; give a larger number")
     if args.sample_rate * args.seconds < 0.025 * args.sample_rate:
         raise UserError(f"--seconds {args.seconds} is shorter than one 25 ms frame; give at least 0.025")
-    begun = time.perf_counter()
-    catalog = read_catalog(args)
-    try:
+    if args.slice and (args.merge or args.overwrite):
+        other = "--merge" if args.merge else "--overwrite"
+        raise UserError(f"--slice {args.slice.number}/{args.slice.count} does not go with {other}; "
+                        "delete --out to start anew, and merge after the last slice")  # fmt: skip
+    if args.dataset == "synth" and is_remote(args.out) and args.audio_root is None:
+        raise UserError(f"--out {args.out}: generated audio needs a local --audio-root; give one")
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(args: argparse.Namespace, catalog: Catalog) -> Summary | None:
+    audio = AudioOptions(args.sample_rate, args.seconds, args.mel_bins)
+    options = BuildOptions(audio, args.clips_per_shard, args.seed)
+    if not is_remote(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-        audio = AudioOptions(args.sample_rate, args.seconds, args.mel_bins)
-        options = BuildOptions(audio, args.clips_per_shard, args.seed)
-        summary = build(catalog, args.out, options, args.workers, args.overwrite)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: {error}; free the disk or the path, then run the same command") from error
-    except KeyboardInterrupt:
-        raise UserError("interrupted; finished shards are kept: run the same command to go on") from None
-    failed = _report(summary, args.out, time.perf_counter() - begun)
-    return 1 if args.max_failures is not None and failed > args.max_failures else 0
+    if args.dry_run:
+        for line in write_plan(catalog, args.out, options):
+            sys.stdout.write(f"{line}\n")
+        return None
+    if args.merge:
+        return merge(catalog, args.out, options)
+    if args.slice is None:
+        return build(catalog, args.out, options, args.workers, args.overwrite, args.distributor)
+    count = build_slice(catalog, args.out, options, args.workers, args.slice, args.distributor)
+    sys.stdout.write(f"slice {args.slice.number}/{args.slice.count}: its {count} shards are written; when all slices "
+                     "are, run the same command with --merge instead of --slice\n")  # fmt: skip
+    return None
 
 
-def _report(summary: Summary, out: Path, seconds: float) -> int:
+def _report(summary: Summary, out: Location, seconds: float) -> int:
     manifest = summary.manifest
     lines = []
     for name, split in manifest.splits.items():
@@ -124,14 +193,14 @@ def _report(summary: Summary, out: Path, seconds: float) -> int:
         lines.append(f"  {summary.silent} stored clips are digital silence (silent: true in their json)")
     failed = summary.failures.total()
     if failed:
-        lines.append(f"  each failed clip with its reason: {out / 'failures.jsonl'}")
+        lines.append(f"  each failed clip with its reason: {join(out, 'failures.jsonl')}")
     lines.append(f"{len(manifest.labels)} labels, digest {manifest.digest[:12]}, {seconds:.1f} s -> {out}")
     sys.stdout.write("\n".join(lines) + "\n")
     return failed
 
 
-def _needed(args: argparse.Namespace, name: str) -> Path:
-    value: Path | None = getattr(args, name)
+def _needed(args: argparse.Namespace, name: str) -> Any:
+    value = getattr(args, name)
     if value is None:
         raise UserError(f"--dataset {args.dataset} needs --{name.replace('_', '-')}; see --help")
     return value

@@ -1,7 +1,7 @@
 """A data set on disk -> the list of its clips and its label vocabulary.
 
-In: official csv files, a table, or a folder of folders. Out: a `Catalog`. Nothing is decoded here; a clip
-whose file is missing is an entry of `missing`, never a silent gap.
+In: official csv files, a table, or a folder of folders, on disk or at fsspec URLs. Out: a `Catalog`.
+Nothing is decoded here; a clip whose file is missing is an entry of `missing`, never a silent gap.
 
 Scale: one pass over the csv and one over the directory tree. Clips are kept as columns (columns.py); the
 largest passing cost is the table of file names, about 0.3 KB a file.
@@ -9,6 +9,7 @@ largest passing cost is the table of file names, about 0.3 KB a file.
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import TextIO
 
 from pipeline.data.manifest import Label
+from pipeline.data.storage import Location, attempt, file_system, is_remote, join, local, read_bytes
 from pipeline.errors import UserError
 from pipeline.flow import Clip
-from shard_tools.columns import Clips, Failure, Failures
+from shard_tools.columns import Clips, Failure, Failures, relative
 
 KEY_LIMIT = 60  # a tar member name of at most 100 bytes fits one header
 
@@ -38,7 +40,7 @@ class Catalog:
     """
 
     dataset: str
-    root: Path
+    root: Location
     labels: list[Label]
     clips: Clips = field(init=False)
     missing: Failures = field(default_factory=Failures)
@@ -57,12 +59,12 @@ class Catalog:
 
 
 def audioset(
-    root: Path,
-    segments: Path,
-    class_labels: Path | None,
+    root: Location,
+    segments: Location,
+    class_labels: Location | None,
     ontology: Path | None,
     split: str,
-    listing: Path | None = None,
+    listing: Location | None = None,
 ) -> Catalog:
     """AudioSet's official csv and audio files named after YouTube ids, anywhere below `root`.
 
@@ -114,18 +116,18 @@ def audioset(
     return catalog
 
 
-def esc50(root: Path, split: str) -> Catalog:
+def esc50(root: Location, split: str) -> Catalog:
     """ESC-50: `meta/esc50.csv` and `audio/`, any audio extension; folds 1 to 5.
 
     Raises:
         UserError: the csv is missing or lacks a column.
     """
-    table = root / "meta" / "esc50.csv"
+    table = join(root, "meta/esc50.csv")
     rows = list(_read_csv(table, ("filename", "fold", "target", "category")))
     names = {int(row["target"]): row["category"] for row in rows}
     catalog = Catalog("esc50", root, [Label(id=names[t], name=names[t].replace("_", " ")) for t in sorted(names)])
     order = {target: number for number, target in enumerate(sorted(names))}
-    files = _files_by_stem(_walk(root / "audio"))
+    files = _files_by_stem(_walk(join(root, "audio")))
     for row in rows:
         stem = Path(row["filename"]).stem
         if stem not in files:
@@ -137,7 +139,7 @@ def esc50(root: Path, split: str) -> Catalog:
     return catalog
 
 
-def table(root: Path, path: Path, class_labels: Path | None, split: str | None) -> Catalog:
+def table(root: Location, path: Location, class_labels: Location | None, split: str | None) -> Catalog:
     """A csv with the columns `path` and `labels` (several: `a;b`), and optionally start, end, split, fold, key.
 
     Args:
@@ -154,6 +156,7 @@ def table(root: Path, path: Path, class_labels: Path | None, split: str | None) 
     labels = _vocabulary(class_labels) if class_labels else [Label(id=name, name=name) for name in names]
     index = {spelling: number for number, label in enumerate(labels) for spelling in (label.name, label.id)}
     catalog = Catalog("csv", root, labels)
+    there = set(_walk(root)) if is_remote(root) else None
     for line, row in enumerate(rows, start=2):
         own = row.get("split") or split or "train"
         if split is not None and own != split:
@@ -161,33 +164,38 @@ def table(root: Path, path: Path, class_labels: Path | None, split: str | None) 
         unknown = [name for name in _names(row["labels"]) if name not in index]
         if unknown:
             raise UserError(f"{path}:{line}: label '{unknown[0]}' is not in {class_labels}; add it there or correct it")
-        file = root / row["path"]
-        if not file.is_file():
+        file = row["path"] if is_remote(row["path"]) else join(root, row["path"])
+        if file not in there if there is not None else not os.path.isfile(file):
             catalog.missing.append(Failure(row["path"], row["path"], "missing: no such audio file", own))
             continue
         start, end, fold = (_number(path, line, row, name) for name in ("start", "end", "fold"))
         picked = tuple(sorted({index[name] for name in _names(row["labels"])}))
         key = row.get("key") or f"{row['path']}" + (f"-{start:g}" if start else "")
         catalog.clips.append(
-            Clip(clean_key(key), str(file), start or 0.0, end, picked, own, int(fold or 0), row["path"])
+            Clip(clean_key(key), file, start or 0.0, end, picked, own, int(fold or 0), row["path"])
         )
     return catalog
 
 
-def folder(root: Path, split: str) -> Catalog:
+def folder(root: Location, split: str) -> Catalog:
     """One folder per class below `root`; every file in it is a clip of that class.
 
     Raises:
         UserError: no class folder.
     """
-    classes = sorted(entry.name for entry in _scan(root) if entry.is_dir())
+    files: dict[str, list[str]] = {}
+    for path in _walk(root):
+        name, _, below = relative(path, str(root)).partition("/")
+        if below:
+            files.setdefault(name, []).append(path)
+    classes = sorted(files)
     if not classes:
         raise UserError(f"--audio-root {root}: holds no folders; a folder data set has one folder per class")
     catalog = Catalog("folder", root, [Label(id=name, name=name) for name in classes])
     for number, name in enumerate(classes):
-        for path in sorted(_walk(root / name)):
-            relative = os.path.relpath(path, root)
-            catalog.clips.append(Clip(clean_key(relative), path, 0.0, None, (number,), split, 0, relative))
+        for path in sorted(files[name]):
+            inside = relative(path, str(root))
+            catalog.clips.append(Clip(clean_key(inside), path, 0.0, None, (number,), split, 0, inside))
     return catalog
 
 
@@ -200,7 +208,7 @@ def clean_key(name: str) -> str:
     return f"{key}-{hashlib.blake2b(name.encode('utf-8', 'surrogateescape'), digest_size=5).hexdigest()}"
 
 
-def _segments(path: Path) -> Iterator[tuple[int, str, float, float, list[str]]]:
+def _segments(path: Location) -> Iterator[tuple[int, str, float, float, list[str]]]:
     """(line, id, start, end, label ids) of an official segments csv."""
     with _open(path) as file:
         reader = csv.reader(file, skipinitialspace=True)
@@ -217,7 +225,7 @@ def _segments(path: Path) -> Iterator[tuple[int, str, float, float, list[str]]]:
             yield reader.line_num, ytid, start, end, mids
 
 
-def _audioset_labels(segments: Path, class_labels: Path | None, ontology: Path | None) -> list[Label]:
+def _audioset_labels(segments: Location, class_labels: Location | None, ontology: Path | None) -> list[Label]:
     if class_labels is not None:
         return _vocabulary(class_labels)
     if ontology is None:
@@ -230,7 +238,7 @@ def _audioset_labels(segments: Path, class_labels: Path | None, ontology: Path |
     return [Label(id=mid, name=names.get(mid, mid)) for mid in sorted(mids)]
 
 
-def _vocabulary(path: Path) -> list[Label]:
+def _vocabulary(path: Location) -> list[Label]:
     rows = sorted(_read_csv(path, ("index", "mid", "display_name")), key=lambda row: int(row["index"]))
     return [Label(id=row["mid"], name=row["display_name"]) for row in rows]
 
@@ -257,35 +265,42 @@ def _files_by_stem(paths: Iterator[str]) -> dict[str, str]:
     return files
 
 
-def _listed(root: Path, listing: Path) -> Iterator[str]:
+def _listed(root: Location, listing: Location) -> Iterator[str]:
     with _open(listing) as file:
         for line in file:
             if name := line.rstrip("\r\n").removeprefix("./"):
-                yield os.path.join(root, name)
+                yield join(root, name)
 
 
-def _walk(root: Path) -> Iterator[str]:
-    _scan(root)
+def _walk(root: Location) -> Iterator[str]:
+    """Paths of all files below `root` but hidden ones, each folder's in the order of the alphabet."""
+    if is_remote(root):
+        system, path = file_system(root)
+        try:
+            found: list[str] = attempt(lambda: system.find(path), str(root))
+        except OSError as error:
+            raise UserError(f"--audio-root {root}: {error}; give the directory that holds the audio") from error
+        yield from (join(root, name[len(path) :].lstrip("/")) for name in found if "/." not in name)
+        return
+    try:
+        os.scandir(root).close()
+    except OSError as error:
+        raise UserError(f"--audio-root {root}: {error.strerror}; give the directory that holds the audio") from error
     for folder_, directories, names in os.walk(root):
         directories.sort()
         yield from (os.path.join(folder_, name) for name in sorted(names) if not name.startswith("."))
 
 
-def _scan(root: Path) -> list[os.DirEntry[str]]:
+def _open(path: Location) -> TextIO:
     try:
-        return list(os.scandir(root))
+        if not is_remote(path):
+            return local(path).open(encoding="utf-8-sig", newline="")
+        return io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8-sig", newline="")
     except OSError as error:
-        raise UserError(f"--audio-root {root}: {error.strerror}; give the directory that holds the audio") from error
+        raise UserError(f"{path}: {error.strerror or error}; check the path") from error
 
 
-def _open(path: Path) -> TextIO:
-    try:
-        return path.open(encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; check the path") from error
-
-
-def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+def _read_csv(path: Location, columns: Sequence[str]) -> Iterator[dict[str, str]]:
     with _open(path) as file:
         reader = csv.DictReader(file)
         absent = [column for column in columns if column not in (reader.fieldnames or [])]
@@ -301,7 +316,7 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(";") if name.strip()]
 
 
-def _number(path: Path, line: int, row: dict[str, str], name: str) -> float | None:
+def _number(path: Location, line: int, row: dict[str, str], name: str) -> float | None:
     text = row.get(name) or ""
     try:
         return float(text) if text else None

@@ -92,8 +92,8 @@ class Clips(Sequence[Clip]):
     """
 
     def __init__(self, root: str) -> None:
-        self._root = root
         self._prefix = root.rstrip("/") + "/"
+        self._absolute = self._prefix if is_remote(root) else os.path.abspath(root).rstrip("/") + "/"
         self._key, self._path, self._id = Strings(), Strings(), Strings()
         self._split = Names()
         self._start, self._end = array("d"), array("d")  # end: NaN is None
@@ -137,7 +137,7 @@ class Clips(Sequence[Clip]):
         if path.startswith(self._prefix):
             path = path[len(self._prefix) :]
         elif not is_remote(path):
-            path = os.path.abspath(path)
+            path = os.path.abspath(path).removeprefix(self._absolute)
         self._key.append(clip.key)
         self._path.append(path)
         self._id.append(clip.id)
@@ -241,9 +241,21 @@ class Failures(Sequence[Failure]):
         """int64, the rows of a split, in order."""
         return self._split.of(split)
 
+    def table(self, rows: np.ndarray) -> pa.Table:
+        """Ids and paths of the given rows as Arrow columns."""
+        take = pa.array(rows)
+        return pa.table({"id": self._id.arrow().take(take), "path": self._path.arrow().take(take)})
+
+
+def relative(path: str, root: str) -> str:
+    """A source as it is recorded: relative to the audio root."""
+    if is_remote(path):
+        return path.removeprefix(root.rstrip("/") + "/")
+    return os.path.relpath(path, root)
+
 
 def digest(table: pa.Table, columns: Sequence[str]) -> str:
-    """Hash of columns of a table from `Clips.table`, equal for equal rows however they are chunked."""
+    """Hash of columns of a table of this module, equal for equal rows however they are chunked."""
     whole = xxhash.xxh3_128()
     for name in columns:
         column: Any = table[name].combine_chunks()

@@ -1,59 +1,170 @@
-"""Runs shard plans on a pool of processes.
+"""Runs shard plans on an engine: processes of this machine, or a Ray cluster.
 
-In: plans. Out: finished shards, in any order; each is independent, so the bytes do not depend on it.
+In: plans, taken lazily. Out: finished shards, in any order; each is independent, so the bytes do not
+depend on it. A bounded number of plans is in flight, so memory is flat in the number of shards.
 
-At most twice as many plans as workers are in flight, so memory is flat in the number of shards.
+A process that dies takes one attempt at one shard with it: the shard is tried again with every decode
+in a process of its own, and the clip that kills it becomes a failure. Slices need no engine: plan.py.
 """
 
+import logging
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
 from pipeline.errors import UserError
 from shard_tools.write import ShardPlan, write_shard
 
+ENGINES = ("process", "ray", "inline")
+# BLAS and OMP threads left unset double a worker's CPU time: one thread each.
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
-def run(plans: Iterable[ShardPlan], workers: int) -> Iterator[ShardPlan]:
+
+def run(plans: Iterable[ShardPlan], workers: int, engine: str = "process") -> Generator[ShardPlan, None, None]:
     """Writes each plan's shard and yields the plan when it is done.
 
     Args:
         plans: In order; taken lazily.
-        workers: Processes.
+        workers: Processes; with Ray at most so many tasks at a time.
+        engine: "process", "ray", or "inline": in this process, for debuggers and profilers.
 
     Raises:
         OSError: a shard could not be written.
-        UserError: a worker was killed (out of memory, or a decoder's crash).
+        UserError: workers were killed again and again (out of memory?), or Ray is not there.
     """
-    # BLAS and OMP threads left unset double a worker's CPU time: one thread each.
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
+    if engine == "inline":
+        return _run_inline(plans)
+    return _run_ray(plans, workers) if engine == "ray" else _run_processes(plans, workers)
+
+
+def _run_inline(plans: Iterable[ShardPlan]) -> Generator[ShardPlan, None, None]:
+    for plan in plans:
+        write_shard(plan)
+        yield plan
+
+
+def _run_processes(plans: Iterable[ShardPlan], workers: int) -> Generator[ShardPlan, None, None]:
+    for name, value in ONE_THREAD.items():
+        os.environ.setdefault(name, value)
     queue = iter(plans)
-    running: dict[Future[None], ShardPlan] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_single_thread) as pool:
-        try:
-            while True:
-                while len(running) < 2 * workers and (plan := next(queue, None)) is not None:
-                    running[pool.submit(write_shard, plan)] = plan
-                if not running:
-                    return
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
+    # Workers hold the reading end: when this process stops, or is killed, they see the end of the pipe.
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    running: dict[Future[None], tuple[int, ShardPlan]] = {}
+    # One pool for each worker: a death breaks a pool, and must be told which shard it was.
+    pools = {number: _pool(reader) for number in range(workers)}
+    idle = list(pools)
+    whole = False
+    try:
+        while True:
+            while idle and (plan := next(queue, None)) is not None:
+                number = idle.pop()
+                running[pools[number].submit(write_shard, plan)] = number, plan
+            if not running:
+                whole = True
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                number, plan = running.pop(future)
+                try:
                     future.result()
-                    yield running.pop(future)
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process was killed (out of memory?); finished shards are kept: run the same command again, "
-                "with fewer --workers"
-            ) from error
-        finally:
-            for future in running:
-                future.cancel()
+                except BrokenProcessPool as error:
+                    pools.pop(number).shutdown()
+                    pools[number] = _pool(reader)
+                    running[pools[number].submit(write_shard, _again(plan, error))] = number, plan
+                    continue
+                idle.append(number)
+                yield plan
+    finally:
+        if not whole:
+            writer.close()  # the workers exit at once
+        for pool in pools.values():
+            pool.shutdown(cancel_futures=True)
+        writer.close()
+        reader.close()
 
 
-def _single_thread() -> None:
+def _pool(reader: Connection) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_begin_worker, initargs=(reader,))
+
+
+def _begin_worker(reader: Connection) -> None:
+    """One thread; Ctrl-C is the parent's; and no worker outlives its parent."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+    def follow() -> None:
+        reader.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _again(plan: ShardPlan, error: BaseException) -> ShardPlan:
+    if plan.careful:
+        raise UserError(
+            f"a worker process was killed twice while it wrote {plan.name} (out of memory?); finished shards are kept: "
+            "run the same command again, with fewer --workers"
+        ) from error
+    return replace(plan, careful=True)
+
+
+def _run_ray(plans: Iterable[ShardPlan], workers: int) -> Generator[ShardPlan, None, None]:
+    """The cluster of RAY_ADDRESS, or of `ray start` on this machine, or else a local one that ends with the build.
+
+    Its nodes need this project installed, and see inputs and --out under the same paths.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--distributor ray: Ray is not installed; pip install 'craft-audio[ray]'") from error
+    own = not ray.is_initialized()
+    if own:
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env={"env_vars": ONE_THREAD})
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"--distributor ray: {error}; check RAY_ADDRESS") from error
+    task: Callable[[ShardPlan], Any] = ray.remote(num_cpus=1, max_retries=1)(_write_alone).remote
+    queue = iter(plans)
+    running: dict[Any, ShardPlan] = {}
+    try:
+        while True:
+            # Twice the cluster's processors, asked for anew as clusters grow and shrink: no node waits for the driver.
+            processors = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+            room = min(workers, 2 * max(1, processors))
+            while len(running) < room and (plan := next(queue, None)) is not None:
+                running[task(plan)] = plan
+            if not running:
+                return
+            done, _ = ray.wait(list(running))
+            for future in done:
+                plan = running.pop(future)
+                try:
+                    ray.get(future)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+                except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+                    again = _again(plan, error)
+                    running[task(again)] = again
+                    continue
+                yield plan
+    finally:
+        for future in running:
+            ray.cancel(future, force=True)
+        if own:
+            ray.shutdown()
+
+
+def _write_alone(plan: ShardPlan) -> None:
+    torch.set_num_threads(1)
+    write_shard(plan)

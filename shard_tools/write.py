@@ -16,9 +16,13 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from multiprocessing import get_context
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -29,9 +33,11 @@ import xxhash
 
 from pipeline.data.fbank import fbank
 from pipeline.data.manifest import INDEX_SCHEMA, Label
+from pipeline.data.storage import Location
 from pipeline.flow import Clip
-from shard_tools.columns import Failure
+from shard_tools.columns import Failure, relative
 from shard_tools.decode import Decoded, DecodeError, decode
+from shard_tools.store import Store, local_copies
 
 MEMBERS = ("waveform", "fbank", "json")
 EXTENSIONS = {"waveform": "waveform.npy", "fbank": "fbank.npy", "json": "json"}
@@ -62,8 +68,10 @@ class ShardPlan:
         clips: In the order of the tar.
         labels: Vocabulary.
         root: Sources are recorded relative to it.
-        out: Directory of the shards.
+        out: Where the shards go.
         audio: What is stored.
+        careful: An earlier attempt killed its process: decode in a process of its own, so that the clip that
+            does it is known and costs itself alone.
     """
 
     split: str
@@ -71,86 +79,121 @@ class ShardPlan:
     clips: Sequence[Clip]
     labels: Sequence[Label]
     root: str
-    out: str
+    out: Location
     audio: AudioOptions
+    careful: bool = False
 
     @property
     def name(self) -> str:
         """File name of the tar."""
-        return f"{self.split}-{self.number:06d}.tar"
+        return shard_name(self.split, self.number)
 
     @property
-    def record(self) -> Path:
-        """The finished shard's record; its presence means that the tar is whole."""
-        return Path(self.out) / ".build" / self.split / f"{self.number:06d}.parquet"
+    def record(self) -> str:
+        """Name of the finished shard's record; its presence means that the tar is whole."""
+        return record_name(self.split, self.number)
 
 
-class _HashedFile:
-    """Counts and hashes what tarfile writes."""
+def shard_name(split: str, number: int) -> str:
+    """File name of a tar."""
+    return f"{split}-{number:06d}.tar"
+
+
+def record_name(split: str, number: int) -> str:
+    """Name of a shard's record, below the output directory."""
+    return f".build/{split}/{number:06d}.parquet"
+
+
+class TarWriter:
+    """A tar of regular files, written front to back: counts and hashes what it writes.
+
+    Python's tarfile copies each payload twice; only its headers are used.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.sha256 = hashlib.sha256()
         self.size = 0
 
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.size += len(data)
-        return self._file.write(data)
+    def add(self, name: str, parts: Sequence[bytes | memoryview]) -> tuple[int, int, int]:
+        """Adds a file; returns its payload's offset, size and xxh3."""
+        size = sum(len(part) for part in parts)
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.mtime = size, 0o644, 0
+        self._write(info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape"))
+        offset = self.size
+        payload = xxhash.xxh3_64()
+        for part in parts:
+            payload.update(part)
+            self._write(part)
+        self._write(bytes(-size % BLOCK))
+        return offset, size, payload.intdigest()
 
-    def tell(self) -> int:
-        return self.size
+    def close(self) -> None:
+        """Writes the end of the archive."""
+        self._write(bytes(2 * BLOCK))
+        self._write(bytes(-self.size % tarfile.RECORDSIZE))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self.sha256.update(data)
+        self._file.write(data)
+        self.size += len(data)
 
 
 def write_shard(plan: ShardPlan) -> None:
-    """Writes the tar under a temporary name, renames it, then writes its record; idempotent.
+    """Writes the tar, then its record; done again it gives the same bytes.
 
     A clip that cannot be decoded is a failure in the record; the shard is that much smaller, so
     that no other shard depends on it.
 
     Raises:
-        OSError: the disk is full or not writable.
+        OSError: the disk is full or not writable, or the store does not take the shard.
     """
-    final = Path(plan.out) / plan.name
-    temporary = final.with_suffix(".tar.tmp")
+    store = Store(plan.out)
+    with store.temporary(plan.name) as path:
+        rows, facts = write_tar(plan, path)
+        if rows:
+            store.commit(path, plan.name)
+    schema = INDEX_SCHEMA.with_metadata({"craft": json.dumps(facts)})
+    record = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), record)
+    store.write(plan.record, record.getvalue())
+
+
+def write_tar(plan: ShardPlan, path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Writes the tar of a plan to a local file; returns its index rows and the facts about it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     rows: list[dict[str, Any]] = []
     failures: list[Failure] = []
     sums = np.zeros(3)  # count, sum and sum of squares of the stored fbanks
     silent = 0
-    with temporary.open("wb") as file:
-        hashed = _HashedFile(file)
-        # tarfile calls only write() and tell() when it writes a new archive.
-        with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
-            for clip in plan.clips:
-                try:
-                    decoded = decode(clip.path, clip.start, clip.end, rate=plan.audio.sample_rate,
-                                     seconds=plan.audio.seconds, trimmed=clip.trimmed)  # fmt: skip
-                except DecodeError as error:
-                    failures.append(Failure(clip.id or clip.key, clip.path, str(error), clip.split))
-                    continue
-                waveform, about = encode_waveform(decoded, plan.audio.samples)
-                stored = stored_fbank(waveform, plan.audio)
-                silent += bool(about["silent"])
-                values = stored.astype(np.float64)
-                sums += values.size, values.sum(), np.square(values).sum()
-                described = _describe(clip, plan, decoded, about)
-                sample = {"waveform": npy(waveform), "fbank": npy(stored), "json": described}
-                rows.append(_index_row(clip, plan, about["seconds"], _add(tar, clip.key, sample)))
-        file.flush()
-        os.fsync(file.fileno())
-    if rows:
-        temporary.replace(final)
-    else:
-        temporary.unlink()
-    facts = {
+    with open(path, "wb") as file, _decoder(plan.careful) as decoder:
+        tar = TarWriter(file)
+        for clip, copy in zip(plan.clips, local_copies(clip.path for clip in plan.clips), strict=True):
+            try:
+                decoded = _decode(decoder, clip, copy, plan.audio)
+            except DecodeError as error:
+                failures.append(Failure(clip.id or clip.key, clip.path, str(error), clip.split))
+                continue
+            waveform, about = encode_waveform(decoded, plan.audio.samples)
+            stored = stored_fbank(waveform, plan.audio)
+            silent += bool(about["silent"])
+            values = stored.astype(np.float64)
+            sums += values.size, values.sum(), np.square(values).sum()
+            sample = npy(waveform), npy(stored), [_describe(clip, plan, decoded, about)]
+            rows.append(_index_row(clip, plan, about["seconds"], _add(tar, clip.key, sample)))
+        tar.close()
+    return rows, {
         "clips": len(rows),
-        "size": hashed.size,
-        "sha256": hashed.sha256.hexdigest(),
+        "size": tar.size,
+        "sha256": tar.sha256.hexdigest(),
         "sums": sums.tolist(),
         "silent": silent,
-        "failures": [vars(failure) for failure in failures],
+        "failures": [asdict(failure) for failure in failures],
     }
-    _write_record(plan.record, rows, facts)
 
 
 def encode_waveform(decoded: Decoded, samples: int) -> tuple[np.ndarray, dict[str, Any]]:
@@ -158,12 +201,13 @@ def encode_waveform(decoded: Decoded, samples: int) -> tuple[np.ndarray, dict[st
 
     Audio beyond full scale (float sources) is scaled down to it, and the gain is recorded.
     """
-    real = decoded.waveform.astype(np.float64)
-    real = real - real.mean()
-    peak = float(np.abs(real).max())
+    real = decoded.waveform - np.float32(decoded.waveform.mean(dtype=np.float64))
+    peak = max(float(real.max()), -float(real.min()))
     gain = 32767 / 32768 / peak if peak * 32768 > 32767 else 1.0
+    real *= np.float32(gain * 32768)
+    np.rint(real, out=real)
     out = np.zeros(samples, np.int16)
-    out[: len(real)] = np.rint(real * (gain * 32768))
+    out[: len(real)] = np.clip(real, -32767, 32767, out=real)
     return out, {"silent": not out.any(), "gain": gain, "seconds": len(real) / samples}
 
 
@@ -173,30 +217,64 @@ def stored_fbank(waveform: np.ndarray, audio: AudioOptions) -> np.ndarray:
     return fbank(samples, audio.sample_rate, audio.mel_bins).numpy().astype(np.float16)
 
 
-def npy(array: np.ndarray) -> bytes:
-    """The bytes of a .npy file; never a pickle."""
+def npy(array: np.ndarray) -> list[bytes | memoryview]:
+    """The two parts of a .npy file, header and data (a view of the array); never a pickle."""
+    return [_npy_header(array.dtype.str, array.shape), np.ascontiguousarray(array).data.cast("B")]
+
+
+@lru_cache(maxsize=16)
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     out = io.BytesIO()
-    np.save(out, array, allow_pickle=False)
+    np.lib.format.write_array_header_1_0(out, {"descr": dtype, "fortran_order": False, "shape": shape})
     return out.getvalue()
 
 
-def read_record(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+def read_record(store: Store, name: str) -> tuple[pa.Table, dict[str, Any]]:
     """Index rows and facts of a finished shard."""
-    table = pq.read_table(path)
+    table = pq.read_table(io.BytesIO(store.read(name)))
     return table.replace_schema_metadata(), json.loads(table.schema.metadata[b"craft"])
 
 
-def _add(tar: tarfile.TarFile, key: str, sample: dict[str, bytes]) -> dict[str, int]:
+def _decode(decoder: Callable[..., Decoded], clip: Clip, copy: str | OSError, audio: AudioOptions) -> Decoded:
+    if isinstance(copy, OSError):
+        raise DecodeError(f"unreadable: {copy}") from copy
+    try:
+        return decoder(copy, clip.start, clip.end, rate=audio.sample_rate, seconds=audio.seconds, trimmed=clip.trimmed)
+    except DecodeError as error:
+        # The name of a scratch copy differs from build to build, and failures.jsonl must not.
+        raise DecodeError(str(error).replace(copy, clip.path)) from error
+
+
+@contextmanager
+def _decoder(careful: bool) -> Iterator[Callable[..., Decoded]]:
+    """`decode`, or the same in a process that a crashing decoder may take with it."""
+    if not careful:
+        yield decode
+        return
+    pools: list[ProcessPoolExecutor] = []
+
+    def isolated(*words: Any, **options: Any) -> Decoded:
+        if not pools:
+            pools.append(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+        try:
+            return pools[0].submit(decode, *words, **options).result()
+        except BrokenProcessPool as error:
+            pools.pop().shutdown()
+            raise DecodeError("crashed: the file kills the decoder's process") from error
+
+    try:
+        yield isolated
+    finally:
+        for pool in pools:
+            pool.shutdown()
+
+
+def _add(tar: TarWriter, key: str, sample: Sequence[Sequence[bytes | memoryview]]) -> dict[str, int]:
     """Adds a sample's members; returns payload offsets, sizes and hashes as index columns."""
-    columns = {}
-    for member in MEMBERS:
-        payload = sample[member]
-        info = tarfile.TarInfo(f"{key}.{EXTENSIONS[member]}")
-        info.size, info.mode, info.mtime = len(payload), 0o644, 0
-        columns[f"{member}_offset"] = tar.offset + BLOCK
-        columns[f"{member}_size"] = len(payload)
-        columns[f"{member}_xxh3"] = xxhash.xxh3_64_intdigest(payload)
-        tar.addfile(info, io.BytesIO(payload))
+    columns: dict[str, int] = {}
+    for member, parts in zip(MEMBERS, sample, strict=True):
+        found = tar.add(f"{key}.{EXTENSIONS[member]}", parts)
+        columns |= {f"{member}_{what}": value for what, value in zip(("offset", "size", "xxh3"), found, strict=True)}
     return columns
 
 
@@ -205,7 +283,7 @@ def _describe(clip: Clip, plan: ShardPlan, decoded: Decoded, about: dict[str, An
         "labels": list(clip.labels),
         "label_ids": [plan.labels[label].id for label in clip.labels],
         "label_names": [plan.labels[label].name for label in clip.labels],
-        "source": os.path.relpath(clip.path, plan.root),
+        "source": relative(clip.path, plan.root),
         "start": clip.start,
         "end": clip.start + about["seconds"] * plan.audio.seconds,
         "seconds": about["seconds"] * plan.audio.seconds,
@@ -227,19 +305,9 @@ def _index_row(clip: Clip, plan: ShardPlan, share: float, columns: dict[str, int
         "shard": plan.name,
         "labels": list(clip.labels),
         "seconds": share * plan.audio.seconds,
-        "source": os.path.relpath(clip.path, plan.root),
+        "source": relative(clip.path, plan.root),
         "start": clip.start,
         "end": clip.end,
         "trimmed": clip.trimmed,
         **columns,
     }
-
-
-def _write_record(path: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    schema = INDEX_SCHEMA.with_metadata({"craft": json.dumps(facts)})
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -78,12 +78,16 @@ class Label(Record):
 
 
 class SplitRecord(Record):
-    """Totals of a split; `listed` counts the clips that the source named, found or not."""
+    """Totals of a split.
+
+    `listed` counts the clips that the source named, found or not; `silent` those stored that are digital silence.
+    """
 
     clips: int
     listed: int
     shards: int
     seconds: float
+    silent: int
     fbank_mean: float
     fbank_std: float
 

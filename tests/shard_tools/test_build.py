@@ -1,10 +1,8 @@
 """Shards: format, bytes, restart, and a stock WebDataset reader."""
 
-import hashlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +11,9 @@ import webdataset
 
 from pipeline.data.manifest import load_index, load_manifest
 from pipeline.errors import UserError
-from shard_tools import build as build_module
 from shard_tools.verify_shards import verify
 from tests.conftest import ROOT
-from tests.helpers import synth_shards
-
-
-def digests(out: Path) -> dict[str, str]:
-    files = sorted(path for path in out.glob("*.*") if path.is_file())
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+from tests.helpers import digests, synth_shards
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
@@ -61,30 +53,6 @@ def test_statistics_are_those_of_the_stored_fbanks(shards):
     assert manifest.splits["train"].fbank_mean == pytest.approx(np.mean(values), abs=1e-9)
     assert manifest.splits["train"].fbank_std == pytest.approx(np.std(values), abs=1e-9)
     assert manifest.single_label is False
-
-
-def test_an_interrupted_build_goes_on_to_the_same_bytes(shards, tmp_path, monkeypatch):
-    written = []
-    real = build_module.run
-
-    def dies(plans, workers):
-        for plan in real(plans, workers):
-            written.append(plan.name)
-            yield plan
-            if len(written) == 3:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(build_module, "run", dies)
-    with pytest.raises(KeyboardInterrupt):
-        synth_shards(tmp_path)
-    assert not (tmp_path / "manifest.json").exists()
-    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.tar")}
-    assert len(times) >= 3
-    monkeypatch.setattr(build_module, "run", real)
-    synth_shards(tmp_path)
-    assert digests(tmp_path) == digests(shards)
-    records = [name for name in written if (tmp_path / name).stat().st_mtime_ns == times[name]]
-    assert records == written  # finished shards were not touched
 
 
 def test_changed_options_are_refused_by_name(tmp_path):

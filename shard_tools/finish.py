@@ -1,0 +1,211 @@
+"""Records of finished shards -> index.parquet, failures.jsonl and, last, manifest.json.
+
+In: the plans whose shards are all written, and the manifest of what was there before. Out: a `Manifest`.
+
+Done again after a kill it gives the same bytes: of the files that are there only the rows of the
+earlier manifest's splits are taken over. Rows pass through one row group at a time.
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.data.fbank import FRAME_MS, HOP_MS, frame_count
+from pipeline.data.manifest import FORMAT, INDEX_SCHEMA, VERSION, Manifest
+from pipeline.data.storage import file_system, is_remote, join, local
+from shard_tools.catalogs import Catalog
+from shard_tools.plan import BuildOptions, SplitPlan
+from shard_tools.store import Store, sha256
+from shard_tools.write import read_record, record_name, shard_name
+
+ROW_GROUP = 1 << 16
+READ_AHEAD = 16  # records in flight; from an object store the waiting is what costs
+
+
+def finish(
+    catalog: Catalog, store: Store, options: BuildOptions, plans: Sequence[SplitPlan], earlier: Manifest | None
+) -> Manifest:
+    """Writes the three files and returns the manifest."""
+    content = _beginning(catalog, options, earlier)
+    totals = _Totals(plans)
+    with store.temporary("index.parquet") as index, store.temporary("failures.jsonl") as failures:
+        with failures.open("w", encoding="utf-8", errors="surrogateescape") as lines, IndexWriter(index) as rows:
+            if earlier is not None:
+                for line in _earlier_failures(store, earlier):
+                    lines.write(line)
+                for table in _earlier_rows(store, earlier):
+                    rows.write(table)
+            for plan in plans:
+                for row in catalog.missing.rows(plan.split).tolist():
+                    lines.write(json.dumps(asdict(catalog.missing[row]), ensure_ascii=False) + "\n")
+            for plan, number, (table, facts) in _records(store, plans):
+                rows.write(table)
+                for failure in facts["failures"]:
+                    lines.write(json.dumps(failure, ensure_ascii=False) + "\n")
+                totals.add(plan, number, table, facts)
+        content["single_label"] &= totals.single_label
+        content["shards"] += totals.shards
+        for name, path in (("index", index), ("failures", failures)):
+            with path.open("rb") as file:
+                content[name] = {"size": path.stat().st_size, "sha256": sha256(file)}
+        store.commit(failures, "failures.jsonl")
+        store.commit(index, "index.parquet")
+    for plan in plans:
+        content["splits"][plan.split] = totals.split(plan.split, catalog.listed(plan.split))
+        content["options"][plan.split] = plan.identity()
+    draft = Manifest.model_validate({**content, "digest": ""})
+    manifest = draft.model_copy(update={"digest": draft.computed_digest()})
+    store.write("manifest.json", render(manifest))
+    return manifest
+
+
+def render(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json."""
+    return (json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def reasons(store: Store, splits: Sequence[str]) -> Counter[str]:
+    """Failures of some splits by reason (up to the first colon), from failures.jsonl."""
+    lines = map(json.loads, store.read("failures.jsonl").splitlines())
+    return Counter(line["reason"].split(":")[0] for line in lines if line["split"] in splits)
+
+
+class IndexWriter:
+    """index.parquet in row groups of one size, so that its bytes depend on its rows alone."""
+
+    def __init__(self, path: Any) -> None:
+        self._writer = pq.ParquetWriter(path, INDEX_SCHEMA, compression="zstd")
+        self._waiting: list[pa.Table] = []
+
+    def __enter__(self) -> "IndexWriter":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self._flush(1)
+        self._writer.close()
+
+    def write(self, table: pa.Table) -> None:
+        """Adds rows."""
+        self._waiting.append(table.cast(PLAIN))
+        if sum(map(len, self._waiting)) >= ROW_GROUP:
+            self._flush(ROW_GROUP)
+
+    def _flush(self, least: int) -> None:
+        whole = pa.concat_tables(self._waiting) if self._waiting else PLAIN.empty_table()
+        start = 0
+        while len(whole) - start >= least:
+            # Encoded here: dictionaries of the parts differ with how the rows came.
+            group = whole.slice(start, ROW_GROUP).combine_chunks().cast(INDEX_SCHEMA)
+            self._writer.write_table(group, row_group_size=ROW_GROUP)
+            start += ROW_GROUP
+        self._waiting = [whole.slice(start)] if start < len(whole) else []
+
+
+PLAIN = pa.schema([(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in INDEX_SCHEMA])
+
+
+class _Totals:
+    """Sums over the shards of each split."""
+
+    def __init__(self, plans: Sequence[SplitPlan]) -> None:
+        self.shards: list[dict[str, Any]] = []
+        self.single_label = True
+        self._sums = {plan.split: np.zeros(3) for plan in plans}
+        self._seconds = {plan.split: 0.0 for plan in plans}
+        self._silent = {plan.split: 0 for plan in plans}
+
+    def add(self, plan: SplitPlan, number: int, table: pa.Table, facts: dict[str, Any]) -> None:
+        self._sums[plan.split] += facts["sums"]
+        self._silent[plan.split] += facts["silent"]
+        self._seconds[plan.split] += float(np.sum(table["seconds"].to_numpy(), dtype=np.float64))
+        self.single_label &= bool(pc.all(pc.equal(pc.list_value_length(table["labels"]), 1)).as_py() in (True, None))
+        if facts["clips"]:
+            shard = {name: facts[name] for name in ("clips", "size", "sha256")}
+            self.shards.append({"name": shard_name(plan.split, number), "split": plan.split, **shard})
+
+    def split(self, name: str, listed: int) -> dict[str, Any]:
+        count, total, square = self._sums[name]
+        mean = total / count if count else 0.0
+        shards = [shard for shard in self.shards if shard["split"] == name]
+        return {
+            "clips": sum(shard["clips"] for shard in shards),
+            "listed": listed,
+            "shards": len(shards),
+            "seconds": self._seconds[name],
+            "silent": self._silent[name],
+            "fbank_mean": mean,
+            "fbank_std": float(np.sqrt(max(square / count - mean**2, 1e-12))) if count else 1.0,
+        }
+
+
+def _beginning(catalog: Catalog, options: BuildOptions, earlier: Manifest | None) -> dict[str, Any]:
+    audio = options.audio
+    before = None if earlier is None else earlier.model_dump()
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "dataset": catalog.dataset,
+        "audio": {
+            "sample_rate": audio.sample_rate,
+            "seconds": audio.seconds,
+            "samples": audio.samples,
+            "encoding": "int16.npy",
+        },
+        "fbank": {
+            "mel_bins": audio.mel_bins,
+            "frames": frame_count(audio.samples, audio.sample_rate),
+            "frame_ms": FRAME_MS,
+            "hop_ms": HOP_MS,
+            "encoding": "float16.npy",
+        },
+        "single_label": before is None or before["single_label"],
+        "labels": [label.model_dump() for label in catalog.labels],
+        "splits": before["splits"] if before else {},
+        "shards": before["shards"] if before else [],
+        "options": before["options"] if before else {},
+    }
+
+
+def _records(
+    store: Store, plans: Sequence[SplitPlan]
+) -> Iterator[tuple[SplitPlan, int, tuple[pa.Table, dict[str, Any]]]]:
+    """Every shard's record, in order, a few read ahead."""
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        for plan in plans:
+            for first in range(0, len(plan), READ_AHEAD):
+                numbers = range(first, min(first + READ_AHEAD, len(plan)))
+                names = [record_name(plan.split, number) for number in numbers]
+                for number, record in zip(numbers, pool.map(lambda name: read_record(store, name), names), strict=True):
+                    yield plan, number, record
+
+
+def _earlier_failures(store: Store, earlier: Manifest) -> Iterator[str]:
+    with io.BytesIO(store.read("failures.jsonl")) as file:
+        for line in file:
+            if json.loads(line)["split"] in earlier.splits:
+                yield line.decode("utf-8", "surrogateescape")
+
+
+def _earlier_rows(store: Store, earlier: Manifest) -> Iterator[pa.Table]:
+    for table in index_groups(store.location):
+        yield table.filter(pc.is_in(table["split"].cast(pa.string()), pa.array(list(earlier.splits))))
+
+
+def index_groups(location: Any) -> Iterator[pa.Table]:
+    """Row groups of an index.parquet, one at a time."""
+    where = join(location, "index.parquet")
+    system, path = file_system(where) if is_remote(location) else (None, "")
+    source: str | BinaryIO = system.open(path, "rb") if system is not None else str(local(where))
+    with pq.ParquetFile(source) as file:
+        for number in range(file.num_row_groups):
+            yield file.read_row_group(number)

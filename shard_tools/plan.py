@@ -1,0 +1,152 @@
+"""Which clip goes into which shard: a pure function of the catalog and the options.
+
+In: a `Catalog` and `BuildOptions`. Out: `SplitPlan`, whose shards are made one at a time.
+
+A seeded permutation of a split's clips, cut into shards of equal planned size. It does not depend on
+workers, engine, slice or what is there already, so all of them give the same bytes. Memory: one int64 a clip.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.storage import Location, join
+from shard_tools.catalogs import Catalog
+from shard_tools.columns import digest
+from shard_tools.store import Store
+from shard_tools.write import AudioOptions, ShardPlan, shard_name
+
+PLAN_ROWS = 1 << 16  # at a time
+PLAN_SCHEMA = pa.schema(
+    [
+        ("split", pa.string()),
+        ("shard", pa.string()),
+        ("key", pa.large_binary()),  # names that are not UTF-8 are names
+        ("path", pa.large_binary()),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+        ("labels", pa.large_list(pa.int32())),
+        ("fold", pa.int16()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How the shards are cut.
+
+    Attributes:
+        audio: What is stored of a clip.
+        clips_per_shard: Planned clips of a shard; those that fail leave it smaller.
+        seed: Of the permutation that mixes classes over shards.
+    """
+
+    audio: AudioOptions
+    clips_per_shard: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Every `count`-th shard, from the `number`-th on; the parts of 1/N to N/N are the whole.
+
+    Attributes:
+        number: From 1 to `count`.
+        count: N.
+    """
+
+    number: int
+    count: int
+
+
+def write_plan(catalog: Catalog, out: Location, options: BuildOptions) -> Iterator[str]:
+    """Writes plan.parquet, which clip goes into which shard, and sums up what a build would do, a line a split."""
+    store, audio = Store(out), options.audio
+    each = audio.samples * 2 + round(audio.seconds * 100) * audio.mel_bins * 2 + 3072
+    with store.temporary("plan.parquet") as path:
+        with pq.ParquetWriter(path, PLAN_SCHEMA, compression="zstd") as writer:
+            for split in catalog.splits:
+                plan = SplitPlan(catalog, split, out, options)
+                for first in range(0, len(plan.order), PLAN_ROWS):
+                    rows = plan.order[first : first + PLAN_ROWS]
+                    numbers = range(first, first + len(rows))
+                    names = [plan.name(number // options.clips_per_shard) for number in numbers]
+                    columns = {"split": pa.array([split] * len(rows)), "shard": pa.array(names)}
+                    table = catalog.clips.table(rows)
+                    columns |= {name: table[name] for name in PLAN_SCHEMA.names if name not in columns}
+                    writer.write_table(pa.table(columns, schema=PLAN_SCHEMA))
+                yield (
+                    f"{split}: {len(plan.order)} of {catalog.listed(split)} listed clips have a file; {len(plan)} "
+                    f"shards, about {len(plan.order) * each / 1e9:.2f} GB"
+                )
+        store.commit(path, "plan.parquet")
+    yield f"which clip goes where: {join(out, 'plan.parquet')}"
+
+
+class SplitPlan:
+    """The shards of one split, without a byte of audio read.
+
+    Args:
+        catalog: Of all splits.
+        split: Name of the split.
+        out: Where the shards go.
+        options: How they are cut.
+    """
+
+    def __init__(self, catalog: Catalog, split: str, out: Location, options: BuildOptions) -> None:
+        self.catalog, self.split, self.out, self.options = catalog, split, out, options
+        rows = catalog.clips.rows(split)
+        self.order = rows[np.random.default_rng([options.seed]).permutation(len(rows))]
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.order) / self.options.clips_per_shard)
+
+    def rows(self, number: int) -> np.ndarray:
+        """int64, catalog rows of a shard, in the order of the tar."""
+        size = self.options.clips_per_shard
+        return self.order[number * size : (number + 1) * size]
+
+    def name(self, number: int) -> str:
+        """File name of a shard."""
+        return shard_name(self.split, number)
+
+    def shard(self, number: int) -> ShardPlan:
+        """What one shard is made of."""
+        return ShardPlan(
+            split=self.split,
+            number=number,
+            clips=[self.catalog.clips[row] for row in self.rows(number).tolist()],
+            labels=self.catalog.labels,
+            root=str(self.catalog.root),
+            out=self.out,
+            audio=self.options.audio,
+        )
+
+    def shards(self, numbers: list[int]) -> Iterator[ShardPlan]:
+        """Shards one after another; only those asked for exist at a time."""
+        return (self.shard(number) for number in numbers)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a build to be the same build; the names are those an error message uses."""
+        catalog, split = self.catalog, self.split
+        clips = catalog.clips.table(catalog.clips.rows(split))
+        missing = catalog.missing.rows(split)
+        return {
+            "dataset": catalog.dataset,
+            "clips_per_shard": self.options.clips_per_shard,
+            "seed": self.options.seed,
+            **asdict(self.options.audio),
+            "clips found": len(clips),
+            "clips missing": len(missing),
+            "keys of the clips": digest(clips, ["key", "id"]),
+            "source files": digest(clips, ["path"]),
+            "segments": digest(clips, ["start", "end", "trimmed"]),
+            "labels of the clips": digest(clips, ["labels"]),
+            "folds of the clips": digest(clips, ["fold"]),
+            "missing clips": digest(catalog.missing.table(missing), ["id", "path"]),
+        }

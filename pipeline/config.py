@@ -232,7 +232,7 @@ def load_recipe(kind: type[RecipeT], files: Sequence[str | Path] = (), words: Se
     Args:
         kind: `PretrainRecipe` or `FinetuneRecipe`.
         files: YAML files of nested overrides.
-        words: `section.key=value`; the value is read as YAML.
+        words: `section.key=value`; the value is read as YAML, that of a text setting as it stands, also empty.
 
     Raises:
         UserError: a file that is missing or is no mapping, an unknown key, a value of a wrong type.
@@ -245,7 +245,7 @@ def load_recipe(kind: type[RecipeT], files: Sequence[str | Path] = (), words: Se
         if not equals or not key:
             raise UserError(f"'{word}' is not key=value; write for instance train.steps=100")
         try:
-            value = _read_value(text)
+            value = text if _is_text(kind, key) else _read_value(text)
         except yaml.YAMLError as error:
             raise UserError(f"{key}: '{text}' is not a YAML value; quote it") from error
         for part in reversed(key.split(".")):
@@ -293,6 +293,14 @@ def _read_value(text: str) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _is_text(kind: type[Recipe], key: str) -> bool:
+    """A setting that takes any text: run.name=007 is no number, model.init= is empty."""
+    section, _, name = key.partition(".")
+    field = kind.model_fields.get(section)
+    fields = getattr(field.annotation, "model_fields", {}) if field else {}
+    return name in fields and fields[name].annotation is str
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

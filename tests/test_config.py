@@ -23,6 +23,12 @@ def test_later_words_win_and_numbers_may_lack_a_dot(tmp_path):
     assert recipe.model.kernels == (51,)
 
 
+def test_text_settings_are_taken_as_they_stand():
+    recipe = load_recipe(FinetuneRecipe, [], ["model.init=runs/a", "run.name=007", "run.dir=1e5"])
+    assert (recipe.run.name, recipe.run.dir) == ("007", "1e5")
+    assert load_recipe(FinetuneRecipe, [], ["model.init=runs/a", "model.init="]).model.init == ""
+
+
 def test_a_dumped_recipe_loads_back_equal(tmp_path):
     recipe = load_recipe(FinetuneRecipe, [], ["train.steps=3", "data.fold=2"])
     file = tmp_path / "config.yaml"

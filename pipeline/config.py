@@ -245,7 +245,7 @@ def load_recipe(kind: type[RecipeT], files: Sequence[str | Path] = (), words: Se
         if not equals or not key:
             raise UserError(f"'{word}' is not key=value; write for instance train.steps=100")
         try:
-            value = text if _is_text(kind, key) else _read_value(text)
+            value: Any = text if _is_text(kind, key) else _read_value(text)
         except yaml.YAMLError as error:
             raise UserError(f"{key}: '{text}' is not a YAML value; quote it") from error
         for part in reversed(key.split(".")):

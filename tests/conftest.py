@@ -4,12 +4,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import synth_shards
+from tests.stores import s3_server
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,3 +53,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shards")
     synth_shards(out)
     return out
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """Endpoint of moto's S3 server; the environment points clients and child processes at it."""
+    with s3_server() as endpoint:
+        yield endpoint

@@ -47,7 +47,8 @@ def file_system(location: Location) -> tuple[Any, str]:
         UserError: a protocol that is unknown, or whose package is not installed.
     """
     try:
-        system, path = fsspec.core.url_to_fs(str(location))
+        # No cached listings: other processes write to the same place.
+        system, path = fsspec.core.url_to_fs(str(location), use_listings_cache=False)
     except (ImportError, ValueError) as error:
         raise UserError(f"{location}: {error}; install the store's fsspec package (s3: pip install s3fs)") from error
     return system, str(path)

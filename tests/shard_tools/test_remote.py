@@ -1,0 +1,160 @@
+"""Shards written to and built from a real S3 server are those of the local disk."""
+
+import json
+import os
+from pathlib import Path
+
+import boto3
+import pytest
+
+from pipeline.data import storage
+from pipeline.data.manifest import load_index, load_manifest
+from pipeline.errors import UserError
+from shard_tools import catalogs, store
+from shard_tools.build import build, build_slice, merge
+from shard_tools.plan import Slice
+from shard_tools.store import Store
+from tests.helpers import digests, options, synth_catalog
+from tests.stores import upload
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """Catalog on disk, and the bytes of its local build."""
+    folder = tmp_path_factory.mktemp("local")
+    catalog = synth_catalog(folder / "source", 60, 0.2)
+    build(catalog, folder / "out", options(0.2), 1, engine="inline")
+    return catalog, digests(folder / "out")
+
+
+@pytest.fixture
+def bucket(s3, request):
+    client = boto3.client("s3")
+    name = f"bucket{abs(hash(request.node.name)) % 10**8}"
+    client.create_bucket(Bucket=name)
+    return client, name
+
+
+def download(client, bucket: str, prefix: str, folder: Path) -> dict[str, str]:
+    folder.mkdir()
+    for entry in client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/").get("Contents", []):
+        name = entry["Key"].removeprefix(f"{prefix}/")
+        assert "/" not in name, name  # nothing but the products is left
+        client.download_file(bucket, entry["Key"], str(folder / name))
+    return digests(folder)
+
+
+@pytest.mark.slow
+def test_a_build_into_s3_gives_the_same_bytes(local, bucket, tmp_path):
+    """Two real worker processes; then the audio, too, from the store."""
+    catalog, wanted = local
+    client, name = bucket
+    summary = build(catalog, f"s3://{name}/from/disk", options(0.2), 2)
+    assert download(client, name, "from/disk", tmp_path / "1") == wanted
+    assert load_manifest(f"s3://{name}/from/disk") == summary.manifest
+    assert len(load_index(f"s3://{name}/from/disk", "train")) == summary.manifest.splits["train"].clips
+
+    for path in Path(str(catalog.root)).rglob("*.*"):
+        client.upload_file(str(path), name, f"audio/{path.relative_to(str(catalog.root))}")
+    root = f"s3://{name}/audio"
+    remote = catalogs.table(root, f"{root}/table.csv", None, None)
+    build(remote, f"s3://{name}/from/s3", options(0.2), 1, engine="inline")
+    assert download(client, name, "from/s3", tmp_path / "2") == wanted
+    assert not list(store._scratch().iterdir())
+
+
+def test_slices_into_s3_and_an_object_that_vanished(local, bucket, tmp_path):
+    catalog, wanted = local
+    client, name = bucket
+    out = f"s3://{name}/sliced"
+    build_slice(catalog, out, options(0.2), 1, Slice(1, 2), "inline")
+    client.delete_object(Bucket=name, Key="sliced/train-000000.tar")
+    build_slice(catalog, out, options(0.2), 1, Slice(2, 2), "inline")
+    with pytest.raises(UserError, match=r"1 of 8 shards are not written yet, such as train-000000\.tar"):
+        merge(catalog, out, options(0.2))
+    build_slice(catalog, out, options(0.2), 1, Slice(1, 2), "inline")
+    started = client.create_multipart_upload(Bucket=name, Key="sliced/train-000000.tar")  # a killed upload
+    other = client.create_multipart_upload(Bucket=name, Key="slicedelsewhere/train-000000.tar")
+    assert started["UploadId"] != other["UploadId"]
+    merge(catalog, out, options(0.2))
+    assert download(client, name, "sliced", tmp_path / "1") == wanted
+    left = client.list_multipart_uploads(Bucket=name).get("Uploads", [])
+    assert [upload["Key"] for upload in left] == ["slicedelsewhere/train-000000.tar"]
+
+
+def test_large_files_go_in_parts_and_are_checked(bucket, tmp_path, monkeypatch):
+    client, name = bucket
+    monkeypatch.setattr(store, "PART_BYTES", 5 << 20)
+    content = os.urandom((11 << 20) + 7)
+    target = Store(f"s3://{name}/big")
+    target.write("file.tar", content)
+    head = client.head_object(Bucket=name, Key="big/file.tar")
+    assert head["ETag"].strip('"').endswith("-3")
+    assert client.get_object(Bucket=name, Key="big/file.tar")["Body"].read() == content
+    # A store whose hash is none (encryption with the customer's key): read back and compared.
+    monkeypatch.setattr(store, "_etag", lambda file: "none")
+    target.write("file.tar", content[::-1])
+    assert target.read("file.tar") == content[::-1]
+
+
+def test_an_upload_that_fails_or_lies_is_tried_again(bucket, monkeypatch):
+    _, name = bucket
+    target, calls = Store(f"s3://{name}/flaky"), []
+    system, _ = storage.file_system(f"s3://{name}")
+    real = system.put_file
+
+    def flaky(file, path, **options):
+        calls.append(path)
+        if len(calls) == 1:
+            raise ConnectionResetError("the network went away")
+        real(file, path, **options)
+        if len(calls) == 2:
+            system.pipe_file(path, bytes(len(b"the content")))  # as long, but not the same
+
+    monkeypatch.setattr(system, "put_file", flaky)
+    target.write("file", b"the content")
+    assert len(calls) == 3
+    assert target.read("file") == b"the content"
+
+    def never(file, path, **options):
+        raise ConnectionResetError("the network went away")
+
+    monkeypatch.setattr(system, "put_file", never)
+    with pytest.raises(OSError, match=r"flaky/other: upload: the network went away \(after 5 tries\)"):
+        target.write("other", b"x")
+    assert target.sizes() == {"file": 11}
+
+
+def test_a_remote_file_that_is_gone_is_a_failure(bucket):
+    client, name = bucket
+    folder_catalog = catalogs.Catalog("csv", f"s3://{name}/audio", [])
+    from pipeline.flow import Clip
+
+    folder_catalog.clips.append(Clip("gone", f"s3://{name}/audio/gone.wav", 0.0, None, (), "train"))
+    build(folder_catalog, f"s3://{name}/out", options(0.2), 1, engine="inline")
+    lines = client.get_object(Bucket=name, Key="out/failures.jsonl")["Body"].read().splitlines()
+    (failure,) = map(json.loads, lines)
+    assert failure["reason"].startswith("unreadable")
+    assert failure["path"] == f"s3://{name}/audio/gone.wav"
+
+
+def test_a_store_that_is_not_there_is_one_line(s3):
+    with pytest.raises(UserError, match=r"nosuchbucket/shards/manifest\.json"):
+        load_manifest("s3://nosuchbucket/shards")
+    with pytest.raises(UserError, match=r"nonsense://x/manifest\.json"):
+        load_manifest("nonsense://x")
+
+
+def test_uploaded_shards_are_found_whole(local, s3, tmp_path):
+    """Built on disk, copied by any tool: the same manifest, and nothing to do for the builder."""
+    catalog, _ = local
+    build(catalog, tmp_path / "out", options(0.2), 1, engine="inline")
+    url = upload(tmp_path / "out", "copied")
+    assert load_manifest(url) == load_manifest(tmp_path / "out")
+    summary = build(catalog, url, options(0.2), 1, engine="inline")
+    assert summary.manifest == load_manifest(tmp_path / "out")

@@ -56,7 +56,7 @@ class DataConfig(Section):
     replacement: bool = Field(True, description="balanced: draw with replacement (SSAST) or without (PaSST)")
     epoch_clips: int = Field(0, ge=0, description="balanced: clips drawn an epoch (PaSST: 100000); 0: n")
     streams: int = Field(64, ge=1, description="S: streams of shards; halved where the clips do not fill S windows")
-    window: int = Field(2048, ge=1, description="most clips of the shuffle window of one stream")
+    window: int = Field(2048, ge=1, description="clips of the shuffle window of one stream")
     workers: int = Field(2, ge=0, description="reader processes per rank; 0: the training process reads")
     prefetch: int = Field(4, ge=1, description="batches in flight per rank")
     on_error: Literal["skip", "raise"] = Field("skip", description="a corrupt sample is replaced, or ends the run")

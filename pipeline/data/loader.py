@@ -198,28 +198,33 @@ class Loader:
 
     def keys(self, rows: Sequence[int]) -> list[str]:
         """Sample keys of index rows."""
-        return [self._index.name(row)[0] for row in rows]
+        return [key for key, _ in self.names(rows)]
+
+    def names(self, rows: Sequence[int]) -> list[tuple[str, str]]:
+        """Sample key and shard of index rows."""
+        return [self._index.name(row) for row in rows]
 
     def train_batches(self, start: int) -> Iterator[Batch]:
         """Own clips of global batches start, start + 1, ..., without end.
 
         Rank r of R takes positions k G + r, k G + r + R, ... of batch k.
         """
-        share, augment = self._share, self._content.augment
-
-        def plan(step: int) -> Plan:
-            position = share.positions(step)
-            mixup = partners = None
-            if augment.mixup > 0:
-                mixup = plan_mixup(augment, share.seed, torch.from_numpy(position))
-                partners = self._order.partners(position, mixup.draw)
-            return Plan(step, position, self._order.rows(position), np.ones(len(position), bool), mixup, partners)
 
         def finish(plan: Plan, raw: RawBatch) -> Batch:
             self.bad_clips.count(self._epoch(plan.step), int((raw.row != plan.rows).sum()))
             return self._assemble(raw, augmented=True)
 
-        return self._feed.batches(self._walk(plan, self._order.rows, self._order.streams, start), finish)
+        return self._feed.batches(self._walk(self.train_plan, self._order.rows, self._order.streams, start), finish)
+
+    def train_plan(self, step: int) -> Plan:
+        """What this rank's clips of global batch `step` are, before anything is read."""
+        share, augment = self._share, self._content.augment
+        position = share.positions(step)
+        mixup = partners = None
+        if augment.mixup > 0:
+            mixup = plan_mixup(augment, share.seed, torch.from_numpy(position))
+            partners = self._order.partners(position, mixup.draw)
+        return Plan(step, position, self._order.rows(position), np.ones(len(position), bool), mixup, partners)
 
     def eval_batches(self) -> Iterator[Batch]:
         """Every clip exactly once over all ranks, in index order, equally many batches on each rank.

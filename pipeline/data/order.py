@@ -10,16 +10,20 @@ number of them. The whole state of a run's reader is its step.
 
 An epoch's sequence is its shards in random order, each shuffled within. It is cut into S streams whose
 lengths differ by at most one; place p takes slot p div S of stream p mod S. A stream is cut into
-windows of at most `window` clips, equally long, each shuffled. Where R divides S, a rank's places all lie in
-its own S / R streams, that is in about 1 / R of the shards (a shard at a cut is read by two ranks). Data that
-does not fill S windows needs no locality: S is halved until it does, and up to one window of
-clips is one true permutation.
+windows of `window` clips (the first and last of an epoch: half to one and a half times that), each
+shuffled. Streams change windows at different places, so new shards are needed one by one. Where R
+divides S, a rank's places all lie in its own S / R streams, that is in about 1 / R of the shards (a shard at a
+cut is read by two ranks). Data that does not fill S windows needs no locality: S is halved until it
+does, and up to two windows of clips are one true permutation.
 
 Cost: memory O(shards + S x (window + clips of a shard)), whatever the clips; a new epoch O(shards); a
-look-up, resuming included, O(window + clips of a shard). Only integers are used (`pipeline.rng`), so an order stays the
-same on any machine and with any release of numpy. `tests/benchmarks/bench_shuffle.py` measures how
-near it comes to a true permutation: with the defaults the class mix of batches scatters as that of true
-permutations does, whatever order the clips were built in.
+look-up, resuming included, O(window + clips of a shard). Only integers are used (`pipeline.rng`), so an
+order stays the same on any machine and with any release of numpy.
+
+Quality, against true permutations (`tests/benchmarks/bench_shuffle.py`, 400,000 clips, defaults): on shards as
+build_shards.py writes them, of permuted clips, the class mix of batches scatters alike (1.00). In the worst case, clips
+stored class by class, it scatters 1.05 times as much, and that of 100 batches in a row 6 times; window=8192 or
+streams=256 bring that to 2.6 or 1.4, at four times the open shards. WebDataset's shuffle buffer of 1000 has 6.2 and 21.
 """
 
 import threading
@@ -123,7 +127,7 @@ class TrainOrder:
         part: Clips.
         seed: The run's seed.
         streams: S, at most.
-        window: Most clips of a shuffle window.
+        window: Clips of a shuffle window.
         weights: For class-balanced sampling; None: each clip once an epoch.
         epoch_clips: m, draws of a class-balanced epoch; 0: n.
         replacement: Draw independently; else no clip twice in an epoch.
@@ -189,11 +193,19 @@ class TrainOrder:
     def _locate(self, position: int) -> tuple[np.ndarray, int]:
         epoch, place = divmod(position, self._clips)
         slot, stream = divmod(place, self.streams)
-        start, stop = _cut(self._clips, self.streams, stream)
-        windows = -(-(stop - start) // self.window)
-        number = _piece(stop - start, windows, slot)
-        first, last = _cut(stop - start, windows, number)
-        return self._window(epoch, stream, number, start + first, start + last), slot - first
+        size, longer = divmod(self._clips, self.streams)
+        start = stream * size + min(stream, longer)
+        number, first, stop = self._bounds(stream, size + (stream < longer), slot)
+        return self._window(epoch, stream, number, start + first, start + stop), slot - first
+
+    def _bounds(self, stream: int, length: int, slot: int) -> tuple[int, int, int]:
+        """Number, begin and end of the window in which a slot of a stream of this length lies."""
+        half = self.window // 2
+        phase = half + (stream + 1) * self.window // self.streams
+        cuts = (length - half - phase) // self.window + 1 if length - half >= phase else 0
+        number = 0 if slot < phase else min((slot - phase) // self.window + 1, cuts)
+        first = phase + (number - 1) * self.window if number else 0
+        return number, first, length if number == cuts else phase + number * self.window
 
     def _window(self, epoch: int, stream: int, number: int, first: int, stop: int) -> np.ndarray:
         key = (epoch, stream, number)
@@ -255,17 +267,3 @@ class _Epoch:
             if len(self._blocks) > self._kept:
                 self._blocks.popitem(last=False)
         return block
-
-
-def _cut(total: int, pieces: int, number: int) -> tuple[int, int]:
-    """Begin and end of a piece, where `total` is cut into pieces whose lengths differ by at most one."""
-    size, longer = divmod(total, pieces)
-    start = number * size + min(number, longer)
-    return start, start + size + (number < longer)
-
-
-def _piece(total: int, pieces: int, at: int) -> int:
-    """The piece of such a cut in which `at` lies."""
-    size, longer = divmod(total, pieces)
-    edge = longer * (size + 1)
-    return at // (size + 1) if at < edge else longer + (at - edge) // size

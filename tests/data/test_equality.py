@@ -1,0 +1,119 @@
+"""The loader's promise: the same clips and bytes in each global batch, whatever reads them and wherever it resumes.
+
+Batches 0 to 5 of 12 clips, that is one epoch of 67 clips and the start of the next; every augmentation is on.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import AugmentConfig, DataConfig
+from pipeline.data.loader import Loader, Needs, Place, build_loader
+
+BATCH, COUNT = 12, 6
+NAMES = ("position", "row", "valid", "waveform", "fbank", "targets")
+AUGMENT = AugmentConfig(mixup=0.5, freq_mask=24, time_mask=16, noise=0.1, roll=0.05)
+PLACES = [(1, 0), (1, 2), (2, 1), (4, 2), (3, 1)]
+WITHOUT = [(1, 0, "without"), (2, 1, "without")]
+SAMPLERS = {
+    "shuffle": {},
+    "balanced": {"sampler": "balanced"},
+    "without": {"sampler": "balanced", "replacement": False, "epoch_clips": 40},
+}
+
+
+def open_ranks(shards: object, ranks: int, workers: int, sampler: str, cache: object) -> list[Loader]:
+    data = DataConfig(
+        shards=str(shards), workers=workers, streams=6, window=5, cache=str(cache), **SAMPLERS[sampler]
+    )
+    return [
+        build_loader(
+            data,
+            AUGMENT,
+            part="train",
+            needs=Needs(waveform=True, fbank=True),
+            batch_size=BATCH,
+            seed=1,
+            place=Place(rank, ranks, torch.device("cpu")),
+        )
+        for rank in range(ranks)
+    ]
+
+
+def global_batches(loaders: list[Loader], first: int, count: int) -> list[dict[str, object]]:
+    """Batches first .. first + count - 1: keys and tensors in global order."""
+    walks = [loader.train_batches(first) for loader in loaders]
+    whole = []
+    for _ in range(count):
+        parts = [next(walk) for walk in walks]
+        order = torch.cat([part.position for part in parts]).argsort()
+        batch: dict[str, object] = {name: torch.cat([getattr(part, name) for part in parts])[order] for name in NAMES}
+        keys = [key for loader, part in zip(loaders, parts, strict=True) for key in loader.keys(part.row.tolist())]
+        batch["key"] = [keys[i] for i in order.tolist()]
+        whole.append(batch)
+    for walk in walks:
+        walk.close()
+    return whole
+
+
+@pytest.fixture(scope="module")
+def expected(shards, tmp_path_factory):
+    """One rank that reads by itself, from the local directory, from the start."""
+    out = {}
+    for sampler in SAMPLERS:
+        loaders = open_ranks(shards, 1, 0, sampler, tmp_path_factory.mktemp("cache"))
+        out[sampler] = global_batches(loaders, 0, COUNT)
+        loaders[0].close()
+    return out
+
+
+def check(loaders, expected, first, count):
+    for batch, reference in zip(global_batches(loaders, first, count), expected[first : first + count], strict=True):
+        assert batch["key"] == reference["key"]
+        for name in NAMES:
+            assert batch[name].dtype == reference[name].dtype
+            assert torch.equal(batch[name], reference[name]), name
+
+
+def test_the_reference_is_an_epoch_of_different_augmented_clips(expected):
+    """What the other tests compare with is not trivially equal."""
+    keys = [key for batch in expected["shuffle"] for key in batch["key"]]
+    epoch = len(set(keys))
+    assert BATCH * 4 < epoch < BATCH * COUNT
+    assert len(set(keys[:epoch])) == epoch
+    positions = np.concatenate([batch["position"] for batch in expected["shuffle"]])
+    assert positions.tolist() == list(range(BATCH * COUNT))
+    again = {key: i for i, key in enumerate(keys[:epoch])}
+    first, second = again[keys[epoch]], epoch
+    waves = torch.cat([batch["waveform"] for batch in expected["shuffle"]])
+    assert not torch.equal(waves[first], waves[second])  # the same clip, augmented anew
+    drawn = [key for batch in expected["without"] for key in batch["key"]]
+    assert len(set(drawn[:40])) == 40
+
+
+@pytest.mark.parametrize(
+    ("ranks", "workers", "sampler"),
+    [*((*place, sampler) for place in PLACES for sampler in ("shuffle", "balanced")), *WITHOUT],
+)
+def test_ranks_workers_and_resuming_anywhere_change_no_byte(shards, tmp_path, expected, ranks, workers, sampler):
+    loaders = open_ranks(shards, ranks, workers, sampler, tmp_path)
+    check(loaders, expected[sampler], 0, COUNT)
+    for first in range(1, COUNT):
+        check(loaders, expected[sampler], first, 1)
+    for loader in loaders:
+        loader.close()
+
+
+@pytest.mark.parametrize("sampler", ["shuffle", "balanced"])
+@pytest.mark.parametrize(("ranks", "workers"), PLACES)
+def test_a_store_gives_the_same_bytes(s3_shards, tmp_path, expected, ranks, workers, sampler):
+    """One rank resumes at every batch, with a cold cache first; the others, started afresh, at one each."""
+    loaders = open_ranks(s3_shards, ranks, workers, sampler, tmp_path)
+    if ranks == 1:
+        for first in range(COUNT) if workers == 0 else (0,):
+            check(loaders, expected[sampler], first, COUNT - first if first == 0 else 1)
+    else:
+        first = PLACES.index((ranks, workers)) + (sampler == "balanced") - 2
+        check(loaders, expected[sampler], first, COUNT - first)
+    for loader in loaders:
+        loader.close()

@@ -17,11 +17,18 @@ import yaml
 from pipeline import distributed
 from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe, flatten
 from pipeline.data.loader import Loader, Needs, Place, build_loader
-from pipeline.data.manifest import load_manifest
+from pipeline.data.manifest import Manifest, load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine import checkpoint
-from pipeline.engine.evaluation import evaluate_task, metric_name, results, write_predictions, write_results
+from pipeline.engine.evaluation import (
+    evaluate_task,
+    metric_name,
+    read_predictions,
+    results,
+    write_predictions,
+    write_results,
+)
 from pipeline.engine.inference import mean_losses, score
 from pipeline.engine.loop import Job
 from pipeline.engine.setup import Batches, reconcile
@@ -30,7 +37,8 @@ from pipeline.launch import Launch, open_run
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.model.weights import load_weights, weights_file
 from pipeline.tasks import FinetuneTask, PretrainTask
-from pipeline.tracking import Tracker, open_tracker, run_of
+from pipeline.tracking import DatasetNote, Tracker, facts, figures, open_tracker, run_of
+from pipeline.tracking.pictures import Pictures
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +65,19 @@ def pretrain_job(launch: Launch[PretrainRecipe], world: World) -> Iterator[Job]:
         watched = (method.masked_spec, method.masked_wav, method.contrast)
         metric = "eval_" + next(name for name, used in zip(names, watched, strict=True) if used)
 
-        def evaluate(forward: Any) -> dict[str, float]:
-            assert eval_loader is not None
-            losses = mean_losses(forward, eval_loader.eval_batches(), world.device)
-            return {f"eval_{key}": value for key, value in losses.items()}
+        with _tracked(recipe, run_dir, name, "pretrain", world, train_loader.manifest) as tracker:
+            count = recipe.log.pictures if method.masked_spec or method.masked_wav else 0
+            pictures = Pictures(run_dir, tracker, count, world.is_main)
 
-        with _tracked(recipe, run_dir, name, "pretrain", world, spec) as tracker:
+            def evaluate(forward: Any) -> dict[str, float]:
+                assert eval_loader is not None
+                losses = mean_losses(forward, pictures.watch(eval_loader.eval_batches()), world.device)
+                pictures.draw(forward, forward.global_steps, job.total_steps)
+                return {f"eval_{key}": value for key, value in losses.items()}
+
             held_out = evaluate if eval_loader else None
-            yield Job(recipe, ds, batches, task, train_loader, held_out, metric, run_dir, tracker, identity)
+            job = Job(recipe, ds, batches, task, train_loader, held_out, metric, run_dir, tracker, identity)
+            yield job
 
 
 @contextmanager
@@ -87,7 +100,7 @@ def finetune_job(launch: Launch[FinetuneRecipe], world: World) -> Iterator[Job]:
         _initialise(task, recipe, run_dir)
         evaluate = partial(evaluate_task, loader=eval_loader, single_label=spec.single_label) if eval_loader else None
         metric = f"eval_{metric_name(spec.single_label)}"
-        with _tracked(recipe, run_dir, name, "finetune", world, spec) as tracker:
+        with _tracked(recipe, run_dir, name, "finetune", world, train_loader.manifest) as tracker:
             yield Job(recipe, ds, batches, task, train_loader, evaluate, metric, run_dir, tracker, identity)
 
 
@@ -104,9 +117,25 @@ def finish_finetuning(job: Job, world: World) -> None:
     content = evaluate_run(job.run_dir, file, job.recipe, world, job.run_dir / "predictions.parquet")
     if world.is_main:
         write_results(content, job.run_dir / "results.json")
-        job.tracker.artifact(job.run_dir / "results.json")
+        _describe_results(job, content)
     job.tracker.metrics({f"final_{name}": value for name, value in content["metrics"].items()}, job.total_steps)
     log.info("%s %.4f on %d clips (%s)", content["metric"], content["value"], content["clips"], file.name)
+
+
+def _describe_results(job: Job, content: dict[str, Any]) -> None:
+    """Tables and pictures of an evaluation: per class, confusion matrix, a sample of the predictions."""
+    keys, targets, logits = read_predictions(job.run_dir / "predictions.parquet")
+    names = [row["label"] for row in content["per_class"]]
+    folder = job.run_dir / "evaluation"
+    folder.mkdir(exist_ok=True)
+    figures.per_class(content, folder / "per_class.csv")
+    figures.prediction_sample(keys, targets, logits, names, folder / "predictions_sample.json")
+    files = [folder / "per_class.csv", folder / "predictions_sample.json"]
+    if content["metric"] == "accuracy":
+        files += figures.confusion(targets, logits, names, folder)
+    job.tracker.artifact(job.run_dir / "results.json")
+    for file in files:
+        job.tracker.artifact(file, "evaluation")
 
 
 def evaluate_run(
@@ -271,7 +300,7 @@ def _pretraining_name(recipe: FinetuneRecipe) -> str:
 
 @contextmanager
 def _tracked(
-    recipe: Recipe, run_dir: Path, name: str, kind: str, world: World, spec: DataSpec
+    recipe: Recipe, run_dir: Path, name: str, kind: str, world: World, manifest: Manifest
 ) -> Iterator[Tracker]:
     tracker = open_tracker(
         recipe.log,
@@ -280,10 +309,14 @@ def _tracked(
         rank=world.rank,
         kind=kind,
         parent=recipe.model.init or None,
+        first_of_node=distributed.local_rank() == 0,
     )
     tracker.params(flatten(recipe))
-    tracker.tags({"manifest_digest": spec.digest, "ranks": str(world.size), "device": world.device.type})
-    tracker.tags(recipe.log.tags)
+    tracker.tags({"manifest_digest": manifest.digest, "ranks": str(world.size), "device": world.device.type})
+    tracker.tags(facts.coverage(manifest) | recipe.log.tags)
+    source, counts = str(recipe.data.shards), facts.profile(manifest)
+    for context in ("training", "evaluation"):
+        tracker.dataset(DatasetNote(manifest.dataset, manifest.digest, source, counts, context))
     for file in ("config.yaml", "ds.json", "data.json"):
         if world.is_main:
             tracker.artifact(run_dir / file)
@@ -295,4 +328,6 @@ def _tracked(
         status = "KILLED"
         raise
     finally:
+        if world.is_main and figures.curves(run_dir / "metrics.jsonl", run_dir / "curves.png"):
+            tracker.artifact(run_dir / "curves.png")
         tracker.finish(status)

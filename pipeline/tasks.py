@@ -48,6 +48,24 @@ class CachedContrast(NamedTuple):
     spec: torch.Tensor
 
 
+class Rebuilt(NamedTuple):
+    """Masked patches and what the model makes of them, for pictures.
+
+    Attributes:
+        of: "spectrogram" or "waveform map".
+        target: All patches [B, N, P * P], as the reconstruction loss sees them.
+        mask: int64 [B, K], which are masked.
+        predicted: [B, K, P * P].
+        grid: Patches along frequency and time; N is their product.
+    """
+
+    of: str
+    target: torch.Tensor
+    mask: torch.Tensor
+    predicted: torch.Tensor
+    grid: tuple[int, int]
+
+
 class PretrainTask(nn.Module):
     """Masked patches and contrast, by the row of `methods.PRETRAIN` (Eq. 2, 3, 4).
 
@@ -85,14 +103,15 @@ class PretrainTask(nn.Module):
             self.projection = ProjectionHead(self.model.width)
 
     def forward(
-        self, batch: Batch, cached: CachedContrast | None = None, pooled_only: bool = False
-    ) -> Losses | Pooled:
+        self, batch: Batch, cached: CachedContrast | None = None, pooled_only: bool = False, rebuild: bool = False
+    ) -> Losses | Pooled | Rebuilt:
         """One micro-batch.
 
         Args:
             batch: With the representations that the method reads.
             cached: The contrast of the step, where it spans several micro-batches.
             pooled_only: Return the representations to be contrasted and no loss.
+            rebuild: Return the reconstruction of the masked patches and no loss.
         """
         method = self.method
         spec_masks = self._masks("spec", batch.position) if method.masked_spec else []
@@ -103,6 +122,8 @@ class PretrainTask(nn.Module):
         encoded: Encoded = self.model(fbank, wav_map, [*spec_masks, *clean] or [None], wav_masks or [None])
         if pooled_only:
             return self._pool(encoded)
+        if rebuild:
+            return self._rebuild(encoded, fbank, wav_map, (spec_masks or wav_masks)[0])
         named: dict[str, torch.Tensor] = {}
         total = torch.zeros((), device=batch.position.device)
         if method.masked_spec:
@@ -180,6 +201,20 @@ class PretrainTask(nn.Module):
             f"{name}_accuracy": loss.accuracy,
         }
         return loss.nce + self.config.r_g * loss.mse
+
+    def _rebuild(
+        self, encoded: Encoded, fbank: torch.Tensor | None, wav_map: torch.Tensor | None, mask: torch.Tensor
+    ) -> Rebuilt:
+        """Of the spectrogram where it is masked, else of the waveform's map."""
+        patch = self.model.config.patch
+        if self.method.masked_spec:
+            target = patchify(full(_given(fbank)).transpose(1, 2), patch)
+            name, passes, grid = "spectrogram", encoded.spec, self.model.grid
+        else:
+            target = normalise_patches(patchify(full(_given(wav_map)), patch))
+            name, passes, grid = "waveform map", encoded.wav, self.model.wav_grid
+        _, reconstructed = self.heads(gather_patches(passes[0], mask))
+        return Rebuilt(name, target, mask, reconstructed, grid)
 
     def _pool(self, encoded: Encoded) -> Pooled:
         """What is contrasted: mean patch tokens of a clip, or with `level` = "token" the tokens themselves.

@@ -76,6 +76,16 @@ def write_results(content: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_predictions(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Keys [n], targets bool [n, C] and logits float32 [n, C] of `predictions.parquet`."""
+    table = pq.read_table(path)
+    logits = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
+    targets = np.zeros(logits.shape, dtype=bool)
+    for row, labels in enumerate(table["labels"].to_pylist()):
+        targets[row, labels] = True
+    return table["key"].to_pylist(), targets, logits
+
+
 def write_predictions(scores: Scores, keys: list[str], path: Path) -> None:
     """Writes `predictions.parquet`: key, labels (indices) and logits [C] of every scored clip, in key order."""
     order = np.argsort(np.array(keys), kind="stable")

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
+
+from pipeline.engine.evaluation import read_predictions
 
 DRAWS = 1000
 FEWEST_DRAWS = 200
@@ -33,13 +34,7 @@ class Predictions:
     @staticmethod
     def read(path: Path) -> "Predictions":
         """From `predictions.parquet`."""
-        table = pq.read_table(path)
-        logits = table["logits"].combine_chunks()
-        scores = logits.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
-        targets = np.zeros(scores.shape, dtype=bool)
-        for row, labels in enumerate(table["labels"].to_pylist()):
-            targets[row, labels] = True
-        return Predictions(table["key"].to_pylist(), targets, scores)
+        return Predictions(*read_predictions(path))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""Deliver what a run's MLflow server has not taken yet.
+
+    python -m pipeline.tracking sync RUN_DIR [RUN_DIR ...] [--uri URI]
+
+In: directories of tracked runs. Out: complete MLflow runs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline.errors import UserError, run_cli
+from pipeline.tracking.deliver import Delivery
+from pipeline.tracking.spool import Spool
+
+
+def main() -> int:
+    """Parses, delivers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["sync"])
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="directory of a tracked run")
+    parser.add_argument("--uri", help="the server, where it moved since (default: the run's own)")
+    args = parser.parse_args()
+    for run_dir in args.run_dirs:
+        sync(Spool(run_dir), args.uri)
+        sys.stdout.write(f"{run_dir}: all delivered\n")
+    return 0
+
+
+def sync(spool: Spool, uri: str | None) -> None:
+    """Delivers everything that waits.
+
+    Raises:
+        UserError: not a tracked run, or the server did not take it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if not spool.exists:
+        raise UserError(f"{spool.run_dir}: holds no tracking.json; give the directory of a tracked run")
+    if uri:
+        spool.identity = spool.identity | {"uri": uri}
+    delivery = Delivery(spool)
+    try:
+        while spool.deliver(delivery.send):
+            pass
+    except MlflowException as error:
+        raise UserError(
+            f"{spool.run_dir}: the MLflow server did not take it: {error}; start it and repeat"
+        ) from error
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,163 @@
+"""Lines of a spool -> MLflow.
+
+In: batches of lines, in order. Out: an MLflow run with parameters, tags, metrics, data sets, artifacts
+and a model. Every kind of line can be sent twice without harm.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.tracking.spool import Line, Spool, load_mlflow
+
+REQUEST_ITEMS = 100  # of a kind in one request: within every server's limits
+
+
+class Delivery:
+    """Sends the lines of one spool. Makes the run at the first batch.
+
+    Args:
+        spool: Of the run.
+    """
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+        self._client: Any = None
+        self.transferring = False  # files on their way: patience at the end of the run is longer
+
+    def send(self, lines: list[Line]) -> None:
+        """Sends a batch.
+
+        Raises:
+            MlflowException: the server did not take it.
+        """
+        run_id = self._run()
+        batch: dict[str, list[Any]] = {"metrics": [], "params": [], "tags": []}
+        params: dict[str, str] = {}
+        for line in lines:
+            self._sort(line, batch, params)
+        self._add_params(run_id, params, batch)
+        while any(batch.values()):
+            taken = {kind: [items.pop(0) for _ in items[:REQUEST_ITEMS]] for kind, items in batch.items()}
+            self._client.log_batch(run_id, metrics=taken["metrics"], params=taken["params"], tags=taken["tags"])
+        self._transfer(run_id, lines)
+        if lines[-1]["kind"] == "finish":
+            self._client.set_terminated(run_id, lines[-1]["status"], lines[-1]["time"])
+        elif any(line["kind"] == "resume" for line in lines):
+            self._client.update_run(run_id, "RUNNING")
+
+    def _run(self) -> str:
+        """Id of the run, made where there is none yet."""
+        load_mlflow()
+        from mlflow.tracking import MlflowClient
+
+        identity = self._spool.identity
+        if self._client is None:
+            self._client = MlflowClient(identity["uri"])
+        if not identity["run_id"]:
+            name, location = identity["experiment"], identity["artifacts"] or None
+            experiment = self._client.get_experiment_by_name(name)
+            number = experiment.experiment_id if experiment else self._client.create_experiment(name, location)
+            run = self._client.create_run(number, run_name=identity["name"], tags=self._tags(identity))
+            identity["run_id"] = str(run.info.run_id)
+            self._spool.identity = identity
+        return str(identity["run_id"])
+
+    def _tags(self, identity: dict[str, Any]) -> dict[str, str]:
+        """The run's first tags; the pretraining that it starts from has its id by now, if ever."""
+        tags: dict[str, str] = dict(identity["tags"])
+        parent = Path(tags.get("pretrain_dir", "")) / "tracking.json"
+        if "pretrain_dir" in tags and parent.is_file():
+            linked = json.loads(parent.read_text(encoding="utf-8"))["run_id"]
+            tags |= {"pretrain_run_id": linked, "mlflow.parentRunId": linked} if linked else {}
+        return tags
+
+    def _sort(self, line: Line, batch: dict[str, list[Any]], params: dict[str, str]) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        if line["kind"] == "metrics":
+            batch["metrics"] += [Metric(n, v, line["time"], line["step"]) for n, v in line["values"].items()]
+        elif line["kind"] == "params":
+            params |= {name: str(value)[:6000] for name, value in line["values"].items()}
+        elif line["kind"] == "tags":
+            batch["tags"] += [RunTag(name, str(value)[:5000]) for name, value in line["values"].items()]
+
+    def _add_params(self, run_id: str, params: dict[str, str], batch: dict[str, list[Any]]) -> None:
+        """MLflow's parameters cannot change; a resumed job may, in train.steps for instance: a tag says so."""
+        from mlflow.entities import Param, RunTag
+
+        known = self._client.get_run(run_id).data.params if params else {}
+        batch["params"] = [Param(name, value) for name, value in params.items() if name not in known]
+        batch["tags"] += [RunTag(f"changed.{name}", params[name]) for name in known.keys() & params.keys()
+                          if known[name] != params[name]]  # fmt: skip
+
+    def _transfer(self, run_id: str, lines: list[Line]) -> None:
+        """Data sets, files and models of a batch; a file that is gone by now is left out."""
+        self.transferring = True
+        for line in lines:
+            if line["kind"] == "dataset":
+                self._log_dataset(run_id, line)
+            elif line["kind"] == "artifact" and Path(line["path"]).exists():
+                self._client.log_artifact(run_id, line["path"], line["folder"] or None)
+            elif line["kind"] == "model" and Path(line["path"]).exists():
+                self._log_model(run_id, line)
+        self.transferring = False
+
+    def _log_dataset(self, run_id: str, line: Line) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source = json.dumps({"uri": line["source"]})
+        profile = json.dumps(line["profile"])
+        dataset = Dataset(line["name"], line["digest"][:36], "local", source, profile=profile)
+        self._client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", line["context"])])])
+
+    def _log_model(self, run_id: str, line: Line) -> None:
+        """A saved pyfunc model -> the run's logged model and, with a name, a version in the registry."""
+        from mlflow.entities import LoggedModelOutput
+
+        identity = self._spool.identity
+        if "model_id" not in identity:
+            run = self._client.get_run(run_id)
+            made = self._client.create_logged_model(
+                run.info.experiment_id, "model", run_id, tags=line["tags"], model_type="audio classifier"
+            )
+            identity["model_id"] = made.model_id
+            self._spool.identity = identity
+        model_id = identity["model_id"]
+        with tempfile.TemporaryDirectory() as folder:  # the same model, with the ids that the server gave
+            copy = Path(shutil.copytree(line["path"], Path(folder) / "model", copy_function=_link))
+            file = copy / "MLmodel"
+            content = yaml.safe_load(file.read_text(encoding="utf-8")) | {"model_id": model_id, "run_id": run_id}
+            file.unlink()
+            file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+            self._client.log_model_artifacts(model_id, str(copy))
+        self._client.finalize_logged_model(model_id, "READY")
+        self._client.log_outputs(run_id, [LoggedModelOutput(model_id, line["step"])])
+        if line["register"] and not identity.get("registered"):
+            self._register(run_id, model_id, line)
+            self._spool.identity = identity | {"registered": line["register"]}
+
+    def _register(self, run_id: str, model_id: str, line: Line) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.create_registered_model(line["register"])
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        self._client.create_model_version(
+            line["register"], f"models:/{model_id}", run_id, tags=line["tags"], description=line["card"],
+            model_id=model_id,
+        )  # fmt: skip
+
+
+def _link(source: str, target: str) -> None:
+    """A link instead of a copy of hundreds of megabytes; a copy where the file system cannot."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,151 @@
+"""Pictures and tables of a run, for MLflow and the run directory.
+
+In: arrays, `metrics.jsonl`, `results.json`'s content, predictions. Out: PNG, CSV and JSON files.
+Drawing takes a second or less and happens at evaluations and at the end only, on rank 0.
+"""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SAMPLES = 25  # clips of the predictions sample
+PANELS = (  # of the curves: title, names whose curves it shows
+    ("loss", ("loss", "eval_loss")),
+    ("masked patches found", ("spec_accuracy", "eval_spec_accuracy", "wav_accuracy", "eval_wav_accuracy")),
+    ("reconstruction MSE", ("spec_mse", "eval_spec_mse", "wav_mse", "eval_wav_mse")),
+    ("contrast", ("contrast", "eval_contrast")),
+    ("held-out metric", ("eval_mAP", "eval_accuracy")),
+    ("gradient norm", ("grad_norm",)),
+    ("learning rate", ("lr",)),
+    ("clips per second", ("clips_per_second",)),
+)
+
+
+def reconstructions(
+    targets: np.ndarray, masks: np.ndarray, predicted: np.ndarray, grid: tuple[int, int], path: Path, title: str
+) -> None:
+    """For each clip: the spectrogram, what the model saw, what it made of it.
+
+    Args:
+        targets: Patches [B, N, P * P], N = grid[0] * grid[1] in frequency-major order.
+        masks: int [B, K], masked patches.
+        predicted: [B, K, P * P].
+        grid: Patches along frequency and time.
+        path: PNG.
+        title: Of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    clips = len(targets)
+    figure = Figure(figsize=(13, 1.0 + 1.75 * clips), layout="constrained")
+    axes: Any = figure.subplots(clips, 3, squeeze=False)
+    figure.suptitle(title, fontsize=11)
+    for row in range(clips):
+        seen, made = targets[row].copy(), targets[row].copy()
+        seen[masks[row]] = np.nan
+        made[masks[row]] = predicted[row]
+        low, high = np.quantile(targets[row], [0.01, 0.99])
+        pictures = (("input", targets[row]), (f"{masks.shape[1]} of {len(seen)} patches masked", seen),
+                    ("reconstructed", made))  # fmt: skip
+        for axis, (name, patches) in zip(axes[row], pictures, strict=True):
+            axis.set_facecolor("#c9ced6")
+            axis.imshow(_image(patches, grid), origin="lower", aspect="auto", vmin=low, vmax=high, cmap="magma",
+                        interpolation="nearest")  # fmt: skip
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if row == 0:
+                axis.set_title(name, fontsize=9)
+    figure.savefig(path, dpi=80)
+
+
+def _image(patches: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """[N, P * P] -> [frequency, time]."""
+    side = round(patches.shape[1] ** 0.5)
+    blocks = patches.reshape(*grid, side, side)
+    return blocks.transpose(0, 2, 1, 3).reshape(grid[0] * side, grid[1] * side)
+
+
+def curves(metrics: Path, path: Path) -> bool:
+    """Losses, rates and metrics over steps from `metrics.jsonl`; False where there is nothing to draw."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
+    series = {
+        name: [(row["step"], row[name]) for row in rows if name in row] for _, names in PANELS for name in names
+    }
+    panels = [(title, [n for n in names if series[n]]) for title, names in PANELS]
+    panels = [(title, names) for title, names in panels if names]
+    if not panels:
+        return False
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.7 * lines), layout="constrained")
+    axes: Any = figure.subplots(lines, columns, squeeze=False)
+    for axis, panel in zip(axes.flat, [*panels, *[None] * (lines * columns - len(panels))], strict=True):
+        if panel is None:
+            axis.set_axis_off()
+            continue
+        for name in panel[1]:
+            steps, values = zip(*series[name], strict=True)
+            style = {"marker": "o", "markersize": 3} if name.startswith("eval_") else {"linewidth": 1.2}
+            axis.plot(steps, values, label="held-out" if name.startswith("eval_") else "training", **style)
+        axis.set_title(panel[0], fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25)
+        if len(panel[1]) > 1:
+            axis.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=90)
+    return True
+
+
+def per_class(content: dict[str, Any], path: Path) -> None:
+    """`per_class` of results.json as CSV, the best class first."""
+    rows = sorted(content["per_class"], key=lambda row: -(row["average_precision"] or -1.0))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["label", "id", "positives", "average_precision"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def confusion(targets: np.ndarray, logits: np.ndarray, names: Sequence[str], folder: Path) -> list[Path]:
+    """Confusion matrix of single-label clips [n, C] as CSV and PNG; rows are the truth."""
+    from matplotlib.figure import Figure
+
+    counts = np.zeros((len(names), len(names)), dtype=int)
+    np.add.at(counts, (targets.argmax(axis=1), logits.argmax(axis=1)), 1)
+    table, picture = folder / "confusion.csv", folder / "confusion.png"
+    with table.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["truth \\ predicted", *names])
+        writer.writerows([name, *row] for name, row in zip(names, counts.tolist(), strict=True))
+    side = 3.0 + 0.17 * len(names)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
+    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    axis.set_yticks(range(len(names)), names, fontsize=6)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("truth")
+    figure.savefig(picture, dpi=90)
+    return [table, picture]
+
+
+def prediction_sample(
+    keys: Sequence[str], targets: np.ndarray, logits: np.ndarray, names: Sequence[str], path: Path
+) -> None:
+    """True and best predicted labels of clips spread over the evaluation set, as JSON."""
+    chosen = np.unique(np.linspace(0, len(keys) - 1, SAMPLES).round().astype(int))
+    content = [
+        {
+            "key": keys[i],
+            "labels": [names[c] for c in np.flatnonzero(targets[i] > 0.5).tolist()],
+            "predicted": {names[c]: round(float(logits[i, c]), 3) for c in np.argsort(-logits[i])[:5].tolist()},
+        }
+        for i in chosen.tolist()
+    ]
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")

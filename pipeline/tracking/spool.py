@@ -1,0 +1,140 @@
+"""The append-only files between a run and its MLflow server.
+
+In: lines. Out: the lines that the server has not confirmed, in order. One feed is the run's own, one more
+for each node's system metrics. A feed is JSON lines; `.offset` beside it says how far it is delivered.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+BATCH_LINES = 200
+Line = dict[str, Any]
+_IMPORTING = threading.Lock()
+
+
+def load_mlflow() -> None:
+    """Imports MLflow, which takes seconds: in a thread, never in the way of the first step.
+
+    Its modules import each other in circles: two threads doing so at once see half of them.
+    """
+    with _IMPORTING:
+        import mlflow.pyfunc
+        import mlflow.system_metrics.system_metrics_monitor
+        import mlflow.tracking  # noqa: F401
+
+
+class Feed:
+    """A file that one process appends to and one delivers from.
+
+    Args:
+        lines: The file.
+    """
+
+    def __init__(self, lines: Path) -> None:
+        self.lines = lines
+        self.offset = lines.with_suffix(".offset")
+
+    def append(self, kind: str, content: Mapping[str, Any]) -> None:
+        """Adds one line; handed to the system, so it survives the death of the process."""
+        line = json.dumps({"kind": kind, "time": int(time.time() * 1000), **content}, ensure_ascii=False)
+        with self.lines.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def read(self) -> list[Line]:
+        """All whole lines."""
+        if not self.lines.exists():
+            return []
+        with self.lines.open("rb") as file:
+            return [json.loads(line) for line in file if line.endswith(b"\n")]
+
+    def mend(self) -> None:
+        """Cuts off a last line that a kill left half written, so that the next one starts afresh."""
+        if not self.lines.exists():
+            return
+        with self.lines.open("rb+") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
+
+    @property
+    def delivered(self) -> int:
+        """Bytes that the server has confirmed."""
+        return int(self.offset.read_text(encoding="utf-8")) if self.offset.exists() else 0
+
+    @property
+    def waiting(self) -> bool:
+        """Lines are not delivered."""
+        return self.lines.exists() and self.lines.stat().st_size > self.delivered
+
+    def deliver(self, send: Callable[[list[Line]], None]) -> bool:
+        """Sends a batch of the lines that were not confirmed.
+
+        A line is sent again only if the process died between the server's answer and the note of it;
+        MLflow keeps one value per (metric, step, time), and the time is the line's own.
+
+        Returns:
+            False where nothing is left.
+        """
+        if not self.waiting:
+            return False
+        done = self.delivered
+        with self.lines.open("rb") as file:
+            file.seek(done)
+            raw = [line for line in (file.readline() for _ in range(BATCH_LINES)) if line.endswith(b"\n")]
+        if not raw:
+            return False
+        send([json.loads(line) for line in raw])
+        temporary = self.offset.with_suffix(".tmp")
+        temporary.write_text(str(done + sum(map(len, raw))), encoding="utf-8")
+        temporary.replace(self.offset)
+        return True
+
+
+class Spool:
+    """The feeds of a run directory, and the identity of its MLflow run.
+
+    `tracking.json` holds where the run is tracked and, once the server has made it, its id; so a resumed
+    job and a later `sync` go on in the same run.
+
+    Args:
+        run_dir: Run directory.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.main = Feed(run_dir / "tracking.jsonl")
+        self.identity_file = run_dir / "tracking.json"
+
+    @property
+    def exists(self) -> bool:
+        """The run is tracked."""
+        return self.identity_file.exists()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Content of `tracking.json`."""
+        content: dict[str, Any] = json.loads(self.identity_file.read_text(encoding="utf-8"))
+        return content
+
+    @identity.setter
+    def identity(self, content: dict[str, Any]) -> None:
+        temporary = self.identity_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.replace(self.identity_file)
+
+    def feeds(self) -> list[Feed]:
+        """The run's own first: it makes the run."""
+        return [self.main, *(Feed(file) for file in sorted(self.run_dir.glob("system/*.jsonl")))]
+
+    @property
+    def waiting(self) -> bool:
+        """Lines are not delivered."""
+        return any(feed.waiting for feed in self.feeds())
+
+    def deliver(self, send: Callable[[list[Line]], None]) -> bool:
+        """Sends a batch of each feed; False where nothing is left."""
+        more = [feed.deliver(send) for feed in self.feeds()]  # each gets its turn
+        return any(more)

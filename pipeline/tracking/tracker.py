@@ -1,0 +1,282 @@
+"""What a job tells about itself, and the thread that passes it on.
+
+In: calls. Out: lines of a spool; each call costs one buffered append.
+"""
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pipeline.config import LogConfig
+from pipeline.tracking.deliver import Delivery
+from pipeline.tracking.facts import about_code, about_host
+from pipeline.tracking.nodes import NodeMonitor
+from pipeline.tracking.spool import Spool, load_mlflow
+
+log = logging.getLogger(__name__)
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+RETRY_SECONDS = 5.0
+FINISH_SECONDS = 30.0  # patience with a slow server at the end of a run
+TRANSFER_SECONDS = 600.0  # the same while files are on their way
+
+
+@dataclass(frozen=True)
+class DatasetNote:
+    """A data set for MLflow's panel.
+
+    Attributes:
+        name: Of the data set.
+        digest: Of the manifest.
+        source: Directory or URL of the shards.
+        profile: Counts.
+        context: "training" or "evaluation".
+    """
+
+    name: str
+    digest: str
+    source: str
+    profile: Mapping[str, Any]
+    context: str
+
+
+class Tracker(Protocol):
+    """What a job tells about itself."""
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run; empty until there is one."""
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Parameters, once."""
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Tags."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers at a step."""
+
+    def dataset(self, note: DatasetNote) -> None:
+        """What the run reads."""
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """A file, as it is when it is delivered."""
+
+    def model(self, path: Path, step: int, tags: Mapping[str, str], card: str, register: str) -> None:
+        """A saved pyfunc model; `register` names it in the registry, empty: it stays the run's."""
+
+    def finish(self, status: Status) -> None:
+        """Ends the run; waits a bounded time for the delivery."""
+
+
+class NullTracker:
+    """The twin that does nothing: other ranks, and `log.mlflow=false`.
+
+    Args:
+        monitor: Of the node, where this rank is its first.
+    """
+
+    def __init__(self, monitor: NodeMonitor | None = None) -> None:
+        self._monitor = monitor
+
+    @property
+    def run_id(self) -> str:
+        """None."""
+        return ""
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Nothing."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def dataset(self, note: DatasetNote) -> None:
+        """Nothing."""
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Nothing."""
+
+    def model(self, path: Path, step: int, tags: Mapping[str, str], card: str, register: str) -> None:
+        """Nothing."""
+
+    def finish(self, status: Status) -> None:
+        """Ends the node's monitor."""
+        if self._monitor:
+            self._monitor.stop()
+
+
+class SpoolTracker:
+    """Appends to the spool, with a daemon thread that delivers.
+
+    A resumed run may repeat steps of an attempt that was lost after its last checkpoint. They are told
+    once: MLflow cannot take a value back, and the repeated one is the same.
+
+    Args:
+        spool: Of the run.
+        monitor: Of this node.
+    """
+
+    def __init__(self, spool: Spool, monitor: NodeMonitor | None) -> None:
+        self._spool = spool
+        self._monitor = monitor
+        self._delivery = Delivery(spool)
+        self._stop = threading.Event()
+        self._fresh = threading.Event()
+        self._warned = False
+        self._told: dict[str, int] = {}
+        for line in spool.main.read():
+            if line["kind"] == "metrics":
+                self._told |= {n: line["step"] for n in line["values"] if line["step"] > self._told.get(n, -1)}
+        self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run; empty until the server has given one."""
+        return str(self._spool.identity["run_id"])
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Parameters, once."""
+        self._append("params", {"values": dict(values)})
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Tags."""
+        self._append("tags", {"values": dict(values)})
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers at a step; values that are not finite are left out, stores differ in taking them."""
+        fresh = {
+            name: float(value)
+            for name, value in values.items()
+            if math.isfinite(value) and step > self._told.get(name, -1)
+        }
+        if fresh:
+            self._append("metrics", {"values": fresh, "step": step})
+
+    def dataset(self, note: DatasetNote) -> None:
+        """What the run reads."""
+        self._append("dataset", vars(note))
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """A file, as it is when it is delivered."""
+        self._append("artifact", {"path": str(path.resolve()), "folder": folder})
+
+    def model(self, path: Path, step: int, tags: Mapping[str, str], card: str, register: str) -> None:
+        """A saved pyfunc model; `register` names it in the registry, empty: it stays the run's."""
+        content = {"path": str(path.resolve()), "step": step, "tags": dict(tags), "card": card, "register": register}
+        self._append("model", content)
+
+    def finish(self, status: Status) -> None:
+        """Ends the run; waits a bounded time for the delivery and says how to do the rest."""
+        if self._monitor:
+            self._monitor.stop()
+        self._append("finish", {"status": status})
+        self._stop.set()
+        self._fresh.set()
+        begun = time.monotonic()
+        self._thread.join(FINISH_SECONDS)
+        while self._thread.is_alive() and self._delivery.transferring and time.monotonic() - begun < TRANSFER_SECONDS:
+            self._thread.join(1.0)
+        if self._spool.waiting:
+            log.warning(
+                "the MLflow server has not taken all records; deliver later with: python -m pipeline.tracking sync %s",
+                self._spool.run_dir,
+            )
+
+    def _append(self, kind: str, content: Mapping[str, Any]) -> None:
+        self._spool.main.append(kind, content)
+        self._fresh.set()
+
+    def _run(self) -> None:
+        load_mlflow()
+        from mlflow.exceptions import MlflowException
+
+        while True:
+            self._fresh.wait()
+            self._fresh.clear()
+            stopping = self._stop.is_set()
+            try:
+                while self._spool.deliver(self._delivery.send):
+                    self._warned = False
+            except (MlflowException, OSError) as error:
+                self._delivery.transferring = False
+                if not self._warned:
+                    log.warning("MLflow: %s; the run goes on, and its records wait in the spool", error)
+                self._warned = True
+                self._stop.wait(RETRY_SECONDS) if not stopping else time.sleep(1.0)
+                self._fresh.set()
+                continue
+            if stopping:
+                return
+
+
+def open_tracker(
+    config: LogConfig,
+    run_dir: Path,
+    *,
+    name: str,
+    rank: int,
+    kind: str,
+    parent: str | None,
+    first_of_node: bool = False,
+) -> Tracker:
+    """Starts or resumes the tracking of a job.
+
+    Args:
+        config: Settings.
+        run_dir: Run directory; holds the spool.
+        name: Of the run, BatchSize-Pretrain-Finetune.
+        rank: Only 0 tracks.
+        kind: "pretrain" or "finetune", a tag.
+        parent: Run directory that the weights come from; its MLflow run is linked.
+        first_of_node: This rank samples its node.
+    """
+    if not config.mlflow:
+        return NullTracker()
+    monitor = NodeMonitor(run_dir, rank == 0, config.system_every) if first_of_node and config.system_every else None
+    if rank != 0:
+        return NullTracker(monitor)
+    spool = Spool(run_dir)
+    if not spool.exists:
+        source = {"pretrain_dir": str(run_of(parent).resolve())} if parent else {}
+        spool.identity = {
+            "uri": tracking_uri(config, run_dir),
+            "experiment": config.experiment,
+            "artifacts": "" if config.uri or os.environ.get("MLFLOW_TRACKING_URI") else _local_artifacts(run_dir),
+            "name": name,
+            "run_id": "",
+            "tags": {"kind": kind, "run_dir": str(run_dir.resolve()), "resumes": "0", **source, **about_host(),
+                     **about_code()},
+        }  # fmt: skip
+        return SpoolTracker(spool, monitor)
+    spool.main.mend()
+    resumes = 1 + sum(line["kind"] == "resume" for line in spool.main.read())
+    spool.main.append("resume", {})
+    tracker = SpoolTracker(spool, monitor)
+    tracker.tags({"resumes": str(resumes), **about_host(), **about_code()})
+    return tracker
+
+
+def tracking_uri(config: LogConfig, run_dir: Path) -> str:
+    """Where a run is tracked: the setting, the environment, or SQLite beside the run directory."""
+    beside = run_dir.resolve().parent / "mlflow.db"
+    return config.uri or os.environ.get("MLFLOW_TRACKING_URI", "") or f"sqlite:///{beside}"
+
+
+def run_of(source: str) -> Path:
+    """The run directory that weights come from: `model.init` may name one of its checkpoints."""
+    path = Path(source)
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
+def _local_artifacts(run_dir: Path) -> str:
+    return (run_dir.resolve().parent / "mlartifacts").as_uri()

@@ -2,6 +2,8 @@
 
     deepspeed launchers/finetune.py --deepspeed_config ds.json data.shards=DIR model.init=RUN_DIR [key=value ...]
 
+                     [--register NAME]
+
 In: shards and, as model.init, a pretraining run directory. Out: a run directory with checkpoints,
 metrics.jsonl, results.json and an MLflow run linked to the pretraining's. Without settings: SWaB on
 AudioSet as in the paper. The same command again goes on where the run stopped.
@@ -13,15 +15,17 @@ from pipeline.engine.loop import train
 from pipeline.errors import run_cli
 from pipeline.jobs import finetune_job, finish_finetuning
 from pipeline.launch import parse
+from pipeline.serving.publish import publish
 
 
 def main() -> None:
-    """Parses, builds, trains, evaluates."""
+    """Parses, builds, trains, evaluates, publishes the model."""
     launch = parse(FinetuneRecipe, __doc__)
     run = launch.recipe.run
     with session(run.timeout, run.seed) as world, finetune_job(launch, world) as job:
         train(job, world)
         finish_finetuning(job, world)
+        publish(job, world)
 
 
 if __name__ == "__main__":

@@ -52,11 +52,15 @@ def parse(kind: type[RecipeT], description: str | None, argv: list[str] | None =
     parser.add_argument(
         "--config", action="append", default=[], metavar="YAML", help="overrides; may be repeated (default: none)"
     )
+    if "finetune" in kind.model_fields:
+        meaning = "put the final model into MLflow's registry, as log.register_as does (default: do not)"
+        parser.add_argument("--register", metavar="NAME", help=meaning)
     parser.add_argument("--print-config", action="store_true", help="show all settings and stop (default: off)")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
     parser.add_argument("settings", nargs="*", metavar="key=value", help="override any setting below (default: none)")
     args = parser.parse_intermixed_args(argv)
-    recipe = load_recipe(kind, args.config, args.settings)
+    words = [f"log.register_as={args.register}"] if getattr(args, "register", None) else []
+    recipe = load_recipe(kind, args.config, [*args.settings, *words])
     if args.print_config:
         sys.stdout.write(dump_recipe(recipe))
         raise SystemExit(0)

@@ -14,7 +14,7 @@ FLOORS = [
     {"tasks"},
     {"engine", "tracking"},
     {"launch", "jobs"},
-    {"ablation"},
+    {"ablation", "serving"},
     {"report"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -2,19 +2,25 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
 from pipeline.config import LogConfig
-from pipeline.tracking import NullTracker, open_tracker, tracking_uri
+from pipeline.tracking import DatasetNote, NullTracker, figures, open_tracker, tracking_uri
+from pipeline.tracking.nodes import NodeMonitor
+from pipeline.tracking.spool import Feed, Spool
 from tests.conftest import ROOT, free_port
 
 
@@ -62,60 +68,168 @@ def test_where_runs_are_tracked(tmp_path, monkeypatch):
 
 
 def test_a_resumed_job_goes_on_in_its_run(tmp_path, monkeypatch):
+    """Two attempts; the first is lost after the checkpoint of step 3, with step 4 told and a line half written."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text("a: 1\n")
-    for first in (1, 4):
+    (run_dir / "picture.png").write_bytes(b"png")
+    for first, last in ((1, 4), (4, 6)):
         tracker = open_tracker(LogConfig(), run_dir, name="8-PSWaCL", rank=0, kind="pretrain", parent=None)
-        tracker.params({"train.steps": first + 2, "data.shards": "x" * 7000})
+        tracker.params({"train.steps": last, "data.shards": "x" * 7000})
         tracker.artifact(run_dir / "config.yaml")
-        for step in range(first, first + 3):
+        tracker.artifact(run_dir / "picture.png", "pictures")
+        tracker.dataset(DatasetNote("synth", "d" * 64, "/data", {"train_clips": 60}, "training"))
+        for step in range(first, last + 1):
             tracker.metrics({"loss": step / 2, "broken": float("nan")}, step)
+        tracker.metrics({"eval_loss": last + 0.5}, last)
         tracker.finish("FINISHED")
         assert tracker.run_id
+        if first == 1:
+            with (run_dir / "tracking.jsonl").open("a") as file:
+                file.write('{"kind": "metrics", "ti')
     status, values = history(f"sqlite:///{tmp_path}/mlflow.db")
     assert status == "FINISHED"
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    data = client.get_run(tracker.run_id).data
-    assert (data.params["train.steps"], data.tags["changed.train.steps"]) == ("3", "6")
+    run = client.get_run(tracker.run_id)
+    assert (run.data.params["train.steps"], run.data.tags["changed.train.steps"]) == ("4", "6")
+    assert (run.data.tags["resumes"], run.data.tags["gpus"]) == ("1", "none")
     assert values == [(step, step / 2) for step in range(1, 7)]
+    assert [m.value for m in client.get_metric_history(tracker.run_id, "eval_loss")] == [4.5, 6.5]
+    (given,) = run.inputs.dataset_inputs
+    assert (given.dataset.name, json.loads(given.dataset.profile), given.tags[0].value) == (
+        "synth", {"train_clips": 60}, "training")  # fmt: skip
+    assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["config.yaml", "pictures"]
+    assert not Spool(run_dir).waiting
+
+
+def test_each_node_s_metrics_reach_the_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    other = Feed(run_dir / "system" / "node2.jsonl")  # what another node's first rank writes
+    other.lines.parent.mkdir()
+    other.append("metrics", {"values": {"system/node2/cpu_utilization_percentage": 50.0}, "step": 0})
+    config = LogConfig(system_every=0.05)
+    tracker = open_tracker(config, run_dir, name="x", rank=0, kind="pretrain", parent=None, first_of_node=True)
+    deadline = time.monotonic() + 60
+    while len(list(run_dir.glob("system/*.jsonl"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    tracker.finish("FINISHED")
+    metrics = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(tracker.run_id).data.metrics
+    assert metrics["system/node2/cpu_utilization_percentage"] == 50.0
+    assert metrics["system/system_memory_usage_megabytes"] > 0
+
+
+def test_a_monitor_goes_on_where_it_stopped(tmp_path):
+    for steps in (1, 2):
+        monitor = NodeMonitor(tmp_path, main=False, every=0.05)
+        feed = next((Feed(file) for file in tmp_path.glob("system/*.jsonl")), None)
+        deadline = time.monotonic() + 60
+        while (feed is None or len(feed.read()) < 3 * steps) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            feed = next((Feed(file) for file in tmp_path.glob("system/*.jsonl")), None)
+        monitor.stop()
+    assert feed is not None
+    told = [line["step"] for line in feed.read()]
+    assert told == list(range(len(told)))
+
+
+def test_pictures_show_what_was_masked_and_made(tmp_path):
+    """Patch (0, 0) is at the bottom left; a masked patch takes the prediction and nothing else does."""
+    grid, side = (2, 3), 4
+    targets = np.arange(6)[None, :, None] * np.ones((1, 6, side * side))
+    image = figures._image(targets[0], grid)
+    assert image.shape == (8, 12)
+    assert (image[0, 0], image[0, -1], image[-1, 0]) == (0, 2, 3)
+    figures.reconstructions(targets, np.array([[1, 4]]), np.full((1, 2, 16), 9.0), grid, tmp_path / "p.png", "t")
+    assert np.asarray(Image.open(tmp_path / "p.png")).std() > 0
+
+
+def test_confusion_counts_and_tables(tmp_path):
+    targets = np.eye(3)[[0, 0, 1, 2]]
+    logits = np.eye(3)[[0, 1, 1, 0]].astype(np.float32)
+    table, picture = figures.confusion(targets, logits, ["cat", "dog", "cow"], tmp_path)
+    assert table.read_text().splitlines()[1:] == ["cat,1,1,0", "dog,0,1,0", "cow,1,0,0"]
+    assert picture.stat().st_size > 1000
+    rows = [{"label": "a", "id": "1", "positives": 2, "average_precision": 0.2},
+            {"label": "b", "id": "2", "positives": 0, "average_precision": None},
+            {"label": "c", "id": "3", "positives": 5, "average_precision": 0.9}]  # fmt: skip
+    figures.per_class({"per_class": rows}, tmp_path / "per_class.csv")
+    assert [line[0] for line in (tmp_path / "per_class.csv").read_text().splitlines()[1:]] == ["c", "a", "b"]
+    assert not figures.curves(tmp_path / "none.jsonl", tmp_path / "curves.png")
+
+
+class Gate:
+    """A server's door that can be shut: connections are taken and held, as by a server that hangs."""
+
+    def __init__(self, target: int) -> None:
+        self.open = threading.Event()
+        self._target = target
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self.port = self._door.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            caller, _ = self._door.accept()
+            threading.Thread(target=self._serve, args=(caller,), daemon=True).start()
+
+    def _serve(self, caller: socket.socket) -> None:
+        self.open.wait()
+        try:
+            server = socket.create_connection(("127.0.0.1", self._target))
+        except OSError:
+            caller.close()
+            return
+        threading.Thread(target=self._copy, args=(server, caller), daemon=True).start()
+        self._copy(caller, server)
+
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            source.close()
+            target.close()
 
 
 @pytest.mark.slow
-def test_a_server_that_is_down_costs_nothing_and_gets_everything(tmp_path):
-    port = free_port()
-    uri = f"http://127.0.0.1:{port}"
-    config = LogConfig(uri=uri)
-    environment = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "2"}
-    old = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
-        run_dir = tmp_path / "run"
-        run_dir.mkdir()
-        tracker = open_tracker(config, run_dir, name="8-PSWaCL", rank=0, kind="pretrain", parent=None)
-        for step in range(1, 11):  # the server is not there yet
+def test_a_server_that_is_down_hangs_or_dies_costs_nothing_and_gets_everything(tmp_path, monkeypatch):
+    """Not there at the start, hanging, up, killed in the middle, and back for `sync`."""
+    gate = Gate(port := free_port())
+    uri = f"http://127.0.0.1:{gate.port}"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    monkeypatch.setattr("pipeline.tracking.tracker.FINISH_SECONDS", 3.0)
+    monkeypatch.setattr("pipeline.tracking.tracker.RETRY_SECONDS", 0.5)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    tracker = open_tracker(LogConfig(uri=uri), run_dir, name="8-PSWaCL", rank=0, kind="pretrain", parent=None)
+    for step in range(1, 11):  # taken by a door behind which nobody answers: the calls return all the same
+        tracker.metrics({"loss": float(step)}, step)
+    assert Spool(run_dir).main.delivered == 0
+    with server(tmp_path, port):
+        gate.open.set()
+        for step in range(11, 21):
             tracker.metrics({"loss": float(step)}, step)
-        with server(tmp_path, port):
-            for step in range(11, 21):
-                tracker.metrics({"loss": float(step)}, step)
-            wanted = (run_dir / "tracking.jsonl").stat().st_size
-            for _ in range(120):
-                offset = run_dir / "tracking.offset"
-                if offset.exists() and int(offset.read_text()) == wanted:
-                    break
-                time.sleep(0.5)
-            assert history(uri) == ("RUNNING", [(step, float(step)) for step in range(1, 21)])
-        for step in range(21, 31):  # it died in the middle
-            tracker.metrics({"loss": float(step)}, step)
-        tracker.finish("FINISHED")
-        with server(tmp_path, port):
-            done = subprocess.run([sys.executable, "-m", "pipeline.tracking", "sync", str(run_dir)], cwd=ROOT,
-                                  capture_output=True, text=True, check=True)  # fmt: skip
-            assert "all delivered" in done.stdout
-            assert history(uri) == ("FINISHED", [(step, float(step)) for step in range(1, 31)])
-    finally:
-        for name, value in old.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        deadline = time.monotonic() + 120
+        while Spool(run_dir).waiting and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert history(uri) == ("RUNNING", [(step, float(step)) for step in range(1, 21)])
+    for step in range(21, 31):  # it died in the middle
+        tracker.metrics({"loss": float(step)}, step)
+    tracker.finish("FINISHED")
+    assert Spool(run_dir).waiting
+    with server(tmp_path, port):
+        done = subprocess.run([sys.executable, "-m", "pipeline.tracking", "sync", str(run_dir)], cwd=ROOT,
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        assert "all delivered" in done.stdout
+        assert history(uri) == ("FINISHED", [(step, float(step)) for step in range(1, 31)])
     kinds = [json.loads(line)["kind"] for line in (run_dir / "tracking.jsonl").read_text().splitlines()]
     assert kinds == ["metrics"] * 30 + ["finish"]
+    nothing = subprocess.run([sys.executable, "-m", "pipeline.tracking", "sync", str(tmp_path)], cwd=ROOT,
+                             capture_output=True, text=True, check=False)  # fmt: skip
+    assert nothing.returncode == 2
+    assert "tracking.json" in nothing.stderr

@@ -57,7 +57,7 @@ class Delivery:
 
         identity = self._spool.identity
         if self._client is None:
-            self._client = MlflowClient(identity["uri"])
+            self._client = MlflowClient(identity["uri"], registry_uri=identity["uri"])
         if not identity["run_id"]:
             name, location = identity["experiment"], identity["artifacts"] or None
             experiment = self._client.get_experiment_by_name(name)
@@ -136,10 +136,11 @@ class Delivery:
             file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
             self._client.log_model_artifacts(model_id, str(copy))
         self._client.finalize_logged_model(model_id, "READY")
-        self._client.log_outputs(run_id, [LoggedModelOutput(model_id, line["step"])])
-        if line["register"] and not identity.get("registered"):
+        if not any(output.model_id == model_id for output in self._client.get_run(run_id).outputs.model_outputs):
+            self._client.log_outputs(run_id, [LoggedModelOutput(model_id, line["step"])])
+        if line["register"] and line["register"] not in identity.get("registered", []):
             self._register(run_id, model_id, line)
-            self._spool.identity = identity | {"registered": line["register"]}
+            self._spool.identity = identity | {"registered": [*identity.get("registered", []), line["register"]]}
 
     def _register(self, run_id: str, model_id: str, line: Line) -> None:
         from mlflow.exceptions import MlflowException
@@ -150,9 +151,15 @@ class Delivery:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         self._client.create_model_version(
-            line["register"], f"models:/{model_id}", run_id, tags=line["tags"], description=line["card"],
+            line["register"], self._source(model_id), run_id, tags=line["tags"], description=line["card"],
             model_id=model_id,
         )  # fmt: skip
+
+    def _source(self, model_id: str) -> str:
+        """Where the registry finds the model; without a server MLflow would look `models:/` up in another store."""
+        if self._spool.identity["uri"].startswith("http"):
+            return f"models:/{model_id}"
+        return str(self._client.get_logged_model(model_id).artifact_location)
 
 
 def _link(source: str, target: str) -> None:

@@ -1,0 +1,118 @@
+"""A finetuned run -> a directory that `mlflow models serve` serves.
+
+In: a run directory. Out: an MLflow model: our code, `weights.safetensors`, config.yaml, data.json,
+signature, input example, pinned requirements, and a model card.
+"""
+
+import json
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.data.spec import DataSpec
+from pipeline.errors import UserError
+from pipeline.model.weights import weights_file
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIREMENTS = (
+    "mlflow", "torch", "numpy", "pandas", "scipy", "scikit-learn", "pyarrow", "fsspec", "pydantic", "pyyaml",
+    "safetensors", "soundfile", "soxr", "ffmpeg-python", "imageio-ffmpeg", "xxhash", "tqdm", "matplotlib", "psutil",
+)  # fmt: skip
+DEFAULT_TOP = 5
+
+
+def save_model(run_dir: Path, out: Path) -> str:
+    """Writes the model of a finetuned run to `out`, replacing what is there.
+
+    Returns:
+        The model card, Markdown.
+
+    Raises:
+        UserError: no finetuned run.
+    """
+    from pipeline.tracking.spool import load_mlflow
+
+    load_mlflow()
+    import mlflow.pyfunc
+
+    spec = DataSpec.load(run_dir)
+    weights = weights_file(run_dir)
+    card = model_card(run_dir, spec)
+    with tempfile.TemporaryDirectory() as folder:
+        copies = {name: Path(folder) / name for name in ("weights.safetensors", "config.yaml", "data.json")}
+        sources = (weights, run_dir / "config.yaml", run_dir / "data.json")
+        for source, copy in zip(sources, copies.values(), strict=True):
+            shutil.copyfile(source, copy)
+        shutil.rmtree(out, ignore_errors=True)
+        mlflow.pyfunc.save_model(
+            path=str(out),
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            artifacts={name.split(".")[0]: str(path) for name, path in copies.items()},
+            code_paths=[str(ROOT / "pipeline"), str(ROOT / "shard_tools")],
+            signature=_signature(),
+            input_example=_example(spec),
+            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS],
+            metadata={"labels": len(spec.labels), "manifest_digest": spec.digest},
+        )
+    for cache in out.rglob("__pycache__"):
+        shutil.rmtree(cache)
+    (out / "README.md").write_text(card, encoding="utf-8")
+    return card
+
+
+def model_card(run_dir: Path, spec: DataSpec) -> str:
+    """What a user of the model must know, from the run's own files."""
+    config: dict[str, Any] = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    if "finetune" not in config:
+        raise UserError(f"{run_dir}: not a finetuned run; a served model needs a classifier")
+    results_file = run_dir / "results.json"
+    evaluation = "not evaluated"
+    if results_file.exists():
+        results = json.loads(results_file.read_text(encoding="utf-8"))
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in results["metrics"].items())
+        evaluation = f"{numbers} on {results['clips']} clips of split `{results['split']}`"
+    names = ", ".join(label.name for label in spec.labels[:20]) + (", ..." if len(spec.labels) > 20 else "")
+    return f"""# {config["finetune"]["method"]} ({config["model"]["size"]}), {len(spec.labels)} classes
+
+Labels of {spec.samples / spec.sample_rate:g} s of audio: fill one column of a row, `path` (a file that the
+server sees), `audio` (the bytes of a file, base64 in JSON) or `samples` (floats in [-1, 1], with `rate` in Hz).
+Any codec and rate; the first {spec.samples / spec.sample_rate:g} s are heard. `params: {{"top": {DEFAULT_TOP}}}`
+chooses how many labels come back.
+
+- Scores: {"softmax over the classes" if spec.single_label else "a sigmoid for each class"}.
+- Evaluation: {evaluation}.
+- Training data: `{config["data"]["shards"]}`, manifest {spec.digest[:16]}, split `{config["data"]["train_split"]}`,
+  held-out fold {config["data"]["fold"] or "none"}.
+- Pretrained from: `{config["model"]["init"] or "nothing (random weights)"}`.
+- Classes: {names}.
+- Limits: trained on that data alone; scores of other recordings, microphones and levels are not calibrated.
+"""
+
+
+def _signature() -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array
+
+    inputs = Schema([
+        ColSpec(DataType.string, "path", required=False),
+        ColSpec(DataType.binary, "audio", required=False),
+        ColSpec(Array(DataType.double), "samples", required=False),
+        ColSpec(DataType.double, "rate", required=False),
+    ])  # fmt: skip
+    outputs = Schema([ColSpec(Array(DataType.string), "labels"), ColSpec(Array(DataType.double), "scores")])
+    return ModelSignature(inputs, outputs, ParamSchema([ParamSpec("top", DataType.long, DEFAULT_TOP)]))
+
+
+def _example(spec: DataSpec) -> Any:
+    """A tenth of a second of a 440 Hz tone: small in MLmodel's neighbour, and enough to answer."""
+    import numpy as np
+    import pandas as pd
+
+    time = np.arange(spec.sample_rate // 10) / spec.sample_rate
+    tone = (0.1 * np.sin(2 * np.pi * 440 * time)).round(4)
+    return pd.DataFrame({"samples": [tone.tolist()], "rate": [float(spec.sample_rate)]})

@@ -1,0 +1,124 @@
+"""Audio in, label probabilities out: what the served model and the demo page share.
+
+In: a file, its bytes, or samples. Out: float32 [n, C]. Audio goes the way of the shards: mono, resampled
+with soxr, DC removed, rounded to int16, so that a served clip scores as the same clip in the shards.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import soxr
+import torch
+
+from pipeline.data.fbank import fbank
+from pipeline.data.loader import pad_frames
+from pipeline.data.spec import DataSpec
+from pipeline.errors import UserError
+from pipeline.flow import Batch
+from pipeline.tasks import FinetuneTask
+from shard_tools.decode import Decoded, DecodeError, decode, down_mix
+from shard_tools.write import encode_waveform
+
+BATCH = 16  # windows of a forward pass
+LONGEST_SECONDS = 600.0  # of a recording that is heard in windows
+
+
+class Scorer:
+    """A finetuned model that hears audio.
+
+    Args:
+        task: The model, in evaluation mode.
+        spec: Its audio format and labels.
+    """
+
+    def __init__(self, task: FinetuneTask, spec: DataSpec) -> None:
+        self.task = task
+        self.spec = spec
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the C classes."""
+        return [label.name for label in self.spec.labels]
+
+    @property
+    def seconds(self) -> float:
+        """Length of a clip."""
+        return self.spec.samples / self.spec.sample_rate
+
+    def read(self, source: str | bytes, seconds: float | None = None) -> np.ndarray:
+        """A file's or its bytes' first seconds, mono at the model's rate: float32 [n].
+
+        Args:
+            source: Path, or the content of an audio file.
+            seconds: At most this much; None: a clip.
+
+        Raises:
+            UserError: it cannot be decoded.
+        """
+        if isinstance(source, bytes):
+            with tempfile.NamedTemporaryFile(suffix=".audio") as file:  # ffmpeg reads containers by seeking
+                file.write(source)
+                file.flush()
+                return self._decode(file.name, "the given bytes", seconds or self.seconds)
+        return self._decode(source, source, seconds or self.seconds)
+
+    def resample(self, samples: np.ndarray, rate: float) -> np.ndarray:
+        """Samples [n] or [n, channels] in [-1, 1] at `rate` Hz -> float32 [m], mono at the model's rate.
+
+        Raises:
+            UserError: nothing in them, or not finite.
+        """
+        array = np.asarray(samples, dtype=np.float32)
+        if array.ndim not in (1, 2) or not array.size or not np.isfinite(array).all() or rate <= 0:
+            raise UserError(f"samples of shape {array.shape} at {rate} Hz; give finite floats [n] or [n, channels]")
+        mono = down_mix(array) if array.ndim == 2 else array
+        if rate == self.spec.sample_rate:
+            return mono
+        return np.asarray(soxr.resample(mono, rate, self.spec.sample_rate, quality="HQ"), dtype=np.float32)
+
+    def probabilities(self, waveforms: list[np.ndarray]) -> np.ndarray:
+        """Of each waveform's first clip length: float32 [n, C]; softmax of single-label data, else sigmoids."""
+        parts = [self._scores(waveforms[i : i + BATCH]) for i in range(0, len(waveforms), BATCH)]
+        return np.concatenate(parts) if parts else np.zeros((0, len(self.spec.labels)), np.float32)
+
+    def over_time(self, waveform: np.ndarray, hop: float) -> tuple[np.ndarray, np.ndarray]:
+        """Windows of a clip's length, `hop` seconds apart: start seconds [n], probabilities [n, C]."""
+        window, step = self.spec.samples, max(1, round(hop * self.spec.sample_rate))
+        starts = np.arange(0, max(1, len(waveform) - window + step), step)
+        scores = self.probabilities([waveform[start : start + window] for start in starts])
+        return starts / self.spec.sample_rate, scores
+
+    def _decode(self, path: str, name: str, seconds: float) -> np.ndarray:
+        try:
+            return decode(path, 0.0, None, rate=self.spec.sample_rate, seconds=seconds).waveform
+        except DecodeError as error:
+            raise UserError(f"{name}: {error}") from error
+
+    def _scores(self, waveforms: list[np.ndarray]) -> np.ndarray:
+        spec = self.spec
+        device = next(self.task.parameters()).device
+        stored = [encode_waveform(Decoded(w, 0.0, spec.sample_rate, 1), spec.samples)[0] for w in waveforms]
+        waveform = torch.from_numpy(np.stack(stored)).to(device).float() / 32768
+        features = pad_frames(fbank(waveform, spec.sample_rate, spec.mel_bins), spec.frames)
+        zero = torch.zeros(len(stored), dtype=torch.int64, device=device)
+        targets = torch.zeros(len(stored), len(spec.labels), device=device)
+        batch = Batch(zero, zero, zero == 0, waveform, (features - spec.mean) / (2 * spec.std), targets)
+        with torch.no_grad():
+            logits = self.task(batch).logits
+        scores = logits.softmax(dim=1) if spec.single_label else logits.sigmoid()
+        return np.asarray(scores.float().cpu().numpy())
+
+
+def load_scorer(run_dir: Path, file: Path | None = None) -> Scorer:
+    """The scorer of a finetuned run, on a GPU where there is one.
+
+    Args:
+        run_dir: Directory with config.yaml and data.json.
+        file: Weights; None: those of the newest checkpoint.
+    """
+    from pipeline.jobs import load_finetuned
+    from pipeline.model.weights import weights_file
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Scorer(*load_finetuned(run_dir, file or weights_file(run_dir), device))

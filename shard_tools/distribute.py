@@ -11,17 +11,22 @@ import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from itertools import islice
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pipeline.errors import UserError
 from shard_tools.write import ShardPlan, write_shard
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 ENGINES = ("process", "ray", "inline")
 # BLAS and OMP threads left unset double a worker's CPU time: one thread each.
@@ -87,6 +92,38 @@ def _run_processes(plans: Iterable[ShardPlan], workers: int) -> Generator[ShardP
             writer.close()  # the workers exit at once
         for pool in pools.values():
             pool.shutdown(cancel_futures=True)
+        writer.close()
+        reader.close()
+
+
+def each(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """Results of a function, in the order of the items; one worker: in this process.
+
+    At most twice as many items as workers are in flight.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    queue = iter(items)
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(reader,))
+    try:
+        ahead = deque(pool.submit(function, item) for item in islice(queue, 2 * workers))
+        while ahead:
+            result = ahead.popleft().result()
+            ahead.extend(pool.submit(function, item) for item in islice(queue, 1))
+            yield result
+    except BrokenProcessPool as error:
+        raise UserError("a worker process was killed (out of memory?); run it again with fewer --workers") from error
+    except BaseException:
+        writer.close()  # the workers exit at once
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
         writer.close()
         reader.close()
 

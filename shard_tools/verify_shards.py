@@ -1,135 +1,277 @@
-"""Reread shards against their manifest: every byte, every offset, every label.
+"""Read every byte of a directory of shards again and compare it with its manifest.
 
-    python shard_tools/verify_shards.py DIR
+In: DIR or URL. Out: one line a problem on stdout; exit status 0 sound, 1 problems, 2 no usable manifest.
 
-In: a directory of shards. Out: one line per problem on stdout. Exit status: 0 sound, 1 damaged, 2 no shards.
+Checked: presence, size and sha256 of every file; that the index's members lie end to end and fill their
+tar; name and xxh3 of each member; that waveform, fbank and json decode, with the manifest's shapes;
+labels against the vocabulary and the index; the fbank of every 16th clip against one computed from the
+stored waveform; keys used twice; the manifest's totals. So one flipped bit in any file is found and named.
+
+--repair builds damaged or missing tars again from their sources, replaces a tar only by the very bytes
+that the manifest lists, and makes a damaged index.parquet anew from the tars.
+Memory: a row group of the index; tars are mapped, those of a store fetched to local scratch, one a worker.
 """
 
 import argparse
 import hashlib
 import io
 import json
+import mmap
 import os
 import sys
+import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
+from tqdm import tqdm
 
-from pipeline.data.manifest import Manifest, load_index, load_manifest
+from pipeline.data.manifest import Manifest, ShardRecord, load_manifest
+from pipeline.data.storage import Location, is_remote, join, read_bytes, sizes
 from pipeline.errors import run_cli
+from shard_tools.distribute import each
+from shard_tools.finish import PLAIN, index_groups, render
+from shard_tools.store import local_copies
 from shard_tools.write import BLOCK, EXTENSIONS, MEMBERS, AudioOptions, stored_fbank
 
 FBANK_EVERY = 16  # the fbank of every 16th clip is computed again
 TOLERANCE = 4e-3  # a float16 step at the fbank's range
 
 
-def verify(directory: Path, workers: int) -> list[str]:
+@dataclass(slots=True)
+class Findings:
+    """What is wrong.
+
+    Attributes:
+        problems: One line each; empty: sound.
+        shards: Names of tars that are missing or damaged.
+        index: index.parquet is missing or damaged.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    shards: set[str] = field(default_factory=set)
+    index: bool = False
+
+
+def verify(directory: Location, workers: int) -> list[str]:
     """Problems found, one line each; empty: sound.
 
     Raises:
         UserError: no readable manifest.
     """
+    return examine(directory, workers).problems
+
+
+def examine(directory: Location, workers: int) -> Findings:
+    """Reads everything.
+
+    Raises:
+        UserError: no readable manifest.
+    """
     manifest = load_manifest(directory)
-    problems = list(_check_files(directory, manifest))
-    if problems:
-        return problems
-    rows = load_index(directory).to_pylist()
-    by_shard: dict[str, list[dict[str, Any]]] = {}
-    seen: set[tuple[str, str]] = set()
-    for row in rows:
-        if (row["split"], row["key"]) in seen:
-            problems.append(f"index.parquet: key {row['key']} of split {row['split']} is there twice")
-        seen.add((row["split"], row["key"]))
-        by_shard.setdefault(row["shard"], []).append(row)
-    for shard in manifest.shards:
-        if len(by_shard.get(shard.name, [])) != shard.clips:
-            problems.append(f"{shard.name}: {len(by_shard.get(shard.name, []))} rows in the index, {shard.clips} clips")
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        check = partial(check_shard, directory=directory, manifest=manifest)
-        for found in pool.map(check, [(s.name, by_shard.get(s.name, [])) for s in manifest.shards]):
-            problems += found
-    return problems
+    found = Findings()
+    if read_bytes(join(directory, "manifest.json")) != render(manifest):
+        found.problems.append("manifest.json: damaged: its bytes are not those that were written")
+    _check_files(directory, manifest, found)
+    absent = set(found.shards)
+    shards = _shards_with_rows(directory, manifest, found)
+    check = partial(check_shard, directory=directory, manifest=manifest)
+    tasks = (task for task in shards if task[0].name not in absent)
+    with tqdm(total=len(manifest.shards) - len(absent), unit="shard", disable=not sys.stderr.isatty()) as bar:
+        for name, problems in each(check, tasks, min(workers, max(1, len(manifest.shards)))):
+            found.problems += problems
+            found.shards |= {name} if problems else set()
+            bar.update()
+    return found
 
 
-def check_shard(shard: tuple[str, list[dict[str, Any]]], directory: Path, manifest: Manifest) -> list[str]:
-    """Problems of one tar."""
-    name, rows = shard
-    record = next(record for record in manifest.shards if record.name == name)
-    content = (directory / name).read_bytes()
-    problems = []
-    if hashlib.sha256(content).hexdigest() != record.sha256:
-        problems.append(f"{name}: sha256 differs from the manifest's")
+def check_shard(
+    task: tuple[ShardRecord, pa.Table | None], directory: Location, manifest: Manifest
+) -> tuple[str, list[str]]:
+    """Problems of one tar, and its name; without rows (the index is damaged) its hash alone is checked."""
+    record, rows = task
+    where = join(directory, record.name)
+    for copy in local_copies([where]):
+        if isinstance(copy, OSError):
+            return record.name, [f"{record.name}: unreadable: {copy}"]
+        with _mapped(copy) as content:
+            problems = []
+            if hashlib.sha256(content).hexdigest() != record.sha256:
+                problems.append(f"{record.name}: damaged: its sha256 is not the manifest's")
+            if rows is not None:
+                problems += _check_rows(record, rows.to_pylist(), content, manifest)
+    return record.name, problems
+
+
+def _check_rows(
+    record: ShardRecord, rows: list[dict[str, Any]], content: memoryview, manifest: Manifest
+) -> Iterator[str]:
+    end = 0
+    if len(rows) != record.clips:
+        yield f"{record.name}: {len(rows)} rows in the index, {record.clips} clips in the manifest"
     for number, row in enumerate(rows):
-        payloads = {}
+        payloads, sound = {}, True
+        where = f"{record.name}: {row['key']}"
         for member in MEMBERS:
             offset, size = row[f"{member}_offset"], row[f"{member}_size"]
             payload = payloads[member] = content[offset : offset + size]
-            header = content[offset - BLOCK : offset].split(b"\0", 1)[0].decode("utf-8", "replace")
-            if header != f"{row['key']}.{EXTENSIONS[member]}":
-                problems.append(f"{name}: {row['key']}: {member} is not at offset {offset}")
+            header = bytes(content[max(0, offset - BLOCK) : offset]).split(b"\0", 1)[0].decode("utf-8", "replace")
+            problem = None
+            if offset != end + BLOCK:
+                problem = f"{member} is at offset {offset}, not {end + BLOCK} where the one before it ends"
+            elif header != f"{row['key']}.{EXTENSIONS[member]}":
+                problem = f"{member} is not at offset {offset}"
             elif xxhash.xxh3_64_intdigest(payload) != row[f"{member}_xxh3"]:
-                problems.append(f"{name}: {row['key']}: {member} differs from its hash")
-        if not problems:
-            problems += _check_clip(name, row, payloads, manifest, recompute=number % FBANK_EVERY == 0)
-    return problems
+                problem = f"{member}: damaged: its hash is not the index's"
+            if problem:
+                sound = False
+                yield f"{where}: {problem}"
+            end = offset + size + -size % BLOCK
+        if sound:
+            yield from _check_clip(where, row, payloads, manifest, recompute=number % FBANK_EVERY == 0)
+    whole = end + 2 * BLOCK
+    whole += -whole % tarfile.RECORDSIZE
+    if whole != len(content):
+        yield f"{record.name}: {len(content)} bytes, its clips and the end of the archive make {whole}"
 
 
 def _check_clip(
-    name: str, row: dict[str, Any], payloads: dict[str, bytes], manifest: Manifest, recompute: bool
+    where: str, row: dict[str, Any], payloads: dict[str, memoryview], manifest: Manifest, recompute: bool
 ) -> Iterator[str]:
-    waveform = np.load(io.BytesIO(payloads["waveform"]), allow_pickle=False)
-    fbank = np.load(io.BytesIO(payloads["fbank"]), allow_pickle=False)
-    about = json.loads(payloads["json"])
-    where = f"{name}: {row['key']}"
-    if waveform.shape != (manifest.audio.samples,) or waveform.dtype != np.int16:
-        yield f"{where}: waveform is {waveform.dtype} {waveform.shape}"
-    if fbank.shape != (manifest.fbank.frames, manifest.fbank.mel_bins) or fbank.dtype != np.float16:
-        yield f"{where}: fbank is {fbank.dtype} {fbank.shape}"
-    if about["labels"] != row["labels"] or any(not 0 <= label < len(manifest.labels) for label in row["labels"]):
-        yield f"{where}: labels {about['labels']} in the json, {row['labels']} in the index"
-    if recompute:
+    try:
+        waveform, fbank = (np.load(io.BytesIO(payloads[m]), allow_pickle=False) for m in ("waveform", "fbank"))
+        about = json.loads(bytes(payloads["json"]))
+    except ValueError as error:
+        yield f"{where}: cannot be decoded: {error}"
+        return
+    sound = True
+    for name, array, shape, kind in (
+        ("waveform", waveform, (manifest.audio.samples,), np.int16),
+        ("fbank", fbank, (manifest.fbank.frames, manifest.fbank.mel_bins), np.float16),
+    ):
+        if array.shape != shape or array.dtype != kind:
+            sound = False
+            yield f"{where}: {name} is {array.dtype} {array.shape}, not {np.dtype(kind)} {shape}"
+    labels = about.get("labels") if isinstance(about, dict) else None
+    if labels != row["labels"]:
+        yield f"{where}: labels {labels} in the json, {row['labels']} in the index"
+    elif any(not 0 <= label < len(manifest.labels) for label in labels):
+        yield f"{where}: labels {labels}, the vocabulary has {len(manifest.labels)}"
+    elif about.get("label_ids") != [manifest.labels[label].id for label in labels]:
+        yield f"{where}: label ids {about.get('label_ids')} are not those of labels {labels}"
+    if recompute and sound:
         audio = AudioOptions(manifest.audio.sample_rate, manifest.audio.seconds, manifest.fbank.mel_bins)
-        error = np.abs(stored_fbank(waveform, audio).astype(np.float32) - fbank.astype(np.float32)).max()
-        if not error <= TOLERANCE:
-            yield f"{where}: fbank differs by {error:.4f} from the waveform's"
+        worst = np.abs(stored_fbank(waveform, audio).astype(np.float32) - fbank.astype(np.float32)).max()
+        if not worst <= TOLERANCE:  # NaN too
+            yield f"{where}: fbank differs by {worst:.4f} from the waveform's"
 
 
-def _check_files(directory: Path, manifest: Manifest) -> Iterator[str]:
-    records = {"index.parquet": manifest.index, **{shard.name: shard for shard in manifest.shards}}
-    for name, record in records.items():
-        path = directory / name
-        if not path.is_file():
-            yield f"{name}: missing"
-        elif path.stat().st_size != record.size:
-            yield f"{name}: {path.stat().st_size} bytes, the manifest says {record.size}"
-    extra = {path.name for path in directory.glob("*.tar")} - {shard.name for shard in manifest.shards}
-    for name in sorted(extra):
-        yield f"{name}: not in the manifest"
-    index = directory / "index.parquet"
-    if index.is_file() and hashlib.sha256(index.read_bytes()).hexdigest() != manifest.index.sha256:
-        yield "index.parquet: sha256 differs from the manifest's"
+def _check_files(directory: Location, manifest: Manifest, found: Findings) -> None:
+    """Presence and size of every file, hashes of the small ones, and the manifest's totals."""
+    there = sizes(directory)
+    small = {"index.parquet": manifest.index, "failures.jsonl": manifest.failures}
+    for name, record in {**small, **{shard.name: shard for shard in manifest.shards}}.items():
+        problem = None
+        if name not in there:
+            problem = "missing"
+        elif there[name] != record.size:
+            problem = f"{there[name]} bytes, the manifest says {record.size}"
+        elif name in small and hashlib.sha256(read_bytes(join(directory, name))).hexdigest() != record.sha256:
+            problem = "damaged: its sha256 is not the manifest's"
+        if problem:
+            found.problems.append(f"{name}: {problem}")
+            found.index |= name == "index.parquet"
+            found.shards |= set() if name in small else {name}
+    listed = {shard.name for shard in manifest.shards}
+    found.problems += [f"{name}: not in the manifest" for name in sorted(there.keys() - listed) if name[-4:] == ".tar"]
+    for name, split in manifest.splits.items():
+        shards = [shard for shard in manifest.shards if shard.split == name]
+        if (len(shards), sum(shard.clips for shard in shards)) != (split.shards, split.clips):
+            found.problems.append(f"manifest.json: the shards of split '{name}' do not add up to its totals")
+
+
+def _shards_with_rows(
+    directory: Location, manifest: Manifest, found: Findings
+) -> Iterator[tuple[ShardRecord, pa.Table | None]]:
+    """Each shard with its rows of the index, and last the keys that are there twice."""
+    if found.index:
+        yield from ((shard, None) for shard in manifest.shards)
+        return
+    records = {shard.name: shard for shard in manifest.shards}
+    waiting: pa.Table | None = None
+    keys: list[pa.Array] = []
+    for group in index_groups(directory):
+        rows = group.cast(PLAIN)
+        keys += pc.binary_join_element_wise(rows["split"], rows["key"], "/").chunks
+        waiting = rows if waiting is None else pa.concat_tables([waiting, rows])
+        while len(waiting):
+            name = waiting["shard"][0].as_py()
+            same = pc.equal(waiting["shard"], name)
+            count = pc.index(same, False).as_py()
+            if count < 0:
+                break  # it may go on in the next row group
+            if name in records:
+                yield records.pop(name), waiting.slice(0, count)
+            waiting = waiting.slice(count)
+    if waiting is not None and len(waiting) and (name := waiting["shard"][0].as_py()) in records:
+        yield records.pop(name), waiting
+    for name in records:
+        found.problems.append(f"{name}: no rows in the index")
+        found.index = True
+    counts = pa.chunked_array(keys, pa.string()).value_counts()
+    twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
+    found.problems += [f"index.parquet: key {key} is there twice" for key in twice]
+
+
+@contextmanager
+def _mapped(path: str) -> Iterator[memoryview]:
+    if not os.path.getsize(path):
+        yield memoryview(b"")
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        view = memoryview(content)
+        try:
+            yield view
+        finally:
+            # An array made of a slice may live a little longer; then the map goes with it.
+            with suppress(BufferError):
+                view.release()
 
 
 def main() -> int:
-    """Parses, verifies, reports."""
+    """Parses, verifies, repairs, reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, metavar="DIR", help="directory of shards")
+    where = "directory of shards, or its URL (s3://bucket/prefix, ...)"
+    parser.add_argument("directory", type=lambda text: text if is_remote(text) else Path(text), metavar="DIR|URL",
+                        help=where)  # fmt: skip
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument("--repair", action="store_true", help="build damaged shards again from --audio-root")
+    parser.add_argument("--audio-root", metavar="DIR|URL", help="sources, for --repair (default: DIR/source)")
     args = parser.parse_args()
-    problems = verify(args.directory, args.workers)
-    for problem in problems:
+    found = examine(args.directory, max(1, args.workers))
+    for problem in found.problems:
         sys.stdout.write(f"{problem}\n")
+    if args.repair and (found.shards or found.index):
+        from shard_tools.repair import repair  # imports this module
+
+        root = args.audio_root or join(args.directory, "source")
+        for line in repair(args.directory, found, root, max(1, args.workers)):
+            sys.stdout.write(f"repair: {line}\n")
+        found = examine(args.directory, max(1, args.workers))
+        for problem in found.problems:
+            sys.stdout.write(f"still: {problem}\n")
     manifest = load_manifest(args.directory)
-    state = f"{len(problems)} problems" if problems else "sound"
+    state = f"{len(found.problems)} problems" if found.problems else "sound"
     clips = sum(split.clips for split in manifest.splits.values())
     sys.stdout.write(f"{args.directory}: {clips} clips in {len(manifest.shards)} shards: {state}\n")
-    return 1 if problems else 0
+    return 1 if found.problems else 0
 
 
 if __name__ == "__main__":

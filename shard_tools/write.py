@@ -286,6 +286,8 @@ def _describe(clip: Clip, plan: ShardPlan, decoded: Decoded, about: dict[str, An
         "source": relative(clip.path, plan.root),
         "start": clip.start,
         "end": clip.start + about["seconds"] * plan.audio.seconds,
+        "listed_end": clip.end,
+        "trimmed": clip.trimmed,
         "seconds": about["seconds"] * plan.audio.seconds,
         "original_duration": round(decoded.duration, 6),
         "original_sample_rate": decoded.sample_rate,

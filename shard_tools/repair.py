@@ -1,0 +1,135 @@
+"""Damaged shards -> whole ones: tars from the sources, the index from the tars.
+
+In: `Findings` of verify_shards.py. Out: files that are what the manifest lists, or a line that says why not.
+
+A tar is replaced only by the very bytes that the manifest lists. The index can be made from the tars, as
+each clip's json holds all that is in its row; where another version of Parquet's writer gives other
+bytes for the same rows, the manifest's record of the index is renewed with it.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from pipeline.data.manifest import INDEX_SCHEMA, FileRecord, Manifest, load_manifest
+from pipeline.data.storage import Location, is_remote, join
+from pipeline.flow import Clip
+from shard_tools.distribute import each
+from shard_tools.finish import IndexWriter, index_groups, render
+from shard_tools.store import Store, local_copies, sha256
+from shard_tools.verify_shards import Findings
+from shard_tools.write import BLOCK, EXTENSIONS, MEMBERS, AudioOptions, ShardPlan, write_tar
+
+
+def repair(directory: Location, found: Findings, root: str, workers: int) -> Iterator[str]:
+    """Repairs what can be repaired; a line for each file.
+
+    Args:
+        directory: Of the shards.
+        found: What is wrong.
+        root: Directory or URL of the sources.
+        workers: Processes.
+    """
+    manifest = load_manifest(directory)
+    if found.index and found.shards:
+        yield (
+            f"index.parquet and {len(found.shards)} tars, such as {min(found.shards)}, are damaged: one is made from "
+            "the other; run build_shards.py with --overwrite"
+        )
+        return
+    if found.index:
+        yield _repair_index(directory, manifest)
+        return
+    hashes = {shard.name: shard.sha256 for shard in manifest.shards}
+    plans = _plans(directory, manifest, found.shards, root)
+    yield from each(partial(repair_shard, hashes=hashes), plans, min(workers, len(found.shards)))
+
+
+def repair_shard(plan: ShardPlan, hashes: dict[str, str]) -> str:
+    """Builds one tar again, and puts it in its place if it is the one that the manifest lists."""
+    store = Store(plan.out)
+    with store.temporary(plan.name) as path:
+        _, facts = write_tar(plan, path)
+        if facts["sha256"] == hashes[plan.name]:
+            store.commit(path, plan.name)
+            return f"{plan.name}: built again, as it was"
+    failures = facts["failures"]
+    why = f"{failures[0]['path']}: {failures[0]['reason']}" if failures else "sources or decoders have changed since"
+    return f"{plan.name}: left as it is: the sources in {plan.root} do not give the same bytes ({why})"
+
+
+def _plans(directory: Location, manifest: Manifest, names: set[str], root: str) -> Iterator[ShardPlan]:
+    audio = AudioOptions(manifest.audio.sample_rate, manifest.audio.seconds, manifest.fbank.mel_bins)
+    parts: dict[str, list[pa.Table]] = {name: [] for name in sorted(names)}
+    for group in index_groups(directory):
+        shard = group["shard"].cast(pa.string())
+        for name in names.intersection(pc.unique(shard).to_pylist()):
+            parts[name].append(group.filter(pc.equal(shard, name)))
+    for name, tables in parts.items():
+        rows = [row for table in tables for row in table.to_pylist()]
+        clips = [
+            Clip(
+                key=row["key"],
+                path=row["source"] if is_remote(row["source"]) else join(root, row["source"]),
+                start=row["start"],
+                end=row["end"],
+                labels=tuple(row["labels"]),
+                split=row["split"],
+                fold=row["fold"],
+                trimmed=row["trimmed"],
+            )
+            for row in rows
+        ]
+        split, _, number = name.removesuffix(".tar").rpartition("-")
+        yield ShardPlan(split, int(number), clips, manifest.labels, root, directory, audio)
+
+
+def _repair_index(directory: Location, manifest: Manifest) -> str:
+    store = Store(directory)
+    with store.temporary("index.parquet") as path:
+        with IndexWriter(path) as index:
+            names = [shard.name for shard in manifest.shards]
+            copies = local_copies(join(directory, name) for name in names)
+            for shard, copy in zip(manifest.shards, copies, strict=True):
+                if isinstance(copy, OSError):
+                    raise copy
+                index.write(_rows(copy, shard.name, shard.split))
+        with path.open("rb") as file:
+            record = FileRecord(size=path.stat().st_size, sha256=sha256(file))
+        store.commit(path, "index.parquet")
+    if record == manifest.index:
+        return "index.parquet: made from the tars, as it was"
+    renewed = manifest.model_copy(update={"index": record})
+    store.write("manifest.json", render(renewed.model_copy(update={"digest": renewed.computed_digest()})))
+    return "index.parquet: made from the tars by another version of Parquet's writer; manifest.json renewed with it"
+
+
+def _rows(path: str, shard: str, split: str) -> pa.Table:
+    """Index rows of a sound tar."""
+    rows = []
+    with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
+        members = iter(tar)
+        for first in members:
+            row: dict[str, Any] = {"key": first.name.split(".", 1)[0], "split": split, "shard": shard}
+            info = first
+            for member in MEMBERS:
+                info = info if member == MEMBERS[0] else next(members)
+                if info.name != f"{row['key']}.{EXTENSIONS[member]}":
+                    raise OSError(f"{shard}: {info.name} where {member} of {row['key']} should be")
+                file.seek(info.offset + BLOCK)
+                payload = file.read(info.size)
+                row |= {
+                    f"{member}_offset": info.offset + BLOCK,
+                    f"{member}_size": info.size,
+                    f"{member}_xxh3": xxhash.xxh3_64_intdigest(payload),
+                }
+            about = json.loads(payload)
+            row |= {name: about[name] for name in ("fold", "labels", "seconds", "source", "start", "trimmed")}
+            rows.append(row | {"end": about["listed_end"]})
+    return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)

@@ -1,0 +1,214 @@
+"""Damage of every kind is found and named, and what can be repaired is."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+
+import boto3
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.manifest import INDEX_SCHEMA, load_index, load_manifest
+from pipeline.errors import UserError
+from shard_tools.build import build
+from shard_tools.finish import render
+from shard_tools.repair import repair
+from shard_tools.verify_shards import examine, verify
+from tests.conftest import ROOT
+from tests.helpers import digests, options, synth_catalog
+from tests.stores import upload
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """52 clips of 0.2 s in 8 tars, one listed clip missing, its sources in `source`."""
+    out = tmp_path_factory.mktemp("whole")
+    catalog = synth_catalog(out / "source", 52, 0.2)
+    from shard_tools.columns import Failure
+
+    catalog.missing.append(Failure("lost", "", "missing: no such audio file", "train"))
+    build(catalog, out, options(0.2), 1, engine="inline")
+    return out
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(whole, out)
+    return out
+
+
+def flip(path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(bytes(content))
+
+
+def problems_of(out) -> list[str]:
+    try:
+        return verify(out, workers=1)
+    except UserError as error:  # a manifest that cannot be used
+        return [str(error).removeprefix(f"{out}/")]
+
+
+def edit_manifest(out, **changes) -> None:
+    """A manifest whose digest fits its wrong content."""
+    manifest = load_manifest(out).model_copy(update=changes)
+    (out / "manifest.json").write_bytes(render(manifest.model_copy(update={"digest": manifest.computed_digest()})))
+
+
+def rewrite_index(out, change) -> None:
+    """An index with wrong rows, that the manifest nevertheless lists."""
+    import hashlib
+
+    rows = load_index(out).to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), out / "index.parquet")
+    content = (out / "index.parquet").read_bytes()
+    index = load_manifest(out).index
+    edit_manifest(out, index=index.model_copy(
+        update={"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}))  # fmt: skip
+
+
+def test_sound_shards_have_no_problems(whole):
+    assert verify(whole, workers=1) == []
+
+
+def test_one_flipped_bit_anywhere_is_found_and_named(whole, copy):
+    """Random bits of every file; in the manifest also every bit of one of its long numbers."""
+    rng = random.Random(0)
+    names = ["train-000001.tar", "index.parquet", "failures.jsonl", "manifest.json"]
+    for name in names:
+        content = (whole / name).read_bytes()
+        bits = [rng.randrange(8 * len(content)) for _ in range(12)] + [0, 8 * len(content) - 1]
+        if name == "manifest.json":
+            place = content.index(b'"fbank_mean"')
+            bits += range(8 * place, 8 * (place + 40))
+        if name.endswith(".tar"):
+            member = load_index(whole).to_pylist()[10]
+            bits += [8 * member[f"{part}_offset"] + 77 for part in ("waveform", "fbank", "json")]
+        for bit in bits:
+            flip(copy / name, bit)
+            found = problems_of(copy)
+            assert found, (name, bit)
+            assert any(problem.startswith(name) for problem in found), (name, bit, found)
+            shutil.copy(whole / name, copy / name)
+    assert verify(copy, workers=1) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: rows[3].update(key=rows[2]["key"]), "index.parquet: key train/{key} is there twice"),
+        (lambda rows: rows[3].update(labels=[0, 1, 2]), "[0, 1, 2] in the index"),
+        (lambda rows: rows[3].update(fbank_offset=rows[3]["fbank_offset"] + 512), "where the one before it ends"),
+        (lambda rows: rows[3].update(waveform_offset=1 << 40), "waveform is at offset"),
+        (lambda rows: rows[3].update(json_xxh3=1), "json: damaged: its hash is not the index's"),
+        (lambda rows: rows.pop(3), "7 rows in the index, 8 clips in the manifest"),
+        (lambda rows: [rows.pop(0) for _ in range(8)], "train-000000.tar: no rows in the index"),
+    ],
+)
+def test_an_index_that_is_wrong_is_named(copy, change, said):
+    key = load_index(copy)["key"][2].as_py()
+    rewrite_index(copy, change)
+    problems = verify(copy, workers=1)
+    assert any(said.format(key=key) in problem for problem in problems), problems
+
+
+def test_what_is_not_in_the_files_is_named(copy):
+    (copy / "train-000000.tar").unlink()
+    with (copy / "train-000001.tar").open("ab") as file:
+        file.write(b"more")
+    (copy / "train-000099.tar").touch()
+    (copy / "failures.jsonl").unlink()
+    labels = load_manifest(copy).labels
+    edit_manifest(copy, labels=labels[:5])
+    problems = "\n".join(verify(copy, workers=1))
+    for said in ("train-000000.tar: missing", "train-000001.tar: ", "train-000099.tar: not in the manifest",
+                 "failures.jsonl: missing", "the vocabulary has 5"):  # fmt: skip
+        assert said in problems, problems
+
+
+def test_an_fbank_that_is_not_the_waveforms_is_named(copy):
+    """Written so by a broken builder: all hashes fit."""
+    from shard_tools import write
+
+    real = write.stored_fbank
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "stored_fbank", lambda *words: real(*words) + np.float16(0.5))
+        build(synth_catalog(copy / "source", 52, 0.2), copy, options(0.2), 1, overwrite=True, engine="inline")
+    problems = verify(copy, workers=1)
+    assert len(problems) == 7  # the first of each tar's eight
+    assert all("fbank differs by 0.5" in problem for problem in problems)
+
+
+@pytest.mark.slow
+def test_repair_of_the_command_line(whole, copy):
+    """Two damaged tars and a missing one, by two workers; then the index."""
+    flip(copy / "train-000001.tar", 5000)
+    (copy / "train-000002.tar").write_bytes(b"")
+    (copy / "eval-000000.tar").unlink()
+
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "shard_tools/verify_shards.py", str(copy), *words]
+        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+    done = command("--workers", "2")
+    assert done.returncode == 1, done.stderr
+    assert all(name in done.stdout for name in ("train-000001.tar", "train-000002.tar", "eval-000000.tar"))
+    done = command("--workers", "2", "--repair")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("built again, as it was") == 3
+    assert digests(copy) == digests(whole)
+
+
+def test_repair_of_the_index_and_refusals(whole, copy, tmp_path):
+    flip(copy / "index.parquet", 12345)
+    found = examine(copy, 1)
+    assert (found.index, found.shards) == (True, set())
+    assert list(repair(copy, found, "", 1)) == ["index.parquet: made from the tars, as it was"]
+    assert digests(copy) == digests(whole)
+
+    flip(copy / "train-000001.tar", 5000)
+    damaged = (copy / "train-000001.tar").read_bytes()
+    (said,) = repair(copy, examine(copy, 1), str(tmp_path / "nowhere"), 1)
+    assert "left as it is" in said
+    assert "nowhere" in said
+    (copy / "index.parquet").unlink()
+    (said,) = repair(copy, examine(copy, 1), str(copy / "source"), 1)
+    assert "one is made from the other" in said
+    assert (copy / "train-000001.tar").read_bytes() == damaged
+
+
+def test_an_index_of_another_writer_renews_the_manifest(whole, copy, monkeypatch):
+    real = pq.ParquetWriter
+
+    def other(*words, **options):
+        return real(*words, **(options | {"compression": "snappy"}))
+
+    (copy / "index.parquet").unlink()
+    monkeypatch.setattr(pq, "ParquetWriter", other)
+    (said,) = repair(copy, examine(copy, 1), "", 1)
+    assert "manifest.json renewed" in said
+    assert verify(copy, workers=1) == []
+    assert load_index(copy).equals(load_index(whole))
+
+
+def test_shards_in_s3_are_verified_and_repaired(whole, s3):
+    url = upload(whole, "verified")
+    assert verify(url, workers=1) == []
+    client = boto3.client("s3")
+    content = bytearray(client.get_object(Bucket="verified", Key="train-000000.tar")["Body"].read())
+    content[7777] ^= 16
+    client.put_object(Bucket="verified", Key="train-000000.tar", Body=bytes(content))
+    client.delete_object(Bucket="verified", Key="train-000003.tar")
+    found = examine(url, 1)
+    assert found.shards == {"train-000000.tar", "train-000003.tar"}
+    assert len(list(repair(url, found, str(whole / "source"), 1))) == 2
+    assert verify(url, workers=1) == []
+    manifest = json.loads(client.get_object(Bucket="verified", Key="manifest.json")["Body"].read())
+    assert manifest["digest"] == load_manifest(whole).digest

@@ -33,6 +33,7 @@ from pipeline.engine.inference import mean_losses, score
 from pipeline.engine.loop import Job
 from pipeline.engine.setup import Batches, reconcile
 from pipeline.errors import UserError
+from pipeline.initial import initialise
 from pipeline.launch import Launch, open_run
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.model.weights import load_weights, weights_file
@@ -60,7 +61,7 @@ def pretrain_job(launch: Launch[PretrainRecipe], world: World) -> Iterator[Job]:
     with _loaders(recipe, needs, world) as (train_loader, eval_loader):
         spec = _remember(train_loader, recipe, run_dir, world)
         task = PretrainTask(recipe, spec.mel_bins, spec.frames)
-        _initialise(task, recipe, run_dir)
+        initialise(task, recipe, spec, run_dir, world)
         names = ("spec_accuracy", "wav_accuracy", "contrast_accuracy")
         watched = (method.masked_spec, method.masked_wav, method.contrast)
         metric = "eval_" + next(name for name, used in zip(names, watched, strict=True) if used)
@@ -97,7 +98,7 @@ def finetune_job(launch: Launch[FinetuneRecipe], world: World) -> Iterator[Job]:
     with _loaders(recipe, needs, world) as (train_loader, eval_loader):
         spec = _remember(train_loader, recipe, run_dir, world)
         task = FinetuneTask(recipe, spec.mel_bins, spec.frames, len(spec.labels), spec.single_label)
-        _initialise(task, recipe, run_dir)
+        initialise(task, recipe, spec, run_dir, world)
         evaluate = partial(evaluate_task, loader=eval_loader, single_label=spec.single_label) if eval_loader else None
         metric = f"eval_{metric_name(spec.single_label)}"
         with _tracked(recipe, run_dir, name, "finetune", world, train_loader.manifest) as tracker:
@@ -267,13 +268,6 @@ def _remember(loader: Loader, recipe: Recipe, run_dir: Path, world: World) -> Da
         spec.save(run_dir)
     log.info("%d training clips, %d classes, T = %d", loader.clips, len(spec.labels), spec.frames)
     return spec
-
-
-def _initialise(task: PretrainTask | FinetuneTask, recipe: Recipe, run_dir: Path) -> None:
-    """`model.init`, unless a checkpoint will overwrite it anyhow."""
-    if recipe.model.init and not checkpoint.complete_checkpoints(run_dir):
-        file = weights_file(recipe.model.init)
-        log.info("%s: %s", file, load_weights(task, file))
 
 
 def _run_config(run_dir: Path) -> dict[str, Any]:

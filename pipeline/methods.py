@@ -2,9 +2,20 @@
 
 In: a method's name. Out: a row that the model and the tasks read. A new method is a new row; no code
 asks for a method by name.
+
+Any pretraining, or none (random weights), goes with any finetuning that reads a representation which it
+has learned to embed; `mismatch` says why the others do not:
+
+| pretraining | ast | wast | swast | swab |
+|---|---|---|---|---|
+| none | yes | yes | yes | yes |
+| ssast (SSAST, AST and HF weights too) | yes | no | waveform side afresh | waveform side afresh |
+| wapt | no | yes ("WaPT-AST", Table 8) | spectrogram side afresh | spectrogram side afresh |
+| swapt, swacl, pswacl | waveform side dropped | spectrogram side dropped | yes | yes |
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -73,3 +84,30 @@ FINETUNE: dict[str, FinetuneMethod] = {
     "swast": FinetuneMethod("SWAST", True, True, False, "both, late concatenation (3.2)"),
     "swab": FinetuneMethod("SWaB", True, True, True, "both, fusion bottlenecks (Eq. 5): CRAFT"),
 }
+
+
+class Reads(Protocol):
+    """What has a spectrogram side, a waveform side, or both: a row of either table, or a file of weights."""
+
+    @property
+    def spec(self) -> bool:
+        """The spectrogram is encoded."""
+        ...
+
+    @property
+    def wav(self) -> bool:
+        """The waveform is encoded."""
+        ...
+
+
+def mismatch(trained: Reads, wanted: Reads) -> str:
+    """Why weights that were trained on one set of representations do not serve another; empty: they do."""
+    if (trained.spec and wanted.spec) or (trained.wav and wanted.wav):
+        return ""
+    names = ("waveforms", "spectrograms") if trained.wav else ("spectrograms", "waveforms")
+    fitting = [key for key, row in FINETUNE.items() if (trained.spec and row.spec) or (trained.wav and row.wav)]
+    return (
+        f"its weights were trained on {names[0]} alone and this method reads {names[1]} alone: what embeds them would "
+        f"be random, under blocks that never saw such tokens; use a method that reads {names[0]} (finetuning: "
+        f"{', '.join(fitting)}), or other weights"
+    )

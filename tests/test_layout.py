@@ -13,7 +13,7 @@ FLOORS = [
     {"data", "model", "objectives"},
     {"tasks"},
     {"engine", "tracking"},
-    {"launch", "jobs"},
+    {"launch", "initial", "jobs"},
     {"ablation", "serving"},
     {"report"},
 ]

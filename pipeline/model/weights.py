@@ -1,11 +1,13 @@
 """Weights from one run into another, with an exact report.
 
-In: a run directory or a `.safetensors` file. Out: a filled module and a `LoadReport`.
+In: a run directory, a file of weights or a Hugging Face directory. Out: a filled module and a `LoadReport`.
 """
 
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -13,10 +15,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.methods import mismatch
 from pipeline.model.embed import resize_positions
+from pipeline.model.foreign import translate
 
 log = logging.getLogger(__name__)
 
+AVERAGE = "average.safetensors"
+WEIGHTS = ("weights.safetensors", "model.safetensors", "pytorch_model.bin")  # a run's; Hugging Face's
 POSITIONS = "_tokens.positions"  # parameters whose shape is a patch grid
 
 
@@ -25,11 +31,14 @@ class LoadReport:
     """Where each weight of a module came from; names of parameters.
 
     Attributes:
+        origin: Whose weights the source holds.
         loaded: Taken as they are.
         resized: Positions, fitted to another patch grid.
-        fresh: Not in the source: they keep their initialisation.
+        fresh: Not in the source, or of other classes: they keep their initialisation.
         dropped: In the source, without a place in the module.
     """
+
+    origin: str = "CRAFT"
 
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
@@ -37,7 +46,7 @@ class LoadReport:
     dropped: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} loaded"]
+        parts = [f"{self.origin} weights: {len(self.loaded)} loaded"]
         for what in ("resized", "fresh", "dropped"):
             names: list[str] = getattr(self, what)
             if names:
@@ -49,7 +58,7 @@ def weights_file(source: str | Path, average: bool = True) -> Path:
     """The weights of a run: its newest complete checkpoint's, or the file itself.
 
     Args:
-        source: Run directory, checkpoint directory or `.safetensors` file.
+        source: Run directory, checkpoint directory, directory of a Hugging Face model, or file.
         average: Take the averaged weights where the checkpoint holds some.
 
     Raises:
@@ -61,34 +70,53 @@ def weights_file(source: str | Path, average: bool = True) -> Path:
     latest = path / "checkpoints" / "latest"
     if latest.is_file():
         path = path / "checkpoints" / latest.read_text(encoding="utf-8").strip()
-    for name in ("average.safetensors", "weights.safetensors") if average else ("weights.safetensors",):
+    for name in (AVERAGE, *WEIGHTS) if average else WEIGHTS:
         if (path / name).is_file():
             return path / name
-    raise UserError(f"{source}: no complete checkpoint in it; give a run directory with checkpoints/ or a .safetensors")
+    raise UserError(
+        f"{source}: no complete checkpoint in it; give a run directory with checkpoints/, the directory of a Hugging "
+        "Face model, or a .safetensors, .pth or .bin file"
+    )
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a `.safetensors` file, on the CPU.
+    """Tensors of a file, on the CPU: `.safetensors`, or a pickle of plain tensors, of which no code is run.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: {error}; give a .safetensors file written by this project") from error
+        content = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{file}: {error}; give a .safetensors file, or a .pth or .bin of plain tensors") from error
+    if isinstance(content, dict):  # some save the model beside the optimiser
+        content = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{file}: holds no mapping of names to tensors; give the model's state_dict")
+    return content
 
 
-def load_weights(module: nn.Module, file: Path) -> LoadReport:
+def load_weights(module: nn.Module, file: Path, skip: tuple[str, ...] = ()) -> LoadReport:
     """Copies what fits from `file` into `module`, fitting positions to the module's patch grid.
 
+    Args:
+        module: `PretrainTask` or `FinetuneTask`.
+        file: Ours, SSAST's, AST's or Hugging Face's.
+        skip: Prefixes of names that are left as they are.
+
     Raises:
-        UserError: a weight has another shape than the module's (another model size), or nothing fits.
+        UserError: a weight has another shape than the module's (another model size), nothing fits, or
+            the source embeds none of the representations that the module reads.
     """
-    source, own = read_weights(file), module.state_dict()
-    report = LoadReport(dropped=[name for name in source if name not in own])
+    own = module.state_dict()
+    grid = own.get(f"model.spec{POSITIONS}")
+    source, origin = translate(read_weights(file), file, 0 if grid is None else len(grid))
+    problem = mismatch(_Sides.of(source), _Sides.of(own))
+    if problem:
+        raise UserError(f"model.init: {file}: {problem}")
+    report = LoadReport(origin, dropped=[name for name in source if name not in own])
     for name, target in own.items():
-        if name not in source:
+        if name not in source or name.startswith(skip):
             report.fresh.append(name)
             continue
         value = source[name]
@@ -107,8 +135,23 @@ def load_weights(module: nn.Module, file: Path) -> LoadReport:
             )
         target.copy_(value)
     if not report.loaded:
-        raise UserError(f"model.init: {file}: none of its {len(source)} tensors is this model's")
+        raise UserError(
+            f"model.init: {file}: none of its {len(source)} tensors is this model's; give weights of this project, of "
+            "SSAST or AST, or of a Hugging Face ASTModel"
+        )
     return report
+
+
+class _Sides(NamedTuple):
+    """Which representations weights embed; both where they are of no known model."""
+
+    spec: bool
+    wav: bool
+
+    @staticmethod
+    def of(tensors: dict[str, torch.Tensor]) -> "_Sides":
+        sides = _Sides(*(f"model.{side}{POSITIONS}" in tensors for side in ("spec", "wav")))
+        return sides if any(sides) else _Sides(True, True)
 
 
 def _summary(names: list[str]) -> list[str]:

@@ -115,16 +115,20 @@ def test_one_stacked_call_equals_eq5_read_literally(bottlenecks, fusion_layer, l
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
 
 
-def test_msae_equals_eq1_sample_by_sample():
+@pytest.mark.parametrize("fused", [False, True])
+def test_msae_equals_eq1_sample_by_sample(fused):
+    """The first scale as matmuls (fused), or all of them as convolutions, which give the input a gradient."""
     torch.manual_seed(0)
-    kernels, strides = (11, 51, 101), (20, 40, 80)
-    msae = MultiScaleEmbedding(kernels, strides, (3, 2, 2), "group", "relu").double()
+    strides = (20, 40, 80)
+    msae = MultiScaleEmbedding((3, 51, 101), strides, (4, 2, 2), "group", "relu").double()
     for parameter in msae.parameters():
         torch.nn.init.normal_(parameter)
-    waveform = torch.randn(2, 480, dtype=torch.float64, requires_grad=True)
+    waveform = torch.randn(2, 480, dtype=torch.float64, requires_grad=not fused)
+    assert msae.scales[0].fused
     maps = msae(waveform), embed(waveform, msae, strides)
     torch.testing.assert_close(*maps, rtol=1e-6, atol=1e-6)
-    gradients = [torch.autograd.grad((out**2).sum(), [waveform, *msae.parameters()]) for out in maps]
+    inputs = list(msae.parameters()) if fused else [waveform, *msae.parameters()]
+    gradients = [torch.autograd.grad((out**2).sum(), inputs) for out in maps]
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
 
 

@@ -24,10 +24,9 @@ def embed(waveform: torch.Tensor, module, strides: tuple[int, ...]) -> torch.Ten
     for x in waveform:
         scales = []
         for scale, stride in zip(module.scales, strides, strict=True):
-            conv, norm = scale[0], scale[1]
-            y = convolve(x, conv.weight[:, 0], stride)
+            y = convolve(x, scale.weight[:, 0], stride)
             y = (y - y.mean()) / torch.sqrt(((y - y.mean()) ** 2).mean() + 1e-6)
-            y = torch.stack([y[c] * norm.weight[c] + norm.bias[c] for c in range(len(y))])
+            y = torch.stack([y[c] * scale.norm_weight[c] + scale.bias[c] for c in range(len(y))])
             y = torch.where(y > 0, y, torch.zeros_like(y))
             span = 160 // stride
             frames = [y[:, start : start + span].sum(dim=1) / span for start in range(0, y.shape[1], span)]

@@ -1,0 +1,124 @@
+"""SSAST, AST and Hugging Face weights give the same outputs here as there, to 1e-5."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import ASTConfig, ASTForAudioClassification, ASTModel
+
+from pipeline.config import FinetuneRecipe, PretrainRecipe, load_recipe
+from pipeline.errors import UserError
+from pipeline.model.weights import load_weights, weights_file
+from pipeline.objectives.masked_patch import gather_patches
+from pipeline.tasks import FinetuneTask, PretrainTask
+from tests.reference.ssast import Ssast
+
+MICRO = ["model.size=micro"]
+EXACT = {"rtol": 0, "atol": 1e-5}
+
+
+def fbanks(frames: int, mel_bins: int = 128) -> torch.Tensor:
+    return torch.randn(2, frames, mel_bins, generator=torch.Generator().manual_seed(4))
+
+
+def pretrain_task(frames: int, *words: str) -> PretrainTask:
+    return PretrainTask(load_recipe(PretrainRecipe, [], [*MICRO, *words]), 128, frames)
+
+
+def finetune_task(frames: int, *words: str, mel_bins: int = 128, classes: int = 5) -> FinetuneTask:
+    recipe = load_recipe(FinetuneRecipe, [], [*MICRO, "finetune.method=ast", *words])
+    return FinetuneTask(recipe, mel_bins, frames, classes, False).eval()
+
+
+@torch.no_grad()
+def test_a_pretrained_ssast_predicts_the_same_patches(tmp_path):
+    theirs = Ssast(frames=128)
+    torch.save(theirs.checkpoint(), tmp_path / "SSAST.pth")
+    task = pretrain_task(128, "pretrain.method=ssast")
+    report = load_weights(task, tmp_path / "SSAST.pth")
+    assert report.origin == "SSAST"
+    assert (report.resized, report.fresh) == ([], [])
+    dead = ["p_input_fdim", "p_input_tdim", *(f"v.{head}.{kind}" for head in ("head", "head_dist") for kind in
+                                             ("weight", "bias"))]  # fmt: skip
+    assert sorted(report.dropped) == sorted(dead)
+    fbank, masked = fbanks(128), torch.tensor([[0, 5, 9], [1, 2, 63]])
+    encoded = task.model(fbank, None, [masked]).spec[0]
+    found = task.heads(gather_patches(encoded, masked))
+    for ours, expected in zip(found, theirs.predict(fbank, masked), strict=True):
+        torch.testing.assert_close(ours, expected, **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_finetuned_ssast_and_ast_give_the_same_logits(tmp_path, pool):
+    theirs = Ssast(grid=(12, 11), stride=10, classes=5, pool=pool)
+    torch.save(theirs.checkpoint(), tmp_path / "AST.pth")
+    task = finetune_task(116, f"finetune.pool={pool}")
+    report = load_weights(task, tmp_path / "AST.pth")
+    assert (report.resized, report.fresh) == ([], [])
+    fbank = fbanks(116)
+    torch.testing.assert_close(task.classifier(task.model(fbank, None)), theirs.classify(fbank), **EXACT)
+
+
+def test_ssast_starts_the_finetuning_of_both_streams(tmp_path):
+    """The original's positions are stretched to the finer grid; the waveform's side is said to be fresh."""
+    torch.save(Ssast(frames=128).checkpoint(), tmp_path / "SSAST.pth")
+    task = finetune_task(128, "finetune.method=swab")
+    report = load_weights(task, tmp_path / "SSAST.pth")
+    assert report.resized == ["model.spec_tokens.positions"]
+    fresh = {name.split(".")[1] if name.startswith("model") else name.split(".")[0] for name in report.fresh}
+    assert fresh == {"msae", "wav_patch", "wav_tokens", "encoder", "classifier"}
+    assert [name for name in report.fresh if "encoder" in name] == ["model.encoder.bottlenecks.tokens"]
+    assert {name.split(".")[0] for name in report.dropped} == {"heads", "model", "p_input_fdim", "p_input_tdim", "v"}
+
+
+def hf_config(frames: int, mel_bins: int, stride: int) -> ASTConfig:
+    return ASTConfig(
+        hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=384, layer_norm_eps=1e-6,
+        max_length=frames, num_mel_bins=mel_bins, frequency_stride=stride, time_stride=stride, num_labels=5,
+        initializer_range=0.1,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("mel_bins", "stride"), [(128, 10), (64, 16)])
+def test_a_hugging_face_model_encodes_and_classifies_the_same(tmp_path, mel_bins, stride):
+    theirs = ASTForAudioClassification(hf_config(96, mel_bins, stride)).eval()
+    for name, parameter in theirs.named_parameters():
+        # Gains near 1: HF has one epsilon where AST has 1e-6 in blocks and 1e-5 in the head, seen at small variances.
+        torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.1)
+    theirs.save_pretrained(tmp_path)
+    task = finetune_task(96, "finetune.pool=cls", f"model.stride={stride}", mel_bins=mel_bins)
+    report = load_weights(task, weights_file(tmp_path))
+    assert report.origin == "HF AST"
+    assert (report.resized, report.fresh, report.dropped) == ([], [], [])
+    fbank = fbanks(96, mel_bins)
+    torch.testing.assert_close(task.classifier(task.model(fbank, None)), theirs(fbank).logits, **EXACT)
+
+
+@torch.no_grad()
+def test_a_hugging_face_backbone_loads_from_a_pickle_too(tmp_path):
+    theirs = ASTModel(hf_config(96, 128, 10)).eval()
+    theirs.save_pretrained(tmp_path)
+    from safetensors.torch import load_file
+
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    task = finetune_task(96)
+    report = load_weights(task, weights_file(tmp_path))
+    assert all(name.startswith("classifier.") for name in report.fresh)
+    fbank = fbanks(96)
+    torch.testing.assert_close(task.model(fbank, None).spec[0], theirs(fbank).last_hidden_state[:, 2:], **EXACT)
+
+
+def test_models_of_frames_instead_of_square_patches_are_refused(tmp_path):
+    theirs = Ssast(frames=128).checkpoint()
+    theirs["module.v.patch_embed.proj.weight"] = torch.zeros(96, 1, 128, 2)
+    torch.save(theirs, tmp_path / "frame.pth")
+    with pytest.raises(UserError, match="no patch grid"):
+        load_weights(pretrain_task(128, "pretrain.method=ssast"), tmp_path / "frame.pth")
+
+
+def test_a_waveform_method_cannot_start_from_ssast(tmp_path):
+    save_file({k: v for k, v in Ssast(frames=128).checkpoint().items()}, tmp_path / "ssast.safetensors")  # noqa: C416
+    with pytest.raises(UserError, match="spectrograms alone"):
+        load_weights(finetune_task(128, "finetune.method=wast"), tmp_path / "ssast.safetensors")

@@ -1,0 +1,308 @@
+"""Clips per second of loaders, side by side on the same clips: ours, its peers, and what the memory allows.
+
+    python tests/benchmarks/bench_loader.py [--work DIR] [--clips N] [--mds PYTHON] [--litdata PYTHON]
+
+In: nothing; the clips (10 s) are generated. Out: a table on stdout, ratios to the best peer and to the memcpy limit.
+Every way delivers batches of 32: waveform float32 [160000], normalised fbank float32 [1024, 128], multi-hot labels.
+Each row is a process of its own with one torch thread, the median of three passes over warm files; the start of an
+epoch is not counted. MosaicML streaming and litdata want versions of their own: name the Python of an
+environment that has one of them and torch (`python -m venv E && E/bin/pip install torch litdata`); without it
+the row is left out. This file imports neither the project nor a peer before it must, so that it runs there.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BATCH, FRAMES, CLASSES, MEAN, STD = 32, 1024, 527, -4.27, 4.57
+PASSES, SECONDS = 3, 2.0
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def clips(work: Path) -> Iterator[dict[str, Any]]:
+    """The training clips as arrays, out of the tars."""
+    for path in sorted((work / "shards").glob("train-*.tar")):
+        with tarfile.open(path) as tar:
+            members = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}
+        for name in members:
+            if name.endswith(".json"):
+                key = name.removesuffix(".json")
+                waveform, fbank = (np.load(io.BytesIO(members[f"{key}.{m}.npy"])) for m in ("waveform", "fbank"))
+                yield {"waveform": waveform, "fbank": fbank, "label": int(json.loads(members[name])["labels"][0])}
+
+
+def to_floats(waveform: Any, fbank: Any, label: Any) -> tuple[Any, Any, Any]:
+    """A collated raw batch of a peer -> what the model reads. Once per batch: the fastest for every peer."""
+    import torch
+
+    padded = torch.zeros(len(fbank), FRAMES, fbank.shape[2])
+    padded[:, : fbank.shape[1]] = fbank
+    targets = torch.zeros(len(label), CLASSES)
+    targets[torch.arange(len(label)), label] = 1
+    return waveform.float() / 32768, (padded - MEAN) / (2 * STD), targets
+
+
+def epochs(dataset: Any, workers: int, batch_size: int | None = BATCH, make: Any = None) -> Iterator[Iterable[Any]]:
+    """Epochs of a torch DataLoader (or the peer's own)."""
+    from torch.utils.data import DataLoader
+
+    extra = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
+    loader = (make or DataLoader)(dataset, batch_size=batch_size, num_workers=workers, **extra)
+    while True:
+        yield (to_floats(b["waveform"], b["fbank"], b["label"]) for b in loader)
+
+
+def ours(work: Path, workers: int, raw: bool = False, threads: bool = False) -> Iterator[Iterable[Any]]:
+    """This project's loader; raw: what a GPU is given to convert; threads: instead of reader processes."""
+    import torch
+
+    import pipeline.data.feed
+    from pipeline.config import DataConfig
+    from pipeline.data.loader import Needs, Place, build_loader
+
+    if threads:
+        pipeline.data.feed.Ring = thread_ring()
+    data = DataConfig(shards=str(work / "shards"), workers=workers, mean=MEAN, std=STD)
+    place = Place(0, 1, torch.device("cpu"))
+    loader = build_loader(data, None, part="train", needs=Needs(True, True), batch_size=BATCH, seed=0, place=place)
+    if raw:
+        loader._assemble = lambda raw, augmented: raw  # type: ignore[assignment]
+    while True:
+        yield loader.train_batches(0)
+
+
+def thread_ring() -> Any:
+    """The ring, filled by threads of this process."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from pipeline.data.reader import Files, fill
+    from pipeline.data.ring import Ring, open_source
+
+    class ThreadRing(Ring):
+        def __init__(self, source: Any, open_files: int, slots: int, size: int, workers: int) -> None:
+            super().__init__(source, open_files, slots, size, 0)
+            self.pool, self.count = ThreadPoolExecutor(workers), workers
+            self.sets = [Files(open_source(source), open_files) for _ in range(workers)]
+            self.futures: list[list[Any]] = [[] for _ in range(slots)]
+
+        def start(self, slot: int, jobs: np.ndarray) -> None:
+            pieces = np.array_split(jobs, self.count)
+            self.futures[slot] = [
+                self.pool.submit(fill, piece, files, self._slot(slot))
+                for piece, files in zip(pieces, self.sets, strict=True)
+            ]
+
+        def finish(self, slot: int) -> list[Any]:
+            return [problem for future in self.futures[slot] for problem in future.result()]
+
+    return ThreadRing
+
+
+def webdataset(work: Path, workers: int, fast: bool = False) -> Iterator[Iterable[Any]]:
+    """webdataset: stock decoding, or a .npy decoder that does not copy."""
+    import webdataset as wds
+
+    def array(key: str, data: bytes) -> Any:
+        if not key.endswith("npy"):
+            return None
+        kind, size = (np.int16, 320000) if "waveform" in key else (np.float16, len(data) - 128)
+        return np.frombuffer(data, kind, offset=len(data) - size).reshape(-1 if kind is np.int16 else (-1, 128))
+
+    def sample(s: dict[str, Any]) -> dict[str, Any]:
+        fields = s["json"] if isinstance(s["json"], dict) else json.loads(s["json"])
+        return {"waveform": s["waveform.npy"], "fbank": s["fbank.npy"], "label": int(fields["labels"][0])}
+
+    urls = sorted(map(str, (work / "shards").glob("train-*.tar")))
+    data = wds.WebDataset(urls, shardshuffle=len(urls)).shuffle(128)
+    return epochs((data.decode(array) if fast else data.decode()).map(sample), workers)
+
+
+def mds(work: Path, workers: int) -> Iterator[Iterable[Any]]:
+    """MosaicML streaming."""
+    from streaming import StreamingDataset
+
+    if not (work / "mds" / "index.json").exists():
+        from streaming import MDSWriter
+
+        columns = {"waveform": "ndarray:int16", "fbank": "ndarray:float16", "label": "int"}
+        with MDSWriter(columns=columns, out=str(work / "mds")) as writer:
+            for clip in clips(work):
+                writer.write(clip)
+    return epochs(StreamingDataset(local=str(work / "mds"), shuffle=True, batch_size=BATCH), workers)
+
+
+def litdata(work: Path, workers: int) -> Iterator[Iterable[Any]]:
+    """litdata."""
+    import torch
+    from litdata import StreamingDataLoader, StreamingDataset, optimize
+
+    if not (work / "litdata" / "index.json").exists():
+        found = [{k: torch.from_numpy(v) if k != "label" else v for k, v in clip.items()} for clip in clips(work)]
+        optimize(found.__getitem__, list(range(len(found))), str(work / "litdata"), chunk_bytes="64MB", num_workers=1)
+    return epochs(StreamingDataset(str(work / "litdata"), shuffle=True), workers, make=StreamingDataLoader)
+
+
+def ssast(work: Path, workers: int) -> Iterator[Iterable[Any]]:
+    """One audio file per clip, fbank on the fly, as SSAST's dataloader does."""
+    import soundfile
+    import torch
+    import torchaudio
+
+    folder = work / "wav"
+    if not folder.exists():
+        folder.mkdir()
+        for number, clip in enumerate(itertools.islice(clips(work), 512)):
+            soundfile.write(folder / f"{number}.wav", clip["waveform"], 16000, "PCM_16")
+    paths = sorted(folder.glob("*.wav"))
+
+    class Files(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(paths)
+
+        def __getitem__(self, number: int) -> dict[str, Any]:
+            waveform = torch.from_numpy(soundfile.read(paths[number], dtype="float32")[0])[None]
+            fbank = torchaudio.compliance.kaldi.fbank(
+                waveform - waveform.mean(), htk_compat=True, sample_frequency=16000, use_energy=False,
+                window_type="hanning", num_mel_bins=128, dither=0.0, frame_shift=10,
+            )  # fmt: skip
+            return {"waveform": waveform[0] * 32768, "fbank": fbank, "label": 0}
+
+    return epochs(Files(), workers)
+
+
+def pread(work: Path, workers: int) -> Iterator[Iterable[Any]]:
+    """Limit: the same bytes into one buffer, nothing checked or converted."""
+    from pipeline.data.manifest import load_index
+
+    rows = load_index(work / "shards", "train").to_pylist()
+    files = {row["shard"]: os.open(work / "shards" / row["shard"], os.O_RDONLY) for row in rows}
+    spans = [
+        [(files[row["shard"]], row[f"{m}_offset"], row[f"{m}_size"]) for m in ("waveform", "fbank")] for row in rows
+    ]
+    slots = [[memoryview(bytearray(size)) for _, _, size in spans[0]] for _ in range(BATCH)]
+    while True:
+        order = np.random.default_rng(0).permutation(len(spans)).tolist()
+        yield (
+            [os.preadv(*read[:1], [slot], read[1]) for i, s in zip(batch, slots, strict=True)
+             for read, slot in zip(spans[i], s, strict=True)]
+            for batch in (order[k : k + BATCH] for k in range(0, len(order) - BATCH + 1, BATCH))
+        )  # fmt: skip
+
+
+def memcpy(work: Path, workers: int) -> Iterator[Iterable[Any]]:
+    """Limit: the float32 batch copied from one place to another."""
+    source, target = (np.ones((BATCH, 160000 + FRAMES * 128), np.float32) for _ in range(2))
+    while True:
+        yield (np.copyto(target, source) for _ in range(1000))
+
+
+WAYS: dict[str, Callable[..., Iterator[Iterable[Any]]]] = {
+    "memcpy of the float32 batch": memcpy,
+    "pread of the stored bytes": pread,
+    "ours": ours,
+    "ours, raw (for a GPU to convert)": lambda w, n: ours(w, n, raw=True),
+    "ours, threads": lambda w, n: ours(w, n, threads=True),
+    "ours, threads, raw": lambda w, n: ours(w, n, raw=True, threads=True),
+    "litdata": litdata,
+    "webdataset, fast decoder": lambda w, n: webdataset(w, n, fast=True),
+    "webdataset, stock": webdataset,
+    "MosaicML streaming": mds,
+    "SSAST way (wav files, fbank on the fly)": ssast,
+}
+LIMITS = {memcpy, pread}
+
+
+def measure(way: str, work: Path, workers: int) -> list[float]:
+    """Clips per second of each pass; each epoch's first two batches are not counted."""
+    rates: list[float] = []
+    run = WAYS[way](work, workers)
+    for number in range(PASSES + 1):  # the first one warms up
+        seen, spent = 0, 0.0
+        while spent < SECONDS:
+            batches = iter(next(run))
+            for _ in range(2):
+                next(batches)
+            before = time.perf_counter()
+            for _ in batches:
+                seen += BATCH
+                if spent + time.perf_counter() - before > SECONDS:
+                    break
+            spent += time.perf_counter() - before
+        if number:
+            rates.append(seen / spent)
+    return rates
+
+
+def row(way: str, python: str, work: Path, workers: int) -> float | None:
+    """The median of a way, in a process of its own."""
+    command = [python, __file__, "--work", str(work), "--one", way, "--workers", str(workers)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{way}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    return statistics.median(json.loads(done.stdout.splitlines()[-1]))
+
+
+def prepare(work: Path, count: int) -> None:
+    """Shards with about `count` training clips, made by the real builder."""
+    if not (work / "shards" / "manifest.json").exists():
+        from tests.helpers import synth_shards
+
+        synth_shards(work / "shards", clips=count * 5 // 4, seconds=10.0, per_shard=64, workers=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench_loader")
+    parser.add_argument("--clips", type=int, default=1024)
+    parser.add_argument("--mds", help="Python that has mosaicml-streaming and torch")
+    parser.add_argument("--litdata", help="Python that has litdata and torch")
+    parser.add_argument("--only", help="rows whose name contains this")
+    parser.add_argument("--prepare", action="store_true", help="only make the clips")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one, args.work, args.workers)))
+        return
+    sys.path.insert(0, str(ROOT))
+    prepare(args.work, args.clips)
+    if args.prepare:
+        return
+    pythons = {"MosaicML streaming": args.mds, "litdata": args.litdata}
+    found: dict[tuple[str, int], float | None] = {}
+    for way, function in WAYS.items():
+        python = pythons.get(way, sys.executable)
+        if python and (not args.only or args.only in way):
+            for workers in (0,) if function in LIMITS else (2,) if "threads" in way else (0, 2):
+                found[way, workers] = row(way, python, args.work, workers)
+    show(found)
+
+
+def show(found: dict[tuple[str, int], float | None]) -> None:
+    """The table, ratios first."""
+    limit = found.get(("memcpy of the float32 batch", 0))
+    peers = [way for way, function in WAYS.items() if function not in LIMITS and not way.startswith("ours")]
+    best = max((rate for (way, _), rate in found.items() if rate and way in peers), default=None)
+    print(f"| {'way':40} | workers | x best peer | x memcpy | clips/s |\n|---|---|---|---|---|")
+    for (way, workers), rate in found.items():
+        ratios = [f"{rate / base:.2f}" if rate and base else "-" for base in (best, limit)]
+        print(f"| {way:40} | {workers} | {ratios[0]} | {ratios[1]} | {f'{rate:,.0f}' if rate else 'failed'} |")
+
+
+if __name__ == "__main__":
+    main()

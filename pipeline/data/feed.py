@@ -105,8 +105,10 @@ class Feed:
                 with copies.of(slot):
                     batch = finish(plan, raw)
                 copies.hand_over(batch)
-                fill()
+                if workers:
+                    fill()  # the readers work while the batch is trained on
                 yield batch
+                fill()
         finally:
             if scout is not None:
                 scout.close()

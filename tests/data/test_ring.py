@@ -1,0 +1,154 @@
+"""Reader processes: whoever dies or stops, the batches are right and nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from pipeline.config import AugmentConfig, DataConfig
+from pipeline.data.assemble import _Recycled
+from pipeline.data.cache import Directory
+from pipeline.data.loader import Needs, Place, build_loader
+from pipeline.data.ring import Ring
+from pipeline.errors import UserError
+from tests.conftest import ROOT
+
+BATCH = 8
+
+
+def loader(shards, workers=2, needs=None, augment=None, **data):
+    config = DataConfig(shards=str(shards), workers=workers, **data)
+    needs = needs or Needs(waveform=True, fbank=True)
+    place = Place(0, 1, torch.device("cpu"))
+    return build_loader(config, augment, part="train", needs=needs, batch_size=BATCH, seed=3, place=place)
+
+
+def readers(own):
+    return [reader.process for ring in own._feed._rings for reader in ring._readers]
+
+
+def gone(pids, seconds=30):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_killed_readers_are_replaced_and_no_batch_changes(shards, caplog):
+    with loader(shards, workers=0) as own:
+        batches = own.train_batches(0)
+        expected = [next(batches).waveform.clone() for _ in range(12)]
+    with loader(shards) as own:
+        batches = own.train_batches(0)
+        for number, reference in enumerate(expected):
+            if number in (1, 6):
+                for process in readers(own):
+                    process.kill()
+            assert torch.equal(next(batches).waveform, reference)
+    assert "a reader process ended (status -9)" in caplog.text
+
+
+def test_readers_that_die_of_the_same_task_end_the_run():
+    ring = Ring(Directory("/", ()), 1, 1, 100, 1)
+    ring.start(0, np.zeros(5, np.uint8))  # no jobs: the reader cannot make sense of it
+    with pytest.raises(UserError, match=r"3 reader processes ended .* lower data.workers or data.prefetch"):
+        ring.finish(0)
+    ring.close()
+
+
+def test_an_iterator_that_is_dropped_ends_its_readers_and_the_next_one_starts_anew(shards):
+    with loader(shards) as own:
+        batches = own.train_batches(0)
+        first = next(batches).row
+        pids = [process.pid for process in readers(own)]
+        assert len(pids) == 2
+        del batches
+        assert gone(pids)
+        assert torch.equal(next(own.train_batches(0)).row, first)
+        left = own.train_batches(5)
+        next(left)
+        pids = [process.pid for process in readers(own)]
+    assert gone(pids)  # closing the loader ends them too
+
+
+def test_an_idle_consumer_stops_the_readers(shards):
+    with loader(shards, prefetch=3) as own:
+        batches = own.train_batches(0)
+        next(batches)
+        time.sleep(0.5)
+        clip = own.manifest.audio.samples * 2 + own.manifest.fbank.frames * 256 + 2 * 128  # and two .npy headers
+        assert sum(own.touched.values()) == (1 + 3) * BATCH * clip  # one batch taken, three in flight
+
+
+CONSUMER = """
+import sys, time, torch
+from tests.data.test_ring import loader, readers
+own = loader(sys.argv[1])
+batches = own.train_batches(0)
+next(batches)
+print(*[process.pid for process in readers(own)], flush=True)
+time.sleep(600)
+"""
+
+
+def test_kill_9_leaves_no_process_and_no_shared_memory(shards):
+    before = set(Path("/dev/shm").iterdir())
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", CONSUMER, str(shards)]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as consumer:
+        pids = [int(word) for word in consumer.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(psutil.pid_exists(pid) for pid in pids)
+        consumer.send_signal(signal.SIGKILL)
+    assert gone(pids)
+    assert {path for path in Path("/dev/shm").iterdir() if path.name.startswith("craft")} <= before
+
+
+def test_memory_is_used_again_only_when_nobody_holds_it(shards):
+    memory = _Recycled()
+    one = memory.tensor((4, 6))
+    view = one[1:3].t()
+    two = memory.tensor((4, 6))
+    assert one.data_ptr() != two.data_ptr()
+    address = one.data_ptr()
+    del one
+    assert memory.tensor((4, 6)).data_ptr() not in (address, two.data_ptr())  # the view still holds it
+    del view
+    assert memory.tensor((4, 6)).data_ptr() == address
+    with loader(shards) as own:
+        batches = own.train_batches(0)
+        held = [next(batches) for _ in range(6)]
+        copies = [batch.waveform.clone() for batch in held]
+        for _ in range(6):
+            next(batches)
+        assert all(torch.equal(batch.waveform, copy) for batch, copy in zip(held, copies, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("needs", "augment", "fbank", "members"),
+    [
+        (Needs(False, True), None, "auto", {"fbank"}),  # ssast
+        (Needs(True, False), None, "auto", {"waveform"}),
+        (Needs(True, True), AugmentConfig(mixup=0.5), "auto", {"waveform", "partner"}),  # swab finetuning
+        (Needs(False, True), None, "online", {"waveform"}),
+        (Needs(True, True), None, "auto", {"waveform", "fbank"}),
+    ],
+)
+def test_only_what_the_method_needs_is_read(shards, needs, augment, fbank, members):
+    with loader(shards, 0, needs, augment, fbank=fbank) as own:
+        batch = next(own.train_batches(0))
+        assert set(own._feed._layout.used) == members
+        sizes = {"waveform": own.manifest.audio.samples * 2, "fbank": own.manifest.fbank.frames * 256}
+        asked = sum(own.touched.values()) / BATCH
+        once = sum(sizes[m] + 128 for m in members - {"partner"})
+        assert once <= asked <= once + ("partner" in members) * (sizes["waveform"] + 128)
+    assert (batch.waveform is not None, batch.fbank is not None) == (needs.waveform, needs.fbank)

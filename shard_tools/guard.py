@@ -1,0 +1,218 @@
+"""Decoding in a process of its own: one that hangs or crashes on a file costs that clip and no more.
+
+In: what `decode` takes. Out: what it gives, after at most a time limit.
+
+A library call cannot be stopped from within its process, and a segmentation fault in a codec takes the
+process with it; FFmpeg's and libsndfile's demuxers see hostile files by the million. So each worker
+keeps one decoder process: requests go down its stdin, replies come up its stdout, one JSON line each, and
+samples pass through shared memory. That costs about 0.2 ms a clip. After a time-out or crash the next clip
+gets a new process (0.2 s; 2 s more once it needs torchcodec).
+
+A decoder whose worker was killed ends by itself: at the end of its stdin, or by its own alarm.
+"""
+
+import atexit
+import json
+import math
+import mmap
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from functools import lru_cache
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from pipeline.errors import UserError
+from shard_tools import ffmpeg_codecs
+from shard_tools.decode import Decoded, DecodeError, decode
+
+TIME_LIMIT = 60.0  # seconds for one segment: 500 times what a slow one takes
+START_LIMIT = 300.0  # seconds for the decoder's imports, on a busy network disk
+GRACE = 5.0
+
+
+class DecoderProcess:
+    """A process that decodes one segment at a time; `close` it, or use it in `with`.
+
+    Args:
+        rate: Hz of the waveforms it gives.
+        seconds: Longest waveform.
+        time_limit: Seconds that a file may take.
+    """
+
+    def __init__(self, rate: int, seconds: float, time_limit: float = TIME_LIMIT) -> None:
+        self._rate, self._seconds, self._limit = rate, seconds, time_limit
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the object)
+        self._file.truncate(max(mmap.PAGESIZE, round(rate * seconds) * 4))
+        self._memory = mmap.mmap(self._file.fileno(), 0)
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process: subprocess.Popen[bytes] | None = None
+        self._unread = b""
+
+    def decode(self, path: str, start: float, end: float | None, trimmed: bool | None = True) -> Decoded:
+        """`shard_tools.decode.decode` under the time limit.
+
+        Raises:
+            DecodeError: its own, "timeout" or "crashed".
+            UserError: there is no ffmpeg program, or the decoder does not start.
+        """
+        self._start()
+        request = {"path": path, "start": start, "end": end, "trimmed": trimmed}
+        try:
+            self._send(request)
+            reply = self._receive(self._limit)
+            while "loading" in reply:  # torch is being imported: that is not the file's fault
+                self._receive(START_LIMIT)
+                reply = self._receive(self._limit)
+        except TimeoutError:
+            self._kill()
+            raise DecodeError(f"timeout: the decoder took longer than {self._limit:g} s") from None
+        except EOFError as error:
+            raise DecodeError(f"crashed: {error}") from None
+        if "error" in reply:
+            raise DecodeError(reply["error"])
+        if "user_error" in reply:
+            raise UserError(reply["user_error"])
+        waveform = np.frombuffer(self._memory, np.float32, reply.pop("samples")).copy()
+        return Decoded(waveform, **reply)
+
+    def close(self) -> None:
+        """Ends the process and frees the memory."""
+        self._kill()
+        self._memory.close()
+        self._file.close()
+        self._errors.close()
+
+    def __enter__(self) -> "DecoderProcess":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        handle = self._file.fileno()
+        words = [str(handle), str(self._rate), repr(self._seconds), repr(self._limit)]
+        self._errors.truncate(0)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from shard_tools.guard import serve; serve()", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            stderr=self._errors,
+            pass_fds=(handle,),
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # Ctrl-C is the worker's; and a time-out ends its ffmpeg too
+        )
+        self._unread = b""
+        try:
+            self._receive(START_LIMIT)
+        except (TimeoutError, EOFError) as error:
+            self._kill()
+            raise UserError(f"the decoder process does not start: {error}; check the installation") from error
+
+    def _send(self, request: dict[str, Any]) -> None:
+        try:
+            _pipe(self._process, "stdin").write(json.dumps(request).encode() + b"\n")
+        except BrokenPipeError as error:
+            raise EOFError(self._death()) from error
+
+    def _receive(self, limit: float) -> dict[str, Any]:
+        """Next reply.
+
+        Raises:
+            TimeoutError: none within the limit.
+            EOFError: the process died, and how.
+        """
+        handle = _pipe(self._process, "stdout").fileno()
+        deadline = time.monotonic() + limit
+        while b"\n" not in self._unread:
+            ready, _, _ = select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError(f"nothing after {limit:g} s")
+            got = os.read(handle, 1 << 16)
+            if not got:
+                raise EOFError(self._death())
+            self._unread += got
+        line, _, self._unread = self._unread.partition(b"\n")
+        content: dict[str, Any] = json.loads(line)
+        return content
+
+    def _death(self) -> str:
+        """How the process ended, with the last line that it or a library wrote."""
+        process = self._process
+        status = 0 if process is None else process.wait(GRACE)
+        self._kill()
+        how = f"died of {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
+        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 1000))
+        said = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+        return f"the decoder {how}" + (f" ({said[-1]})" if said else "")
+
+    def _kill(self) -> None:
+        """Ends the process and what it started; does not wait for one that the kernel holds (a dead network disk)."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for name in ("stdin", "stdout"):
+            _pipe(process, name).close()
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(GRACE)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            process.poll()
+
+
+def _pipe(process: "subprocess.Popen[bytes] | None", name: str) -> IO[bytes]:
+    pipe: IO[bytes] | None = getattr(process, name, None)
+    if pipe is None:
+        raise EOFError("the decoder process is not running")
+    return pipe
+
+
+@lru_cache(maxsize=1)
+def decoder_process(rate: int, seconds: float, time_limit: float) -> DecoderProcess:
+    """The calling process's decoder; it ends with it."""
+    process = DecoderProcess(rate, seconds, time_limit)
+    atexit.register(process.close)
+    return process
+
+
+def serve() -> None:
+    """The decoder process's loop: a JSON request a line, a JSON reply a line, until stdin ends."""
+    handle, rate, seconds, limit = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
+    memory = np.frombuffer(mmap.mmap(handle, 0), np.float32)
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    _reply(replies, {"ready": True})
+    os.dup2(2, 1)  # libraries chatter on both (mpg123, FFmpeg); the replies have their own descriptor
+    ffmpeg_codecs.TIME_LIMIT = max(0.1, 0.9 * limit)
+    ffmpeg_codecs.when_loading(lambda state: _reply(replies, {"loading": state}))
+    for line in sys.stdin.buffer:
+        signal.alarm(math.ceil(limit + START_LIMIT + GRACE))  # ends an orphan, even in a library's endless loop
+        os.ftruncate(2, 0)
+        os.lseek(2, 0, os.SEEK_SET)
+        request = json.loads(line)
+        try:
+            decoded = decode(rate=rate, seconds=seconds, **request)
+            samples = len(decoded.waveform)
+            memory[:samples] = decoded.waveform
+            reply = {name: getattr(decoded, name) for name in ("duration", "sample_rate", "channels", "decoder")}
+            reply["samples"] = samples
+        except DecodeError as error:
+            reply = {"error": str(error)}
+        except UserError as error:
+            reply = {"user_error": str(error)}
+        except MemoryError:
+            reply = {"error": "out of memory: the header asks for too much"}
+        signal.alarm(0)
+        _reply(replies, reply)
+
+
+def _reply(replies: Any, content: dict[str, Any]) -> None:
+    replies.write(json.dumps(content).encode() + b"\n")

@@ -102,28 +102,36 @@ def _read(segment: Segment) -> Raw:
         os.close(handle)
         return ffmpeg_codecs.read(segment)
     try:
-        return _read_soundfile(handle, segment)
+        file = _Forward(handle)  # owns the handle, and has closed it when it fails
     except soundfile.LibsndfileError as error:
         refuse_text(segment.path)
-        return ffmpeg_codecs.read(segment, str(error))
+        return ffmpeg_codecs.read(segment, error.error_string)
+    with file:
+        return _read_soundfile(file, segment)
 
 
-def _read_soundfile(handle: int, segment: Segment) -> Raw:
-    with soundfile.SoundFile(handle) as file:  # closes the handle
-        rate, frames = file.samplerate, file.frames
-        promised = _promised(file)
-        duration = promised / rate if promised < UNKNOWN_FRAMES else math.inf
-        first = round(segment.begin(duration) * rate)
-        wanted = max(0, min(round(segment.length * rate), promised - first))
-        try:
-            if wanted and first:
-                file.seek(min(first, frames))
-            mono = _read_mono(file, wanted)
-        except soundfile.LibsndfileError as error:
-            raise DecodeError(f"damaged: {error}") from error
-        if len(mono) < wanted and promised < UNKNOWN_FRAMES:
-            raise DecodeError(f"truncated: {len(mono) / rate:.2f} s of {wanted / rate:.2f} s could be decoded")
-        return Raw(mono, rate, duration, file.channels, "soundfile")
+class _Forward(soundfile.SoundFile):  # type: ignore[misc]
+    """Read from front to back: no seeking after each read, which fails where a FLAC's length is unknown."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _read_soundfile(file: soundfile.SoundFile, segment: Segment) -> Raw:
+    rate, frames = file.samplerate, file.frames
+    promised = _promised(file)
+    duration = promised / rate if promised < UNKNOWN_FRAMES else math.inf
+    first = round(segment.begin(duration) * rate)
+    wanted = max(0, min(round(segment.length * rate), promised - first))
+    try:
+        if wanted and first:
+            file.seek(min(first, frames))
+        mono = _read_mono(file, wanted)
+    except soundfile.LibsndfileError as error:
+        raise DecodeError(f"damaged: {error}") from error
+    if len(mono) < wanted and promised < UNKNOWN_FRAMES:
+        raise DecodeError(f"truncated: {len(mono) / rate:.2f} s of {wanted / rate:.2f} s could be decoded")
+    return Raw(mono, rate, duration, file.channels, "soundfile")
 
 
 def _promised(file: soundfile.SoundFile) -> int:

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 TIME_LIMIT = 60.0  # seconds that a decoder may take for one segment
 PREROLL = 1.0  # seconds decoded before the segment and dropped: Opus, AAC and mp3 need their past
+SOURCE = "source"
+WAV_HEADER = 200  # bytes, at most, of ffmpeg's WAV without audio
 NO_DURATION = "Estimating duration from bitrate"  # FFmpeg's guess, no promise of the file's
 
 
@@ -132,25 +134,23 @@ def _read_ffmpeg(segment: Segment, first_reason: str) -> Raw:
 def _run_ffmpeg(segment: Segment, begin: float, first_reason: str) -> tuple[Raw, float]:
     """Decodes from `begin` with one process; also the duration that the file's header has, or infinity."""
     preroll = min(PREROLL, begin)
-    # A name with a leading dash or a colon is a name; nothing but files is opened, whatever a container names.
     seek = {"ss": begin - preroll} if begin > preroll else {}
-    length = segment.length + preroll
-    source = ffmpeg.input(f"file:{segment.path}", t=length, protocol_whitelist="file", **seek)
+    source = ffmpeg.input(SOURCE, t=segment.length + preroll, protocol_whitelist="file", **seek)
     stream = source["a:0"].output("pipe:", format="wav", acodec="pcm_f32le")
-    command = stream.global_args("-nostdin", "-hide_banner", "-v", "level+info", "-nostats", "-xerror")
-    out, said = _run(command.compile(cmd=ffmpeg_binary()))
+    stream = stream.global_args("-nostdin", "-hide_banner", "-v", "level+info", "-nostats", "-xerror")
+    # The name goes in afterwards: ffmpeg-python takes UTF-8 names only. `file:` keeps a leading dash or a
+    # colon a part of the name; and nothing but files is opened, whatever a container names.
+    name = f"file:{segment.path}"
+    status, out, said = _run([name if word == SOURCE else word for word in stream.compile(cmd=ffmpeg_binary())])
     complaints = [line for line in said.splitlines() if "[error]" in line or "[fatal]" in line]
-    if complaints or not out:
-        reason = re.sub(r"\[(error|fatal|[\w,]+ @ 0x[0-9a-f]+)\] ?", "", complaints[0]) if complaints else first_reason
-        reason = reason.replace(f"file:{segment.path}", "").strip(" :") or "no audio"
-        raise DecodeError(f"{'damaged' if len(out) > PIPE_HEADER else 'undecodable'}: {reason}")
+    if complaints or status or not out:
+        reason = re.sub(r"\[(error|fatal|[\w,]+ @ 0x[0-9a-f]+)\] ?", "", complaints[0]) if complaints else ""
+        reason = reason.replace(name, "").strip(" :") or (f"ffmpeg exited with {status}" if out else first_reason)
+        raise DecodeError(f"{'damaged' if len(out) > WAV_HEADER else 'undecodable'}: {reason}")
     samples, rate = parse_wav(out)
-    raw_duration = _duration(said)
+    duration = _duration(said)
     mono = down_mix(samples)[round(preroll * rate) :]
-    return Raw(mono, rate, raw_duration, samples.shape[1], "ffmpeg"), raw_duration
-
-
-PIPE_HEADER = 200  # bytes of a WAV header without audio, about
+    return Raw(mono, rate, duration, samples.shape[1], "ffmpeg"), duration
 
 
 def _duration(said: str) -> float:
@@ -161,12 +161,12 @@ def _duration(said: str) -> float:
     return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
 
 
-def _run(command: list[str]) -> tuple[bytes, str]:
+def _run(command: list[str]) -> tuple[int, bytes, str]:
     try:
         done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=TIME_LIMIT, check=False)
     except subprocess.TimeoutExpired as error:
         raise DecodeError(f"timeout: the decoder took longer than {TIME_LIMIT:g} s") from error
-    return done.stdout, done.stderr.decode("utf-8", "replace")
+    return done.returncode, done.stdout, done.stderr.decode("utf-8", "replace")
 
 
 def parse_wav(data: bytes) -> tuple[np.ndarray, int]:

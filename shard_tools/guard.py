@@ -108,7 +108,7 @@ class DecoderProcess:
             bufsize=0,
             stderr=self._errors,
             pass_fds=(handle,),
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path]))},
             start_new_session=True,  # Ctrl-C is the worker's; and a time-out ends its ffmpeg too
         )
         self._unread = b""
@@ -176,10 +176,21 @@ def _pipe(process: "subprocess.Popen[bytes] | None", name: str) -> IO[bytes]:
     return pipe
 
 
+def guarded_decode(
+    path: str, start: float, end: float | None, *, rate: int, seconds: float, trimmed: bool | None = True
+) -> Decoded:
+    """`shard_tools.decode.decode` in the calling process's own decoder process, under the time limit.
+
+    Raises:
+        DecodeError: `decode`'s, "timeout" or "crashed": the clip cannot be used.
+        UserError: there is no ffmpeg program, or the decoder does not start.
+    """
+    return _process(rate, seconds).decode(path, start, end, trimmed)
+
+
 @lru_cache(maxsize=1)
-def decoder_process(rate: int, seconds: float, time_limit: float) -> DecoderProcess:
-    """The calling process's decoder; it ends with it."""
-    process = DecoderProcess(rate, seconds, time_limit)
+def _process(rate: int, seconds: float) -> DecoderProcess:
+    process = DecoderProcess(rate, seconds)
     atexit.register(process.close)
     return process
 

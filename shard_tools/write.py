@@ -16,13 +16,9 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from multiprocessing import get_context
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -36,7 +32,8 @@ from pipeline.data.manifest import INDEX_SCHEMA, Label
 from pipeline.data.storage import Location
 from pipeline.flow import Clip
 from shard_tools.columns import Failure, relative
-from shard_tools.decode import Decoded, DecodeError, decode
+from shard_tools.decode import Decoded, DecodeError
+from shard_tools.guard import guarded_decode
 from shard_tools.store import Store, local_copies
 
 MEMBERS = ("waveform", "fbank", "json")
@@ -70,8 +67,7 @@ class ShardPlan:
         root: Sources are recorded relative to it.
         out: Where the shards go.
         audio: What is stored.
-        careful: An earlier attempt killed its process: decode in a process of its own, so that the clip that
-            does it is known and costs itself alone.
+        careful: An earlier attempt killed its process; a third is not made.
     """
 
     split: str
@@ -170,11 +166,11 @@ def write_tar(plan: ShardPlan, path: str | os.PathLike[str]) -> tuple[list[dict[
     failures: list[Failure] = []
     sums = np.zeros(3)  # count, sum and sum of squares of the stored fbanks
     silent = 0
-    with open(path, "wb") as file, _decoder(plan.careful) as decoder:
+    with open(path, "wb") as file:
         tar = TarWriter(file)
         for clip, copy in zip(plan.clips, local_copies(clip.path for clip in plan.clips), strict=True):
             try:
-                decoded = _decode(decoder, clip, copy, plan.audio)
+                decoded = _decode(clip, copy, plan.audio)
             except DecodeError as error:
                 failures.append(Failure(clip.id or clip.key, clip.path, str(error), clip.split))
                 continue
@@ -235,38 +231,18 @@ def read_record(store: Store, name: str) -> tuple[pa.Table, dict[str, Any]]:
     return table.replace_schema_metadata(), json.loads(table.schema.metadata[b"craft"])
 
 
-def _decode(decoder: Callable[..., Decoded], clip: Clip, copy: str | OSError, audio: AudioOptions) -> Decoded:
+def _decode(clip: Clip, copy: str | OSError, audio: AudioOptions) -> Decoded:
     if isinstance(copy, OSError):
         raise DecodeError(f"unreadable: {copy}") from copy
+    if not clip.path.isprintable() and clip.path.encode("utf-8", "replace").decode() != clip.path:
+        raise DecodeError("name: not UTF-8; rename the file")  # neither parquet nor json can hold it
     try:
-        return decoder(copy, clip.start, clip.end, rate=audio.sample_rate, seconds=audio.seconds, trimmed=clip.trimmed)
+        return guarded_decode(
+            copy, clip.start, clip.end, rate=audio.sample_rate, seconds=audio.seconds, trimmed=clip.trimmed
+        )
     except DecodeError as error:
         # The name of a scratch copy differs from build to build, and failures.jsonl must not.
         raise DecodeError(str(error).replace(copy, clip.path)) from error
-
-
-@contextmanager
-def _decoder(careful: bool) -> Iterator[Callable[..., Decoded]]:
-    """`decode`, or the same in a process that a crashing decoder may take with it."""
-    if not careful:
-        yield decode
-        return
-    pools: list[ProcessPoolExecutor] = []
-
-    def isolated(*words: Any, **options: Any) -> Decoded:
-        if not pools:
-            pools.append(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
-        try:
-            return pools[0].submit(decode, *words, **options).result()
-        except BrokenProcessPool as error:
-            pools.pop().shutdown()
-            raise DecodeError("crashed: the file kills the decoder's process") from error
-
-    try:
-        yield isolated
-    finally:
-        for pool in pools:
-            pool.shutdown()
 
 
 def _add(tar: TarWriter, key: str, sample: Sequence[Sequence[bytes | memoryview]]) -> dict[str, int]:
@@ -292,6 +268,7 @@ def _describe(clip: Clip, plan: ShardPlan, decoded: Decoded, about: dict[str, An
         "original_duration": round(decoded.duration, 6),
         "original_sample_rate": decoded.sample_rate,
         "original_channels": decoded.channels,
+        "decoder": decoded.decoder,
         "fold": clip.fold,
         "silent": about["silent"],
         "gain": about["gain"],

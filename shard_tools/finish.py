@@ -38,7 +38,7 @@ def finish(
     content = _beginning(catalog, options, earlier)
     totals = _Totals(plans)
     with store.temporary("index.parquet") as index, store.temporary("failures.jsonl") as failures:
-        with failures.open("w", encoding="utf-8", errors="surrogateescape") as lines, IndexWriter(index) as rows:
+        with failures.open("w", encoding="utf-8", errors="backslashreplace") as lines, IndexWriter(index) as rows:
             if earlier is not None:
                 for line in _earlier_failures(store, earlier):
                     lines.write(line)

@@ -60,8 +60,9 @@ class Raw:
 def down_mix(samples: np.ndarray) -> np.ndarray:
     """Mean of the channels, float32 [n, channels] -> [n]; by adding columns, 25 times faster than `mean(1)`."""
     total: np.ndarray = samples[:, 0].copy()
-    for channel in range(1, samples.shape[1]):
-        total += samples[:, channel]
+    with np.errstate(over="ignore", invalid="ignore"):  # `decode` looks for what is not finite
+        for channel in range(1, samples.shape[1]):
+            total += samples[:, channel]
     if samples.shape[1] > 1:
         total *= np.float32(1 / samples.shape[1])
     return total

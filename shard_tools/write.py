@@ -234,8 +234,10 @@ def read_record(store: Store, name: str) -> tuple[pa.Table, dict[str, Any]]:
 def _decode(clip: Clip, copy: str | OSError, audio: AudioOptions) -> Decoded:
     if isinstance(copy, OSError):
         raise DecodeError(f"unreadable: {copy}") from copy
-    if not clip.path.isprintable() and clip.path.encode("utf-8", "replace").decode() != clip.path:
-        raise DecodeError("name: not UTF-8; rename the file")  # neither parquet nor json can hold it
+    try:
+        clip.path.encode()
+    except UnicodeEncodeError as error:
+        raise DecodeError("name: not UTF-8; rename the file") from error  # parquet cannot hold it
     try:
         return guarded_decode(
             copy, clip.start, clip.end, rate=audio.sample_rate, seconds=audio.seconds, trimmed=clip.trimmed

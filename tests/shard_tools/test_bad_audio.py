@@ -123,8 +123,9 @@ def test_the_ffmpeg_program_alone_decides_the_same(corpus, monkeypatch):
         if decoder == "soundfile":
             continue  # the same call
         other, other_waveform, program = fate(case)
-        assert meets(case, reason), (case, reason)
-        assert meets(case, other), (case, other)
+        if not str(case.fate).startswith("name:"):  # which the writer refuses, not `decode`
+            assert meets(case, reason), (case, reason)
+            assert meets(case, other), (case, other)
         assert (reason is None) == (other is None), (case, reason, other)
         if reason is None:
             assert program in ("ffmpeg", "soundfile")

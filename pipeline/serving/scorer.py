@@ -17,7 +17,8 @@ from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
 from pipeline.flow import Batch
 from pipeline.tasks import FinetuneTask
-from shard_tools.decode import Decoded, DecodeError, decode, down_mix
+from shard_tools.decode import Decoded, DecodeError, decode
+from shard_tools.segment import down_mix
 from shard_tools.write import encode_waveform
 
 BATCH = 16  # windows of a forward pass

@@ -12,11 +12,12 @@ from sklearn.metrics import average_precision_score
 from pipeline.ablation.campaign import Campaign
 from pipeline.ablation.grid import build_grid
 from pipeline.engine.evaluation import results, write_predictions, write_results
+from pipeline.engine.bootstrap import interval, weighted_metric
 from pipeline.engine.inference import Scores
 from pipeline.report import render
 from pipeline.report.__main__ import write
 from pipeline.report.collect import collect
-from pipeline.report.significance import Predictions, paired_bootstrap, weighted_metric
+from pipeline.report.significance import Predictions, paired_bootstrap
 from tests.conftest import ROOT
 
 
@@ -33,7 +34,7 @@ def predictions(seed: int, skill: float, clips: int = 200, classes: int = 6, rou
 def test_weighted_map_is_scikit_learns_on_the_drawn_clips(rounded):
     run = predictions(1, 1.0, rounded=rounded)
     drawn = np.random.default_rng(0).multinomial(200, np.full(200, 1 / 200), 5).astype(np.float32)
-    fast = weighted_metric(run, drawn, "mAP")
+    fast = weighted_metric(run.scores, run.targets, drawn, "mAP")
     for weights, value in zip(drawn, fast, strict=True):
         rows = np.repeat(np.arange(200), weights.astype(int))
         slow = [average_precision_score(t, s) for t, s in zip(run.targets[rows].T, run.scores[rows].T, strict=True)]
@@ -45,7 +46,18 @@ def test_weighted_accuracy_is_the_mean_over_the_drawn_clips():
     single = Predictions(run.keys, np.eye(6, dtype=bool)[np.arange(200) % 6], run.scores)
     drawn = np.random.default_rng(0).multinomial(200, np.full(200, 1 / 200), 3).astype(np.float32)
     hit = single.scores.argmax(axis=1) == single.targets.argmax(axis=1)
-    assert weighted_metric(single, drawn, "accuracy") == pytest.approx((drawn * hit).sum(axis=1) / 200)
+    assert weighted_metric(single.scores, single.targets, drawn, "accuracy") == pytest.approx((drawn * hit).sum(axis=1) / 200)
+
+
+def test_the_interval_of_a_share_is_the_binomials():
+    hits = np.arange(400) % 4 > 0  # 300 of 400
+    scores = np.stack([hits, ~hits], axis=1).astype(np.float32)
+    targets = np.tile([1.0, 0.0], (400, 1))
+    found = interval(scores, targets, "accuracy")
+    spread = 1.96 * (0.75 * 0.25 / 400) ** 0.5
+    assert found.low == pytest.approx(0.75 - spread, abs=0.01)
+    assert found.high == pytest.approx(0.75 + spread, abs=0.01)
+    assert interval(scores, targets, "accuracy") == found  # the draws are seeded
 
 
 def test_a_better_system_is_found_and_an_equal_one_is_not():

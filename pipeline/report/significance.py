@@ -5,8 +5,7 @@ In: predictions of two systems on the same clips. Out: difference of the metric,
 Clips are drawn with replacement, the same draw for both systems, and the metric is taken again. That is
 the uncertainty of the evaluation set; the one of training shows in the spread over seeds.
 
-Cost: one sort a class, then a cumulative sum over the clips a draw: C * n * draws additions. Draws are
-reduced to keep that below `BUDGET` (a minute); 20 k clips of 527 classes get 200.
+Cost: that of `engine.bootstrap` for every run.
 """
 
 from collections.abc import Sequence
@@ -17,10 +16,7 @@ import numpy as np
 
 from pipeline.engine.evaluation import read_predictions
 
-DRAWS = 1000
-FEWEST_DRAWS = 200
-BUDGET = 2e9
-CHUNK = 50  # draws at a time: bounds the memory to CHUNK * n
+from pipeline.engine.bootstrap import clip_weights, draws_for, weighted_metric
 
 
 @dataclass(frozen=True)
@@ -76,15 +72,14 @@ def paired_bootstrap(
     if any(not np.array_equal(folds[0][key][0].targets, folds[1][key][0].targets) for key in folds[0]):
         return None
     size = sum(runs[0].scores.size * len(runs) for side in folds for runs in side.values())
-    draws = int(min(DRAWS, max(FEWEST_DRAWS, BUDGET // size)))
+    draws = draws_for(size)
     means = [np.zeros(draws + 1), np.zeros(draws + 1)]
     for number, key in enumerate(sorted(folds[0])):
         clips = len(folds[0][key][0].keys)
         rng = np.random.default_rng([seed, number])
-        drawn = rng.multinomial(clips, np.full(clips, 1 / clips), draws).astype(np.float32)
-        weights = np.concatenate([np.ones((1, clips), np.float32), drawn])  # the first is the sample itself
+        weights = clip_weights(clips, draws, rng)
         for i, side in enumerate(folds):
-            values = [weighted_metric(run, weights, metric) for run in side[key]]
+            values = [weighted_metric(run.scores, run.targets, weights, metric) for run in side[key]]
             means[i] += np.mean(values, axis=0) / len(folds[0])
     difference = means[0] - means[1]
     sample, drawn_differences = difference[0], difference[1:]
@@ -92,40 +87,6 @@ def paired_bootstrap(
     tail = min((drawn_differences <= 0).sum(), (drawn_differences >= 0).sum())
     p = min(1.0, 2 * (tail + 1) / (draws + 1))
     return Difference(float(sample), float(low), float(high), float(p), draws)
-
-
-def weighted_metric(run: Predictions, weights: np.ndarray, metric: str) -> np.ndarray:
-    """The metric with clip weights: float32 [draws, n] -> float64 [draws]."""
-    if metric == "accuracy":
-        own = run.scores[np.arange(len(run.keys)), run.targets.argmax(axis=1)][:, None]
-        better, equal = (run.scores > own).sum(axis=1), (run.scores == own).sum(axis=1)
-        hits = ((better + (equal - 1) / 2) < 1).astype(np.float64)  # ties as in engine.metrics
-        return np.asarray(weights @ hits / weights.sum(axis=1))
-    chunks = [weights[i : i + CHUNK] for i in range(0, len(weights), CHUNK)]
-    return np.concatenate([np.nanmean(_average_precisions(run, chunk), axis=0) for chunk in chunks])
-
-
-def _average_precisions(run: Predictions, weights: np.ndarray) -> np.ndarray:
-    """[C', draws] for the classes with a positive; NaN where a draw has none."""
-    rows = []
-    for score, truth in zip(run.scores.T, run.targets.T, strict=True):
-        if not truth.any():
-            continue
-        order = np.argsort(-score, kind="stable")
-        ranked = score[order]
-        last = np.searchsorted(-ranked, -ranked, side="right") - 1  # of each group of equal scores
-        positive = np.flatnonzero(truth[order])
-        drawn = weights[:, order]
-        seen = np.cumsum(drawn, axis=1, dtype=np.float64)[:, last[positive]]
-        weight = drawn[:, positive].astype(np.float64)
-        hits = np.cumsum(weight, axis=1)
-        # Hits up to the end of a group of ties: those of its last positive.
-        end = np.searchsorted(last[positive], last[positive], side="right") - 1
-        total = hits[:, -1]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            precision = np.where(seen > 0, hits[:, end] / seen, 0.0)
-            rows.append(np.where(total > 0, (weight * precision).sum(axis=1) / total, np.nan))
-    return np.array(rows)
 
 
 def _folds(runs: Sequence[Predictions]) -> dict[str, list[Predictions]]:

@@ -11,8 +11,8 @@ from sklearn.metrics import average_precision_score
 
 from pipeline.ablation.campaign import Campaign
 from pipeline.ablation.grid import build_grid
-from pipeline.engine.evaluation import results, write_predictions, write_results
 from pipeline.engine.bootstrap import interval, weighted_metric
+from pipeline.engine.evaluation import results, write_predictions, write_results
 from pipeline.engine.inference import Scores
 from pipeline.report import render
 from pipeline.report.__main__ import write
@@ -46,7 +46,8 @@ def test_weighted_accuracy_is_the_mean_over_the_drawn_clips():
     single = Predictions(run.keys, np.eye(6, dtype=bool)[np.arange(200) % 6], run.scores)
     drawn = np.random.default_rng(0).multinomial(200, np.full(200, 1 / 200), 3).astype(np.float32)
     hit = single.scores.argmax(axis=1) == single.targets.argmax(axis=1)
-    assert weighted_metric(single.scores, single.targets, drawn, "accuracy") == pytest.approx((drawn * hit).sum(axis=1) / 200)
+    found = weighted_metric(single.scores, single.targets, drawn, "accuracy")
+    assert found == pytest.approx((drawn * hit).sum(axis=1) / 200)
 
 
 def test_the_interval_of_a_share_is_the_binomials():

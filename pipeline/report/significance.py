@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.engine.evaluation import read_predictions
-
 from pipeline.engine.bootstrap import clip_weights, draws_for, weighted_metric
+from pipeline.engine.evaluation import read_predictions
 
 
 @dataclass(frozen=True)

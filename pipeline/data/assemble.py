@@ -122,8 +122,15 @@ class Assembler:
 class _Recycled:
     """float32 memory, used again once no tensor refers to it."""
 
+    KEPT = 16  # arrays at most
+
     def __init__(self) -> None:
-        self._arrays: list[np.ndarray] = []
+        self._arrays: list[np.ndarray] = [np.empty(0, np.float32)]
+        self._free = self._references()[0]  # of an array that only the list holds: it depends on Python's release
+        self._arrays.clear()
+
+    def _references(self) -> list[int]:
+        return [sys.getrefcount(array) for array in self._arrays]
 
     def tensor(self, shape: Sequence[int]) -> torch.Tensor:
         """An uninitialised tensor.
@@ -131,10 +138,10 @@ class _Recycled:
         `torch.from_numpy` keeps a reference to the array for as long as its storage lives, in whichever tensors
         and views: an array that only the list refers to is free.
         """
-        for array in self._arrays:
-            if array.shape == tuple(shape) and sys.getrefcount(array) == 3:  # the list, `array`, the argument
-                return torch.from_numpy(array)
-        self._arrays.append(np.empty(shape, np.float32))
+        for number, references in enumerate(self._references()):
+            if references == self._free and self._arrays[number].shape == tuple(shape):
+                return torch.from_numpy(self._arrays[number])
+        self._arrays = [*self._arrays[-self.KEPT + 1 :], np.empty(shape, np.float32)]
         return torch.from_numpy(self._arrays[-1])
 
 

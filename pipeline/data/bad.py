@@ -2,11 +2,11 @@
 
 In: clips that could not be read. Out: the rows to try in their place, or the error that ends the run.
 
-The stand-in for the clip of position g is the first readable one of the clips of positions g + D, g + 2 D, ...
-where D is the least multiple of the streams that is not less than the global batch. So it comes from the same
-stream, whose shards this rank reads anyhow; no two clips of a batch can get the same stand-in, nor one that
-the batch holds already, within an epoch (each position of an epoch is another clip); and a cut tar is made
-up for by the many clips of its stream. Nothing in it depends on ranks, workers or restarts.
+The stand-in for the clip of position g is the first readable one of the clips of positions g + k D, g + (k + 1) D, ...
+where D is the least multiple of the streams that is not less than the global batch, and k a hash of g in 1 .. 16. So
+it comes from the same stream, whose shards this rank reads anyhow; no two clips of a batch can get the same
+stand-in, nor one that the batch holds already, within an epoch (each position of an epoch is another clip);
+and a cut tar is made up for by many clips of its stream. Nothing in it depends on ranks, workers or restarts.
 """
 
 import logging
@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.rng import hashed
 
 log = logging.getLogger(__name__)
 
 NAMED = 10  # bad clips in the text of an error
 CHUNK = 16
+SPREAD = 16
 
 RowsOf = Callable[[np.ndarray], np.ndarray]
 
@@ -34,8 +36,9 @@ def stand_ins(rows_of: RowsOf, position: int, stride: int, clips: int) -> Iterat
         stride: D.
         clips: Of the part.
     """
-    for step, count in ((stride, 2 * clips // stride + CHUNK), (1, 2 * clips)):
-        for first in range(1, count, CHUNK):
+    begin = 1 + int(hashed(0, np.array([position]))[0]) % SPREAD
+    for step, start, count in ((stride, begin, begin + 2 * clips // stride), (1, 1, 2 * clips)):
+        for first in range(start, count, CHUNK):
             yield from rows_of(position + step * np.arange(first, min(first + CHUNK, count))).tolist()
 
 

@@ -27,7 +27,7 @@ from shard_tools.plan import BuildOptions, SplitPlan
 from shard_tools.store import Store, sha256
 from shard_tools.write import read_record, record_name, shard_name
 
-ROW_GROUP = 1 << 16
+ROW_GROUP = 1 << 12  # rows that a loader decodes to get at a shard's
 READ_AHEAD = 16  # records in flight; from an object store the waiting is what costs
 
 

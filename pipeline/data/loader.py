@@ -5,7 +5,7 @@ global order for any number of ranks and reader processes.
 
 The training process only plans (which bytes go where) and converts; reader processes fill `data.prefetch`
 batches ahead of it (`pipeline.data.ring`), out of local files or the node's cache of remote shards
-(`pipeline.data.cache`). Nothing grows with the data set but the index columns: about 60 to 100 bytes a clip.
+(`pipeline.data.cache`). Nothing grows with the clips of the data set: see `pipeline.data.index` and `order`.
 """
 
 import os
@@ -16,8 +16,6 @@ from types import TracebackType
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from pipeline.config import AugmentConfig, DataConfig
@@ -101,15 +99,8 @@ def build_loader(
         )
     content = _Content.of(data, augment or AugmentConfig(), needs)
     index = ShardIndex(data.shards, manifest, content.members)
-    chosen = pc.equal(index.split.cast(pa.string()), split).to_numpy(zero_copy_only=False)
-    if data.fold:
-        if data.fold not in index.fold[chosen]:
-            raise UserError(f"data.fold = {data.fold}: split '{split}' has folds {sorted(set(index.fold[chosen]))}")
-        chosen &= (index.fold == data.fold) == (part == "eval")
-    rows = np.flatnonzero(chosen)[: limit or None]
-    if not len(rows):
-        raise UserError(f"{data.shards}: no clip in split '{split}', fold {data.fold}; see its failures.jsonl")
-    selection = Part.of(rows, index.shards[rows], f"{manifest.digest}/{split}/{data.fold}/{part}")
+    name = f"{manifest.digest}/{split}/{data.fold}/{part}"
+    selection = index.part(split, data.fold, part == "eval", limit, name)
     loader = Loader(index, selection, spec, data, content, _Share(batch_size, seed, place))
     if part == "train" and batch_size > loader.clips:
         raise UserError(
@@ -173,7 +164,7 @@ class Loader:
         self.manifest = index.manifest
         self._index, self._part, self._spec = index, part, spec
         self._content, self._share = content, share
-        self._order = train_order(part, data, share.seed, index, len(spec.labels))
+        self._order = train_order(part, data, share.seed, index.label_columns, len(spec.labels))
         self.clips = len(self._order)
         self.bad_clips = BadClips(data.shards, index.name, data.on_error, data.max_bad)
         device = share.place.device
@@ -276,7 +267,7 @@ class Loader:
         size = self._share.batch_size
 
         def shards_ahead(step: int) -> np.ndarray:
-            return np.asarray(self._index.shards[rows_of(self._share.positions(step))])
+            return self._index.shards(rows_of(self._share.positions(step)))
 
         return Walk(plan, rows_of, shards_ahead, size, -(-size // streams) * streams, len(self._part), first, stop)
 

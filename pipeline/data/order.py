@@ -28,8 +28,8 @@ streams=256 bring that to 2.6 or 1.4, at four times the open shards. WebDataset'
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -78,8 +78,9 @@ class Part:
         return self.at(np.arange(self.starts[number], self.starts[number + 1]))
 
 
-class LabelTable(Protocol):
-    """Where labels come from, by index row: `pipeline.data.reader.ShardReader`."""
+@dataclass(frozen=True, eq=False)
+class LabelTable:
+    """Labels of index row i: `label_values[label_offsets[i] : label_offsets[i + 1]]`."""
 
     label_offsets: np.ndarray
     label_values: np.ndarray
@@ -98,7 +99,7 @@ def part_weights(part: Part, table: LabelTable, classes: int) -> Weights:
     return Weights(labels, len(part.starts) - 1, classes)
 
 
-def train_order(part: Part, data: DataConfig, seed: int, table: LabelTable, classes: int) -> "TrainOrder":
+def train_order(part: Part, data: DataConfig, seed: int, table: Callable[[], LabelTable], classes: int) -> "TrainOrder":
     """The order that the settings ask for.
 
     Raises:
@@ -116,7 +117,7 @@ def train_order(part: Part, data: DataConfig, seed: int, table: LabelTable, clas
             f"data.replacement = false, data.epoch_clips = {data.epoch_clips}: without replacement an epoch draws "
             f"fewer than the {len(part)} clips, each at most once; set data.epoch_clips (PaSST: 100000 of 2 million)"
         )
-    weights = part_weights(part, table, classes)
+    weights = part_weights(part, table(), classes)
     return TrainOrder(part, seed, data.streams, data.window, weights, data.epoch_clips, data.replacement)
 
 

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.bench_growth [--clips 1000 100000 ...] [--dir DIR]
 
-In: nothing; an index of each size is generated as the builder would write it (512 clips a shard, a row group a shard,
-AudioSet-like labels), all its shards being links to one real shard of short clips. Out: a table on stdout. Each
+In: nothing; an index of each size is generated as the builder would write it (512 clips a shard, AudioSet-like
+labels), all its shards being links to one real shard of short clips. Out: a table on stdout. Each
 row is a process of its own, rank 0 of 1 or of 256, G = 256. The memory is what the process grew by.
 """
 
@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data.manifest import INDEX_SCHEMA, Manifest, load_index, load_manifest
+from shard_tools.finish import IndexWriter
 from tests.helpers import synth_shards
 
 PER_SHARD, CLASSES, BATCH, BATCHES = 512, 527, 256, 40
@@ -50,7 +50,7 @@ def generate(out: Path, source: Path, clips: int) -> Path:
     popularity = 1 / np.arange(1, CLASSES + 1)  # a class has from half of the clips down to a thousandth
     edges = np.cumsum(popularity / popularity.sum())
     shards = []
-    with pq.ParquetWriter(out / "index.parquet", INDEX_SCHEMA) as writer:
+    with IndexWriter(out / "index.parquet") as writer:
         for number in range(-(-clips // PER_SHARD)):
             name, count = f"train-{number:06d}.tar", min(PER_SHARD, clips - number * PER_SHARD)
             (out / name).symlink_to(tar)
@@ -60,7 +60,7 @@ def generate(out: Path, source: Path, clips: int) -> Path:
             columns["split"] = pa.array(["train"] * count).dictionary_encode()
             columns["shard"] = pa.array([name] * count).dictionary_encode()
             columns["labels"] = pa.array(list(pairs), pa.list_(pa.int32()))
-            writer.write_table(pa.table(columns, schema=INDEX_SCHEMA))
+            writer.write(pa.table(columns, schema=INDEX_SCHEMA))
             shards.append({"name": name, "split": "train", "clips": count, "size": 0, "sha256": "0" * 64})
     content = manifest.model_dump(mode="json")
     content["splits"] = {"train": content["splits"]["train"] | {"clips": clips, "shards": len(shards)}}

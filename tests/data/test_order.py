@@ -122,7 +122,7 @@ def labelled(classes: np.ndarray) -> SimpleNamespace:
 
 def order_of(clips: int = 100, **data: object) -> TrainOrder:
     classes = np.arange(1000 + clips) % 10 // 9  # every tenth clip is of class 1
-    return train_order(part(clips), DataConfig(**data), 0, labelled(classes), 2)
+    return train_order(part(clips), DataConfig(**data), 0, lambda: labelled(classes), 2)
 
 
 @pytest.mark.parametrize(

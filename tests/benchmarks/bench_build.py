@@ -1,0 +1,203 @@
+"""What building shards costs: its unavoidable parts alone, the whole, more workers, and the usual way.
+
+    python -m tests.benchmarks.bench_build [--clips 64] [--codec m4a wav] [--catalog 2000000]
+
+In: nothing; clips of 10 s, 44.1 kHz stereo, are generated and encoded. Out: tables on stdout, medians of 3
+rounds in which all ways take turns. Parts: decode (with down-mix and resampling), fbank, encode (int16,
+float16, .npy), write (tar, sha256, xxh3, fsync), each timed over all clips in this process. Ratio: sum
+of the parts / whole. The usual way: an ffmpeg subprocess, torchaudio's fbank and tarfile, clip by clip.
+--catalog N: time and peak memory of --dry-run on N AudioSet rows.
+"""
+
+import argparse
+import io
+import os
+import resource
+import statistics
+import string
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+
+from pipeline.data.manifest import Label
+from pipeline.flow import Clip
+from shard_tools import catalogs
+from shard_tools.decode import decode, ffmpeg_binary
+from shard_tools.distribute import run
+from shard_tools.plan import BuildOptions, SplitPlan
+from shard_tools.synth import CLASSES, render
+from shard_tools.write import AudioOptions, TarWriter, encode_waveform, npy, stored_fbank, write_shard
+from tests.conftest import ROOT
+
+AUDIO = AudioOptions()
+SOURCE_RATE, ROUNDS = 44100, 3
+
+
+def generate(folder: Path, clips: int, codec: str) -> catalogs.Catalog:
+    """Clips of 10 s, stereo."""
+    folder.mkdir()
+    names = list(CLASSES)
+    catalog = catalogs.Catalog("bench", folder, [Label(id=name, name=name) for name in names])
+    for number in range(clips):
+        rng = np.random.default_rng(number)
+        sides = [render([names[number % len(names)]], 10.0, SOURCE_RATE, rng) for _ in range(2)]
+        path = folder / f"{number:05d}.wav"
+        soundfile.write(path, np.stack(sides, axis=1), SOURCE_RATE)
+        if codec != "wav":
+            wav, path = path, path.with_suffix(f".{codec}")
+            subprocess.run([ffmpeg_binary(), "-v", "error", "-i", wav, path], check=True)
+            wav.unlink()
+        catalog.clips.append(Clip(f"{number:05d}", str(path), 0.0, None, (number % len(names),), "train"))
+    return catalog
+
+
+def parts(catalog: catalogs.Catalog, out: Path) -> dict[str, float]:
+    """Seconds of each unavoidable part, over all clips."""
+    times: dict[str, float] = {}
+    begun = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal begun
+        times[name] = time.perf_counter() - begun
+        begun = time.perf_counter()
+
+    decoded = [decode(c.path, c.start, c.end, rate=AUDIO.sample_rate, seconds=AUDIO.seconds) for c in catalog.clips]
+    lap("decode")
+    waveforms = [encode_waveform(one, AUDIO.samples)[0] for one in decoded]
+    lap("encode")
+    fbanks = [stored_fbank(waveform, AUDIO) for waveform in waveforms]
+    lap("fbank")
+    with (out / "parts.tar").open("wb") as file:
+        tar = TarWriter(file)
+        for number, (waveform, fbank) in enumerate(zip(waveforms, fbanks, strict=True)):
+            tar.add(f"{number:05d}.waveform.npy", npy(waveform))
+            tar.add(f"{number:05d}.fbank.npy", npy(fbank))
+        tar.close()
+        file.flush()
+        os.fsync(file.fileno())
+    lap("write")
+    return times
+
+
+def usual(catalog: catalogs.Catalog, out: Path) -> float:
+    """Seconds of what most scripts do."""
+    begun = time.perf_counter()
+    with tarfile.open(out / "usual.tar", "w") as tar:
+        for clip in catalog.clips:
+            command = [ffmpeg_binary(), "-v", "error", "-i", clip.path, "-ac", "1", "-ar", "16000", "-f", "f32le", "-"]
+            raw = subprocess.run(command, check=True, capture_output=True).stdout
+            waveform = torch.frombuffer(bytearray(raw), dtype=torch.float32)[None, : AUDIO.samples]
+            fbank = torchaudio.compliance.kaldi.fbank(
+                waveform - waveform.mean(), htk_compat=True, sample_frequency=16000, use_energy=False,
+                window_type="hanning", num_mel_bins=128, dither=0.0, frame_shift=10,
+            )  # fmt: skip
+            for name, array in (("waveform", (waveform[0] * 32767).short()), ("fbank", fbank.half())):
+                payload = io.BytesIO()
+                np.save(payload, array.numpy())
+                info = tarfile.TarInfo(f"{clip.key}.{name}.npy")
+                info.size = payload.tell()
+                payload.seek(0)
+                tar.addfile(info, payload)
+    return time.perf_counter() - begun
+
+
+def speed(codec: str, clips: int, workers: int) -> None:
+    """One table."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        catalog = generate(folder / "audio", clips, codec)
+        options = BuildOptions(AUDIO, clips)
+        (shard,) = SplitPlan(catalog, "train", folder / "whole", options).shards([0])
+        rounds: dict[str, list[float]] = {}
+        decode(shard.clips[0].path, 0.0, None, rate=16000, seconds=10)  # libraries load outside the measure
+        for _ in range(ROUNDS):
+            found = parts(catalog, folder)
+            begun = time.perf_counter()
+            write_shard(shard)
+            found["whole"] = time.perf_counter() - begun
+            found["usual way"] = usual(catalog, folder)
+            for key, value in found.items():
+                rounds.setdefault(key, []).append(value)
+        times = {key: statistics.median(values) for key, values in rounds.items()}
+        total = sum(times[key] for key in ("decode", "encode", "fbank", "write"))
+        print(f"\n{codec}: {clips} clips of 10 s, one process, one thread")
+        print("| part | ms a clip | clips/s |\n|---|---|---|")
+        for key, value in {**times, "sum of parts": total}.items():
+            print(f"| {key} | {1000 * value / clips:.2f} | {clips / value:.1f} |")
+        print(f"sum of parts / whole: {total / times['whole']:.3f}; usual way / whole: "
+              f"{times['usual way'] / times['whole']:.2f}")  # fmt: skip
+        scale(catalog, folder, clips, workers)
+
+
+def scale(catalog: catalogs.Catalog, folder: Path, clips: int, workers: int) -> None:
+    """Rates of 1 and of `workers` processes once all are at work; their start is left out."""
+    size = max(1, clips // (8 * workers))
+    rates = {}
+    for count in (1, workers):
+        laps = []
+        for number in range(ROUNDS):
+            plan = SplitPlan(catalog, "train", folder / f"{count}-{number}", BuildOptions(AUDIO, size))
+            ends = [time.perf_counter() for _ in run(plan.shards(list(range(len(plan)))), count)]
+            laps.append((len(ends) - count) * size / (ends[-1] - ends[count - 1]))
+        rates[count] = statistics.median(laps)
+        print(f"{count} processes at work: {rates[count]:.1f} clips/s")
+    print(f"speed-up of {workers} processes: {rates[workers] / rates[1]:.2f}")
+
+
+def simulate(folder: Path, rows: int) -> list[str]:
+    """An AudioSet csv of `rows` rows and the listing of files for 85 % of them; returns the builder's options."""
+    rng = np.random.default_rng(0)
+    letters = np.array(list(string.ascii_letters + string.digits + "-_"))
+    segments, listing, labels = (folder / name for name in ("segments.csv", "files.txt", "labels.csv"))
+    labels.write_text("index,mid,display_name\n" + "".join(f"{i},/m/{i:04d},class {i}\n" for i in range(527)))
+    with segments.open("w") as table, listing.open("w") as files:
+        for number in range(rows):
+            name = "".join(letters[rng.integers(0, 64, 11)])
+            start, mids = 10 * int(rng.integers(0, 60)), rng.integers(0, 527, rng.integers(1, 5))
+            table.write(f'{name}, {start}.000, {start + 10}.000, "{",".join(f"/m/{mid:04d}" for mid in mids)}"\n')
+            if rng.random() < 0.85:
+                files.write(f"part{number % 40:02d}/Y{name}.m4a\n")
+    return ["--dataset", "audioset", "--segments", str(segments), "--class-labels", str(labels), "--audio-root",
+            "/data/audioset", "--audio-list", str(listing), "--split", "train"]  # fmt: skip
+
+
+def catalog_cost(rows: int) -> None:
+    """Time and peak memory of --dry-run, in a process of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        words = simulate(Path(name), rows)
+        script = str(ROOT / "shard_tools" / "build_shards.py")
+        line = [sys.executable, script, *words, "--out", f"{name}/out", "--dry-run"]
+        begun = time.perf_counter()
+        done = subprocess.run(line, check=True, capture_output=True, text=True, cwd=ROOT)
+        seconds = time.perf_counter() - begun
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+        print(f"\n--dry-run of {rows} rows: {seconds:.0f} s, peak memory {peak:.2f} GB")
+        print(done.stdout.replace(name, "..."), end="")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--codec", nargs="*", default=["m4a", "wav"])
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--catalog", type=int, metavar="N")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cores = f"{os.cpu_count()} cores, torch {torch.__version__}, torchaudio {torchaudio.__version__}"
+    print(f"{cores}, Python {sys.version.split()[0]}")
+    if args.catalog:  # first: the peak of children is that of the largest
+        catalog_cost(args.catalog)
+    for codec in args.codec:
+        speed(codec, args.clips, args.workers)
+
+
+if __name__ == "__main__":
+    main()

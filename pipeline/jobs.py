@@ -7,6 +7,7 @@ the run marked finished, failed or killed.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from pipeline.engine.evaluation import (
     write_predictions,
     write_results,
 )
-from pipeline.engine.inference import mean_losses, score
+from pipeline.engine.inference import Scores, mean_losses, score
 from pipeline.engine.loop import Job
 from pipeline.engine.setup import Batches, reconcile
 from pipeline.errors import UserError
@@ -154,6 +155,31 @@ def evaluate_run(
     Raises:
         UserError: the shards' label vocabulary or audio format is not the run's.
     """
+    scored = score_run(run_dir, file, recipe, world)
+    if predictions and world.is_main:
+        write_predictions(scored.scores, scored.keys, predictions)
+    return results(scored.scores, scored.spec.labels, scored.spec.single_label, scored.about)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a run makes of an evaluation set; equal on all ranks.
+
+    Attributes:
+        scores: Of n clips.
+        keys: Sample keys [n].
+        spec: What the run remembers of its data.
+        about: Facts that make the numbers comparable, for `results.json`.
+    """
+
+    scores: Scores
+    keys: list[str]
+    spec: DataSpec
+    about: dict[str, Any]
+
+
+def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World) -> Scored:
+    """Scores the evaluation part of `recipe.data`; as `evaluate_run`, without a metric."""
     task, spec = load_finetuned(run_dir, file, world.device)
     size = recipe.eval.batch_size or recipe.train.batch_size
     needs = Needs(waveform=task.method.wav, fbank=task.method.spec)
@@ -171,15 +197,14 @@ def evaluate_run(
         if [label.id for label in manifest.labels] != [label.id for label in spec.labels]:
             raise UserError(f"{data.shards}: its labels are not those that {run_dir} was trained on")
         scores = score(task, loader.eval_batches())
-        if predictions and world.is_main:
-            write_predictions(scores, loader.keys(scores.rows.tolist()), predictions)
+        keys = loader.keys(scores.rows.tolist())
     about = {
         "weights": file.stem,
         "split": recipe.data.train_split if recipe.data.fold else recipe.data.eval_split,
         "fold": recipe.data.fold,
         "shards_digest": manifest.digest,
     }
-    return results(scores, spec.labels, spec.single_label, about)
+    return Scored(scores, keys, spec, about)
 
 
 def load_finetuned(run_dir: Path, file: Path, device: torch.device) -> tuple[FinetuneTask, DataSpec]:

@@ -13,7 +13,7 @@ FLOORS = [
     {"data", "model", "objectives"},
     {"tasks"},
     {"engine", "tracking"},
-    {"launch", "initial", "jobs"},
+    {"launch", "initial", "jobs", "ensemble"},
     {"ablation", "serving"},
     {"report"},
 ]

@@ -5,6 +5,7 @@ In: a task and its evaluation loader. Out: a dictionary, the same on any number 
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pyarrow.parquet as pq
 
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import Label
+from pipeline.engine.bootstrap import interval
 from pipeline.engine.inference import Scores, score
-from pipeline.engine.metrics import average_precision, evaluate_multilabel, evaluate_single
+from pipeline.engine.metrics import auc, average_precision, evaluate_multilabel, evaluate_single
 from pipeline.flow import Batch, Losses
 
 
@@ -49,11 +51,13 @@ def results(scores: Scores, labels: list[Label], single_label: bool, about: dict
     """
     metrics = summarise(scores, single_label)
     ap = average_precision(scores.logits, scores.targets)
+    area = auc(scores.logits, scores.targets)
     positives = scores.targets.sum(axis=0).astype(int)
     name = metric_name(single_label)
     return {
         "metric": name,
         "value": metrics[name],
+        "interval": asdict(interval(scores.logits, scores.targets, name)),
         "metrics": metrics,
         "clips": len(scores.rows),
         "classes_without_positives": int((positives == 0).sum()),
@@ -64,8 +68,9 @@ def results(scores: Scores, labels: list[Label], single_label: bool, about: dict
                 "id": label.id,
                 "positives": int(count),
                 "average_precision": None if np.isnan(value) else float(value),
+                "auc": None if np.isnan(under) else float(under),
             }
-            for label, count, value in zip(labels, positives, ap, strict=True)
+            for label, count, value, under in zip(labels, positives, ap, area, strict=True)
         ],
     }
 

@@ -6,7 +6,7 @@ Out: named floats. Ranking is scikit-learn's; a class costs one sort of n scores
 
 import numpy as np
 from scipy.stats import norm
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 
 def average_precision(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -27,6 +27,15 @@ def auc(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
             for score, truth in zip(scores.T, _hot(targets).T, strict=True)
         ]
     )
+
+
+def precision_recall(scores: np.ndarray, targets: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(recall, precision) of every threshold, recall falling, per class; empty where a class has no positive."""
+    curves = []
+    for score, truth in zip(scores.T, _hot(targets).T, strict=True):
+        precision, recall, _ = precision_recall_curve(truth, score) if truth.any() else (np.empty(0), np.empty(0), 0)
+        curves.append((recall, precision))
+    return curves
 
 
 def d_prime(area: float) -> float:

@@ -135,6 +135,32 @@ def confusion(targets: np.ndarray, logits: np.ndarray, names: Sequence[str], fol
     return [table, picture]
 
 
+def precision_recall_curves(
+    curves: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequence[str], folder: Path
+) -> list[Path]:
+    """Precision over recall of every class with a positive, as CSV (label, recall, precision) and PNG."""
+    from matplotlib.figure import Figure
+
+    table, picture = folder / "pr_curves.csv", folder / "pr_curves.png"
+    with table.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label", "recall", "precision"])
+        for name, (recall, precision) in zip(names, curves, strict=True):
+            writer.writerows([name, f"{r:.6g}", f"{p:.6g}"] for r, p in zip(recall, precision, strict=True))
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axis = figure.subplots()
+    shown = [curve for curve in curves if len(curve[0])]
+    for recall, precision in shown:
+        axis.plot(recall, precision, linewidth=0.7, color="tab:blue", alpha=max(0.08, 1 / (1 + len(shown) / 8)))
+    grid = np.linspace(0, 1, 101)
+    mean = np.mean([np.interp(grid, recall[::-1], precision[::-1]) for recall, precision in shown], axis=0)
+    axis.plot(grid, mean, color="black", label=f"mean of {len(shown)} classes")
+    axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axis.legend(frameon=False)
+    figure.savefig(picture, dpi=90)
+    return [table, picture]
+
+
 def prediction_sample(
     keys: Sequence[str], targets: np.ndarray, logits: np.ndarray, names: Sequence[str], path: Path
 ) -> None:

@@ -1,0 +1,129 @@
+"""Evaluation of finetuned runs: each clip once on any number of ranks, ensembles, tables and pictures."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from scipy.special import expit
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+from pipeline.config import FinetuneRecipe, dump_recipe, load_recipe
+from pipeline.data.manifest import load_manifest
+from pipeline.data.spec import DataSpec
+from pipeline.report.significance import Predictions
+from pipeline.tasks import FinetuneTask
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def runs(shards, tmp_path_factory):
+    """Two run directories with random weights of different seeds: what finetune.py leaves, without the training."""
+    made = []
+    for seed in range(2):
+        run_dir = tmp_path_factory.mktemp("runs") / f"seed{seed}"
+        checkpoint = run_dir / "checkpoints" / "step-00000001"
+        checkpoint.mkdir(parents=True)
+        recipe = load_recipe(FinetuneRecipe, [], [f"data.shards={shards}", "model.size=micro", "model.stride=16"])
+        (run_dir / "config.yaml").write_text(dump_recipe(recipe))
+        spec = DataSpec.of(load_manifest(str(shards)), recipe.data)
+        spec.save(run_dir)
+        torch.manual_seed(seed)
+        task = FinetuneTask(recipe, spec.mel_bins, spec.frames, len(spec.labels), spec.single_label)
+        save_file(task.state_dict(), checkpoint / "weights.safetensors")
+        (checkpoint / "complete").touch()
+        (run_dir / "checkpoints" / "latest").write_text(checkpoint.name)
+        made.append(run_dir)
+    return made
+
+
+def evaluate(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launchers/evaluate.py", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture(scope="module")
+def single(runs, shards, tmp_path_factory):
+    """(results, predictions, folder of plots) of the first run on one rank."""
+    out = tmp_path_factory.mktemp("single")
+    done = evaluate("--checkpoint", runs[0], "--shards", shards, "--out", out / "results.json", "--predictions",
+                    out / "predictions.parquet", "--plots", out / "plots", "--workers", 0)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "95 % interval" in done.stdout
+    return json.loads((out / "results.json").read_text()), Predictions.read(out / "predictions.parquet"), out / "plots"
+
+
+@pytest.mark.slow
+def test_every_number_is_scikit_learns_on_the_written_predictions(single, shards):
+    content, found, plots = single
+    assert len(set(found.keys)) == content["clips"] == load_manifest(str(shards)).splits["eval"].clips
+    known = found.targets.any(axis=0)
+    ap = [average_precision_score(t, s) for t, s in zip(found.targets.T[known], found.scores.T[known], strict=True)]
+    area = [roc_auc_score(t, s) for t, s in zip(found.targets.T[known], found.scores.T[known], strict=True)]
+    assert content["value"] == content["metrics"]["mAP"] == pytest.approx(np.mean(ap), abs=1e-6)
+    assert content["metrics"]["mAUC"] == pytest.approx(np.mean(area), abs=1e-6)
+    rows = [row for row in content["per_class"] if row["positives"]]
+    assert [row["average_precision"] for row in rows] == pytest.approx(ap, abs=1e-6)
+    assert [row["auc"] for row in rows] == pytest.approx(area, abs=1e-6)
+    assert content["classes_without_positives"] == (~known).sum()
+    assert content["interval"]["low"] < content["interval"]["high"]
+    with (plots / "pr_curves.csv").open() as file:
+        curve = [row for row in csv.DictReader(file) if row["label"] == rows[0]["label"]]
+    first = np.flatnonzero(known)[0]
+    precision, recall, _ = precision_recall_curve(found.targets[:, first], found.scores[:, first])
+    assert [float(row["precision"]) for row in curve] == pytest.approx(precision, abs=1e-5)
+    assert [float(row["recall"]) for row in curve] == pytest.approx(recall, abs=1e-5)
+    assert Image.open(plots / "pr_curves.png").size[0] > 200
+
+
+@pytest.mark.slow
+def test_two_ranks_score_what_one_scores(deepspeed_run, runs, shards, single, tmp_path):
+    deepspeed_run(2, "launchers/evaluate.py", "--checkpoint", runs[0], "--shards", shards, "--batch-size", 6,
+                  "--predictions", tmp_path / "p.parquet", "--out", tmp_path / "r.json")  # fmt: skip
+    found = Predictions.read(tmp_path / "p.parquet")
+    assert found.keys == single[1].keys
+    np.testing.assert_array_equal(found.targets, single[1].targets)
+    np.testing.assert_allclose(found.scores, single[1].scores, rtol=1e-4, atol=1e-5)  # another batch, another GEMM
+    assert json.loads((tmp_path / "r.json").read_text())["value"] == pytest.approx(single[0]["value"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_an_ensemble_averages_probabilities_and_a_mean_model_averages_weights(runs, shards, single, tmp_path):
+    for combine in ("scores", "weights"):
+        done = evaluate("--checkpoint", *runs, "--shards", shards, "--combine", combine, "--workers", 0,
+                        "--predictions", tmp_path / combine, "--out", tmp_path / f"{combine}.json")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    other = evaluate("--checkpoint", runs[1], "--shards", shards, "--workers", 0, "--predictions", tmp_path / "b")
+    assert other.returncode == 0, other.stderr
+    mean = (expit(single[1].scores) + expit(Predictions.read(tmp_path / "b").scores)) / 2
+    np.testing.assert_allclose(Predictions.read(tmp_path / "scores").scores, mean, atol=1e-6)
+    assert json.loads((tmp_path / "scores.json").read_text())["ensemble"] == [str(run) for run in runs]
+    halves = [load_file(run / "checkpoints" / "step-00000001" / "weights.safetensors") for run in runs]
+    merged = tmp_path / "merged.safetensors"
+    save_file({name: (halves[0][name] + halves[1][name]) / 2 for name in halves[0]}, merged)
+    folder = runs[0] / "checkpoints" / "step-00000001"
+    original = folder / "weights.safetensors"
+    kept = original.read_bytes()
+    try:
+        original.write_bytes(merged.read_bytes())
+        again = evaluate("--checkpoint", runs[0], "--shards", shards, "--workers", 0, "--predictions", tmp_path / "m")
+    finally:
+        original.write_bytes(kept)
+    assert again.returncode == 0, again.stderr
+    np.testing.assert_allclose(
+        Predictions.read(tmp_path / "weights").scores, Predictions.read(tmp_path / "m").scores, atol=1e-5
+    )
+    assert pq.read_table(tmp_path / "weights").num_rows == single[0]["clips"]
+
+
+def test_a_directory_that_is_no_run_is_one_line(shards, tmp_path):
+    done = evaluate("--checkpoint", tmp_path, "--shards", shards)
+    assert done.returncode == 2
+    assert str(tmp_path) in done.stderr
+    assert "Traceback" not in done.stderr

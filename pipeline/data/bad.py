@@ -3,9 +3,10 @@
 In: clips that could not be read. Out: the rows to try in their place, or the error that ends the run.
 
 The stand-in for the clip of position g is the first readable one of the clips of positions g + k D, g + (k + 1) D, ...
-where D is the least multiple of the streams that is not less than the global batch, and k a hash of g in 1 .. 16. So
-it comes from the same stream, whose shards this rank reads anyhow; no two clips of a batch can get the same
-stand-in, nor one that the batch holds already, within an epoch (each position of an epoch is another clip);
+where D is the least multiple of the streams that is not less than the global batch, and k a hash of g in 1 .. 16,
+turning round at the epoch's end. So it comes from the same stream, whose shards this rank reads anyhow; no two
+clips of a batch can get the same stand-in, nor one that the batch holds already,
+within an epoch (each position of an epoch is another clip);
 and a cut tar is made up for by many clips of its stream. Nothing in it depends on ranks, workers or restarts.
 """
 
@@ -34,12 +35,17 @@ def stand_ins(rows_of: RowsOf, position: int, stride: int, clips: int) -> Iterat
         rows_of: Positions [m] -> rows [m].
         position: Of the bad clip.
         stride: D.
-        clips: Of the part.
+        clips: Of an epoch.
     """
-    begin = 1 + int(hashed(0, np.array([position]))[0]) % SPREAD
-    for step, start, count in ((stride, begin, begin + 2 * clips // stride), (1, 1, 2 * clips)):
-        for first in range(start, count, CHUNK):
-            yield from rows_of(position + step * np.arange(first, min(first + CHUNK, count))).tolist()
+    epoch, place = divmod(position, clips)
+    block, residue = divmod(place, stride)
+    blocks = clips // stride
+    begin = block + 1 + int(hashed(0, np.array([position]))[0]) % SPREAD
+    for first in range(0, blocks, CHUNK):
+        turned = (begin + np.arange(first, min(first + CHUNK, blocks))) % blocks
+        yield from rows_of(epoch * clips + turned * stride + residue).tolist()
+    for first in range(1, 2 * clips, CHUNK):
+        yield from rows_of(position + np.arange(first, min(first + CHUNK, 2 * clips))).tolist()
 
 
 class BadClips:

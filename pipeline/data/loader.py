@@ -269,7 +269,7 @@ class Loader:
         def shards_ahead(step: int) -> np.ndarray:
             return self._index.shards(rows_of(self._share.positions(step)))
 
-        return Walk(plan, rows_of, shards_ahead, size, -(-size // streams) * streams, len(self._part), first, stop)
+        return Walk(plan, rows_of, shards_ahead, size, -(-size // streams) * streams, self.clips, first, stop)
 
 
 def _reading(data: DataConfig, index: ShardIndex, streams: int) -> Reading:

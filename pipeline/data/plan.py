@@ -48,7 +48,7 @@ class Walk:
         shards_ahead: Batch number -> shards that this rank reads for it.
         batch_size: G.
         stride: Between the positions of a clip and of its stand-ins.
-        clips: Of the part.
+        clips: Of an epoch.
         first: First batch.
         stop: Behind the last one; 0: no end.
     """

@@ -15,12 +15,14 @@ from pipeline.engine.loop import train
 from pipeline.errors import run_cli
 from pipeline.jobs import finetune_job, finish_finetuning
 from pipeline.launch import parse
+from pipeline.restart import supervise
 from pipeline.serving.publish import publish
 
 
 def main() -> None:
     """Parses, builds, trains, evaluates, publishes the model."""
     launch = parse(FinetuneRecipe, __doc__)
+    supervise(launch.max_restarts)
     run = launch.recipe.run
     with session(run.timeout, run.seed) as world, finetune_job(launch, world) as job:
         train(job, world)

@@ -13,11 +13,13 @@ from pipeline.engine.loop import train
 from pipeline.errors import run_cli
 from pipeline.jobs import pretrain_job
 from pipeline.launch import parse
+from pipeline.restart import supervise
 
 
 def main() -> None:
     """Parses, builds, trains."""
     launch = parse(PretrainRecipe, __doc__)
+    supervise(launch.max_restarts)
     run = launch.recipe.run
     with session(run.timeout, run.seed) as world, pretrain_job(launch, world) as job:
         train(job, world)

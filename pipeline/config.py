@@ -137,6 +137,8 @@ class CheckpointConfig(Section):
 
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: at every evaluation and the end")
     keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    keep_best: int = Field(1, ge=0, description="best checkpoints by the watched metric that are kept besides")
+    keep_every: int = Field(0, ge=0, description="checkpoints at multiples of this many steps are kept; 0: none")
     average: tuple[int, int] = Field((0, 0), description="first and last epoch whose weights are averaged; 0, 0: off")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
+def _local_size() -> int:
+    """Ranks on this node, by the name that deepspeed, torchrun or Slurm gives it."""
+    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
+
+
 @contextmanager
 def session(timeout: float, seed: int) -> Iterator[World]:
     """Joins the process group that the launcher describes, and leaves it at the end.
@@ -64,7 +71,7 @@ def session(timeout: float, seed: int) -> Iterator[World]:
         torch.cuda.set_device(local_rank())
         device = torch.device("cuda", local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one host share its cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_size()))
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     random.seed(seed)
@@ -74,7 +81,9 @@ def session(timeout: float, seed: int) -> Iterator[World]:
     os.environ.setdefault("MASTER_PORT", "0" if "RANK" not in os.environ else "29500")
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(key, value)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+    # A little longer: whoever hangs is named (`engine.watch`) before the collective gives up.
+    patience = timedelta(seconds=timeout + 60)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
@@ -91,7 +100,7 @@ def _from_slurm() -> None:
 
 def gather(local: torch.Tensor) -> torch.Tensor:
     """All ranks' rows in rank order, without gradient: [n, ...] -> [R n, ...]; n is equal on all ranks."""
-    size = dist.get_world_size() if dist.is_initialized() else 1
+    size = world_size()
     local = local.detach().contiguous()
     if size == 1:
         return local
@@ -110,9 +119,98 @@ def mean(values: Mapping[str, torch.Tensor | float], device: torch.device) -> di
     return dict(zip(names, packed.tolist(), strict=True))
 
 
+class Agreement:
+    """Small numbers that all ranks agree on once a step, without waiting for each other.
+
+    What a rank posts at one step all know, as the maximum over ranks, at the next: the exchange runs
+    beside the step, between the hosts' processes (gloo), so no GPU is synchronised for it.
+    """
+
+    def __init__(self) -> None:
+        self._shared = dist.is_initialized() and dist.get_world_size() > 1
+        self._group: Any = dist.new_group(backend="gloo") if self._shared else None
+        self._numbers: torch.Tensor | None = None
+        self._work: Any = None
+
+    def exchange(self, *numbers: int) -> list[int] | None:
+        """Posts this step's numbers; returns what all posted at the step before, None at the first."""
+        agreed = self.take()
+        self._numbers = torch.tensor(numbers, dtype=torch.int64)
+        if self._shared:
+            self._work = dist.all_reduce(self._numbers, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def take(self) -> list[int] | None:
+        """Returns what was posted last, and forgets it."""
+        if self._numbers is None:
+            return None
+        if self._work is not None:
+            self._work.wait()
+        agreed, self._numbers, self._work = self._numbers.tolist(), None, None
+        return [int(number) for number in agreed]
+
+
+class BoardLost(Exception):  # noqa: N818 - a state of the network
+    """Rank 0's host does not answer."""
+
+
+class Board:
+    """Notes by name, readable while ranks hang: a key-value store on rank 0's host, besides the process group.
+
+    One small request each; use it from one thread. A single rank's board holds nothing.
+
+    Args:
+        world: Ranks.
+        patience: Seconds to wait for an answer.
+    """
+
+    def __init__(self, world: World, patience: float) -> None:
+        self._store: Any = None
+        if world.size == 1:
+            return
+        host, wait = os.environ["MASTER_ADDR"], timedelta(seconds=patience)
+        if world.is_main:
+            self._store = TCPStore(host, 0, None, True, wait, wait_for_workers=False)
+            self._store.set("verdict", "")
+        port = broadcast(self._store.port if world.is_main else 0)
+        if not world.is_main:
+            self._store = TCPStore(host, port, None, False, wait, wait_for_workers=False)
+
+    def ready(self) -> None:
+        """Waits until every rank has posted its first note."""
+        barrier()
+
+    def post(self, name: str, text: str) -> None:
+        """Writes a note.
+
+        Raises:
+            BoardLost: see there.
+        """
+        try:
+            self._store.set(name, text)
+        except (dist.DistError, RuntimeError) as error:
+            raise BoardLost(str(error).splitlines()[0]) from error
+
+    def read(self, name: str) -> str:
+        """Reads a note that some rank has posted.
+
+        Raises:
+            BoardLost: see there.
+        """
+        try:
+            return str(self._store.get(name).decode())
+        except (dist.DistError, RuntimeError) as error:
+            raise BoardLost(str(error).splitlines()[0]) from error
+
+
 def rank() -> int:
     """Own rank; 0 where no group was joined."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """R; 1 where no group was joined."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:

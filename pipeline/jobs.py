@@ -31,7 +31,7 @@ from pipeline.engine.evaluation import (
     write_results,
 )
 from pipeline.engine.inference import Scores, mean_losses, score
-from pipeline.engine.loop import Job
+from pipeline.engine.job import Job
 from pipeline.engine.setup import Batches, reconcile
 from pipeline.errors import UserError
 from pipeline.initial import initialise

@@ -25,10 +25,12 @@ class Launch(Generic[RecipeT]):
     Attributes:
         recipe: Resolved settings.
         ds: Content of ds.json, not yet reconciled.
+        max_restarts: For `pipeline.restart`.
     """
 
     recipe: RecipeT
     ds: dict[str, Any]
+    max_restarts: int = 0
 
 
 def parse(kind: type[RecipeT], description: str | None, argv: list[str] | None = None) -> Launch[RecipeT]:
@@ -55,6 +57,10 @@ def parse(kind: type[RecipeT], description: str | None, argv: list[str] | None =
     if "finetune" in kind.model_fields:
         meaning = "put the final model into MLflow's registry, as log.register_as does (default: do not)"
         parser.add_argument("--register", metavar="NAME", help=meaning)
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="after a fault go on from the newest checkpoint, "
+        "at most N times (default: 0)",
+    )  # fmt: skip
     parser.add_argument("--print-config", action="store_true", help="show all settings and stop (default: off)")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
     parser.add_argument("settings", nargs="*", metavar="key=value", help="override any setting below (default: none)")
@@ -66,7 +72,7 @@ def parse(kind: type[RecipeT], description: str | None, argv: list[str] | None =
         raise SystemExit(0)
     if not recipe.data.shards:
         raise UserError("data.shards is not set; give data.shards=DIR, the --out of shard_tools/build_shards.py")
-    return Launch(recipe, read_deepspeed_config(args.deepspeed_config))
+    return Launch(recipe, read_deepspeed_config(args.deepspeed_config), max(0, args.max_restarts))
 
 
 def open_run(recipe: RecipeT, ds: dict[str, Any], run_dir: Path, world: World) -> None:

@@ -1,7 +1,6 @@
 """What all rooms share: the path to real audio, and real DeepSpeed launches."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,21 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import synth_shards
+from tests.ranks import ROOT, free_port
 from tests.stores import s3_server
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real audio and metadata; set CRAFT_SHARED where they lie elsewhere."""
     return Path(os.environ.get("CRAFT_SHARED", ROOT.parent / "shared")).resolve()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ FLOORS = [
     {"data", "model", "objectives"},
     {"tasks"},
     {"engine", "tracking"},
-    {"launch", "initial", "jobs", "ensemble"},
+    {"launch", "initial", "jobs", "restart", "ensemble"},
     {"ablation", "serving"},
     {"report"},
 ]

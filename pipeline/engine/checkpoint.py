@@ -1,83 +1,198 @@
-"""Checkpoints that are whole or do not count.
+"""Checkpoints that are whole or do not count, for any ranks and any ZeRO stage.
 
-In: the engine and the trainer's state. Out: `checkpoints/step-XXXXXXXX/` with DeepSpeed's files,
-`weights.safetensors` (fp32, consolidated from any ZeRO stage), `state.json` and, last, `complete`.
+In: the engine and the trainer's state. Out: `checkpoints/step-XXXXXXXX/`:
 
-DeepSpeed's own `latest` may name a checkpoint that a killed rank left half written; here a directory
-counts only once `complete` is in it, and `latest` is replaced by a rename after that.
+    weights.safetensors             float32 weights, consolidated from any ZeRO stage
+    average.safetensors             averaged weights, where there are some
+    optimizer-I-of-R.safetensors    Adam's moments, float32, each rank's share of the parameters
+    random-I-of-R.safetensors       state of each rank's random generators
+    state.json                      step, reader position, learning-rate rule, MLflow run, manifest digest
+    config.yaml, ds.json, data.json what the run was
+    complete                        sizes of the files above; written last
+
+A directory counts only once `complete` is in it and the sizes agree, so a rank that is killed while
+saving leaves the checkpoint before as the newest. Training stands still only while the state is copied
+to the host; files are written behind its back, and the ranks agree at a later step that all are on the
+disk (`Checkpoints.settle`). A write that fails (full disk) is said, and leaves the old ones alone.
+
+Deleted are all but the newest `checkpoint.keep`, the `keep_best` best by the watched metric, and those
+at multiples of `keep_every` steps. `latest` and `best` name a checkpoint each.
 """
 
 import json
 import logging
-import os
+import math
+import random
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from pipeline import distributed
+from pipeline.config import CheckpointConfig
 from pipeline.distributed import World
+from pipeline.engine import snapshot
+from pipeline.engine.writer import Writer, write_json, write_text
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
 
-
-def full_weights(engine: Any, keep: bool) -> dict[str, torch.Tensor]:
-    """All parameters in float32 on the host, from any ZeRO stage; a collective.
-
-    One parameter at a time is whole on a device, so the peak is that of the largest one.
-
-    Args:
-        engine: DeepSpeed engine.
-        keep: Return them (rank 0); other ranks take part and return nothing.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param  # slow to import, and only trainers need it
-
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)  # None: not partitioned, the parameter is whole
-        if keep:
-            weights[name] = (parameter if full is None else full).detach().float().cpu().clone().contiguous()
-    return weights
+COPIED = ("config.yaml", "ds.json", "data.json")
 
 
-def save(
-    engine: Any, run_dir: Path, state: dict[str, Any], average: dict[str, torch.Tensor], world: World, keep: int
-) -> Path:
-    """Writes the checkpoint of `state["step"]`; a collective.
+class Checkpoints:
+    """Saves the checkpoints of one run; every method but `close` is reached by all ranks alike.
 
     Args:
-        engine: DeepSpeed engine.
-        run_dir: Run directory.
-        state: JSON-able state of the trainer; "step" names the checkpoint.
-        average: Averaged weights on rank 0; empty: none.
+        run_dir: Run directory, shared by all hosts.
+        config: What is kept.
         world: Ranks.
-        keep: Newest checkpoints to keep.
     """
-    root = run_dir / "checkpoints"
-    folder = root / f"step-{state['step']:08d}"
-    if world.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    distributed.barrier()
-    engine.save_checkpoint(str(root), tag=folder.name, client_state={}, save_latest=False)
-    weights = full_weights(engine, keep=world.is_main)
-    if world.is_main:
-        save_file(weights, folder / "weights.safetensors")
-        if average:
-            save_file(average, folder / "average.safetensors")
-        layout = {"world_size": world.size, "zero_stage": engine.zero_optimization_stage()}
-        _write(folder / "state.json", json.dumps({**state, **layout}, indent=1))
-    distributed.barrier()  # every rank's files are written
-    if world.is_main:
-        _write(folder / "complete", "")
-        _write(root / "latest", folder.name)
-        for old in complete_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
-    distributed.barrier()
-    return folder
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, world: World) -> None:
+        self._root = run_dir / "checkpoints"
+        self._run_dir, self._config, self._world = run_dir, config, world
+        self._writer = Writer()
+        self._pending: Path | None = None
+        self._stall = 0.0
+
+    @property
+    def flags(self) -> tuple[int, int]:
+        """(still writing, failed) of this rank, for the ranks to agree on."""
+        return int(self._writer.busy), int(bool(self._writer.error))
+
+    @property
+    def pending(self) -> bool:
+        """A checkpoint is on its way to the disk."""
+        return self._pending is not None
+
+    def save(self, engine: Any, state: dict[str, Any], average: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Copies the state of `state["step"]` to the host and begins to write it; a collective.
+
+        Args:
+            engine: DeepSpeed engine.
+            state: JSON-able state of the trainer; "step" names the checkpoint, "metric" ranks it.
+            average: Averaged weights on rank 0; empty: none.
+
+        Returns:
+            What `wait` says of the checkpoint before, if it was still being written.
+        """
+        begun = time.perf_counter()
+        before = self.wait()
+        world, folder = self._world, self._root / f"step-{state['step']:08d}"
+        whole = (folder / "complete").exists()  # interrupted in its evaluation and resumed: the state is the same
+        problem = self._open(folder) if world.is_main and not whole else ""
+        whole, problem = distributed.broadcast((whole, problem))
+        if problem:
+            self._say_failed(folder, problem)
+        if whole or problem:
+            return before
+        mine = snapshot.shares(engine, world.size)[world.rank]
+        weights = snapshot.weights(engine, keep=world.is_main)
+        moments = snapshot.moments(engine, mine)
+        files = {_part(folder, "optimizer", world): moments, _part(folder, "random", world): _random_state()}
+        if world.is_main:
+            files = {folder / "weights.safetensors": weights, **files}
+            if average:
+                files[folder / "average.safetensors"] = {name: tensor.clone() for name, tensor in average.items()}
+            state = state | {
+                "updates": snapshot.updates(engine),
+                "loss_scale": snapshot.loss_scale(engine),
+                "world_size": world.size,
+                "zero_stage": int(engine.zero_optimization_stage()),
+            }
+        self._pending = folder
+        self._writer.start(files, (lambda: self._describe(folder, state)) if world.is_main else None)
+        self._stall = time.perf_counter() - begun
+        return before
+
+    def settle(self, failed: bool) -> dict[str, float]:
+        """Closes the pending checkpoint: all ranks have stopped writing, as they agreed.
+
+        Args:
+            failed: One of them could not write.
+
+        Returns:
+            Seconds that training stood still and that writing took, as metrics.
+        """
+        folder, self._pending = self._pending, None
+        if folder is None:
+            return {}
+        if failed:
+            self._say_failed(folder, self._writer.error or "another rank could not write; see logs/")
+        elif self._world.is_main:
+            sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+            write_json(folder / "complete", sizes)
+            write_text(self._root / "latest", folder.name)
+            log.info("saved %s: training waited %.2f s, writing took %.2f s", folder, self._stall, self._writer.seconds)
+            self._retain()
+        return {"checkpoint_stall_seconds": self._stall, "checkpoint_write_seconds": self._writer.seconds}
+
+    def wait(self) -> dict[str, float]:
+        """Waits for the pending checkpoint and settles it; a collective."""
+        if self._pending is None:
+            return {}
+        self._writer.wait()
+        return self.settle(distributed.any_rank(bool(self._writer.error), self._world.device))
+
+    def finish(self) -> dict[str, float]:
+        """Waits for the last checkpoint of the run; a collective.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        folder = self._pending
+        said = self.wait()
+        ok = folder is None or not self._world.is_main or (folder / "complete").exists()
+        if not distributed.broadcast(ok):
+            raise UserError(
+                f"{folder}: the last checkpoint could not be written; make room and repeat the command: it goes on "
+                "from the one before"
+            )
+        return said
+
+    def _open(self, folder: Path) -> str:
+        """Makes an empty folder, without the remains of killed attempts; returns what went wrong."""
+        try:
+            for other in self._root.glob("step-*"):  # later ones were damaged, or the run had not gone back
+                if other.name >= folder.name or not (other / "complete").exists():
+                    _remove(other)
+            folder.mkdir(parents=True)
+            for name in COPIED:
+                if (self._run_dir / name).exists():
+                    shutil.copyfile(self._run_dir / name, folder / name)
+        except OSError as error:
+            return str(error)
+        return ""
+
+    def _describe(self, folder: Path, state: dict[str, Any]) -> None:
+        write_json(folder / "state.json", state)
+
+    def _say_failed(self, folder: Path, problem: str) -> None:
+        if self._world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            whole = complete_checkpoints(self._run_dir)
+            log.warning(
+                "%s: not saved: %s; the run goes on, its newest checkpoint is %s",
+                folder, problem, whole[-1].name if whole else "none",
+            )  # fmt: skip
+
+    def _retain(self) -> None:
+        whole = complete_checkpoints(self._run_dir)
+        ranked = sorted(((metric, folder) for folder in whole if (metric := _metric(folder)) is not None), reverse=True)
+        if ranked:
+            write_text(self._root / "best", ranked[0][1].name)
+        kept = {*whole[-self._config.keep :], *(folder for _, folder in ranked[: self._config.keep_best])}
+        every = self._config.keep_every
+        for folder in whole:
+            if folder not in kept and not (every and int(folder.name.removeprefix("step-")) % every == 0):
+                _remove(folder)
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
@@ -86,12 +201,16 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def read_state(run_dir: Path) -> dict[str, Any] | None:
-    """`state.json` of the newest whole checkpoint; None where there is none."""
-    found = complete_checkpoints(run_dir)
-    if not found:
-        return None
-    state: dict[str, Any] = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-    return state
+    """`state.json` of the newest checkpoint whose files have their sizes; None where there is none."""
+    for folder in reversed(complete_checkpoints(run_dir)):
+        sizes = json.loads((folder / "complete").read_text(encoding="utf-8"))
+        wrong = [name for name, size in sizes.items() if not _is_size(folder / name, size)]
+        if wrong:
+            log.warning("%s: %s is not as it was written; going on from the checkpoint before", folder, wrong[0])
+            continue
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return state
+    return None
 
 
 def refuse_other_run(run_dir: Path, identity: dict[str, Any], resume: str) -> None:
@@ -113,36 +232,106 @@ def refuse_other_run(run_dir: Path, identity: dict[str, Any], resume: str) -> No
             )
 
 
-def restore(engine: Any, run_dir: Path, state: dict[str, Any], world: World) -> None:
-    """Loads weights and optimiser of the checkpoint that `state` was read from; a collective.
+def read_weights(run_dir: Path, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Float32 weights of the checkpoint that `state` was read from.
 
     Raises:
-        UserError: it was written by another number of ranks or ZeRO stage, or cannot be loaded.
+        UserError: they cannot be read.
     """
-    stage = engine.zero_optimization_stage()
-    was = (state["zero_stage"], state["world_size"])
-    if was != (stage, world.size) and not (stage == 0 and was[0] == 0):
-        raise UserError(
-            f"{run_dir}: its checkpoint was written at ZeRO {was[0]} by {was[1]} ranks, this run is ZeRO {stage} on "
-            f"{world.size}; go on with those, or start a new run.dir with model.init={run_dir}"
-        )
-    tag = f"step-{state['step']:08d}"
-    loaded, _ = engine.load_checkpoint(str(run_dir / "checkpoints"), tag=tag)
-    if loaded is None:
-        raise UserError(f"{run_dir}: checkpoint {tag} cannot be loaded; delete it to go on from the one before")
+    return _load(_folder(run_dir, state) / "weights.safetensors")
 
 
-def read_average(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Averaged weights of the newest whole checkpoint; empty where it has none."""
-    file = complete_checkpoints(run_dir)[-1] / "average.safetensors"
-    return load_file(file) if file.is_file() else {}
+def restore(engine: Any, run_dir: Path, state: dict[str, Any], weights: dict[str, torch.Tensor], world: World) -> None:
+    """Puts the checkpoint that `state` was read from into a fresh engine of any ranks and ZeRO stage.
+
+    Args:
+        engine: Built around a module that holds `weights`.
+        run_dir: Run directory.
+        state: `read_state`.
+        weights: `read_weights`.
+        world: Ranks.
+
+    Raises:
+        UserError: a file of it cannot be read.
+    """
+    moments = stored_moments(run_dir, state)
+    snapshot.restore(engine, weights, moments, state["updates"], state["loss_scale"])
+    engine.global_steps = state["step"]
+    was, now = (state["zero_stage"], state["world_size"]), (int(engine.zero_optimization_stage()), world.size)
+    if was != now:
+        log.info("checkpoint of ZeRO %d on %d ranks taken over by ZeRO %d on %d", *was, *now)
+    if was[1] == world.size:
+        _set_random_state(_load(_part(_folder(run_dir, state), "random", world)))
 
 
-def _write(path: Path, text: str) -> None:
-    """Replaces `path` atomically and durably."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def stored_moments(run_dir: Path, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Adam's moments of that checkpoint one after the other, ("exp_avg/NAME", float32): never all in memory.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    for file in sorted(_folder(run_dir, state).glob("optimizer-*.safetensors")):
+        try:
+            with safe_open(file, "pt") as part:
+                for name in part.keys():  # noqa: SIM118 - the file is no mapping
+                    yield name, part.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: {error}; delete its directory to go on from the checkpoint before") from error
+
+
+def read_average(run_dir: Path, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Averaged weights of that checkpoint; empty where it has none."""
+    file = _folder(run_dir, state) / "average.safetensors"
+    return _load(file) if file.is_file() else {}
+
+
+def _folder(run_dir: Path, state: dict[str, Any]) -> Path:
+    return run_dir / "checkpoints" / f"step-{state['step']:08d}"
+
+
+def _part(folder: Path, what: str, world: World) -> Path:
+    return folder / f"{what}-{world.rank + 1:05d}-of-{world.size:05d}.safetensors"
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: {error}; delete its directory to go on from the checkpoint before") from error
+
+
+def _metric(folder: Path) -> float | None:
+    metric = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("metric")
+    return None if metric is None or math.isnan(metric) else float(metric)
+
+
+def _is_size(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a checkpoint; it stops counting before its first file goes."""
+    (folder / "complete").unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """States of torch's, numpy's and Python's generators. Masks and augmentation need none of them."""
+    _, keys, position, _, _ = np.random.get_state()
+    version, words, _ = random.getstate()
+    found = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.r_[np.asarray(keys, np.int64), position]),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+    }
+    return found | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["torch"])
+    numbers = state["numpy"].numpy()
+    np.random.set_state(("MT19937", numbers[:-1].astype(np.uint32), int(numbers[-1]), 0, 0.0))
+    version, *words = state["python"].tolist()
+    random.setstate((version, tuple(words), None))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -4,136 +4,138 @@ In: a `Job`. Out: a trained run directory. The route of a step: launcher main ->
 `task.forward` (through the DeepSpeed engine) -> the objective.
 
 Cost per step, whatever the number of clips or ranks: the forward and backward passes, DeepSpeed's
-collectives, and one small all-reduce at a logged step.
+collectives, one exchange of three numbers beside them (`Agreement`), and one small all-reduce at a
+logged step.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline import distributed
-from pipeline.config import Recipe
-from pipeline.data.loader import Loader
-from pipeline.distributed import World
-from pipeline.engine import checkpoint
+from pipeline.distributed import Agreement, Board, World
+from pipeline.engine import checkpoint, snapshot
+from pipeline.engine.checkpoint import Checkpoints
+from pipeline.engine.job import Job, Progress
 from pipeline.engine.records import Records
-from pipeline.engine.schedule import Plateau, learning_rate
+from pipeline.engine.schedule import learning_rate
 from pipeline.engine.setup import Batches, build_engine
+from pipeline.engine.stop import Interrupted, StopSignals
+from pipeline.engine.watch import Watch
 from pipeline.errors import UserError
 from pipeline.flow import Batch, Losses
 from pipeline.tasks import CachedContrast, FinetuneTask, Pooled, PretrainTask
-from pipeline.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-Forward = Callable[[Batch], Losses]
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything a run needs, built by a launcher.
-
-    Attributes:
-        recipe: Settings.
-        ds: Reconciled DeepSpeed configuration.
-        batches: Batch arithmetic.
-        task: What DeepSpeed wraps.
-        loader: Training clips.
-        evaluate: Forward function -> held-out metrics, equal on all ranks; None: nothing is held out.
-        metric: The metric that must grow: the plateau rule watches it.
-        run_dir: Where the run lives.
-        tracker: MLflow.
-        identity: What the run may not change on the way, by name: it would be another run.
-    """
-
-    recipe: Recipe
-    ds: dict[str, Any]
-    batches: Batches
-    task: PretrainTask | FinetuneTask
-    loader: Loader
-    evaluate: Callable[[Forward], dict[str, float]] | None
-    metric: str
-    run_dir: Path
-    tracker: Tracker
-    identity: dict[str, Any]
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the run."""
-        return self.recipe.train.steps or math.ceil(self.recipe.train.epochs * self.loader.clips / self.batches.total)
-
-    def due(self, step: int, clips: float) -> bool:
-        """An interval of `clips` training clips ends with step `step` (0-based); 0 never does."""
-        seen = step * self.batches.total
-        return clips > 0 and (seen + self.batches.total) // clips > seen // clips
-
-    def evaluation_due(self, step: int) -> bool:
-        """After step `step` the run is evaluated."""
-        config = self.recipe.eval
-        intervals = (
-            config.every * self.batches.total,
-            config.every_clips,
-            config.every_epochs * self.loader.clips,
-        )
-        return step + 1 == self.total_steps or any(self.due(step, interval) for interval in intervals)
-
 
 @dataclass(slots=True)
-class Progress:
-    """What a checkpoint must remember besides weights and optimiser; randomness needs no state.
+class _Run:
+    """A job under way."""
 
-    Attributes:
-        step: Finished optimiser steps.
-        plateau: State of the learning-rate rule.
-        bad_steps: Non-finite steps in a row.
-        averaged: Epochs in the averaged weights.
-        train_metric: Sum and count of the training metric since the last evaluation.
-    """
-
-    step: int = 0
-    plateau: Plateau = field(default_factory=Plateau)
-    bad_steps: int = 0
-    averaged: int = 0
-    train_metric: tuple[float, int] = (0.0, 0)
+    job: Job
+    world: World
+    engine: Any
+    progress: Progress
+    average: dict[str, torch.Tensor]  # on rank 0
+    records: Records
+    checkpoints: Checkpoints
+    stop: StopSignals
+    watch: Watch
+    agreement: Agreement = field(default_factory=Agreement)
+    signum: int = 0  # agreed on
 
 
 def train(job: Job, world: World) -> None:
     """Runs the job from its newest checkpoint to its last step.
 
     Raises:
-        UserError: the checkpoint is another world size's, or too many steps in a row were not finite.
+        UserError: a checkpoint cannot be read, the last one not written, or too many steps in a row were
+            not finite.
+        SystemExit: a signal ended the run after a checkpoint; 128 + its number, as shells have it.
     """
+    watch = Watch(job.run_dir, world, job.recipe.run.timeout, Board(world, patience=10.0))
+    run = _start(job, world, StopSignals(), watch)
+    with run.stop, watch:
+        try:
+            _steps(run)
+        except Interrupted as interrupted:
+            _save(run)
+            run.checkpoints.finish()
+            log.warning("%s: left after step %d; the same command goes on from there", interrupted, run.progress.step)
+            raise SystemExit(128 + interrupted.signum) from interrupted
+        run.records.write_saving(run.progress.step, run.checkpoints.finish())
+
+
+def _start(job: Job, world: World, stop: StopSignals, watch: Watch) -> _Run:
+    """Engine and state, from the newest checkpoint where there is one; a collective."""
+    state = distributed.broadcast(checkpoint.read_state(job.run_dir) if world.is_main else None)
+    weights = checkpoint.read_weights(job.run_dir, state) if state else {}
+    if state:
+        job.task.load_state_dict(weights)
     engine = build_engine(job.task, job.recipe, job.ds)
-    progress, average = _resume(engine, job, world)
+    progress, average = Progress(), {}
+    if state:
+        checkpoint.restore(engine, job.run_dir, state, weights, world)
+        progress = Progress.of(state)
+        average = checkpoint.read_average(job.run_dir, state) if world.is_main else {}
     records = Records(job.run_dir, job.tracker, world, progress.step)
+    checkpoints = Checkpoints(job.run_dir, job.recipe.checkpoint, world)
+    return _Run(job, world, engine, progress, average, records, checkpoints, stop, watch)
+
+
+def _steps(run: _Run) -> None:
+    job, progress, records, engine = run.job, run.progress, run.records, run.engine
     total, epoch_steps = job.total_steps, job.loader.clips / job.batches.total
     log.info("%d steps of %d clips, from step %d", total, job.batches.total, progress.step)
+    if progress.evaluate:
+        _evaluate(run)
+    run.watch.at(progress.step, "data")
     for batch in records.timed(_until(job.loader.train_batches(progress.step), total - progress.step)):
         step = progress.step
+        run.watch.at(step, "step")
         rate = learning_rate(job.recipe.optim, step, total, step / epoch_steps, progress.plateau)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         named = accumulate(engine, job.task, batch, job.batches)
         grad_norm = _update(engine, job, batch, progress)
-        progress.step += 1
+        progress.step, progress.metric = step + 1, None
         records.count(job.batches.total)
         if progress.step % job.recipe.log.every == 0 or progress.step == total:
-            values = distributed.mean(named, world.device)
+            values = distributed.mean(named, run.world.device)
             _watch(progress, values, job.metric)
-            records.write(progress.step, total, values | {"lr": rate, "grad_norm": grad_norm})
-        evaluated = job.evaluation_due(step)
-        if evaluated:
-            _evaluate(engine, job, progress, records)
-        _average(engine, job, progress, average, world)
-        if (job.due(step, job.recipe.checkpoint.every * job.batches.total)) or (
-            (not job.recipe.checkpoint.every and evaluated) or progress.step == total
-        ):
-            _save(engine, job, progress, average, world)
+            values |= {"lr": rate, "grad_norm": grad_norm, "skipped_steps": progress.skipped}
+            records.write(progress.step, total, values)
+        _average(run)
+        if job.evaluation_due(step):
+            _evaluate(run)
+        if job.save_due(step):
+            _save(run)
+        if progress.step < total:
+            _agree(run)
+        run.watch.at(progress.step, "data")
+
+
+def _agree(run: _Run) -> None:
+    """Tells the other ranks of a signal and of finished writing, and hears theirs of the step before.
+
+    Raises:
+        Interrupted: a rank got a signal; on all ranks at the same step.
+    """
+    agreed = run.agreement.exchange(run.stop.signum, *run.checkpoints.flags)
+    if agreed is not None:
+        signum, writing, failed = agreed
+        run.signum = run.signum or signum
+        if run.checkpoints.pending and not writing:
+            run.records.write_saving(run.progress.step, run.checkpoints.settle(bool(failed)))
+    if run.signum:
+        log.warning("%s: saving, then leaving", signal.Signals(run.signum).name)
+        raise Interrupted(run.signum)
 
 
 def accumulate(
@@ -177,6 +179,7 @@ def _update(engine: Any, job: Job, batch: Batch, progress: Progress) -> float:
     bad = not finite or engine.skipped_steps > skipped
     progress.bad_steps = progress.bad_steps + 1 if bad else 0
     if bad:
+        progress.skipped += 1
         _report_bad_step(job, batch, progress)
     return grad_norm
 
@@ -235,23 +238,40 @@ def _watch(progress: Progress, values: dict[str, float], metric: str) -> None:
         progress.train_metric = (progress.train_metric[0] + value, progress.train_metric[1] + 1)
 
 
-def _evaluate(engine: Any, job: Job, progress: Progress, records: Records) -> None:
+def _evaluate(run: _Run) -> None:
+    """Held-out metrics; a signal interrupts it, and a resumed run makes up for it.
+
+    Raises:
+        Interrupted: see `_agree`.
+    """
+    job, progress, engine = run.job, run.progress, run.engine
+    progress.evaluate = True
+
+    def forward(batch: Batch) -> Losses:
+        _agree(run)
+        run.watch.at(progress.step, "evaluation")
+        losses: Losses = engine(batch)
+        return losses
+
     if job.evaluate is None:
         total, count = progress.train_metric
         metrics = {job.metric.replace("eval_", "mean_train_"): total / count} if count else {}
     else:
         engine.eval()
-        metrics = job.evaluate(engine)
+        metrics = job.evaluate(forward)
         engine.train()
-    records.write_evaluation(progress.step, metrics)
+    run.records.write_evaluation(progress.step, metrics)
     watched = metrics.get(job.metric, next(iter(metrics.values()), math.nan))
-    if not math.isnan(watched) and progress.step > job.recipe.optim.warmup:
-        progress.plateau.observe(watched, job.recipe.optim.patience)
-    progress.train_metric = (0.0, 0)
+    if not math.isnan(watched):
+        progress.metric = watched
+        if progress.step > job.recipe.optim.warmup:
+            progress.plateau.observe(watched, job.recipe.optim.patience)
+    progress.train_metric, progress.evaluate = (0.0, 0), False
 
 
-def _average(engine: Any, job: Job, progress: Progress, average: dict[str, torch.Tensor], world: World) -> None:
+def _average(run: _Run) -> None:
     """At the end of each epoch in `checkpoint.average`: running mean of the weights, on rank 0."""
+    job, progress = run.job, run.progress
     if not job.due(progress.step - 1, job.loader.clips):
         return
     epoch = progress.step * job.batches.total // job.loader.clips
@@ -259,28 +279,22 @@ def _average(engine: Any, job: Job, progress: Progress, average: dict[str, torch
     if not 1 <= first <= epoch <= last:
         return
     progress.averaged += 1
-    for name, weight in checkpoint.full_weights(engine, keep=world.is_main).items():
-        mean = average.setdefault(name, torch.zeros_like(weight))
+    for name, weight in snapshot.weights(run.engine, keep=run.world.is_main).items():
+        mean = run.average.setdefault(name, torch.zeros_like(weight))
         mean += (weight - mean) / progress.averaged
 
 
-def _save(engine: Any, job: Job, progress: Progress, average: dict[str, torch.Tensor], world: World) -> None:
-    state = asdict(progress) | {"mlflow_run_id": job.tracker.run_id, "identity": job.identity}
-    folder = checkpoint.save(engine, job.run_dir, state, average, world, job.recipe.checkpoint.keep)
-    log.info("step %d: saved %s", progress.step, folder)
-
-
-def _resume(engine: Any, job: Job, world: World) -> tuple[Progress, dict[str, torch.Tensor]]:
-    state = distributed.broadcast(checkpoint.read_state(job.run_dir) if world.is_main else None)
-    if state is None:
-        return Progress(), {}
-    checkpoint.restore(engine, job.run_dir, state, world)
-    plateau = Plateau(**state["plateau"])
-    progress = Progress(
-        state["step"], plateau, state["bad_steps"], state["averaged"], tuple(state["train_metric"])
-    )
-    average = checkpoint.read_average(job.run_dir) if world.is_main else {}
-    return progress, average
+def _save(run: _Run) -> None:
+    job, progress = run.job, run.progress
+    run.watch.at(progress.step, "checkpoint")
+    state = asdict(progress) | {
+        "position": progress.step * job.batches.total,
+        "mlflow_run_id": job.tracker.run_id,
+        "identity": job.identity,
+    }
+    posted = run.agreement.take()  # before this save: its word on writing is about another checkpoint
+    run.signum = run.signum or (posted[0] if posted else 0)
+    run.records.write_saving(progress.step, run.checkpoints.save(run.engine, state, run.average))
 
 
 def _until(batches: Iterator[Batch], count: int) -> Iterator[Batch]:

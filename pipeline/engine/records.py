@@ -77,6 +77,10 @@ class Records:
         log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         self._window, self._waited, self._clips = time.perf_counter(), 0.0, 0
 
+    def write_saving(self, step: int, seconds: Mapping[str, float]) -> None:
+        """Logs what a checkpoint cost, at the step at which it was known to be on the disk."""
+        self._append(step, seconds)
+
     def _append(self, step: int, row: Mapping[str, float]) -> None:
         if not self._writes or not row:
             return

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipeline.config import Recipe
 from pipeline.distributed import World
 from pipeline.errors import UserError
+from pipeline.tasks import FinetuneTask, PretrainTask
 
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 
@@ -34,6 +34,15 @@ KNOWN_KEYS = frozenset(
         "tensor_parallel", "expert_parallel", "elasticity", "compression_training",
     }
 )
+
+BUCKET = 50_000_000  # elements; DeepSpeed's 5e8 would reserve 1 to 4 GB, five times the largest model's gradients
+
+# Sections whose content the recipe owns.
+OWNED = {
+    "optimizer": "optim.*",
+    "scheduler": "optim.*",
+    "activation_checkpointing": "model.checkpoint_activations",
+}
 
 
 @dataclass(frozen=True)
@@ -81,13 +90,10 @@ def plan_batches(recipe: Recipe, ds: dict[str, Any], ranks: int) -> Batches:
     """
     total = _agree(ds, "train_batch_size", recipe.train.batch_size, "train.batch_size")
     if total % ranks:
-        below, above = total - total % ranks, total - total % ranks + ranks
-        sizes = f"{below} or {above}" if below else f"{above}"
-        divisors = [d for d in range(1, total + 1) if total % d == 0]
-        near = [max(d for d in divisors if d < ranks), *(d for d in divisors if d > ranks)][:2]
+        sizes, near = nearest_batches(total, ranks)
         raise UserError(
-            f"train.batch_size = {total} does not divide by {ranks} ranks; use a batch of {sizes}, "
-            f"or {' or '.join(map(str, near))} ranks"
+            f"train.batch_size = {total} does not divide by {ranks} ranks; use a batch of "
+            f"{' or '.join(map(str, sizes))}, or {' or '.join(map(str, near))} ranks"
         )
     share = total // ranks
     wanted = recipe.train.micro_batch or None
@@ -103,6 +109,14 @@ def plan_batches(recipe: Recipe, ds: dict[str, Any], ranks: int) -> Batches:
     return Batches(total, micro, share // micro)
 
 
+def nearest_batches(total: int, ranks: int) -> tuple[list[int], list[int]]:
+    """What would do where `total` clips do not divide by `ranks`: nearest (batches, numbers of ranks)."""
+    below = total - total % ranks
+    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    near = [max(d for d in divisors if d < ranks), *(d for d in divisors if d > ranks)][:2]
+    return [size for size in (below, below + ranks) if size], near
+
+
 def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[str, Any], Batches]:
     """One consistent DeepSpeed configuration out of ds.json and the recipe.
 
@@ -112,12 +126,24 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     | train_micro_batch_size_per_gpu | "auto" or absent: train.micro_batch, or G / R / accumulation |
     | gradient_accumulation_steps | "auto" or absent: G / R / micro-batch |
     | gradient_clipping | "auto" or absent: optim.clip (0: off; DeepSpeed's own default is 1.0) |
-    | bf16.enabled, fp16.enabled | "auto": bf16 on a GPU that has it; fp16 off. fp16 on a CPU: error |
     | zero_optimization.stage | "auto" or absent: 1 |
+    | zero_optimization.reduce_bucket_size | absent: 5e7 elements, half of CRAFT-base |
+    | zero_optimization.offload_*.device | "nvme": error; "cpu" and "none" are passed on |
+    | bf16.enabled, fp16.enabled | "auto": bf16 on a GPU that has it at ZeRO 1 to 3; fp16 off. Both: error |
+    | fp16.enabled | on a CPU: error |
+    | bf16, fp16 at ZeRO 0 | error: no float32 gradients there; stage 1 is the same and has them |
+    | communication_data_type | absent: "fp32" under bf16 and fp16, the reductions' precision |
+    | data_types.grad_accum_dtype | absent: "fp32" under bf16 and fp16 |
+    | activation_checkpointing | error: model.checkpoint_activations owns it |
+    | compile.enabled, compile.backend | torch.compile of each encoder block; at ZeRO 3: error |
     | optimizer, scheduler | error: optim.* owns both |
     | steps_per_print | absent: never; the trainer prints its own line |
     | any other known key | passed on |
     | any unknown key | error |
+
+    What stays float32 in bf16 and fp16, since half precision would lose it: master weights and Adam's
+    moments (an update is a thousandth of a weight), gradients summed over micro-batches and ranks, losses
+    and the contrast's softmax (exponentials), the pooled clip vectors, fbank and its normalisation.
 
     Raises:
         UserError: as the table says.
@@ -125,13 +151,17 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     unknown = sorted(set(ds) - KNOWN_KEYS)
     if unknown:
         raise UserError(f"ds.json: unknown key '{unknown[0]}' (DeepSpeed would ignore it); correct or remove it")
-    for section in ("optimizer", "scheduler"):
+    for section, owner in OWNED.items():
         if section in ds:
-            raise UserError(f"ds.json: '{section}' is set there, but optim.* of the recipe owns it; move it to optim.*")
+            raise UserError(f"ds.json: '{section}' is set there, but {owner} of the recipe owns it; move it there")
     batches = plan_batches(recipe, ds, world.size)
-    zero = {**ds.get("zero_optimization", {})}
+    zero = {"reduce_bucket_size": BUCKET, **ds.get("zero_optimization", {})}
     zero["stage"] = 1 if zero.get("stage", "auto") == "auto" else zero["stage"]
-    bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device") == "nvme":
+            raise UserError(f'ds.json: zero_optimization.{part}.device = "nvme" is not supported; use "cpu"')
+    if ds.get("compile", {}).get("enabled") and zero["stage"] == 3:
+        raise UserError("ds.json: compile.enabled needs zero_optimization.stage 0 to 2: ZeRO 3 breaks every graph")
     resolved = {
         **ds,
         "train_batch_size": batches.total,
@@ -139,18 +169,15 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
         "gradient_accumulation_steps": batches.accumulation,
         "gradient_clipping": float(_agree(ds, "gradient_clipping", recipe.optim.clip, "optim.clip")),
         "zero_optimization": zero,
-        "bf16": _precision(ds, "bf16", bf16 and ds.get("fp16", {}).get("enabled") is not True),
-        "fp16": _precision(ds, "fp16", False),
+        **_precision(ds, zero["stage"], world),
         "steps_per_print": ds.get("steps_per_print", 10**9),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if resolved["fp16"]["enabled"] and world.device.type == "cpu":
-        raise UserError("ds.json: fp16.enabled = true needs a GPU; on a CPU use bf16 or neither")
     return resolved, batches
 
 
-def build_engine(task: nn.Module, recipe: Recipe, ds: dict[str, Any]) -> Any:
+def build_engine(task: PretrainTask | FinetuneTask, recipe: Recipe, ds: dict[str, Any]) -> Any:
     """`deepspeed.initialize` with an optimiser of ours.
 
     A config "Adam" would mean AdamW and compile a fused kernel; SSAST's recipe is Adam with L2.
@@ -161,8 +188,15 @@ def build_engine(task: nn.Module, recipe: Recipe, ds: dict[str, Any]) -> Any:
     optimizer = kind(
         task.parameters(), lr=recipe.optim.lr, betas=recipe.optim.betas, weight_decay=recipe.optim.weight_decay
     )
+    compiling = {**ds.get("compile", {})}
+    if compiling.pop("enabled", False):
+        # Block by block: equal blocks share one graph, and the objectives' collectives stay outside.
+        backend = compiling.pop("backend", "inductor")
+        for block in task.model.encoder.blocks:
+            block.compile(backend=backend)
+    compiling.pop("backend", None)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    return deepspeed.initialize(model=task, optimizer=optimizer, config=ds)[0]
+    return deepspeed.initialize(model=task, optimizer=optimizer, config={**ds, "compile": compiling})[0]
 
 
 def _agree(ds: dict[str, Any], key: str, wanted: Any, name: str) -> Any:
@@ -177,8 +211,25 @@ def _agree(ds: dict[str, Any], key: str, wanted: Any, name: str) -> Any:
     return value
 
 
-def _precision(ds: dict[str, Any], key: str, default: bool) -> dict[str, Any]:
-    section = {**ds.get(key, {})}
-    if section.get("enabled", "auto") == "auto":
-        section["enabled"] = default if key in ds else False
-    return section
+def _precision(ds: dict[str, Any], stage: int, world: World) -> dict[str, Any]:
+    """The precision's part of the configuration."""
+    sections = {key: {**ds.get(key, {})} for key in ("bf16", "fp16")}
+    able = world.device.type == "cuda" and torch.cuda.is_bf16_supported() and stage > 0
+    auto = {"bf16": able and "bf16" in ds and sections["fp16"].get("enabled") is not True, "fp16": False}
+    for key, section in sections.items():
+        if section.get("enabled", "auto") == "auto":
+            section["enabled"] = auto[key]
+    half = [key for key, section in sections.items() if section["enabled"]]
+    if len(half) == 2:
+        raise UserError("ds.json: bf16.enabled and fp16.enabled are both true; choose one")
+    if half == ["fp16"] and world.device.type == "cpu":
+        raise UserError("ds.json: fp16.enabled = true needs a GPU; on a CPU use bf16 or neither")
+    if half and stage == 0:
+        raise UserError(
+            f"ds.json: {half[0]}.enabled = true at zero_optimization.stage = 0 would sum gradients in {half[0]}; use "
+            "stage 1, which sums them in float32"
+        )
+    if not half:
+        return sections
+    types = {"grad_accum_dtype": "fp32", **ds.get("data_types", {})}
+    return {**sections, "communication_data_type": ds.get("communication_data_type", "fp32"), "data_types": types}

@@ -1,25 +1,40 @@
-"""Rank program: gradients and losses of one pretraining step on a fixed global batch, into a file.
+"""Rank program: the gradients of one step on a fixed global batch, in every cell of the invariance matrix.
 
-deepspeed --num_gpus R gradients.py OUT STAGE MICRO [key=value ...]
+    gradients.py REFERENCE_DIR OUT.json
+
+One process group serves all cells (method x ZeRO stage x accumulation). A single rank writes the
+reference, one micro-batch at ZeRO 0, per method; every cell is compared with it, parameter by parameter.
 """
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 from deepspeed.utils import safe_get_full_grad
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pipeline import distributed
-from pipeline.config import PretrainRecipe, load_recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe, load_recipe
+from pipeline.distributed import World
 from pipeline.engine.loop import accumulate
 from pipeline.engine.setup import build_engine, reconcile
 from pipeline.flow import Batch
-from pipeline.tasks import PretrainTask
+from pipeline.tasks import FinetuneTask, PretrainTask
 
-CLIPS, MELS, FRAMES = 12, 32, 64
+CLIPS, MELS, FRAMES, CLASSES = 24, 32, 64, 5
+STAGES, ACCUMULATIONS = (0, 1, 2, 3), (1, 2, 3)
+EVERY_OPTION = "pretrain.symmetric=true pretrain.projection=mlp pretrain.clean_spectrogram=true"
+METHODS = {
+    **{name: f"pretrain.method={name} pretrain.r_cl=1.0" for name in ("ssast", "wapt", "swapt", "swacl", "pswacl")},
+    "pswacl+": f"pretrain.method=pswacl pretrain.r_cl=1.0 {EVERY_OPTION}",
+    **{name: f"finetune.method={name}" for name in ("ast", "wast", "swast", "swab")},
+}
+COMMON = f"model.size=micro train.batch_size={CLIPS} model.channels=[11,11,10] model.kernel_strides=[5,5,10]"
 
 
-def global_batch() -> Batch:
+def share_of(world: World) -> Batch:
+    """This rank's clips of the global batch."""
     generator = torch.Generator().manual_seed(7)
     # Tones, not noise: with noise a narrow kernel's gradient is a sum of 120,000 terms that cancel to a
     # thousandth of their size, and its float32 rounding alone is 1e-5.
@@ -28,33 +43,64 @@ def global_batch() -> Batch:
     decay = torch.exp(-3 * torch.rand(CLIPS, 1, generator=generator) * time)
     waveform = 0.3 * decay * torch.sin(2 * torch.pi * pitch * time)
     fbank = torch.randn(CLIPS, FRAMES, MELS, generator=generator)
-    position = torch.arange(CLIPS)
-    return Batch(position, position, torch.ones(CLIPS, dtype=torch.bool), waveform, fbank, torch.zeros(CLIPS, 1))
+    targets = (torch.rand(CLIPS, CLASSES, generator=generator) < 0.3).float()
+    own = torch.arange(world.rank, CLIPS, world.size)
+    return Batch(own, own, torch.ones(len(own), dtype=torch.bool), waveform[own], fbank[own], targets[own])
+
+
+def task_of(recipe: Recipe) -> PretrainTask | FinetuneTask:
+    torch.manual_seed(0)
+    if isinstance(recipe, FinetuneRecipe):
+        return FinetuneTask(recipe, MELS, FRAMES, CLASSES, single_label=False)
+    assert isinstance(recipe, PretrainRecipe)
+    return PretrainTask(recipe, MELS, FRAMES)
+
+
+def gradients(method: str, stage: int, accumulation: int, world: World) -> dict[str, torch.Tensor]:
+    """Losses and gradients of one step, the same on all ranks."""
+    words = f"{METHODS[method]} {COMMON} train.micro_batch={CLIPS // world.size // accumulation}".split()
+    recipe = load_recipe(FinetuneRecipe if "finetune." in METHODS[method] else PretrainRecipe, [], words)
+    ds, batches = reconcile({"zero_optimization": {"stage": stage}}, recipe, world)
+    assert batches.accumulation == accumulation
+    task = task_of(recipe)
+    engine = build_engine(task, recipe, ds)
+    values = distributed.mean(accumulate(engine, task, share_of(world), batches), world.device)
+    result = {f"loss/{name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    for name, parameter in engine.module.named_parameters():
+        gradient = parameter.grad if stage == 0 else safe_get_full_grad(parameter)
+        result[f"grad/{name}"] = gradient.detach().float().clone().contiguous()
+    engine.destroy()
+    return result
+
+
+def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, object]:
+    """The largest relative difference of a loss and of a parameter's gradient, and where it is."""
+    assert found.keys() == expected.keys()
+    worst = {"loss": (0.0, ""), "grad": (0.0, "")}
+    for name, value in expected.items():
+        kind = name.partition("/")[0]
+        zero = value.norm() == 0 and found[name].norm() == 0  # an accuracy of nothing right
+        error = 0.0 if zero else float((found[name] - value).norm() / value.norm())
+        worst[kind] = max(worst[kind], (error, name))
+    silent = [name for name, value in expected.items() if name.startswith("grad/") and value.norm() == 0]
+    return {**worst, "parameters": sum(name.startswith("grad/") for name in expected), "without_gradient": silent}
 
 
 def main() -> None:
-    out, stage, micro, *words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    words += ["model.size=micro", f"train.batch_size={CLIPS}", f"train.micro_batch={micro}"]
-    words += ["model.channels=[11,11,10]", "model.kernel_strides=[5,5,10]", "pretrain.r_cl=1.0"]
-    recipe = load_recipe(PretrainRecipe, [], words)
-    with distributed.session(120, seed=0) as world:
-        ds, batches = reconcile({"zero_optimization": {"stage": int(stage)}}, recipe, world)
-        task = PretrainTask(recipe, MELS, FRAMES)
-        engine = build_engine(task, recipe, ds)
-        whole = global_batch()
-        index = torch.arange(world.rank, CLIPS, world.size)
-        share = Batch(
-            *(None if field is None else field[index] for field in (
-                whole.position, whole.row, whole.valid, whole.waveform, whole.fbank, whole.targets))
-        )
-        named = accumulate(engine, task, share, batches)
-        values = distributed.mean(named, world.device)
-        result = {f"loss/{name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
-        for name, parameter in engine.module.named_parameters():
-            gradient = parameter.grad if int(stage) == 0 else safe_get_full_grad(parameter)
-            result[f"grad/{name}"] = gradient.detach().float().clone().contiguous()
+    reference, out = Path(sys.argv[1]), Path(sys.argv[2])
+    report = {}
+    with distributed.session(300, seed=0) as world:
+        for method in METHODS:
+            file = reference / f"{method}.safetensors"
+            if world.size == 1:
+                save_file(gradients(method, 0, 1, world), file)
+            expected = load_file(file)
+            for stage in STAGES:
+                for accumulation in ACCUMULATIONS:
+                    found = gradients(method, stage, accumulation, world)
+                    report[f"{method} zero{stage} x{accumulation}"] = compare(found, expected)
         if world.is_main:
-            save_file(result, out)
+            out.write_text(json.dumps(report, indent=1))
         distributed.barrier()
 
 

@@ -1,0 +1,149 @@
+"""What a run will need on a cluster: memory, batch, FLOPs, bandwidth, time. No GPU, data or launcher needed.
+
+    python launchers/plan.py --gpus 64 --gpu-memory 80 [--nodes 8] [--finetune] [key=value ...]
+
+In: the settings of a run. Out: a report. The model is run once on fake tensors, so memory and FLOPs are
+those of the code. Throughput is measured (--clips-per-second, or --run of an earlier run) or assumed.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from pipeline.config import FinetuneRecipe, PretrainRecipe, load_recipe
+from pipeline.data.manifest import load_manifest
+from pipeline.data.spec import DataSpec
+from pipeline.engine import plan
+from pipeline.engine.plan import Cost, Shape
+from pipeline.engine.setup import nearest_batches, plan_batches
+from pipeline.errors import UserError, run_cli
+from pipeline.methods import FINETUNE, PRETRAIN
+
+GIB, ROOM = 2**30, 0.9  # share of a GPU's memory that a plan may fill: the rest is CUDA, nccl, fragments
+
+
+def main() -> None:
+    """Parses, plans, prints."""
+    args = _arguments()
+    kind = FinetuneRecipe if args.finetune else PretrainRecipe
+    recipe = load_recipe(kind, args.config, args.settings)
+    shape, clips = _data(recipe.data.shards, recipe)
+    contrast = False
+    if isinstance(recipe, FinetuneRecipe):
+        label, wav, spec = FINETUNE[recipe.finetune.method].label, True, False  # mixup: fbanks are computed
+    else:
+        method = PRETRAIN[recipe.pretrain.method]
+        label, wav, spec, contrast = method.label, method.wav, method.spec, method.contrast
+    cost = plan.record(recipe, shape, args.precision != "fp32")
+    batch = _batch(recipe, args.gpus)
+    print(f"{label}, {recipe.model.size}: {cost.parameters / 1e6:.2f} M parameters, {args.precision}; "
+          f"{args.gpus} GPUs of {args.gpu_memory:g} GB, {args.nodes} x {args.gpus // args.nodes}")  # fmt: skip
+    _print_memory(cost, args.gpus, batch, args.gpu_memory)
+    rate = _rate(args, cost)
+    per_clip = plan.clip_bytes(shape, wav, spec)
+    print(f"\ncompute    {cost.flops / 1e9:.1f} GFLOP a clip, {cost.flops * batch / 1e12:.1f} TFLOP a step of {batch} "
+          "clips (forward and backward)")  # fmt: skip
+    total = rate * args.gpus
+    print(f"shards     {total * per_clip / 1e6:.0f} MB/s in all, {total * per_clip / args.nodes / 1e6:.0f} MB/s a node "
+          f"({per_clip / 1e3:.0f} kB a clip)")  # fmt: skip
+    for stage in _stages(cost):
+        sent = plan.traffic(cost, stage, args.gpus, batch, contrast)
+        parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sent.items())
+        size = sum(sent.values())
+        print(f"traffic    ZeRO {stage}: {size / 1e6:.0f} MB a GPU and step, {size * total / batch / 1e9:.2f} GB/s "
+              f"({parts})")  # fmt: skip
+    steps = recipe.train.steps or recipe.train.epochs * clips / batch
+    hours = steps * batch / total / 3600
+    print(f"time       {total * 3600:,.0f} clips an hour, {batch / total:.3f} s a step; {steps:,.0f} steps on "
+          f"{clips:,} clips: {hours:.1f} h, {hours * args.gpus:.0f} GPU hours")  # fmt: skip
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, required=True, metavar="R", help="GPUs in all")
+    parser.add_argument("--gpu-memory", type=float, required=True, metavar="GB", help="of one GPU")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts (default: 1)")
+    parser.add_argument("--finetune", action="store_true", help="plan finetune.py (default: pretrain.py)")
+    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="(default: bf16)")
+    parser.add_argument("--clips-per-second", type=float, metavar="X", help="measured, of one GPU (default: assumed)")
+    parser.add_argument("--run", type=Path, metavar="RUN_DIR", help="take it from this run (default: assumed)")
+    parser.add_argument("--tflops", type=float, default=312.0, metavar="X", help="a GPU at its peak (default: 312)")
+    parser.add_argument("--mfu", type=float, default=0.3, metavar="X", help="share of it, assumed (default: 0.3)")
+    parser.add_argument("--config", action="append", default=[], metavar="YAML", help="overrides (default: none)")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the run (default: none)")
+    args = parser.parse_intermixed_args()
+    if min(args.gpus, args.nodes) < 1 or args.gpus % args.nodes:
+        raise UserError(f"--gpus {args.gpus} --nodes {args.nodes}: give equally many GPUs on each node")
+    return args
+
+
+def _data(shards: str, recipe: PretrainRecipe | FinetuneRecipe) -> tuple[Shape, int]:
+    """Audio format and training clips: of the shards, else AudioSet's."""
+    if not shards:
+        return Shape(), 20_000 if isinstance(recipe, FinetuneRecipe) else 2_000_000
+    manifest = load_manifest(shards)
+    spec = DataSpec.of(manifest, recipe.data)
+    return (Shape(spec.samples, spec.mel_bins, spec.frames, len(spec.labels)),
+            manifest.splits[recipe.data.train_split].clips)  # fmt: skip
+
+
+def _batch(recipe: PretrainRecipe | FinetuneRecipe, gpus: int) -> int:
+    """The recipe's batch, or the nearest that divides, with a word on it."""
+    total = recipe.train.batch_size
+    try:
+        plan_batches(recipe, {}, gpus)
+        print(f"batch      {total} clips: {total // gpus} a GPU")
+        return total
+    except UserError as error:
+        sizes, ranks = nearest_batches(total, gpus)
+        print(f"batch      {error}")
+        print(f"           planned with {sizes[0]}: {sizes[0] // gpus} a GPU; {total} itself runs on "
+              f"{' or '.join(map(str, ranks))} GPUs")  # fmt: skip
+        return sizes[0]
+
+
+def _print_memory(cost: Cost, gpus: int, batch: int, gigabytes: float) -> None:
+    share = batch // gpus
+    micros = [micro for micro in range(share, 0, -1) if share % micro == 0]
+    micros = micros if len(micros) <= 6 else [*micros[:5], 1]
+    print("\nmemory     GB a GPU, by micro-batch (x accumulation); * does not fit")
+    print(" " * 11 + "ZeRO  states " + "".join(f"{f'{micro} (x {share // micro})':>12s}" for micro in micros))
+    for stage in _stages(cost):
+        cells = []
+        for micro in micros:
+            need = plan.memory(cost, stage, gpus, micro)
+            cells.append(f"{need.total / GIB:10.2f}{' ' if need.total <= ROOM * gigabytes * 1e9 else '*'} ")
+        states = plan.memory(cost, stage, gpus, 0)
+        print(f"           {stage:4d}{states.total / GIB:8.2f} " + "".join(cells))
+
+
+def _stages(cost: Cost) -> list[int]:
+    """ZeRO stages; half precision has no stage 0 here."""
+    return [1, 2, 3] if cost.half else [0, 1, 2, 3]
+
+
+def _rate(args: argparse.Namespace, cost: Cost) -> float:
+    """Clips a second of one GPU."""
+    if args.clips_per_second:
+        print(f"\nrate       {args.clips_per_second:g} clips/s a GPU, as given")
+        return float(args.clips_per_second)
+    if args.run:
+        try:
+            lines = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
+            ds = json.loads((args.run / "ds.json").read_text())
+        except OSError as error:
+            raise UserError(f"--run {args.run}: {error.strerror}: {error.filename}; give a run directory") from error
+        rates = sorted(line["clips_per_second"] for line in lines if "clips_per_second" in line)
+        if not rates:
+            raise UserError(f"--run {args.run}: its metrics.jsonl has no clips_per_second yet")
+        share = ds["train_micro_batch_size_per_gpu"] * ds["gradient_accumulation_steps"]
+        size = ds["train_batch_size"] // share
+        print(f"\nrate       {rates[len(rates) // 2] / size:.2f} clips/s a GPU: the median of {args.run} on {size}")
+        return float(rates[len(rates) // 2]) / size
+    rate = args.tflops * 1e12 * args.mfu / cost.flops
+    print(f"\nrate       {rate:.1f} clips/s a GPU, assumed: {args.mfu:.0%} of {args.tflops:g} TFLOP/s")
+    return float(rate)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,106 @@
+"""What a launcher hands to the training loop, and what the loop must remember.
+
+In: built parts. Out: `Job`, with the run's arithmetic, and `Progress`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Recipe
+from pipeline.data.loader import Loader
+from pipeline.engine.schedule import Plateau
+from pipeline.engine.setup import Batches
+from pipeline.flow import Batch, Losses
+from pipeline.tasks import FinetuneTask, PretrainTask
+from pipeline.tracking import Tracker
+
+Forward = Callable[[Batch], Losses]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run needs, built by a launcher.
+
+    Attributes:
+        recipe: Settings.
+        ds: Reconciled DeepSpeed configuration.
+        batches: Batch arithmetic.
+        task: What DeepSpeed wraps.
+        loader: Training clips.
+        evaluate: Forward function -> held-out metrics, equal on all ranks; None: nothing is held out.
+        metric: The metric that must grow: the plateau rule and the best checkpoint go by it.
+        run_dir: Where the run lives.
+        tracker: MLflow.
+        identity: What the run may not change on the way, by name: it would be another run.
+    """
+
+    recipe: Recipe
+    ds: dict[str, Any]
+    batches: Batches
+    task: PretrainTask | FinetuneTask
+    loader: Loader
+    evaluate: Callable[[Forward], dict[str, float]] | None
+    metric: str
+    run_dir: Path
+    tracker: Tracker
+    identity: dict[str, Any]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the run."""
+        return self.recipe.train.steps or math.ceil(self.recipe.train.epochs * self.loader.clips / self.batches.total)
+
+    def due(self, step: int, clips: float) -> bool:
+        """An interval of `clips` training clips ends with step `step` (0-based); 0 never does."""
+        seen = step * self.batches.total
+        return clips > 0 and (seen + self.batches.total) // clips > seen // clips
+
+    def evaluation_due(self, step: int) -> bool:
+        """After step `step` the run is evaluated."""
+        config = self.recipe.eval
+        intervals = (
+            config.every * self.batches.total,
+            config.every_clips,
+            config.every_epochs * self.loader.clips,
+        )
+        return step + 1 == self.total_steps or any(self.due(step, interval) for interval in intervals)
+
+    def save_due(self, step: int) -> bool:
+        """After step `step` (and its evaluation) a checkpoint is saved."""
+        every = self.recipe.checkpoint.every
+        due = self.due(step, every * self.batches.total) if every else self.evaluation_due(step)
+        return due or step + 1 == self.total_steps
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a checkpoint must remember besides weights and optimiser; clips and masks follow from the step.
+
+    Attributes:
+        step: Finished optimiser steps.
+        plateau: State of the learning-rate rule.
+        bad_steps: Non-finite steps in a row.
+        skipped: Non-finite steps in all.
+        averaged: Epochs in the averaged weights.
+        train_metric: Sum and count of the training metric since the last evaluation.
+        evaluate: The evaluation after `step` is due and was interrupted.
+        metric: Watched metric after `step`; None: not evaluated there.
+    """
+
+    step: int = 0
+    plateau: Plateau = field(default_factory=Plateau)
+    bad_steps: int = 0
+    skipped: int = 0
+    averaged: int = 0
+    train_metric: tuple[float, int] = (0.0, 0)
+    evaluate: bool = False
+    metric: float | None = None
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Progress":
+        """From a checkpoint's `state.json`."""
+        values = {name: state[name] for name in cls.__slots__}
+        return cls(**values | {"plateau": Plateau(**state["plateau"]), "train_metric": tuple(state["train_metric"])})

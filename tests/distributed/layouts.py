@@ -1,0 +1,123 @@
+"""Rank program: checkpoints from one layout (ranks, ZeRO stage, precision, offload) into another.
+
+    layouts.py DIR ROUND OUT.json
+
+Round 0 saves after two of four steps in every layout, and goes on from that checkpoint in a fresh engine.
+Each later round takes every chain over in the layout that `CHAINS` gives it, and trains two more steps.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import distributed
+from pipeline.config import CheckpointConfig, PretrainRecipe, load_recipe
+from pipeline.distributed import World
+from pipeline.engine import checkpoint, snapshot
+from pipeline.engine.checkpoint import Checkpoints
+from pipeline.engine.loop import accumulate
+from pipeline.engine.setup import build_engine, reconcile
+from tests.distributed.gradients import COMMON, share_of, task_of
+
+RANKS = (2, 1, 4, 2)
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+# Per round: ZeRO stage, bf16, offload.
+CHAINS: dict[str, list[tuple[int, bool, bool]]] = {
+    "a": [(2, False, False), (0, False, False), (3, False, False), (1, False, False)],
+    "b": [(3, False, False), (2, False, True), (0, False, False), (3, False, False)],
+    "c": [(1, False, False), (3, False, False), (2, False, False), (0, False, False)],
+    "d": [(0, False, False), (1, False, False), (1, False, False), (2, False, False)],
+    "bf16": [(2, True, False), (1, True, False), (3, True, False), (1, True, False)],
+    "bf16 too": [(1, True, False), (3, True, True), (2, True, False), (3, True, False)],
+    "offload": [(3, False, True), (1, False, True), (2, False, True), (3, False, True)],
+}
+
+
+class Trainer:
+    """An engine on the fixed global batch, fresh or from a checkpoint."""
+
+    def __init__(self, layout: tuple[int, bool, bool], world: World, run_dir: Path | None) -> None:
+        stage, bf16, offload = layout
+        recipe = load_recipe(PretrainRecipe, [], [*COMMON.split(), "optim.lr=1e-3"])
+        zero: dict[str, Any] = {"stage": stage, **(OFFLOAD if offload else {})}
+        ds, self.batches = reconcile({"zero_optimization": zero, "bf16": {"enabled": bf16}}, recipe, world)
+        self.world, self.task, self.batch = world, task_of(recipe), share_of(world)
+        state = checkpoint.read_state(run_dir) if run_dir else None
+        weights = checkpoint.read_weights(run_dir, state) if run_dir and state else {}
+        if weights:
+            self.task.load_state_dict(weights)
+        self.engine = build_engine(self.task, recipe, ds)
+        self.step = 0
+        if run_dir and state:
+            checkpoint.restore(self.engine, run_dir, state, weights, world)
+            self.step = state["step"]
+
+    def train(self, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            named = accumulate(self.engine, self.task, self.batch, self.batches)
+            self.engine.step()
+            self.step += 1
+            losses.append(distributed.mean(named, self.world.device)["loss"])
+        return losses
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything, on rank 0's word."""
+        weights = snapshot.weights(self.engine, keep=True)
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+        return weights | snapshot.moments(self.engine, set(weights))
+
+    def save(self, run_dir: Path) -> None:
+        saver = Checkpoints(run_dir, CheckpointConfig(), self.world)
+        saver.save(self.engine, {"step": self.step}, {})
+        saver.finish()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def begin(layout: tuple[int, bool, bool], run_dir: Path, world: World) -> dict[str, Any]:
+    straight = Trainer(layout, world, None)
+    first = straight.train(2)
+    straight.save(run_dir)
+    saved = straight.state()
+    second = straight.train(2)
+    resumed = Trainer(layout, world, run_dir)
+    restored = same(resumed.state(), saved)
+    losses = resumed.train(2)
+    ends = same(resumed.state(), straight.state())
+    return {
+        "restored": restored,
+        "same_losses": losses == second,
+        "same_end": ends,
+        "losses": first,
+        "straight": first + second + straight.train(4),
+    }
+
+
+def take_over(layout: tuple[int, bool, bool], run_dir: Path, world: World) -> dict[str, Any]:
+    trainer = Trainer(layout, world, run_dir)
+    found = trainer.state()
+    stored = checkpoint.read_weights(run_dir, {"step": trainer.step})
+    stored |= dict(checkpoint.stored_moments(run_dir, {"step": trainer.step}))
+    report = {"restored": same(found, stored), "losses": trainer.train(2)}
+    trainer.save(run_dir)
+    return report
+
+
+def main() -> None:
+    folder, number, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    with distributed.session(300, seed=0) as world:
+        work = take_over if number else begin
+        report = {name: work(chain[number], folder / name, world) for name, chain in CHAINS.items()}
+        if world.is_main:
+            out.write_text(json.dumps(report, indent=1))
+        distributed.barrier()
+
+
+if __name__ == "__main__":
+    main()

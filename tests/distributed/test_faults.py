@@ -1,0 +1,102 @@
+"""Signals, kills, a rank that hangs, shards that vanish: the run goes on, or says why it cannot."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from pipeline.engine.checkpoint import complete_checkpoints, read_state
+from tests.distributed.conftest import MICRO, STEPS, lines, losses
+from tests.ranks import start_ranks
+
+PATIENCE = 300.0
+
+
+def wait_for(happened, ranks, what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        ended = [rank.process.poll() for rank in ranks]
+        assert None in ended, f"ended with {ended} before {what}: {ranks[0].end()[1][-4000:]}"
+        assert time.monotonic() < end, f"no {what} in {PATIENCE} s"
+        time.sleep(0.01)
+
+
+def reached(run_dir, step: int):
+    return lambda: (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").read_text().count("lr") >= step
+
+
+def worker(rank) -> int:
+    """Process that trains, under its supervisor."""
+    return psutil.Process(rank.process.pid).children()[0].pid
+
+
+@pytest.mark.slow
+def test_stops_kills_and_a_hanging_rank_leave_the_losses_of_a_straight_run(pretrained, pretraining, tmp_path):
+    """SIGTERM at one rank; then, in one launch that restarts itself, four kills and one rank that hangs."""
+    words = [*pretraining, f"run.dir={tmp_path}", "checkpoint.every=1", "run.timeout=12", "log.mlflow=false"]
+    ranks = start_ranks(2, "launchers/pretrain.py", *words)
+    wait_for(reached(tmp_path, 4), ranks, "step 4")
+    ranks[1].process.send_signal(signal.SIGTERM)
+    ended = [rank.end() for rank in ranks]
+    assert [status for status, _ in ended] == [128 + signal.SIGTERM] * 2
+    stopped = read_state(tmp_path)["step"]
+    assert 4 <= stopped < STEPS
+    assert f"SIGTERM: left after step {stopped}" in ended[0][1]
+    assert losses(tmp_path)[-1]["step"] == stopped  # nothing was lost
+
+    ranks = start_ranks(2, "launchers/pretrain.py", "--max-restarts", 8, *words)
+    for step, rank in ((stopped + 3, 0), (stopped + 6, 1), (stopped + 9, 1), (stopped + 12, 0)):
+        wait_for(reached(tmp_path, step), ranks, f"step {step}")
+        os.kill(worker(ranks[rank]), signal.SIGKILL)
+        # The metrics of lost steps are cut off when the run goes on; until then they would count.
+        wait_for(lambda: losses(tmp_path)[-1]["step"] <= read_state(tmp_path)["step"] + 1, ranks, "restart")
+    wait_for(reached(tmp_path, stopped + 15), ranks, "the last step before the hang")
+    hanging = worker(ranks[1])
+    os.kill(hanging, signal.SIGSTOP)
+    log = tmp_path / "logs" / "rank-0.log"
+    wait_for(lambda: "not heard of" in log.read_text(), ranks, "verdict")
+    os.kill(hanging, signal.SIGCONT)
+    ended = [rank.end() for rank in ranks]
+    assert [status for status, _ in ended] == [0, 0], ended[0][1][-4000:]
+    named = re.search(r"rank 1 on (\S+) \(last at step (\d+), \w+\): not heard of for", ended[0][1])
+    assert named
+    assert named[1] == socket.gethostname()
+    assert stopped + 14 <= int(named[2]) <= STEPS
+    assert "restart 5 of 8" in ended[0][1] + ended[1][1]
+    assert losses(tmp_path) == losses(pretrained)
+    assert len(complete_checkpoints(tmp_path)) <= 3  # the last two and the best
+
+
+@pytest.mark.slow
+def test_shards_that_vanish_are_named(shards, tmp_path):
+    copy = tmp_path / "shards"
+    subprocess.run(["cp", "-r", str(shards), str(copy)], check=True)
+    words = [f"data.shards={copy}", f"run.dir={tmp_path / 'run'}", "train.steps=100000", "log.mlflow=false", *MICRO]
+    ranks = start_ranks(1, "launchers/pretrain.py", *words, "data.max_bad=4")
+    wait_for(reached(tmp_path / "run", 3), ranks, "step 3")
+    for tar in copy.glob("train-*.tar"):
+        os.truncate(tar, 0)
+    ((status, said),) = [rank.end() for rank in ranks]
+    assert status == 2
+    assert re.search(r"error: data\.max_bad = 4: .* of train-\d+\.tar", said), said[-2000:]
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "ranks"), [("zero0.json", 1), ("zero2.json", 2)])
+def test_steps_that_are_not_finite_change_nothing_and_end_the_run(deepspeed_run, shards, tmp_path, stage, ranks):
+    """A rate of 1e30 makes the second step's gradient NaN; three such steps in a row are too many."""
+    done = deepspeed_run(ranks, "launchers/pretrain.py", "--deepspeed_config", stage, f"data.shards={shards}",
+                         f"run.dir={tmp_path}", "train.steps=20", "train.max_bad_steps=3", "log.mlflow=false", *MICRO,
+                         "optim.lr=1e30", "optim.warmup=0", check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert "train.max_bad_steps = 3" in done.stderr
+    assert lines(tmp_path)[-1]["skipped_steps"] == 2
+    keys = (tmp_path / "bad_clips.txt").read_text().split()
+    assert len(keys) == 8
+    assert all(key.startswith("audio_clip") for key in keys)

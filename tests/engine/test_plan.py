@@ -1,0 +1,69 @@
+"""The plan against what a step really takes, and its arithmetic."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import FinetuneRecipe, PretrainRecipe, load_recipe
+from pipeline.engine import plan
+from tests.ranks import ROOT, run_ranks
+
+# Small blocks through mmap as well, so that freed memory leaves the process at once.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "clips", "stage"), [("micro", 24, 0), ("tiny", 8, 2)])
+def test_planned_memory_is_what_a_step_takes(tmp_path, size, clips, stage):
+    out = tmp_path / "memory.json"
+    run_ranks(1, Path(__file__).with_name("memory.py"), size, clips, stage, out, **MALLOC)
+    report = json.loads(out.read_text())
+    assert report["measured"] == pytest.approx(report["planned"], rel=0.15), report
+
+
+def test_flops_are_those_of_the_transformer():
+    """6 FLOPs a weight and token, plus attention; the MSAE and heads are small."""
+    recipe = load_recipe(PretrainRecipe, [], ["model.size=base"])
+    cost = plan.record(recipe, plan.Shape(), half=True)
+    tokens, blocks = 2 * 514, 12 * 12 * 768**2
+    attention = 12 * 12 * 514 * 768 * tokens
+    assert cost.flops == pytest.approx(6 * blocks * tokens + attention, rel=0.06)
+    assert cost.parameters == pytest.approx(87.8e6, rel=0.01)
+    halved = plan.record(load_recipe(PretrainRecipe, [], ["pretrain.method=ssast"]), plan.Shape(), half=True)
+    assert halved.flops == pytest.approx(cost.flops / 2, rel=0.05)
+    assert halved.per_clip == pytest.approx(cost.per_clip / 2, rel=0.2)
+
+
+def test_recomputing_activations_is_seen():
+    words = ["model.size=tiny"]
+    plain = plan.record(load_recipe(FinetuneRecipe, [], words), plan.Shape(), half=True)
+    words += ["model.checkpoint_activations=true"]
+    less = plan.record(load_recipe(FinetuneRecipe, [], words), plan.Shape(), half=True)
+    assert less.per_clip < 0.7 * plain.per_clip  # what is left is the MSAE's own backward
+    assert less.flops > 1.2 * plain.flops
+
+
+def test_zero_divides_what_it_says():
+    cost = plan.Cost(1000, 10, 1.0, 7.0, 0.0, half=True)
+    whole, states, gradients, all_of_it = (plan.memory(cost, stage, 4, 2) for stage in range(4))
+    assert (whole.optimizer, states.optimizer, all_of_it.optimizer) == (12000, 3000, 3000)
+    assert (states.gradients, gradients.gradients) == (4000, 1000)
+    assert (gradients.weights, all_of_it.weights) == (2000, 500)
+    assert whole.activations == 14
+    assert plan.traffic(cost, 0, 4, 8, contrast=True) == {"gradients": 6000, "contrast": 0.75 * 8 * 21 * 4}
+
+
+def test_the_report_names_batches_that_divide():
+    command = [sys.executable, "launchers/plan.py", "--gpus", "8", "--gpu-memory", "2", "model.size=small"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "use a batch of 176 or 184" in done.stdout
+    assert "180 itself runs on 6 or 9 GPUs" in done.stdout
+    assert "*" in done.stdout.split("rate")[0].split("fit")[1]  # 2 GB are too few for 22 clips
+    for word in ("compute", "shards", "traffic", "time"):
+        assert f"\n{word} " in done.stdout
+    wrong = subprocess.run([*command, "--nodes", "3"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr

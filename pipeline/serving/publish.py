@@ -7,7 +7,7 @@ a server that is down gets it later.
 import logging
 
 from pipeline.distributed import World
-from pipeline.engine.loop import Job
+from pipeline.engine.job import Job
 from pipeline.serving.package import save_model
 
 log = logging.getLogger(__name__)

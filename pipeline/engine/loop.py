@@ -238,6 +238,19 @@ def _watch(progress: Progress, values: dict[str, float], metric: str) -> None:
         progress.train_metric = (progress.train_metric[0] + value, progress.train_metric[1] + 1)
 
 
+class _Interruptible:
+    """The engine's forward during an evaluation, which a signal ends between two batches."""
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        self.global_steps = run.progress.step
+
+    def __call__(self, batch: Batch, **options: Any) -> Any:
+        _agree(self._run)
+        self._run.watch.at(self.global_steps, "evaluation")
+        return self._run.engine(batch, **options)
+
+
 def _evaluate(run: _Run) -> None:
     """Held-out metrics; a signal interrupts it, and a resumed run makes up for it.
 
@@ -247,18 +260,12 @@ def _evaluate(run: _Run) -> None:
     job, progress, engine = run.job, run.progress, run.engine
     progress.evaluate = True
 
-    def forward(batch: Batch) -> Losses:
-        _agree(run)
-        run.watch.at(progress.step, "evaluation")
-        losses: Losses = engine(batch)
-        return losses
-
     if job.evaluate is None:
         total, count = progress.train_metric
         metrics = {job.metric.replace("eval_", "mean_train_"): total / count} if count else {}
     else:
         engine.eval()
-        metrics = job.evaluate(forward)
+        metrics = job.evaluate(_Interruptible(run))
         engine.train()
     run.records.write_evaluation(progress.step, metrics)
     watched = metrics.get(job.metric, next(iter(metrics.values()), math.nan))

@@ -30,8 +30,9 @@ import torchaudio
 from pipeline.data.manifest import Label
 from pipeline.flow import Clip
 from shard_tools import catalogs
-from shard_tools.decode import decode, ffmpeg_binary
+from shard_tools.decode import decode
 from shard_tools.distribute import run
+from shard_tools.ffmpeg_codecs import ffmpeg_binary
 from shard_tools.plan import BuildOptions, SplitPlan
 from shard_tools.synth import CLASSES, render
 from shard_tools.write import AudioOptions, TarWriter, encode_waveform, npy, stored_fbank, write_shard

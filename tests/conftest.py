@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import lab
 from tests.helpers import synth_shards
 from tests.ranks import ROOT, free_port
 from tests.stores import s3_server
@@ -52,3 +53,11 @@ def s3() -> Iterator[str]:
     """Endpoint of moto's S3 server; the environment points clients and child processes at it."""
     with s3_server() as endpoint:
         yield endpoint
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[lab.Chain]:
+    """The lab's servers, and through them a pretraining (interrupted once) with two finetunings by ablate.py."""
+    folder = tmp_path_factory.mktemp("lab")
+    with lab.lab_servers(folder) as servers:
+        yield lab.run_chain(servers, folder, shards)

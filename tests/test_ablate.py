@@ -107,6 +107,7 @@ def test_paper_numbers_are_the_specification_s():
         33.1, 33.4, 32.8, 33.0]  # fmt: skip
     batch = {r.name: (r.recipe.train.batch_size, r.recipe.optim.lr) for r in grid.runs if r.name == "24-SSAST"}
     assert batch == {"24-SSAST": (24, 1e-4)}
+    assert {r.recipe.data.train_split for r in grid.runs if r.kind == "pretrain"} == {"unbalanced"}
 
 
 def test_what_changes_no_number_changes_no_run_and_the_rest_does(tmp_path):

@@ -234,11 +234,11 @@ class _Builder:
 
     def _recipe(self, kind: type[RecipeT], task: TaskSpec, extra: dict[str, Any]) -> RecipeT:
         files = [ROOT / file for file in task.config]
-        words = [f"{key}={json.dumps(value)}" for key, value in {**task.settings, **extra}.items()]
+        words = [f"{key}={_text(value)}" for key, value in {**task.settings, **extra}.items()]
         values = flatten(load_recipe(kind, files, words))
         for key, table in self.scale.substitute.items():
             if key in values and values[key] in table:
-                words.append(f"{key}={json.dumps(table[values[key]])}")
+                words.append(f"{key}={_text(table[values[key]])}")
         return load_recipe(kind, files, words)
 
     def _once(
@@ -256,6 +256,11 @@ class _Builder:
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
         run = Run(kind, name, digest, recipe, data, task, init, share)
         return self.runs.setdefault(f"{digest}-{task}", run)
+
+
+def _text(value: Any) -> str:
+    """A value as `key=value` takes it: text as it stands, the rest as YAML."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _without_effect(key: str) -> bool:

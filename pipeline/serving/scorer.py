@@ -1,4 +1,4 @@
-"""Audio in, label probabilities out: what the served model and the demo page share.
+"""Audio in, label probabilities out: what the served model does.
 
 In: a file, its bytes, or samples. Out: float32 [n, C]. Audio goes the way of the shards: mono, resampled
 with soxr, DC removed, rounded to int16, so that a served clip scores as the same clip in the shards.
@@ -22,7 +22,6 @@ from shard_tools.segment import down_mix
 from shard_tools.write import encode_waveform
 
 BATCH = 16  # windows of a forward pass
-LONGEST_SECONDS = 600.0  # of a recording that is heard in windows
 
 
 class Scorer:

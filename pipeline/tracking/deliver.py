@@ -27,7 +27,8 @@ class Delivery:
     def __init__(self, spool: Spool) -> None:
         self._spool = spool
         self._client: Any = None
-        self.transferring = False  # files on their way: patience at the end of the run is longer
+        self.progress = 0  # answers of the server: a slow one is waited for at the end of the run
+        self.transferring = False  # the same, for files on their way
 
     def send(self, lines: list[Line]) -> None:
         """Sends a batch.
@@ -44,6 +45,7 @@ class Delivery:
         while any(batch.values()):
             taken = {kind: [items.pop(0) for _ in items[:REQUEST_ITEMS]] for kind, items in batch.items()}
             self._client.log_batch(run_id, metrics=taken["metrics"], params=taken["params"], tags=taken["tags"])
+            self.progress += 1
         self._transfer(run_id, lines)
         if lines[-1]["kind"] == "finish":
             self._client.set_terminated(run_id, lines[-1]["status"], lines[-1]["time"])
@@ -105,6 +107,7 @@ class Delivery:
                 self._client.log_artifact(run_id, line["path"], line["folder"] or None)
             elif line["kind"] == "model" and Path(line["path"]).exists():
                 self._log_model(run_id, line)
+            self.progress += 1
         self.transferring = False
 
     def _log_dataset(self, run_id: str, line: Line) -> None:

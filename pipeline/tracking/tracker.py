@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 RETRY_SECONDS = 5.0
-FINISH_SECONDS = 30.0  # patience with a slow server at the end of a run
+FINISH_SECONDS = 30.0  # at the end of a run: patience with a server since its last answer
 TRANSFER_SECONDS = 600.0  # the same while files are on their way
 
 
@@ -182,10 +182,14 @@ class SpoolTracker:
         self._append("finish", {"status": status})
         self._stop.set()
         self._fresh.set()
-        begun = time.monotonic()
-        self._thread.join(FINISH_SECONDS)
-        while self._thread.is_alive() and self._delivery.transferring and time.monotonic() - begun < TRANSFER_SECONDS:
-            self._thread.join(1.0)
+        progress, answered = -1, time.monotonic()
+        while self._thread.is_alive():
+            if progress != self._delivery.progress:
+                progress, answered = self._delivery.progress, time.monotonic()
+            patience = TRANSFER_SECONDS if self._delivery.transferring else FINISH_SECONDS
+            if time.monotonic() - answered > patience:
+                break
+            self._thread.join(0.2)
         if self._spool.waiting:
             log.warning(
                 "the MLflow server has not taken all records; deliver later with: python -m pipeline.tracking sync %s",

@@ -1,0 +1,124 @@
+"""A pretrain-finetune chain through a lab's servers, and its model served: registry, HTTP."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+
+import mlflow
+import numpy as np
+import pytest
+import soundfile
+from mlflow.tracking import MlflowClient
+
+from pipeline.data.manifest import load_index
+from pipeline.engine.evaluation import read_predictions
+from pipeline.serving.scorer import load_scorer
+from tests import lab
+from tests.conftest import free_port
+
+pytestmark = pytest.mark.slow
+FINETUNED = "8-PSWaCL-SWaB-as_bal"
+
+
+@pytest.fixture
+def client(chain, monkeypatch) -> MlflowClient:
+    for name, value in chain.lab.env.items():
+        monkeypatch.setenv(name, value)
+    return MlflowClient(chain.lab.uri, registry_uri=chain.lab.uri)
+
+
+@pytest.fixture(scope="module")
+def clip(shards) -> str:
+    """An evaluation clip's source file and key."""
+    return str(sorted((shards / "source" / "audio").glob("*.flac"))[40])
+
+
+def test_the_chain_is_in_the_lab_s_database_and_store(chain, client):
+    assert chain.interrupted == 130
+    experiment = client.get_experiment_by_name("ablation").experiment_id
+    runs = {run.info.run_name: run for run in client.search_runs([experiment])}
+    assert runs.keys() == {"8-PSWaCL", "8-PSWaCL-AST", "8-PSWaCL-SWaB"}
+    assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(runs, "FINISHED")
+    pretrained = runs["8-PSWaCL"]
+    assert pretrained.data.tags["resumes"] == "1"
+    assert pretrained.data.tags["methods"] == "PSWaCL-AST, PSWaCL-SWaB"
+    steps = [metric.step for metric in client.get_metric_history(pretrained.info.run_id, "loss")]
+    assert steps == list(range(1, 121))  # interrupted and resumed: no step twice, none missing
+    assert pretrained.data.metrics["system/system_memory_usage_megabytes"] > 0
+    finetuned = runs["8-PSWaCL-SWaB"]
+    assert finetuned.data.tags["mlflow.parentRunId"] == pretrained.info.run_id
+    results = json.loads((chain.run_dir(FINETUNED) / "results.json").read_text())
+    assert finetuned.data.metrics["final_mAP"] == pytest.approx(results["value"])
+    artifacts = {file.path for file in client.list_artifacts(finetuned.info.run_id)}
+    assert {"config.yaml", "ds.json", "data.json", "results.json", "curves.png", "evaluation"} <= artifacts
+    pictures = [file.path for file in client.list_artifacts(pretrained.info.run_id, "pictures")]
+    assert 2 <= len(pictures) <= 4
+    assert "pictures/step-00000120.png" in pictures
+    store = lab.client(chain.lab.s3)
+    keys = [entry["Key"] for entry in store.list_objects_v2(Bucket="mlflow")["Contents"]]
+    assert any(key.endswith("weights.safetensors") for key in keys)
+    assert not any(key.endswith((".pkl", ".pickle")) for key in keys)
+
+
+def test_the_report_is_in_mlflow(chain, client, tmp_path):
+    command = [sys.executable, "-m", "pipeline.report", chain.table, "--runs", chain.out, "--out", tmp_path]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=os.environ | chain.lab.env,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    experiment = client.get_experiment_by_name("ablation").experiment_id
+    (run,) = client.search_runs([experiment], "tags.kind = 'report'")
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
+        "report.md", "report.html", "numbers.json", "methods.png"}  # fmt: skip
+    results = json.loads((chain.run_dir(FINETUNED) / "results.json").read_text())
+    assert run.data.metrics["methods/PSWaCL-SWaB/as_bal"] == pytest.approx(100 * results["value"])
+    client.delete_run(run.info.run_id)
+
+
+def test_the_scorer_hears_a_clip_as_the_evaluation_did(chain, shards):
+    run_dir = chain.run_dir(FINETUNED)
+    scorer = load_scorer(run_dir)
+    keys, _, logits = read_predictions(run_dir / "predictions.parquet")
+    assert keys == sorted(load_index(shards, "eval")["key"].to_pylist())
+    path = next(p for p in (shards / "source" / "audio").glob("*.flac") if p.stem in keys[0])
+    samples, rate = soundfile.read(path, dtype="float32")
+    expected = 1 / (1 + np.exp(-logits[0]))
+    for waveform in (scorer.read(str(path)), scorer.read(path.read_bytes()), scorer.resample(samples, rate)):
+        assert scorer.probabilities([waveform])[0] == pytest.approx(expected, abs=2e-3)
+    starts, scores = scorer.over_time(np.tile(samples, 4), 0.25)
+    assert len(starts) == len(scores) == 7
+    assert scores[0] == pytest.approx(scores[4], abs=1e-6)
+
+
+def test_the_registered_model_answers_over_http(chain, client, clip, tmp_path):
+    version = client.get_model_version("craft", "1")
+    assert version.description.startswith("# swab (micro), 13 classes")
+    saved = chain.run_dir(FINETUNED) / "model"
+    model = mlflow.pyfunc.load_model(str(saved))
+    assert model.metadata.signature.inputs.input_names() == ["path", "audio", "samples", "rate"]
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(saved), "--env-manager", "local", "-p",
+               str(port), "-h", "127.0.0.1"]  # fmt: skip
+    samples, rate = soundfile.read(clip, dtype="float32")
+    rows = [{"path": clip}, {"audio": base64.b64encode(open(clip, "rb").read()).decode()},  # noqa: SIM115
+            {"samples": samples.tolist(), "rate": float(rate)}]  # fmt: skip
+
+    def post(rows: list[dict], **more: object) -> list[dict]:
+        body = json.dumps({"dataframe_records": rows, **more}).encode()
+        request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request, timeout=120))["predictions"]
+
+    with lab.process(command, tmp_path / "serve.log", f"{address}/ping"):
+        answers = [post([row], params={"top": 3})[0] for row in rows]
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            post([{"path": "/no/such.wav"}])
+    assert "/no/such.wav" in refused.value.read().decode()
+    local = load_scorer(chain.run_dir(FINETUNED))
+    scores = local.probabilities([local.read(clip)])[0]
+    best = np.argsort(-scores, kind="stable")[:3]
+    for answer in answers:
+        assert answer["labels"] == [local.labels[i] for i in best]
+        assert answer["scores"] == pytest.approx(scores[best].tolist(), abs=1e-5)

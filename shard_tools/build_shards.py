@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=int, metavar="N", help="first N clips only; synth: clips to make (default: all; 800)")
     add("--seed", type=int, default=0, metavar="N", help="of the order in the shards, and of synth (default: 0)")
     add("--max-failures", type=int, metavar="N", help="exit with 1 if more clips than this fail (default: no limit)")
+    add("--require-coverage", type=float, metavar="SHARE", help="fail where fewer listed clips are there (no default)")
     add("--overwrite", action="store_true", help="throw away what --out holds (default: go on with it)")
     return make
 
@@ -128,6 +129,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # Slurm's time limit, kill: as Ctrl-C
     try:
         catalog = read_catalog(args)
+        # Before hours of decoding, not after.
+        require_coverage(args.require_coverage, {name: (len(catalog.clips.rows(name)), catalog.listed(name))
+                                                 for name in catalog.splits})  # fmt: skip
         summary = _run(args, catalog)
     except OSError as error:
         raise UserError(f"--out {args.out}: {error}; free the disk or the path, then run the same command") from error
@@ -137,7 +141,27 @@ def main() -> int:
     if summary is None:
         return 0
     failed = _report(summary, args.out, time.perf_counter() - begun)
+    clips = {name: (split.clips, split.listed) for name, split in summary.manifest.splits.items()}
+    require_coverage(args.require_coverage, {name: clips[name] for name in catalog.splits})
     return 1 if args.max_failures is not None and failed > args.max_failures else 0
+
+
+def require_coverage(share: float | None, clips: dict[str, tuple[int, int]]) -> None:
+    """Refuses a split of which too few listed clips are there.
+
+    Args:
+        share: The least share of the listed clips; None: any.
+        clips: By split, how many there are and how many are listed.
+
+    Raises:
+        UserError: one has fewer.
+    """
+    for name, (there, listed) in clips.items():
+        if share is not None and there < share * listed:
+            raise UserError(
+                f"split '{name}': {there} of {listed} listed clips are there ({there / listed:.1%}), "
+                f"--require-coverage {share:g}; add the missing audio or lower it"
+            )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -188,6 +212,11 @@ def _report(summary: Summary, out: Location, seconds: float) -> int:
             f"{name}: {split.clips} of {split.listed} listed clips ({share:.1%}) in {split.shards} shards, "
             f"{split.seconds / 3600:.2f} h, fbank mean {split.fbank_mean:.4f} std {split.fbank_std:.4f}"
         )
+        short = [(clips / wanted, manifest.labels[number].name, clips, wanted) for number, (clips, wanted)
+                 in enumerate(zip(split.class_clips, split.class_listed, strict=True)) if clips < wanted]  # fmt: skip
+        if short:
+            worst = ", ".join(f"{label} {clips} of {wanted}" for _, label, clips, wanted in sorted(short)[:3])
+            lines.append(f"  {len(short)} classes lack clips, most: {worst} (all: manifest.json, class_clips)")
     lines += [f"  {count} failed: {reason}" for reason, count in summary.failures.most_common()]
     if summary.silent:
         lines.append(f"  {summary.silent} stored clips are digital silence (silent: true in their json)")

@@ -13,7 +13,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -37,6 +38,7 @@ class Catalog:
         labels: Vocabulary; a clip's labels are indices into it.
         clips: Clips whose file was found; a sequence of `Clip` in columns.
         missing: Listed clips without a file.
+        missing_labels: How often each label index occurs among them, by split.
     """
 
     dataset: str
@@ -44,6 +46,7 @@ class Catalog:
     labels: list[Label]
     clips: Clips = field(init=False)
     missing: Failures = field(default_factory=Failures)
+    missing_labels: dict[str, Counter[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.clips = Clips(str(self.root))
@@ -52,6 +55,18 @@ class Catalog:
     def splits(self) -> list[str]:
         """Names of the splits, in order of appearance."""
         return list(dict.fromkeys([*self.clips.splits, *self.missing.splits]))
+
+    def miss(self, failure: Failure, labels: Iterable[int]) -> None:
+        """Adds a listed clip without a file."""
+        self.missing.append(failure)
+        self.missing_labels.setdefault(failure.split, Counter()).update(labels)
+
+    def class_listed(self, split: str) -> list[int]:
+        """`listed` by class, in the order of the vocabulary."""
+        counts = self.clips.label_counts(split, len(self.labels))
+        for label, count in self.missing_labels.get(split, Counter()).items():
+            counts[label] += count
+        return [int(count) for count in counts]
 
     def listed(self, split: str) -> int:
         """Clips of the split that the source names, found or not."""
@@ -98,7 +113,8 @@ def audioset(
         seen.add(key)
         found = next(((stem, cut) for stem, cut in _audioset_stems(ytid, start, end) if stem in files), None)
         if found is None:
-            catalog.missing.append(Failure(key, "", "missing: no such audio file below --audio-root", split))
+            failure = Failure(key, "", "missing: no such audio file below --audio-root", split)
+            catalog.miss(failure, (index[mid] for mid in mids))
             continue
         stem, is_segment = found
         catalog.clips.append(
@@ -131,7 +147,8 @@ def esc50(root: Location, split: str) -> Catalog:
     for row in rows:
         stem = Path(row["filename"]).stem
         if stem not in files:
-            catalog.missing.append(Failure(stem, row["filename"], "missing: no such audio file", split))
+            failure = Failure(stem, row["filename"], "missing: no such audio file", split)
+            catalog.miss(failure, [order[int(row["target"])]])
             continue
         label = (order[int(row["target"])],)
         clip = Clip(clean_key(stem), files[stem], 0.0, None, label, split, int(row["fold"]), stem)
@@ -166,7 +183,8 @@ def table(root: Location, path: Location, class_labels: Location | None, split: 
             raise UserError(f"{path}:{line}: label '{unknown[0]}' is not in {class_labels}; add it there or correct it")
         file = row["path"] if is_remote(row["path"]) else join(root, row["path"])
         if file not in there if there is not None else not os.path.isfile(file):
-            catalog.missing.append(Failure(row["path"], row["path"], "missing: no such audio file", own))
+            failure = Failure(row["path"], row["path"], "missing: no such audio file", own)
+            catalog.miss(failure, {index[name] for name in _names(row["labels"])})
             continue
         start, end, fold = (_number(path, line, row, name) for name in ("start", "end", "fold"))
         picked = tuple(sorted({index[name] for name in _names(row["labels"])}))

@@ -169,6 +169,13 @@ class Clips(Sequence[Clip]):
         """int64, the rows of a split, in order."""
         return self._split.of(split)
 
+    def label_counts(self, split: str, classes: int) -> np.ndarray:
+        """int64 [classes], clips of a split with each label."""
+        chosen = np.zeros(len(self), bool)
+        chosen[self.rows(split)] = True
+        of_label = np.repeat(chosen, np.diff(np.asarray(self._label_offsets)))
+        return np.bincount(np.asarray(self._labels)[of_label], minlength=classes)
+
     def repeat(self) -> tuple[Clip, Clip] | None:
         """The first two clips of one split that share a key, if there are any."""
         hashes = np.asarray(self._hash)

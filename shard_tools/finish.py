@@ -36,7 +36,7 @@ def finish(
 ) -> Manifest:
     """Writes the three files and returns the manifest."""
     content = _beginning(catalog, options, earlier)
-    totals = _Totals(plans)
+    totals = _Totals(plans, len(catalog.labels))
     with store.temporary("index.parquet") as index, store.temporary("failures.jsonl") as failures:
         with failures.open("w", encoding="utf-8", errors="backslashreplace") as lines, IndexWriter(index) as rows:
             if earlier is not None:
@@ -60,7 +60,8 @@ def finish(
         store.commit(failures, "failures.jsonl")
         store.commit(index, "index.parquet")
     for plan in plans:
-        content["splits"][plan.split] = totals.split(plan.split, catalog.listed(plan.split))
+        totals_of_split = totals.split(plan.split, catalog.listed(plan.split))
+        content["splits"][plan.split] = totals_of_split | {"class_listed": catalog.class_listed(plan.split)}
         content["options"][plan.split] = plan.identity()
     draft = Manifest.model_validate({**content, "digest": ""})
     manifest = draft.model_copy(update={"digest": draft.computed_digest()})
@@ -117,17 +118,21 @@ PLAIN = pa.schema([(f.name, f.type.value_type if pa.types.is_dictionary(f.type) 
 class _Totals:
     """Sums over the shards of each split."""
 
-    def __init__(self, plans: Sequence[SplitPlan]) -> None:
+    def __init__(self, plans: Sequence[SplitPlan], classes: int) -> None:
         self.shards: list[dict[str, Any]] = []
         self.single_label = True
         self._sums = {plan.split: np.zeros(3) for plan in plans}
         self._seconds = {plan.split: 0.0 for plan in plans}
         self._silent = {plan.split: 0 for plan in plans}
+        self._classes = {plan.split: np.zeros(classes, np.int64) for plan in plans}
 
     def add(self, plan: SplitPlan, number: int, table: pa.Table, facts: dict[str, Any]) -> None:
         self._sums[plan.split] += facts["sums"]
         self._silent[plan.split] += facts["silent"]
         self._seconds[plan.split] += float(np.sum(table["seconds"].to_numpy(), dtype=np.float64))
+        labels = table["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        counts = self._classes[plan.split]
+        counts += np.bincount(labels, minlength=len(counts))
         self.single_label &= bool(pc.all(pc.equal(pc.list_value_length(table["labels"]), 1)).as_py() in (True, None))
         if facts["clips"]:
             shard = {name: facts[name] for name in ("clips", "size", "sha256")}
@@ -143,6 +148,7 @@ class _Totals:
             "shards": len(shards),
             "seconds": self._seconds[name],
             "silent": self._silent[name],
+            "class_clips": self._classes[name].tolist(),
             "fbank_mean": mean,
             "fbank_std": float(np.sqrt(max(square / count - mean**2, 1e-12))) if count else 1.0,
         }

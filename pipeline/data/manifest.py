@@ -81,6 +81,8 @@ class SplitRecord(Record):
     """Totals of a split.
 
     `listed` counts the clips that the source named, found or not; `silent` those stored that are digital silence.
+    `class_clips` and `class_listed` count the same by class, in the order of `Manifest.labels`: mAP of two copies
+    of AudioSet compares only where these do.
     """
 
     clips: int
@@ -90,6 +92,8 @@ class SplitRecord(Record):
     silent: int
     fbank_mean: float
     fbank_std: float
+    class_clips: list[int] = []
+    class_listed: list[int] = []
 
 
 class FileRecord(Record):

@@ -87,6 +87,15 @@ def test_a_second_split_joins_the_first(tmp_path):
     manifest = load_manifest(out)
     assert {name: (s.clips, s.listed) for name, s in manifest.splits.items()} == {"train": (2, 3), "eval": (2, 2)}
     assert [label.name for label in manifest.labels] == ["Domestic animals, pets", "Squeak"]
+    by_class = {name: (s.class_clips, s.class_listed) for name, s in manifest.splits.items()}
+    assert by_class == {"train": ([2, 1], [3, 1]), "eval": ([1, 1], [1, 1])}
+    assert "1 classes lack clips, most: Domestic animals, pets 2 of 3" in done.stdout
+    again = ("--dataset", "audioset", "--audio-root", tmp_path / "audio", "--segments", train, "--class-labels", labels,
+             "--seconds", 1, "--out", tmp_path / "other", "--workers", 1, "--require-coverage")  # fmt: skip
+    refused = command(*again, 0.9)
+    assert refused.returncode == 2
+    assert "split 'train': 2 of 3 listed clips are there (66.7%), --require-coverage 0.9" in refused.stderr
+    assert command(*again, 0.6).returncode == 0
     failures = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
     assert [failure["id"] for failure in failures] == ["zzzzzzzzzzz_30000"]
     assert set(load_index(out)["key"].to_pylist()) == {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UserError
 
@@ -109,6 +109,9 @@ class OptimConfig(Section):
     schedule: Literal["plateau", "step", "cosine", "constant"] = Field("plateau", description="after the warm-up")
     factor: float = Field(0.5, gt=0, lt=1, description="plateau, step: the rate is multiplied by this")
     patience: int = Field(2, ge=0, description="plateau: evaluations without improvement before a cut")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="each block's rate is this share of the next one's; embeddings lowest; 1: off"
+    )
     milestones: tuple[float, ...] = Field((), description="step: epochs after which the rate is cut")
 
 
@@ -140,6 +143,14 @@ class CheckpointConfig(Section):
     keep_best: int = Field(1, ge=0, description="best checkpoints by the watched metric that are kept besides")
     keep_every: int = Field(0, ge=0, description="checkpoints at multiples of this many steps are kept; 0: none")
     average: tuple[int, int] = Field((0, 0), description="first and last epoch whose weights are averaged; 0, 0: off")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay per step of an exponential average of weights; 0: off")
+    ema_every: int = Field(32, ge=1, description="steps between its updates, each with decay ema^ema_every")
+
+    @model_validator(mode="after")
+    def _one_average(self) -> "CheckpointConfig":
+        if self.ema and self.average != (0, 0):
+            raise ValueError("ema and average are two ways to average weights; set average=[0,0] or ema=0")
+        return self
 
 
 class LogConfig(Section):

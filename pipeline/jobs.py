@@ -213,7 +213,7 @@ def load_finetuned(run_dir: Path, file: Path, device: torch.device) -> tuple[Fin
     Raises:
         UserError: `run_dir` is no finetuned run, or its files are damaged.
     """
-    content = _run_config(run_dir)
+    content = run_config(run_dir)
     if "finetune" not in content:
         raise UserError(f"{run_dir}: not a finetuned run (its config.yaml has no finetune section); run finetune.py")
     recipe = FinetuneRecipe.model_validate(content)
@@ -295,7 +295,12 @@ def _remember(loader: Loader, recipe: Recipe, run_dir: Path, world: World) -> Da
     return spec
 
 
-def _run_config(run_dir: Path) -> dict[str, Any]:
+def run_config(run_dir: Path) -> dict[str, Any]:
+    """Content of a run's `config.yaml`.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     path = run_dir / "config.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -312,7 +317,7 @@ def _pretraining_name(recipe: FinetuneRecipe) -> str:
     config = source / "config.yaml"
     if not recipe.model.init or not config.is_file():
         return f"{recipe.train.batch_size}-Scratch" if not recipe.model.init else source.stem
-    content = _run_config(config.parent)
+    content = run_config(config.parent)
     method = content.get("pretrain", {}).get("method")
     return f"{content['train']['batch_size']}-{PRETRAIN[method].label}" if method else source.name
 

@@ -14,7 +14,7 @@ FLOORS = [
     {"tasks"},
     {"engine", "tracking"},
     {"launch", "initial", "jobs", "restart", "ensemble"},
-    {"ablation", "serving"},
+    {"ablation", "serving", "export"},
     {"report"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

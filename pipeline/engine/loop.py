@@ -101,16 +101,19 @@ def _steps(run: _Run) -> None:
         run.watch.at(step, "step")
         rate = learning_rate(job.recipe.optim, step, total, step / epoch_steps, progress.plateau)
         for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         named = accumulate(engine, job.task, batch, job.batches)
         grad_norm = _update(engine, job, batch, progress)
         progress.step, progress.metric = step + 1, None
         records.count(job.batches.total)
         if progress.step % job.recipe.log.every == 0 or progress.step == total:
+            bad = float(job.loader.replaced(step) * run.world.size)  # its mean over ranks is their sum
+            named["bad_clips"] = torch.tensor(bad, device=run.world.device)
             values = distributed.mean(named, run.world.device)
             _watch(progress, values, job.metric)
             values |= {"lr": rate, "grad_norm": grad_norm, "skipped_steps": progress.skipped}
             records.write(progress.step, total, values)
+            job.loader.bad_clips.check(round(values["bad_clips"]))
         _average(run)
         if job.evaluation_due(step):
             _evaluate(run)
@@ -277,8 +280,17 @@ def _evaluate(run: _Run) -> None:
 
 
 def _average(run: _Run) -> None:
-    """At the end of each epoch in `checkpoint.average`: running mean of the weights, on rank 0."""
-    job, progress = run.job, run.progress
+    """At the end of each epoch in `checkpoint.average`: running mean of the weights, on rank 0.
+
+    With `checkpoint.ema` an exponential mean instead, which begins with the first weights it sees.
+    """
+    job, progress, config = run.job, run.progress, run.job.recipe.checkpoint
+    if config.ema:
+        if progress.step % config.ema_every == 0 or progress.step == job.total_steps:
+            share = 1 - config.ema ** (progress.step % config.ema_every or config.ema_every)
+            for name, weight in snapshot.weights(run.engine, keep=run.world.is_main).items():
+                run.average.setdefault(name, weight).lerp_(weight, share)
+        return
     if not job.due(progress.step - 1, job.loader.clips):
         return
     epoch = progress.step * job.batches.total // job.loader.clips

@@ -5,13 +5,15 @@ In: a task, a recipe and the content of `--deepspeed_config`. Out: the engine an
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from pipeline.config import Recipe
+from pipeline.config import OptimConfig, Recipe
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.tasks import FinetuneTask, PretrainTask
@@ -177,6 +179,24 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     return resolved, batches
 
 
+def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """One group, or with `optim.layer_decay` one a layer with its `scale` of the learning rate (BEiT).
+
+    With n blocks, block b has scale decay^(n - b), what embeds has decay^(n + 1), and the last
+    LayerNorm, bottlenecks and heads have 1.
+    """
+    if optim.layer_decay == 1.0:
+        return [{"params": list(task.parameters())}]
+    found = [(re.match(r"model\.encoder\.blocks\.(\d+)\.", name), name, p) for name, p in task.named_parameters()]
+    depth = 1 + max(int(block[1]) for block, _, _ in found if block)
+    groups: dict[int, list[nn.Parameter]] = {}
+    for block, name, parameter in found:
+        embeds = name.startswith("model.") and not name.startswith("model.encoder.")
+        below = depth - int(block[1]) if block else depth + 1 if embeds else 0
+        groups.setdefault(below, []).append(parameter)
+    return [{"params": groups[below], "scale": optim.layer_decay**below} for below in sorted(groups)]
+
+
 def build_engine(task: PretrainTask | FinetuneTask, recipe: Recipe, ds: dict[str, Any]) -> Any:
     """`deepspeed.initialize` with an optimiser of ours.
 
@@ -186,7 +206,10 @@ def build_engine(task: PretrainTask | FinetuneTask, recipe: Recipe, ds: dict[str
 
     kind = torch.optim.Adam if recipe.optim.name == "adam" else torch.optim.AdamW
     optimizer = kind(
-        task.parameters(), lr=recipe.optim.lr, betas=recipe.optim.betas, weight_decay=recipe.optim.weight_decay
+        parameter_groups(task, recipe.optim),
+        lr=recipe.optim.lr,
+        betas=recipe.optim.betas,
+        weight_decay=recipe.optim.weight_decay,
     )
     compiling = {**ds.get("compile", {})}
     if compiling.pop("enabled", False):

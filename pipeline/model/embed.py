@@ -154,7 +154,7 @@ class TokenSequence(nn.Module):
         patches = patches + self.positions.flatten(0, 1)
         if self.modality is not None:
             patches = patches + self.modality
-        return torch.cat([special.expand(len(patches), -1, -1), patches], dim=1)
+        return torch.cat([special.expand(patches.shape[0], -1, -1), patches], dim=1)
 
 
 class SpecialTokens(nn.Module):

@@ -108,17 +108,16 @@ class Encoder(nn.Module):
         Returns:
             [B, n, D] each; bottleneck tokens are left out.
         """
-        batch = len(streams[0])
-        stacks = _stack(streams)
+        stacks, counts = _stack(streams)
         lengths = [x.shape[1] for x in stacks]
         for layer, block in enumerate(self.blocks):
             if self.bottlenecks is not None and layer == self.fusion_layer:
-                stacks = [torch.cat([x, self.bottlenecks(len(x))], dim=1) for x in stacks]
+                stacks = [torch.cat([x, self.bottlenecks(x.shape[0])], dim=1) for x in stacks]
             stacks = [run_block(block, x, recompute=self.recompute) for x in stacks]
             if self.bottlenecks is not None and layer >= self.fusion_layer:
-                stacks = _share_bottlenecks(stacks, lengths, batch)
+                stacks = _share_bottlenecks(stacks, lengths, counts)
         encoded = [self.norm(x[:, :length]) for x, length in zip(stacks, lengths, strict=True)]
-        return [stream for x in encoded for stream in torch.split(x, batch)]
+        return [stream for x, count in zip(encoded, counts, strict=True) for stream in x.chunk(count)]
 
 
 def run_block(block: nn.Module, x: torch.Tensor, *, recompute: bool) -> torch.Tensor:
@@ -131,24 +130,24 @@ def run_block(block: nn.Module, x: torch.Tensor, *, recompute: bool) -> torch.Te
     return out
 
 
-def _stack(streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Neighbouring streams of one length on top of each other: [S B, n, D] each."""
+def _stack(streams: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[int]]:
+    """Neighbouring streams of one length on top of each other, [S B, n, D] each, and every S."""
     groups: list[list[torch.Tensor]] = []
     for stream in streams:
         if groups and groups[-1][0].shape[1] == stream.shape[1]:
             groups[-1].append(stream)
         else:
             groups.append([stream])
-    return [torch.cat(group) for group in groups]
+    return [torch.cat(group) for group in groups], [len(group) for group in groups]
 
 
-def _share_bottlenecks(stacks: list[torch.Tensor], lengths: list[int], batch: int) -> list[torch.Tensor]:
+def _share_bottlenecks(stacks: list[torch.Tensor], lengths: list[int], counts: list[int]) -> list[torch.Tensor]:
     """Eq. 5c: each bottleneck becomes the mean of its copies in the streams."""
-    copies = [
-        copy for x, length in zip(stacks, lengths, strict=True) for copy in torch.split(x[:, length:], batch)
-    ]
+    copies: list[torch.Tensor] = []
+    for x, length, count in zip(stacks, lengths, counts, strict=True):
+        copies += x[:, length:].chunk(count)
     mean = torch.stack(copies).mean(dim=0)
     return [
-        torch.cat([x[:, :length], mean.repeat(len(x) // batch, 1, 1)], dim=1)
-        for x, length in zip(stacks, lengths, strict=True)
+        torch.cat([x[:, :length], mean.repeat(count, 1, 1)], dim=1)
+        for x, length, count in zip(stacks, lengths, counts, strict=True)
     ]

@@ -1,0 +1,37 @@
+"""Write a run's weights for other programs.
+
+    python launchers/export.py --checkpoint RUN_DIR --format {safetensors,hf} [--out PATH]
+
+In: a run directory of pretrain.py or finetune.py, of any ZeRO stage. Out: one safetensors file in float32, or a
+directory that ASTModel or ASTForAudioClassification of `transformers` loads (the spectrogram side).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline.errors import run_cli
+from pipeline.export import export_hf, export_safetensors, open_exported
+
+FORMATS = {
+    "safetensors": (export_safetensors, "model.safetensors"),
+    "hf": (export_hf, "hf"),
+}
+
+
+def main() -> None:
+    """Parses, writes, says what was written."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_DIR", help="a run")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="where (default: in RUN_DIR/export)")
+    parser.add_argument("--last", action="store_true", help="the last weights, not the averaged ones (default: off)")
+    args = parser.parse_args()
+    write, name = FORMATS[args.format]
+    out = args.out or args.checkpoint / "export" / name
+    held = write(open_exported(args.checkpoint, average=not args.last), out)
+    sys.stdout.write(f"{out}: {held}\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)

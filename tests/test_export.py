@@ -1,0 +1,116 @@
+"""Exports give the outputs of the run they come from, in transformers, to 1e-5."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import ASTFeatureExtractor, ASTForAudioClassification, ASTModel
+
+from pipeline.config import FinetuneRecipe, PretrainRecipe, dump_recipe, load_recipe
+from pipeline.data.fbank import fbank, padded_frames
+from pipeline.data.loader import pad_frames
+from pipeline.data.manifest import Label
+from pipeline.data.spec import DataSpec
+from pipeline.errors import UserError
+from pipeline.export import export_hf, export_safetensors, open_exported
+from pipeline.model.weights import load_weights
+from pipeline.tasks import FinetuneTask, PretrainTask
+from tests.conftest import ROOT
+
+MICRO = ["model.size=micro"]
+SAMPLES = 12000
+SPEC = DataSpec(
+    sample_rate=16000, samples=SAMPLES, mel_bins=128, frames=padded_frames(SAMPLES / 16000), mean=-7.0, std=4.0,
+    labels=[Label(id=f"/m/{i}", name=f"sound {i}") for i in range(6)], single_label=False, digest="0",
+)  # fmt: skip
+
+
+def make_run(run_dir, kind, *words):
+    """A run directory as the trainer leaves it, of random weights."""
+    recipe = load_recipe(kind, [], [*MICRO, *words])
+    torch.manual_seed(0)
+    if kind is FinetuneRecipe:
+        task = FinetuneTask(recipe, SPEC.mel_bins, SPEC.frames, len(SPEC.labels), SPEC.single_label)
+    else:
+        task = PretrainTask(recipe, SPEC.mel_bins, SPEC.frames)
+    for name, parameter in task.named_parameters():
+        if "msae" not in name:
+            torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.05)
+    folder = run_dir / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    save_file(task.state_dict(), folder / "weights.safetensors")
+    (folder / "complete").touch()
+    (run_dir / "checkpoints" / "latest").write_text(folder.name)
+    (run_dir / "config.yaml").write_text(dump_recipe(recipe))
+    SPEC.save(run_dir)
+    return task.eval()
+
+
+def waveforms() -> torch.Tensor:
+    time = torch.arange(SAMPLES) / 16000
+    noise = torch.randn(3, SAMPLES, generator=torch.Generator().manual_seed(1))
+    return 0.2 * torch.sin(2 * torch.pi * torch.tensor([[200.0], [900.0], [3000.0]]) * time) + 0.02 * noise
+
+
+def features() -> torch.Tensor:
+    return (pad_frames(fbank(waveforms()), SPEC.frames) - SPEC.mean) / (2 * SPEC.std)
+
+
+@torch.no_grad()
+def test_safetensors_hold_everything_and_load_back(tmp_path):
+    task = make_run(tmp_path / "run", PretrainRecipe)
+    export_safetensors(open_exported(tmp_path / "run"), tmp_path / "one.safetensors")
+    again = PretrainTask(load_recipe(PretrainRecipe, [], MICRO), SPEC.mel_bins, SPEC.frames)
+    report = load_weights(again, tmp_path / "one.safetensors")
+    assert (report.resized, report.fresh, report.dropped) == ([], [], [])
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in task.state_dict().items())
+
+
+@torch.no_grad()
+def test_transformers_classifies_the_same_with_a_cls_head(tmp_path):
+    task = make_run(tmp_path / "run", FinetuneRecipe, "finetune.method=ast", "finetune.pool=cls")
+    assert export_hf(open_exported(tmp_path / "run"), tmp_path / "hf") == "ASTForAudioClassification"
+    theirs, info = ASTForAudioClassification.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert theirs.config.id2label[3] == "sound 3"
+    ours = task.classifier(task.model(features(), None))
+    torch.testing.assert_close(theirs.eval()(features()).logits, ours, rtol=0, atol=1e-5)
+    extracted = ASTFeatureExtractor.from_pretrained(tmp_path / "hf")(
+        list(waveforms().numpy()), sampling_rate=16000, return_tensors="pt"
+    )["input_values"]
+    torch.testing.assert_close(extracted, features(), rtol=0, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "words", "left"),
+    [
+        (FinetuneRecipe, (), "classifier (HF pools cls and dist of one spectrogram), waveform side"),
+        (PretrainRecipe, ("model.modality_embedding=true",), "waveform side, pretraining heads"),
+    ],
+)
+def test_transformers_encodes_the_same_with_a_backbone(tmp_path, kind, words, left):
+    """What is left out is said. Without bottlenecks, as HF's encoder has none."""
+    task = make_run(tmp_path / "run", kind, *words)
+    assert export_hf(open_exported(tmp_path / "run"), tmp_path / "hf") == f"ASTModel; left out: {left}"
+    theirs = ASTModel.from_pretrained(tmp_path / "hf").eval()
+    task.model.encoder.bottlenecks = None
+    ours = task.model(features(), None).spec[0]
+    torch.testing.assert_close(theirs(features()).last_hidden_state[:, 2:], ours, rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_exported_says_why(tmp_path):
+    make_run(tmp_path / "run", PretrainRecipe, "pretrain.method=wapt")
+    run = open_exported(tmp_path / "run")
+    with pytest.raises(UserError, match="no spectrogram side"):
+        export_hf(run, tmp_path / "hf")
+    command = [sys.executable, "launchers/export.py", "--checkpoint", str(tmp_path / "run"), "--format"]
+    done = subprocess.run([*command, "safetensors"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+    done = subprocess.run([*command, "hf"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,100 @@
+"""The shipped recipes are the paper's, number by number, and their schedules do what it says."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline.config import FinetuneRecipe, PretrainRecipe, load_recipe
+from pipeline.distributed import World
+from pipeline.engine import loop
+from pipeline.engine.schedule import Plateau, learning_rate
+from pipeline.engine.setup import parameter_groups
+from pipeline.errors import UserError
+from pipeline.tasks import FinetuneTask
+from tests.conftest import ROOT
+
+ORIGINALS = {
+    "pswacl180": ("pswacl", 180, 5e-4), "pswacl24": ("pswacl", 24, 1e-4), "ssast24": ("ssast", 24, 1e-4),
+    "ssast180": ("ssast", 180, 5e-4), "ssast_original": ("ssast", 24, 1e-4), "swapt180": ("swapt", 180, 5e-4),
+    "swacl180": ("swacl", 180, 5e-4), "wapt180": ("wapt", 180, 5e-4), "single_scale": ("pswacl", 180, 5e-4),
+}  # fmt: skip
+
+
+def finetune(name: str, *words: str) -> FinetuneRecipe:
+    return load_recipe(FinetuneRecipe, [ROOT / "configs" / "finetune" / f"{name}.yaml"], list(words))
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_pretraining_is_the_papers(name):
+    recipe = load_recipe(PretrainRecipe, [ROOT / "configs" / "pretrain" / f"{name}.yaml"])
+    assert (recipe.pretrain.method, recipe.train.batch_size, recipe.optim.lr) == ORIGINALS[name]
+    assert (recipe.optim.name, recipe.optim.betas, recipe.optim.weight_decay) == ("adam", (0.95, 0.999), 5e-7)
+    assert (recipe.optim.schedule, recipe.optim.patience, recipe.optim.warmup) == ("plateau", 2, 1000)
+    assert (recipe.eval.every_clips, recipe.train.epochs, recipe.optim.clip) == (96000, 10, 0)
+    assert (recipe.data.mean, recipe.data.std) == (-4.2677393, 4.5689974)
+    assert (recipe.pretrain.mask_patches, recipe.pretrain.r_g, recipe.pretrain.r_cl) == (400, 10, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "epochs", "rates"),
+    [
+        ("audioset_balanced", 12, 25, {0: 5e-5, 9.9: 5e-5, 10: 2.5e-5, 15: 1.25e-5, 20: 6.25e-6}),
+        ("audioset_full", 12, 5, {1.5: 1e-5, 2: 5e-6, 3: 2.5e-6, 4: 1.25e-6}),
+        ("esc50", 48, 50, {0: 1e-4, 5.9: 1e-4, 6: 8.5e-5, 7: 7.225e-5, 49: 1e-4 * 0.85**44}),
+    ],
+)
+def test_finetuning_is_the_papers(name, batch, epochs, rates):
+    recipe = finetune(name)
+    assert (recipe.train.batch_size, recipe.train.epochs, recipe.finetune.method) == (batch, epochs, "swab")
+    for epoch, rate in rates.items():
+        assert learning_rate(recipe.optim, 10**6, 10**7, epoch, Plateau()) == pytest.approx(rate)
+
+
+def test_augmentation_averaging_and_sampling_are_the_papers():
+    balanced, full, esc50 = (finetune(name) for name in ("audioset_balanced", "audioset_full", "esc50"))
+    for recipe in (balanced, full):
+        assert (recipe.augment.mixup, recipe.augment.mixup_alpha) == (0.5, 10)
+        assert (recipe.augment.freq_mask, recipe.augment.time_mask) == (48, 192)
+    assert (balanced.checkpoint.average, full.checkpoint.average, esc50.checkpoint.average) == ((6, 25), (1, 5), (0, 0))
+    assert (balanced.data.sampler, full.data.sampler, esc50.data.sampler) == ("shuffle", "balanced", "shuffle")
+    assert (esc50.augment.mixup, esc50.augment.freq_mask, esc50.augment.time_mask) == (0, 24, 96)
+    assert esc50.augment.noise > 0
+    assert esc50.augment.roll > 0
+
+
+def test_layer_decay_gives_every_weight_one_rate():
+    recipe = finetune("modern", "model.size=micro")
+    task = FinetuneTask(recipe, 128, 64, 5, False)
+    groups = parameter_groups(task, recipe.optim)
+    scale = {id(p): group["scale"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(scale) == len(list(task.parameters()))
+    found = {name: scale[id(p)] for name, p in task.named_parameters()}
+    assert found["classifier.linear.weight"] == found["model.encoder.bottlenecks.tokens"] == 1
+    assert found["model.encoder.blocks.3.attn.qkv.weight"] == pytest.approx(0.75)
+    assert found["model.encoder.blocks.0.attn.qkv.weight"] == pytest.approx(0.75**4)
+    assert found["model.spec_patch.proj.weight"] == found["model.spec_tokens.positions"] == pytest.approx(0.75**5)
+
+
+def test_ema_is_an_exponential_mean_of_sampled_weights(monkeypatch):
+    recipe = finetune("modern", "checkpoint.ema=0.9", "checkpoint.ema_every=2")
+    weights = iter([1.0, 3.0, 7.0])
+    monkeypatch.setattr(loop.snapshot, "weights", lambda engine, keep: {"w": torch.tensor([next(weights)])})
+    job = SimpleNamespace(recipe=recipe, total_steps=5)
+    run = SimpleNamespace(job=job, engine=None, world=World(), average={})
+    for step in range(1, 6):  # sampled at 2, 4 and, as the last, 5
+        run.progress = loop.Progress(step=step)
+        loop._average(run)
+    expected = (1 * 0.9**2 + 3 * (1 - 0.9**2)) * 0.9 + 7 * (1 - 0.9)
+    assert float(run.average["w"]) == pytest.approx(expected)
+
+
+def test_two_ways_of_averaging_are_refused():
+    with pytest.raises(UserError, match="two ways"):
+        finetune("audioset_balanced", "checkpoint.ema=0.9")
+
+
+def test_one_group_without_layer_decay():
+    groups = parameter_groups(torch.nn.Linear(2, 2), finetune("esc50").optim)
+    assert len(groups) == 1
+    assert len(groups[0]["params"]) == 2

@@ -1,6 +1,7 @@
 """What all rooms share: the path to real audio, and real DeepSpeed launches."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,10 @@ from tests import lab
 from tests.helpers import synth_shards
 from tests.ranks import ROOT, free_port
 from tests.stores import s3_server
+
+# A shell starts what it puts in the background (a CI runner, nohup) with SIGINT ignored, and children inherit
+# that: tests of Ctrl-C need it as it is at a terminal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

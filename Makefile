@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TESTED := $(VENV)/.installed-tests
 DATA ?= synth
 ESC50 ?=
 RANKS ?= 2
@@ -41,6 +42,10 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
+$(TESTED): $(STAMP) pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
 demo: install  ## Audio -> shards -> pretraining -> finetuning -> metric, in under 8 minutes on 2 cores
 	@if [ "$(DATA)" = esc50 ] && [ ! -d "$(ESC50)/audio" ]; then \
 	  echo "error: ESC50='$(ESC50)' holds no audio/; give the ESC-50 directory: make demo DATA=esc50 ESC50=path" >&2; exit 2; fi
@@ -62,7 +67,7 @@ demo: install  ## Audio -> shards -> pretraining -> finetuning -> metric, in und
 	@echo "artifacts: $(FINETUNE) (config.yaml, metrics.jsonl, checkpoints/, results.json), $(PRETRAIN), $(SHARDS)"
 	@echo "compare the runs: $(BIN)/mlflow ui --backend-store-uri sqlite:///$(DEMO_DIR)/$(DATA)/mlflow.db"
 
-lint: install  ## ruff and mypy
+lint: $(TESTED)  ## ruff and mypy
 	ruff check .
 	mypy --strict pipeline shard_tools
 

@@ -60,3 +60,17 @@ def test_top_level_holds_what_it_should():
     allowed = {"README.md", "requirements.txt", "pipeline", "shard_tools", "launchers", "configs", "docker", "tests",
                "pyproject.toml", "Makefile", "LICENSE"}  # fmt: skip
     assert {name for name in top if not name.startswith(".")} <= allowed
+
+
+def test_the_readme_lists_every_file_once():
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## Files", 1)[1].split("```")[1]
+    listed, top = [], ""
+    for line in tree.strip().splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            top = name
+        elif name.endswith(".py"):
+            listed.append(top + name)
+    rooms = ("launchers", "shard_tools", "pipeline")
+    files = [path for room in rooms for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(listed) == sorted(str(path.relative_to(ROOT)) for path in files)

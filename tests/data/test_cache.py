@@ -196,7 +196,7 @@ def test_the_parts_of_a_killed_download_are_swept_and_those_of_a_living_one_coun
 
 
 def test_shards_are_fetched_before_they_are_read(shards, server, tmp_path):
-    config = DataConfig(shards=server.url, streams=4, window=8, workers=0, cache=str(tmp_path), fetch_ahead=20)
+    config = DataConfig(shards=server.url, streams=4, window=8, workers=0, cache=str(tmp_path), fetch_ahead=64)
     needs, place = Needs(waveform=False, fbank=True), Place(0, 1, torch.device("cpu"))
     with build_loader(config, None, part="train", needs=needs, batch_size=2, seed=1, place=place) as loader:
         iterator = loader.train_batches(0)

@@ -38,7 +38,7 @@ def worker(rank) -> int:
 @pytest.mark.slow
 def test_stops_kills_and_a_hanging_rank_leave_the_losses_of_a_straight_run(pretrained, pretraining, tmp_path):
     """SIGTERM at one rank; then, in one launch that restarts itself, four kills and one rank that hangs."""
-    words = [*pretraining, f"run.dir={tmp_path}", "checkpoint.every=1", "run.timeout=12", "log.mlflow=false"]
+    words = [*pretraining, f"run.dir={tmp_path}", "checkpoint.every=1", "run.timeout=25", "log.mlflow=false"]
     ranks = start_ranks(2, "launchers/pretrain.py", *words)
     wait_for(reached(tmp_path, 4), ranks, "step 4")
     ranks[1].process.send_signal(signal.SIGTERM)
@@ -57,16 +57,17 @@ def test_stops_kills_and_a_hanging_rank_leave_the_losses_of_a_straight_run(pretr
         wait_for(lambda: losses(tmp_path)[-1]["step"] <= read_state(tmp_path)["step"] + 1, ranks, "restart")
     wait_for(reached(tmp_path, stopped + 15), ranks, "the last step before the hang")
     hanging = worker(ranks[1])
-    os.kill(hanging, signal.SIGSTOP)
     log = tmp_path / "logs" / "rank-0.log"
-    wait_for(lambda: "not heard of" in log.read_text(), ranks, "verdict")
+    before = log.read_text().count("not heard of")
+    os.kill(hanging, signal.SIGSTOP)
+    wait_for(lambda: log.read_text().count("not heard of") > before, ranks, "verdict")
     os.kill(hanging, signal.SIGCONT)
     ended = [rank.end() for rank in ranks]
     assert [status for status, _ in ended] == [0, 0], ended[0][1][-4000:]
-    named = re.search(r"rank 1 on (\S+) \(last at step (\d+), \w+\): not heard of for", ended[0][1])
-    assert named
-    assert named[1] == socket.gethostname()
-    assert stopped + 14 <= int(named[2]) <= STEPS
+    named = re.findall(r"rank 1 on (\S+) \(last at step (\d+), \w+\): not heard of for", ended[0][1])
+    assert named  # a busy machine may have taken a slow start for a hang before
+    assert named[-1][0] == socket.gethostname()
+    assert stopped + 14 <= int(named[-1][1]) <= STEPS
     assert "restart 5 of 8" in ended[0][1] + ended[1][1]
     assert losses(tmp_path) == losses(pretrained)
     assert len(complete_checkpoints(tmp_path)) <= 3  # the last two and the best

@@ -61,6 +61,7 @@ def train(job: Job, world: World) -> None:
     """
     watch = Watch(job.run_dir, world, job.recipe.run.timeout, Board(world, patience=10.0))
     run = _start(job, world, StopSignals(), watch)
+    watch.at(run.progress.step, "data")  # before its first note: a rank may hang before the second
     with run.stop, watch:
         try:
             _steps(run)

@@ -67,7 +67,8 @@ def test_stops_kills_and_a_hanging_rank_leave_the_losses_of_a_straight_run(pretr
     named = re.findall(r"rank 1 on (\S+) \(last at step (\d+), \w+\): not heard of for", ended[0][1])
     assert named  # a busy machine may have taken a slow start for a hang before
     assert named[-1][0] == socket.gethostname()
-    assert stopped + 14 <= int(named[-1][1]) <= STEPS
+    # Notes are posted every few seconds; the last one is at least that of the restart after the fourth kill.
+    assert stopped + 10 <= int(named[-1][1]) <= STEPS
     assert "restart 5 of 8" in ended[0][1] + ended[1][1]
     assert losses(tmp_path) == losses(pretrained)
     assert len(complete_checkpoints(tmp_path)) <= 3  # the last two and the best

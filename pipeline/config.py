@@ -142,9 +142,17 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
     keep_best: int = Field(1, ge=0, description="best checkpoints by the watched metric that are kept besides")
     keep_every: int = Field(0, ge=0, description="checkpoints at multiples of this many steps are kept; 0: none")
+    keep_at: tuple[float, ...] = Field((), description="checkpoints at these shares of the run are made and kept")
     average: tuple[int, int] = Field((0, 0), description="first and last epoch whose weights are averaged; 0, 0: off")
     ema: float = Field(0.0, ge=0, lt=1, description="decay per step of an exponential average of weights; 0: off")
     ema_every: int = Field(32, ge=1, description="steps between its updates, each with decay ema^ema_every")
+
+    @field_validator("keep_at")
+    @classmethod
+    def _shares(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < share <= 1 for share in shares):
+            raise ValueError("give shares of the run above 0, at most 1, such as [0.25,0.5,0.75]")
+        return shares
 
     @model_validator(mode="after")
     def _one_average(self) -> "CheckpointConfig":

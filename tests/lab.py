@@ -43,7 +43,8 @@ pretrain:
   title: pretraining
   data: synth
   settings: {model.size: micro, train.batch_size: 8, train.steps: 120, optim.warmup: 5, eval.every: 20,
-             eval.every_clips: 0, eval.clips: 16, log.every: 1, log.system_every: 1, data.workers: 1}
+             eval.every_clips: 0, eval.clips: 16, log.every: 1, log.system_every: 1, data.workers: 1,
+             checkpoint.keep_at: [0.3]}
 tasks:
   as_bal:
     title: AudioSet-bal

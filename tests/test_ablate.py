@@ -122,7 +122,7 @@ def test_what_changes_no_number_changes_no_run_and_the_rest_does(tmp_path):
 
     base = digests()
     assert len(set(base)) == 4
-    assert digests(**{"data.workers": 7, "log.every": 3, "checkpoint.keep": 9, "train.micro_batch": 2}) == base
+    assert digests(**{"data.workers": 7, "log.every": 3, "checkpoint.keep": 9, "checkpoint.keep_at": [0.5], "train.micro_batch": 2}) == base
     for setting in ({"optim.lr": 2e-3}, {"pretrain.r_g": 5.0}, {"train.steps": 41}):
         assert not set(digests(**setting)) & set(base), setting  # the finetunings change with their pretraining
 
@@ -237,6 +237,19 @@ def test_gpus_are_split_between_the_jobs():
     assert (executor._ranks, executor._free) == (4, [[0, 1, 2, 3], [4, 5, 6, 7]])
     with pytest.raises(UserError, match="--jobs 4"):
         LocalExecutor(4, 3, 8)
+
+
+@pytest.mark.parametrize("scale", ["paper", "micro"])
+def test_figure_2_finds_its_checkpoints_at_every_scale(scale):
+    """Any table's pretraining keeps them, so the figure may come later; they change no run's identity."""
+    runs = build_grid(TABLES, scale, {}).runs
+    shares = {run.share for run in runs if run.init}
+    assert shares == {0.25, 0.5, 0.75, 1.0}
+    for run in runs:
+        assert run.init is None or run.share == 1.0 or run.share in run.init.recipe.checkpoint.keep_at
+    figure = ablate(ROOT / "configs/ablation/figure2.yaml", "--scale", scale, "--dry-run")
+    assert [line.split()[0] for line in figure.stdout.splitlines()] == ["pretrain"] * 3 + ["finetune"] * 16
+    assert figure.stdout.count("75% of pretraining") == 4
 
 
 def test_a_share_of_pretraining_is_a_kept_checkpoint(tmp_path):

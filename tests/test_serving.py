@@ -50,6 +50,7 @@ def test_the_chain_is_in_the_lab_s_database_and_store(chain, client):
     assert pretrained.data.tags["methods"] == "PSWaCL-AST, PSWaCL-SWaB"
     steps = [metric.step for metric in client.get_metric_history(pretrained.info.run_id, "loss")]
     assert steps == list(range(1, 121))  # interrupted and resumed: no step twice, none missing
+    assert (chain.run_dir("8-PSWaCL") / "checkpoints/step-00000036/complete").exists()  # checkpoint.keep_at: 0.3
     assert pretrained.data.metrics["system/system_memory_usage_megabytes"] > 0
     finetuned = runs["8-PSWaCL-SWaB"]
     assert finetuned.data.tags["mlflow.parentRunId"] == pretrained.info.run_id

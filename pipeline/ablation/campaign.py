@@ -187,8 +187,8 @@ class Campaign:
         nearest = min(steps, key=lambda step: abs(step - wanted))
         if abs(nearest - wanted) > 0.05 * max(steps):
             raise UserError(
-                f"{folder}: no checkpoint near step {wanted:.0f}, kept are {sorted(steps)}; a figure needs its "
-                "pretraining with checkpoint.every and checkpoint.keep that keep them (see the scale file)"
+                f"{folder}: no checkpoint near step {wanted:.0f}, kept are {sorted(steps)}; the scale "
+                f"file's pretraining needs checkpoint.keep_at with {run.share:g}; delete that run to train it anew"
             )
         return steps[nearest]
 

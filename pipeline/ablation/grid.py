@@ -29,7 +29,8 @@ SCALES = ROOT / "configs" / "ablation" / "scale"
 WITHOUT_EFFECT = frozenset({
     "run.dir", "run.name", "run.resume", "run.timeout", "data.shards", "data.workers", "data.prefetch",
     "data.on_error", "data.max_bad", "model.init", "model.checkpoint_activations", "train.micro_batch",
-    "train.max_bad_steps", "checkpoint.every", "checkpoint.keep",
+    "train.max_bad_steps", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
+    "checkpoint.keep_every", "checkpoint.keep_at",
 })  # fmt: skip
 ModelT = TypeVar("ModelT", bound=BaseModel)
 RecipeT = TypeVar("RecipeT", PretrainRecipe, FinetuneRecipe)

@@ -16,7 +16,7 @@ to the host; files are written behind its back, and the ranks agree at a later s
 disk (`Checkpoints.settle`). A write that fails (full disk) is said, and leaves the old ones alone.
 
 Deleted are all but the newest `checkpoint.keep`, the `keep_best` best by the watched metric, and those
-at multiples of `keep_every` steps. `latest` and `best` name a checkpoint each.
+at multiples of `keep_every` steps or the shares `keep_at` of the run. `latest` and `best` name a checkpoint each.
 """
 
 import json
@@ -53,9 +53,13 @@ class Checkpoints:
         run_dir: Run directory, shared by all hosts.
         config: What is kept.
         world: Ranks.
+        kept: Steps whose checkpoints are never deleted.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, world: World) -> None:
+    def __init__(
+        self, run_dir: Path, config: CheckpointConfig, world: World, kept: frozenset[int] = frozenset()
+    ) -> None:
+        self._kept = kept
         self._root = run_dir / "checkpoints"
         self._run_dir, self._config, self._world = run_dir, config, world
         self._writer = Writer()
@@ -191,7 +195,8 @@ class Checkpoints:
         kept = {*whole[-self._config.keep :], *(folder for _, folder in ranked[: self._config.keep_best])}
         every = self._config.keep_every
         for folder in whole:
-            if folder not in kept and not (every and int(folder.name.removeprefix("step-")) % every == 0):
+            step = int(folder.name.removeprefix("step-"))
+            if folder not in kept and step not in self._kept and not (every and step % every == 0):
                 _remove(folder)
 
 

@@ -53,6 +53,11 @@ class Job:
         """Optimiser steps of the run."""
         return self.recipe.train.steps or math.ceil(self.recipe.train.epochs * self.loader.clips / self.batches.total)
 
+    @property
+    def kept_steps(self) -> frozenset[int]:
+        """Steps after which `checkpoint.keep_at` makes a checkpoint that stays."""
+        return frozenset(max(1, round(share * self.total_steps)) for share in self.recipe.checkpoint.keep_at)
+
     def due(self, step: int, clips: float) -> bool:
         """An interval of `clips` training clips ends with step `step` (0-based); 0 never does."""
         seen = step * self.batches.total
@@ -72,7 +77,7 @@ class Job:
         """After step `step` (and its evaluation) a checkpoint is saved."""
         every = self.recipe.checkpoint.every
         due = self.due(step, every * self.batches.total) if every else self.evaluation_due(step)
-        return due or step + 1 == self.total_steps
+        return due or step + 1 == self.total_steps or step + 1 in self.kept_steps
 
 
 @dataclass(slots=True)

@@ -86,7 +86,7 @@ def _start(job: Job, world: World, stop: StopSignals, watch: Watch) -> _Run:
         progress = Progress.of(state)
         average = checkpoint.read_average(job.run_dir, state) if world.is_main else {}
     records = Records(job.run_dir, job.tracker, world, progress.step)
-    checkpoints = Checkpoints(job.run_dir, job.recipe.checkpoint, world)
+    checkpoints = Checkpoints(job.run_dir, job.recipe.checkpoint, world, job.kept_steps)
     return _Run(job, world, engine, progress, average, records, checkpoints, stop, watch)
 
 

@@ -19,10 +19,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-
-import fsspec
 
 from pipeline.errors import UserError
 
@@ -105,13 +104,19 @@ class Cache:
             raise UserError(
                 f"data.cache = {remote.cache}: {error.strerror}; name a directory on a disk of this node", local=True
             ) from error
+
+    @cached_property
+    def _store(self) -> tuple[Any, str]:
+        """The file system and the path in it. Imported late: a reader that finds its shards needs no network."""
+        import fsspec
+
         options: dict[str, Any] = {}
-        if remote.url.startswith("http"):
+        if self._remote.url.startswith("http"):
             import aiohttp  # only http has a limit on the whole transfer, which a large shard exceeds
 
             options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(None, sock_connect=30, sock_read=60)}
-        self._files, root = fsspec.core.url_to_fs(remote.url, **options)
-        self._root = str(root).rstrip("/")
+        files, root = fsspec.core.url_to_fs(self._remote.url, **options)
+        return files, str(root).rstrip("/")
 
     def open(self, number: int, ahead: bool = False) -> int:
         """See `Source`. The descriptor holds the shared lock that keeps the shard in the cache.
@@ -161,13 +166,14 @@ class Cache:
         where = f"{self._remote.url}/{shard.name}"
         seen: list[str] = []
         emptied = False
+        files, root = self._store
         part.unlink(missing_ok=True)  # of a process that was killed
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(BACKOFF * 2 ** (attempt - 1))
             self._make_room(shard.size, part, ahead)
             try:
-                self._files.get_file(f"{self._root}/{shard.name}", str(part))
+                files.get_file(f"{root}/{shard.name}", str(part))
                 digest = _sha256(part)
             except FileNotFoundError:
                 self._missing.add(number)

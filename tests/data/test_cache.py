@@ -162,7 +162,8 @@ def test_a_full_disk_is_emptied_of_old_copies_or_ends_the_run(shards, server, tm
     described = remote(server.url, shards, tmp_path)
     cache = Cache(described)
     os.close(cache.open(0))
-    fetch, full = cache._files.get_file, 1
+    store, _ = cache._store
+    fetch, full = store.get_file, 1
 
     def get_file(source, target):
         nonlocal full
@@ -172,7 +173,7 @@ def test_a_full_disk_is_emptied_of_old_copies_or_ends_the_run(shards, server, tm
             raise OSError(errno.ENOSPC, "No space left on device", target)
         fetch(source, target)
 
-    monkeypatch.setattr(cache._files, "get_file", get_file)
+    monkeypatch.setattr(store, "get_file", get_file)
     assert content(cache.open(1)) == (shards / described.shards[1].name).read_bytes()
     assert not any(described.shards[0].name in path.name for path in copies(tmp_path))  # made room
     full = 99

@@ -1,6 +1,7 @@
 """The loader's promise: the same clips and bytes in each global batch, whatever reads them and wherever it resumes.
 
-Batches 0 to 5 of 12 clips, that is one epoch of 67 clips and the start of the next; every augmentation is on.
+Batches 0 to 5 of 12 clips, that is one epoch of 67 clips and the start of the next; every augmentation is on. A run is
+resumed by loaders of its own, as in a process that was started again.
 """
 
 import numpy as np
@@ -91,29 +92,25 @@ def test_the_reference_is_an_epoch_of_different_augmented_clips(expected):
     assert len(set(drawn[:40])) == 40
 
 
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    """A node's cache for each sampler: the first one is cold, and what it fetched serves the others."""
+    return {sampler: tmp_path_factory.mktemp("cache") for sampler in SAMPLERS}
+
+
+@pytest.mark.parametrize("source", ["shards", "s3_shards"])
 @pytest.mark.parametrize(
     ("ranks", "workers", "sampler"),
     [*((*place, sampler) for place in PLACES for sampler in ("shuffle", "balanced")), *WITHOUT],
 )
-def test_ranks_workers_and_resuming_anywhere_change_no_byte(shards, tmp_path, expected, ranks, workers, sampler):
-    loaders = open_ranks(shards, ranks, workers, sampler, tmp_path)
-    check(loaders, expected[sampler], 0, COUNT)
-    for first in range(1, COUNT):
-        check(loaders, expected[sampler], first, 1)
-    for loader in loaders:
-        loader.close()
-
-
-@pytest.mark.parametrize("sampler", ["shuffle", "balanced"])
-@pytest.mark.parametrize(("ranks", "workers"), PLACES)
-def test_a_store_gives_the_same_bytes(s3_shards, tmp_path, expected, ranks, workers, sampler):
-    """One rank resumes at every batch, with a cold cache first; the others, started afresh, at one each."""
-    loaders = open_ranks(s3_shards, ranks, workers, sampler, tmp_path)
-    if ranks == 1:
-        for first in range(COUNT) if workers == 0 else (0,):
-            check(loaders, expected[sampler], first, COUNT - first if first == 0 else 1)
-    else:
-        first = PLACES.index((ranks, workers)) + (sampler == "balanced") - 2
-        check(loaders, expected[sampler], first, COUNT - first)
-    for loader in loaders:
-        loader.close()
+def test_ranks_workers_and_resuming_anywhere_change_no_byte(
+    request, tmp_path, expected, caches, source, ranks, workers, sampler
+):
+    """From a directory and from a store: whole runs, with a cold cache, and resumes at every batch, with a warm one."""
+    place = request.getfixturevalue(source)
+    for first in range(COUNT):
+        cache = tmp_path if first == 0 and sampler == "shuffle" else caches[sampler]
+        loaders = open_ranks(place, ranks, workers, sampler, cache)
+        check(loaders, expected[sampler], first, 1 if first else COUNT)
+        for loader in loaders:
+            loader.close()

@@ -81,8 +81,10 @@ def augment_waveform(
     return waveform
 
 
-def mask_fbank(fbank: torch.Tensor, config: AugmentConfig, seed: int, position: torch.Tensor) -> torch.Tensor:
-    """SpecAugment on raw fbanks [B, T, M]: one band and one span of zeros, before normalisation as in AST.
+def mask_fbank(
+    fbank: torch.Tensor, config: AugmentConfig, seed: int, position: torch.Tensor, value: float = 0.0
+) -> torch.Tensor:
+    """SpecAugment on fbanks [B, T, M]: one band and one span of `value`, what zeros are after normalisation, as in AST.
 
     Widths are uniform in [0, freq_mask] bins and [0, time_mask] frames, places uniform where they fit.
     """
@@ -91,7 +93,7 @@ def mask_fbank(fbank: torch.Tensor, config: AugmentConfig, seed: int, position: 
             start, width = _span(fbank.shape[axis], widest, seed, purpose, position)
             index = torch.arange(fbank.shape[axis], device=fbank.device)
             inside = (index >= start[:, None]) & (index < (start + width)[:, None])
-            fbank = fbank.masked_fill(inside.unsqueeze(3 - axis), 0.0)
+            fbank = fbank.masked_fill(inside.unsqueeze(3 - axis), value)
     return fbank
 
 

@@ -17,9 +17,10 @@ import torch
 from pipeline.data.ahead import Scout
 from pipeline.data.assemble import RawBatch
 from pipeline.data.bad import BadClips, stand_ins
-from pipeline.data.cache import Directory, Remote
+from pipeline.data.cache import Remote
 from pipeline.data.index import ShardIndex
 from pipeline.data.plan import Layout, Plan, Walk, targets
+from pipeline.data.reader import Access
 from pipeline.data.ring import Ring
 from pipeline.flow import Batch
 
@@ -31,15 +32,13 @@ class Reading:
     """How shards are read.
 
     Attributes:
-        source: Where they are.
-        open_files: Shards that a reader keeps open.
+        access: What a reader must know.
         workers: Reader processes.
         prefetch: Batches in flight.
         fetch_ahead: Batches whose remote shards are fetched before they are read.
     """
 
-    source: Remote | Directory
-    open_files: int
+    access: Access
     workers: int
     prefetch: int
     fetch_ahead: int
@@ -50,7 +49,7 @@ class Feed:
 
     Args:
         index: Of the shards.
-        layout: Of a slot.
+        layout: Of a region of the ring.
         reading: How shards are read.
         bad: Takes down bad clips.
         device: Of the batches.
@@ -73,41 +72,41 @@ class Feed:
 
         Args:
             walk: Which ones.
-            finish: Makes a batch out of a raw one, whose memory is used again afterwards.
+            finish: Makes a batch out of a raw one.
 
         Raises:
             UserError: a bad clip under `on_error` "raise", none left to replace it, or shards that cannot be had.
         """
         workers = self._reading.workers
-        slots = self._reading.prefetch if workers else 1
-        ring = Ring(self._reading.source, self._reading.open_files, slots, self._layout.size, workers)
+        ring = Ring(self._reading.access, self._layout.size, workers)
         self._rings.append(ring)
-        source, scout = self._reading.source, None
+        source, scout = self._reading.access.source, None
         if isinstance(source, Remote):
             scout = Scout(source, walk.shards_ahead, self._reading.fetch_ahead, walk.first, walk.stop)
         flight: deque[tuple[int, Plan]] = deque()
         steps = iter(range(walk.first, walk.stop)) if walk.stop else itertools.count(walk.first)
-        copies = _Copies(self._device, ring)
+        copies = _Copies(self._device, ring, self._reading.prefetch if workers else 1)
 
         def fill() -> None:
-            while (slot := copies.free(wait=not flight)) is not None and (step := next(steps, None)) is not None:
+            while copies.room(len(flight)) and (step := next(steps, None)) is not None:
                 if scout is not None:
                     scout.advance(step)
                 plan = walk.plan(step)
-                flight.append((slot, plan))
-                ring.start(slot, self._jobs(plan))
+                region = copies.take()
+                flight.append((region, plan))
+                ring.start(region, self._jobs(plan))
 
         try:
             fill()
             while flight:
-                slot, plan = flight.popleft()
-                raw = self._raw(ring, slot, plan, walk)
-                with copies.of(slot):
-                    batch = finish(plan, raw)
+                region, plan = flight.popleft()
+                with copies.of(region):
+                    batch = finish(plan, self._raw(ring, region, plan, walk))
                 copies.hand_over(batch)
                 if workers:
                     fill()  # the readers work while the batch is trained on
                 yield batch
+                del batch  # its memory is the ring's
                 fill()
         finally:
             if scout is not None:
@@ -126,31 +125,31 @@ class Feed:
         np.add.at(self.touched, jobs["shard"], jobs["size"])
         return jobs
 
-    def _raw(self, ring: Ring, slot: int, plan: Plan, walk: Walk) -> RawBatch:
-        """The slot's content, bad clips replaced."""
+    def _raw(self, ring: Ring, region: int, plan: Plan, walk: Walk) -> RawBatch:
+        """The region's content, bad clips replaced."""
         rows, partners = plan.rows.copy(), None if plan.partners is None else plan.partners.copy()
         lost = set()
-        for number, problem in sorted(ring.finish(slot)):
+        for number, problem in sorted(ring.finish(region)):
             partner, place, member = self._layout.meaning(number)
             wanted = partners if partner and partners is not None else rows
             self._bad.met(int(wanted[place]), f"{member}: {problem}")
             lost.add((partner, place))
         for partner, place in sorted(lost):
             wanted = partners if partner and partners is not None else rows
-            wanted[place] = self._replace(ring, slot, plan, walk, (partner, place))
+            wanted[place] = self._replace(ring, region, plan, walk, (partner, place))
         part = self._layout.array
         return RawBatch(
             plan.position,
             rows,
             plan.valid.copy(),
-            part(ring, slot, "waveform"),
-            part(ring, slot, "partner") if plan.mixup is not None else None,
+            part(ring, region, "waveform"),
+            part(ring, region, "partner") if plan.mixup is not None else None,
             np.ones(len(rows)) if plan.mixup is None else plan.mixup.weight,
-            part(ring, slot, "fbank"),
+            part(ring, region, "fbank"),
             targets(self._index, self._classes, plan, rows, partners),
         )
 
-    def _replace(self, ring: Ring, slot: int, plan: Plan, walk: Walk, lost: tuple[bool, int]) -> int:
+    def _replace(self, ring: Ring, region: int, plan: Plan, walk: Walk, lost: tuple[bool, int]) -> int:
         """Reads a stand-in; returns its row. Where every other clip is in the batch or bad, one of those must do."""
         partner, place = lost
         held = set(walk.rows_of(plan.step * walk.batch_size + np.arange(walk.batch_size)).tolist())
@@ -158,7 +157,7 @@ class Feed:
             for row in stand_ins(walk.rows_of, int(plan.position[place]), walk.stride, walk.clips):
                 if row in self._bad.rows or row in avoided:
                     continue
-                problems = ring.read(slot, self._layout.stand_in(self._index, partner, row, place))
+                problems = ring.read(region, self._layout.stand_in(self._index, partner, row, place))
                 if not problems:
                     return row
                 self._bad.met(row, f"{self._layout.meaning(problems[0][0])[2]}: {problems[0][1]}")
@@ -166,43 +165,57 @@ class Feed:
 
 
 class _Copies:
-    """Slots that may be filled again: on a CPU at once; on a GPU when their copies are done.
+    """Regions that may be filled again: when nobody refers to them; on a GPU when their copies are done.
 
     On a GPU the ring's memory is pinned, and a stream of its own copies and converts the next batch while the
     current one is trained on.
+
+    Args:
+        device: Of the batches.
+        ring: The regions'.
+        limit: Of batches in flight, on a GPU with those that are being copied.
     """
 
-    def __init__(self, device: torch.device, ring: Ring) -> None:
+    def __init__(self, device: torch.device, ring: Ring, limit: int) -> None:
         self._cuda = device if device.type == "cuda" else None
-        self._free: deque[tuple[int, torch.cuda.Event | None]] = deque((slot, None) for slot in range(ring.slots))
+        self._ring, self._limit = ring, limit
+        self._pending: deque[tuple[int, torch.cuda.Event]] = deque()
+        self._pinned: dict[int, int] = {}
         if self._cuda is not None:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            whole = np.frombuffer(ring.memory, np.uint8)
-            self._address = whole.ctypes.data
-            _checked(_cudart().cudaHostRegister(self._address, whole.nbytes, 0))
 
-    def free(self, wait: bool) -> int | None:
-        """A slot to fill; None: there is none yet, unless `wait`."""
-        if not self._free:
-            return None
-        slot, event = self._free[0]
-        if event is not None and not event.query():  # type: ignore[no-untyped-call]
-            if not wait:
-                return None
-            event.synchronize()
-        self._free.popleft()
-        return slot
+    def room(self, in_flight: int) -> bool:
+        """Whether another batch may be read. Where none is in flight it waits for a copy."""
+        while self._pending:
+            region, event = self._pending[0]
+            if not event.query():  # type: ignore[no-untyped-call]
+                if in_flight:
+                    break
+                event.synchronize()
+            self._pending.popleft()
+            self._ring.release(region)
+        return in_flight + len(self._pending) < self._limit
+
+    def take(self) -> int:
+        """A region to fill."""
+        region = self._ring.take()
+        if self._cuda is not None and region not in self._pinned:
+            content = self._ring.content(region)
+            self._pinned[region] = content.ctypes.data
+            _checked(_cudart().cudaHostRegister(self._pinned[region], content.nbytes, 0))
+        return region
 
     @contextmanager
-    def of(self, slot: int) -> Iterator[None]:
-        """Around the conversion of a slot's content."""
-        event = None
+    def of(self, region: int) -> Iterator[None]:
+        """Around the conversion of a region's content."""
         with nullcontext() if self._cuda is None else torch.cuda.stream(self._stream):
             yield
-            if self._cuda is not None:
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record()
-        self._free.append((slot, event))
+            if self._cuda is None:
+                self._ring.release(region)  # the batch holds it
+                return
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._pending.append((region, event))
 
     def hand_over(self, batch: Batch) -> None:
         """Lets the training stream wait for the batch, and keeps its memory until that stream is done with it."""
@@ -218,7 +231,8 @@ class _Copies:
         """Waits for copies and unpins."""
         if self._cuda is not None:
             self._stream.synchronize()
-            _checked(_cudart().cudaHostUnregister(self._address))
+            for address in self._pinned.values():
+                _checked(_cudart().cudaHostUnregister(address))
 
 
 def _cudart() -> Any:

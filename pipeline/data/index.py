@@ -6,7 +6,7 @@ shard by shard, when a batch first asks for a clip of it. So opening grows with 
 last (40 bytes a clip and member). Reads of a batch are vectorised: no Python loop over clips.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,18 @@ from pipeline.errors import UserError
 
 ROWS_KEPT = 1 << 19  # three times the shards that 64 streams with windows of 2048 clips have open
 WHAT = ("offset", "size", "xxh3")
+
+
+class Found(NamedTuple):
+    """Rows of the index that are in memory.
+
+    Attributes:
+        shards: int64 [m], numbers of their shards.
+        where: int64 [m], their places.
+    """
+
+    shards: np.ndarray
+    where: np.ndarray
 
 
 class ShardIndex:
@@ -107,34 +119,33 @@ class ShardIndex:
         labels = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
         return LabelTable(np.asarray(labels.offsets), np.asarray(labels.values))
 
-    def labels(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def find(self, rows: np.ndarray) -> Found:
+        """Rows [m] in memory, until the next call; shards that are not there are read."""
+        shards = self.shards(rows)
+        for shard in self._kept.missing(shards):
+            self._kept.put(shard, self._read(shard))
+        return Found(shards, self._kept.slot[shards] * self._kept.width + rows - self._starts[shards])
+
+    def labels(self, rows: Found) -> tuple[np.ndarray, np.ndarray]:
         """Labels of rows [m]: (which of the rows, label index), one pair for each label."""
-        where = self._where(rows)
+        where = rows.where
         begins, counts = self._kept.begins[where], self._kept.counts[where]
-        which = np.repeat(np.arange(len(rows)), counts)
+        which = np.repeat(np.arange(len(where)), counts)
         at = np.arange(len(which)) + np.repeat(begins - np.cumsum(counts) + counts, counts)
         return which, self._kept.labels[np.repeat(where // self._kept.width, counts), at]
 
-    def jobs(self, member: str, rows: np.ndarray) -> np.ndarray:
+    def jobs(self, member: str, rows: Found) -> np.ndarray:
         """Reads of a member ("waveform" or "fbank") of rows [m]: JOB [m] without places in memory."""
-        jobs = np.zeros(len(rows), JOB)
-        where = self._where(rows)
-        jobs["shard"] = self.shards(rows)
+        jobs = np.zeros(len(rows.where), JOB)
+        jobs["shard"] = rows.shards
         for what in WHAT:
-            jobs[what] = self._kept.columns[f"{member}_{what}"][where]
+            jobs[what] = self._kept.columns[f"{member}_{what}"][rows.where]
         return jobs
 
     def name(self, row: int) -> tuple[str, str]:
         """Key and shard of a row."""
         key = self._rows(row, row + 1, ("key",))["key"][0]
         return str(key), self.shard_names[int(self.shards(np.array([row]))[0])]
-
-    def _where(self, rows: np.ndarray) -> np.ndarray:
-        """Places of rows among those in memory; reads shards that are not."""
-        shards = self.shards(rows)
-        for shard in self._kept.missing(shards):
-            self._kept.put(shard, self._read(shard))
-        return np.asarray(self._kept.slot[shards] * self._kept.width + rows - self._starts[shards])
 
     def _read(self, shard: int) -> pa.Table:
         start, stop = int(self._starts[shard]), int(self._starts[shard + 1])

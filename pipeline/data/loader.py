@@ -28,7 +28,7 @@ from pipeline.data.index import ShardIndex
 from pipeline.data.manifest import load_manifest
 from pipeline.data.order import Part, train_order
 from pipeline.data.plan import Layout, Plan, Walk
-from pipeline.data.reader import Needs
+from pipeline.data.reader import Access, Needs
 from pipeline.data.spec import DataSpec
 from pipeline.data.storage import is_remote, local
 from pipeline.errors import UserError
@@ -47,11 +47,13 @@ class Place:
         rank: This rank.
         world_size: R.
         device: Of the batches.
+        raw: Stored numbers travel to the device and are converted there; None: unless that is a CPU.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    raw: bool | None = None
 
 
 def build_loader(
@@ -167,10 +169,13 @@ class Loader:
         self._order = train_order(part, data, share.seed, index.label_columns, len(spec.labels))
         self.clips = len(self._order)
         self.bad_clips = BadClips(data.shards, index.name, data.on_error, data.max_bad)
-        device = share.place.device
-        self._assemble = Assembler(spec, content.augment, content.needs, content.online, share.seed, device)
-        layout = Layout(index.manifest, content.members, content.augment.mixup > 0, share.clips)
-        reading = _reading(data, index, -(-self._order.streams // share.place.world_size))
+        device, raw = share.place.device, share.place.raw
+        self._assemble = Assembler(
+            index.manifest, spec, content.augment, content.needs, content.online, share.seed, device
+        )
+        raw = device.type != "cpu" if raw is None else raw
+        layout = Layout(index.manifest, content.members, content.augment.mixup > 0, share.clips, spec.frames, raw)
+        reading = _reading(data, spec, index, -(-self._order.streams // share.place.world_size))
         self._feed = Feed(index, layout, reading, self.bad_clips, device, len(spec.labels))
 
     @property
@@ -272,7 +277,7 @@ class Loader:
         return Walk(plan, rows_of, shards_ahead, size, -(-size // streams) * streams, self.clips, first, stop)
 
 
-def _reading(data: DataConfig, index: ShardIndex, streams: int) -> Reading:
+def _reading(data: DataConfig, spec: DataSpec, index: ShardIndex, streams: int) -> Reading:
     """How a rank with so many streams reads these shards."""
     source: Remote | Directory = Directory(str(local(data.shards)), tuple(index.shard_names))
     open_files = OPEN_FILES
@@ -283,4 +288,5 @@ def _reading(data: DataConfig, index: ShardIndex, streams: int) -> Reading:
         source = Remote(data.shards.rstrip("/"), shards, cache, int(data.cache_gb * 1e9), time.time())
         # What is open stays in the cache: the shards of the window that is read and of the next one.
         open_files = min(OPEN_FILES, 2 * streams + 4)
-    return Reading(source, open_files, data.workers, data.prefetch, data.fetch_ahead)
+    access = Access(source, open_files, spec.mean, spec.std)
+    return Reading(access, data.workers, data.prefetch, data.fetch_ahead)

@@ -5,28 +5,39 @@ A module of its own: a worker's main module has another name in the process that
 
 from typing import NamedTuple
 
-from pipeline.data.cache import Directory, Remote
-from pipeline.data.reader import Problem
+from pipeline.data.reader import Access, Problem
 
 
 class Hello(NamedTuple):
     """What a worker is told first.
 
     Attributes:
-        source: Of the shards.
-        open_files: Shards that it keeps open.
+        access: To the shards.
         memory: Descriptor of the shared memory.
-        size: Bytes of it.
+        size: Bytes of a region of it.
     """
 
-    source: Remote | Directory
-    open_files: int
+    access: Access
     memory: int
     size: int
 
 
+class Order(NamedTuple):
+    """What it is told to do.
+
+    Attributes:
+        task: Number.
+        region: Which region of the memory to fill.
+        jobs: JOB [n], as bytes.
+    """
+
+    task: int
+    region: int
+    jobs: bytes
+
+
 class Answer(NamedTuple):
-    """What a worker says of a task.
+    """What it says of a task.
 
     Attributes:
         task: Its number.

@@ -26,7 +26,6 @@ stored class by class, it scatters 1.05 times as much, and that of 100 batches i
 streams=256 bring that to 2.6 or 1.4, at four times the open shards. WebDataset's shuffle buffer of 1000 has 6.2 and 21.
 """
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ def train_order(part: Part, data: DataConfig, seed: int, table: Callable[[], Lab
 
 
 class TrainOrder:
-    """Shuffled order of training; safe to use from several threads.
+    """Shuffled order of training; used by one thread. A batch costs some thirty calls of numpy, however large it is.
 
     Args:
         part: Clips.
@@ -153,9 +152,17 @@ class TrainOrder:
         self.weights, self.replacement = weights, replacement
         if weights is not None and not replacement:
             weights.cut(self._clips)
-        self._lock = threading.Lock()
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+        size, longer = divmod(self._clips, self.streams)
+        number = np.arange(self.streams)
+        self._length = size + (number < longer)
+        self._start = number * size + np.minimum(number, longer)
+        half = window // 2
+        self._phase = half + (number + 1) * window // self.streams  # where a stream's second window begins
+        self._cuts = np.where(self._length - half >= self._phase, (self._length - half - self._phase) // window + 1, 0)
+        # Line w of a stream holds its window w, w + WINDOWS_KEPT, ... Untouched lines cost no memory.
+        self._lines = np.empty((self.streams * WINDOWS_KEPT, min(2 * window, int(self._length[0]))), np.int32)
+        self._held = np.full(len(self._lines), -1)
 
     def __len__(self) -> int:
         """m, clips of an epoch."""
@@ -163,12 +170,22 @@ class TrainOrder:
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Index rows of these positions: int64 [m] -> int64 [m]."""
-        found = np.empty(len(positions), np.int64)
-        with self._lock:
-            for i, position in enumerate(positions.tolist()):
-                window, slot = self._locate(position)
-                found[i] = window[slot]
-        return found
+        epoch, stream, slot = self._split(positions)
+        number, first, stop = self._bounds(stream, slot)
+        key = (epoch * (int(self._cuts.max()) + 1) + number) * self.streams + stream  # names the window
+        line = stream * WINDOWS_KEPT + number % WINDOWS_KEPT
+        found = self._lines[line, slot - first].astype(np.int64)
+        missing = np.flatnonzero(self._held[line] != key)
+        for name in np.unique(key[missing]):
+            here = missing[key[missing] == name]
+            i = here[0]
+            start = int(self._start[stream[i]])
+            rows = self._epoch(int(epoch[i])).slice(start + int(first[i]), start + int(stop[i]))
+            rows = rows[permutation(stream_key(self.key, f"window/{epoch[i]}/{stream[i]}/{number[i]}"), len(rows))]
+            self._lines[line[i], : len(rows)] = rows
+            self._held[line[i]] = name
+            found[here] = rows[slot[here] - first[here]]
+        return np.asarray(found)
 
     def partners(self, positions: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """Another clip for each position, out of its own shuffle window, so of the same shards.
@@ -180,44 +197,34 @@ class TrainOrder:
         Returns:
             int64 [m], index rows; the clip itself where its window holds no other.
         """
-        found = np.empty(len(positions), np.int64)
-        with self._lock:
-            for i, (position, draw) in enumerate(zip(positions.tolist(), draws.tolist(), strict=True)):
-                window, slot = self._locate(position)
-                size, own = len(window), window[slot]
-                first = slot + 1 + int(draw * (size - 1))
-                # A window of weighted draws may hold the clip itself again: the next other one is taken.
-                turns = (window[(first + turn) % size] for turn in range(size))
-                found[i] = next((other for other in turns if other != own), own)
+        epoch, stream, slot = self._split(positions)
+        _, first, stop = self._bounds(stream, slot)
+        size, own = stop - first, self.rows(positions)
+        turn = slot - first + 1 + (draws * (size - 1)).astype(np.int64)
+        found = self.rows(self._position(epoch, stream, first + turn % size))
+        for i in np.flatnonzero(found == own):
+            # A window of weighted draws may hold the clip itself again: the next other one is taken.
+            turns = first[i] + (turn[i] + np.arange(size[i])) % size[i]
+            rows = self.rows(self._position(epoch[i], stream[i], turns))
+            found[i] = next(iter(rows[rows != own[i]]), own[i])
         return found
 
-    def _locate(self, position: int) -> tuple[np.ndarray, int]:
-        epoch, place = divmod(position, self._clips)
-        slot, stream = divmod(place, self.streams)
-        size, longer = divmod(self._clips, self.streams)
-        start = stream * size + min(stream, longer)
-        number, first, stop = self._bounds(stream, size + (stream < longer), slot)
-        return self._window(epoch, stream, number, start + first, start + stop), slot - first
+    def _split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Epoch, stream and slot of positions."""
+        epoch, place = np.divmod(positions, self._clips)
+        slot, stream = np.divmod(place, self.streams)
+        return epoch, stream, slot
 
-    def _bounds(self, stream: int, length: int, slot: int) -> tuple[int, int, int]:
-        """Number, begin and end of the window in which a slot of a stream of this length lies."""
-        half = self.window // 2
-        phase = half + (stream + 1) * self.window // self.streams
-        cuts = (length - half - phase) // self.window + 1 if length - half >= phase else 0
-        number = 0 if slot < phase else min((slot - phase) // self.window + 1, cuts)
-        first = phase + (number - 1) * self.window if number else 0
-        return number, first, length if number == cuts else phase + number * self.window
+    def _position(self, epoch: np.ndarray, stream: np.ndarray, slot: np.ndarray) -> np.ndarray:
+        return np.asarray(epoch * self._clips + slot * self.streams + stream)
 
-    def _window(self, epoch: int, stream: int, number: int, first: int, stop: int) -> np.ndarray:
-        key = (epoch, stream, number)
-        window = self._windows.get(key)
-        if window is None:
-            rows = self._epoch(epoch).slice(first, stop)
-            window = rows[permutation(stream_key(self.key, f"window/{epoch}/{stream}/{number}"), len(rows))]
-            self._windows[key] = window
-            if len(self._windows) > WINDOWS_KEPT * self.streams:
-                self._windows.popitem(last=False)
-        return window
+    def _bounds(self, stream: np.ndarray, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Number, begin and end of the windows in which slots of streams lie."""
+        phase, cuts = self._phase[stream], self._cuts[stream]
+        number = np.where(slot < phase, 0, np.minimum((slot - phase) // self.window + 1, cuts))
+        first = np.where(number > 0, phase + (number - 1) * self.window, 0)
+        stop = np.where(number == cuts, self._length[stream], phase + number * self.window)
+        return number, first, stop
 
     def _epoch(self, epoch: int) -> "_Epoch":
         if epoch not in self._epochs:

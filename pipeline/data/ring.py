@@ -1,13 +1,16 @@
 """A ring of batches in shared memory, filled by reader processes while the consumer works.
 
-In: jobs for a slot. Out: the slot's memory, filled, and the bad clips.
+In: jobs for a region of the memory. Out: the region, filled, and the bad clips.
 
 Measured (tests/benchmarks/bench_loader.py): torch's DataLoader costs more than the reading, since it pickles,
-copies and stacks each clip. Here a reader writes a clip straight into its row of a batch. A
-batch is cut into pieces for all readers, so the first one comes early and a slow reader holds up little. The
-memory is a nameless file: nothing is left of it after kill -9, and a container's small /dev/shm is no limit.
-Memory: `slots` batches, whatever the number of readers. The pipes hold at most the slots' jobs:
-a consumer that stops taking batches stops the readers.
+copies and stacks each clip. Here a reader writes a clip straight into its row of a batch. A batch is cut into pieces
+for all readers, so the first one comes early and a slow reader holds up little. The memory is a nameless file: nothing
+is left of it after kill -9, and a container's small /dev/shm is no limit.
+
+A filled region may be handed over as it is: once released, it is filled again when no array or tensor refers to it
+any more, and for a consumer that keeps its batches the file grows by a region. Memory: the batches in flight and
+those that the consumer holds, whatever the number of readers. The pipes hold at most the jobs of the batches in
+flight: a consumer that stops taking batches stops the readers.
 """
 
 import logging
@@ -15,6 +18,7 @@ import mmap
 import os
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -22,10 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.cache import Directory, Remote, open_source
-from pipeline.data.messages import Answer, Hello
+from pipeline.data.messages import Answer, Hello, Order
 from pipeline.data.process import start_process
-from pipeline.data.reader import Files, Problem, fill
+from pipeline.data.reader import Access, Problem, Reader
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -35,7 +38,7 @@ PIECE = 8  # jobs of a task at least
 
 
 @dataclass(slots=True)
-class _Reader:
+class _Helper:
     process: subprocess.Popen[bytes]
     connection: Connection
     tasks: dict[int, "_Task"] = field(default_factory=dict)
@@ -43,130 +46,156 @@ class _Reader:
 
 @dataclass(slots=True)
 class _Task:
-    slot: int
+    region: int
     jobs: np.ndarray
     deaths: int = 0
 
 
-class Ring:
-    """Slots of equal size and the processes that fill them; used by one thread.
+class _Region:
+    """Memory of a batch.
 
-    Args:
-        source: Of the shards.
-        open_files: Shards that a reader keeps open.
-        slots: Batches in flight.
-        size: Bytes of a slot.
-        workers: Reader processes; 0: this one reads, when a slot is asked for.
+    Attributes:
+        content: uint8, of which all arrays of the batch are views; None: it was released.
+        open: Unanswered tasks.
+        problems: Bad clips.
     """
 
-    def __init__(self, source: Remote | Directory, open_files: int, slots: int, size: int, workers: int) -> None:
-        self._hello = (source, open_files)
-        self.size = -(-max(1, size) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.slots = slots
-        self._file = _nameless()
-        os.ftruncate(self._file, self.slots * self.size)
-        self.memory = mmap.mmap(self._file, self.slots * self.size)
-        self._view = memoryview(self.memory)
-        self._files: Files | None = None
-        self._readers = [self._start() for _ in range(workers)]
-        self._next = 0
-        self._open: list[set[int]] = [set() for _ in range(slots)]  # unanswered tasks
-        self._problems: list[list[Problem]] = [[] for _ in range(slots)]
+    def __init__(self, file: int, number: int, size: int) -> None:
+        self._memory = mmap.mmap(file, size, offset=number * size)
+        self.open: set[int] = set()
+        self.problems: list[Problem] = []
+        self.content: np.ndarray | None = None
+        self._last: weakref.ref[np.ndarray] | None = None
 
-    def start(self, slot: int, jobs: np.ndarray) -> None:
-        """Begins to fill a slot, whose last content is given up.
+    def free(self) -> bool:
+        return self.content is None and (self._last is None or self._last() is None)
+
+    def take(self) -> None:
+        self.content = np.frombuffer(self._memory, np.uint8)
+        self._last = weakref.ref(self.content)
+
+
+class Ring:
+    """Regions of equal size and the processes that fill them; used by one thread.
+
+    Args:
+        access: To the shards.
+        size: Bytes of a region.
+        workers: Reader processes; 0: this one reads, when `start` is called.
+    """
+
+    def __init__(self, access: Access, size: int, workers: int) -> None:
+        self._access = access
+        self.size = -(-max(1, size) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._file = _nameless()
+        self._regions: list[_Region] = []
+        self._reader: Reader | None = None
+        self._helpers = [self._start() for _ in range(workers)]
+        self._tasks = 0
+
+    def take(self) -> int:
+        """A region that nobody refers to, a new one if need be."""
+        number = next((number for number, region in enumerate(self._regions) if region.free()), len(self._regions))
+        if number == len(self._regions):
+            os.ftruncate(self._file, (number + 1) * self.size)
+            self._regions.append(_Region(self._file, number, self.size))
+        self._regions[number].take()
+        return number
+
+    def release(self, region: int) -> None:
+        """The region may be taken again once no array of its content is left."""
+        self._regions[region].content = None
+
+    def start(self, region: int, jobs: np.ndarray) -> None:
+        """Begins to fill a region that was taken.
 
         Args:
-            slot: Its number.
+            region: Its number.
             jobs: JOB [n].
         """
-        self.finish(slot)
-        if not self._readers:
-            self._problems[slot] = fill(jobs, self.files, self._slot(slot))
+        if not self._helpers:
+            self._regions[region].problems = self.read(region, jobs)
             return
-        piece = max(PIECE, -(-len(jobs) // len(self._readers)))
+        piece = max(PIECE, -(-len(jobs) // len(self._helpers)))
         for first in range(0, len(jobs), piece):
-            self._submit(_Task(slot, jobs[first : first + piece]))
+            self._submit(_Task(region, jobs[first : first + piece]))
 
-    def finish(self, slot: int) -> list[Problem]:
-        """Waits until the slot is filled; returns its bad clips.
+    def finish(self, region: int) -> list[Problem]:
+        """Waits until the region is filled; returns its bad clips.
 
         Raises:
             UserError: a shard cannot be had for now, or readers die one after the other.
         """
-        while self._open[slot]:
+        while self._regions[region].open:
             self._receive()
-        problems, self._problems[slot] = self._problems[slot], []
+        problems, self._regions[region].problems = self._regions[region].problems, []
         return problems
 
-    def array(self, slot: int, start: int, shape: Sequence[int], dtype: Any) -> np.ndarray:
-        """A view of the slot's memory from byte `start` on."""
-        count = int(np.prod(shape))
-        return np.frombuffer(self._view, dtype, count, slot * self.size + start).reshape(shape)
+    def content(self, region: int) -> np.ndarray:
+        """All bytes of a region that was taken."""
+        content = self._regions[region].content
+        if content is None:
+            raise ValueError(f"region {region} was released")
+        return content
 
-    def read(self, slot: int, jobs: np.ndarray) -> list[Problem]:
-        """Reads a few more jobs into a filled slot, here and now."""
-        return fill(jobs, self.files, self._slot(slot))
+    def array(self, region: int, start: int, shape: Sequence[int], dtype: Any) -> np.ndarray:
+        """A view of the region from byte `start` on."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.asarray(self.content(region)[start : start + size].view(dtype).reshape(shape))
 
-    @property
-    def files(self) -> Files:
-        """Own open shards."""
-        if self._files is None:
-            source, open_files = self._hello
-            self._files = Files(open_source(source), open_files)
-        return self._files
+    def read(self, region: int, jobs: np.ndarray) -> list[Problem]:
+        """Reads a few more jobs into a region, here and now."""
+        if self._reader is None:
+            self._reader = Reader(self._access)
+        return self._reader.fill(jobs, self.content(region))
 
     def close(self) -> None:
-        """Ends the readers, whatever they are doing."""
-        for reader in self._readers:
-            reader.connection.close()
-            reader.process.kill()
-        for reader in self._readers:
-            reader.process.wait()
-        self._readers = []
-        if self._files is not None:
-            self._files.close()
+        """Ends the readers, whatever they are doing. What was handed over stays."""
+        for helper in self._helpers:
+            helper.connection.close()
+            helper.process.kill()
+        for helper in self._helpers:
+            helper.process.wait()
+        self._helpers = []
+        if self._reader is not None:
+            self._reader.close()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
-    def _slot(self, slot: int) -> memoryview:
-        return self._view[slot * self.size : (slot + 1) * self.size]
-
-    def _start(self) -> _Reader:
+    def _start(self) -> _Helper:
         process, connection = start_process("pipeline.data.worker", self._file)
-        connection.send(Hello(*self._hello, self._file, self.slots * self.size))
-        return _Reader(process, connection)
+        connection.send(Hello(self._access, self._file, self.size))
+        return _Helper(process, connection)
 
     def _submit(self, task: _Task) -> None:
-        reader = min(self._readers, key=lambda reader: len(reader.tasks))
-        self._next += 1
-        reader.tasks[self._next] = task
-        self._open[task.slot].add(self._next)
-        self._send(reader, self._next, task)
+        helper = min(self._helpers, key=lambda helper: len(helper.tasks))
+        self._tasks += 1
+        helper.tasks[self._tasks] = task
+        self._regions[task.region].open.add(self._tasks)
+        self._send(helper, self._tasks, task)
 
-    def _send(self, reader: _Reader, number: int, task: _Task) -> None:
-        start = task.slot * self.size
+    def _send(self, helper: _Helper, number: int, task: _Task) -> None:
         try:
-            reader.connection.send((number, start, start + self.size, task.jobs.tobytes()))
+            helper.connection.send(Order(number, task.region, task.jobs.tobytes()))
         except OSError:
-            log.debug("reader %d is gone", reader.process.pid)  # `_receive` sees the closed pipe and restarts it
+            log.debug("reader %d is gone", helper.process.pid)  # `_receive` sees the closed pipe and restarts it
 
     def _receive(self) -> None:
-        for ready in wait([reader.connection for reader in self._readers]):
-            reader = next(reader for reader in self._readers if reader.connection is ready)
+        for ready in wait([helper.connection for helper in self._helpers]):
+            helper = next(helper for helper in self._helpers if helper.connection is ready)
             try:
-                answer: Answer = reader.connection.recv()
+                answer: Answer = helper.connection.recv()
             except (EOFError, OSError):
-                self._replace(reader)
+                self._replace(helper)
                 continue
-            task = reader.tasks.pop(answer.task)
-            self._open[task.slot].discard(answer.task)
-            self._problems[task.slot] += answer.problems
+            region = self._regions[helper.tasks.pop(answer.task).region]
+            region.open.discard(answer.task)
+            region.problems += answer.problems
             if answer.error:
                 raise UserError(answer.error, local=True)
 
-    def _replace(self, dead: _Reader) -> None:
+    def _replace(self, dead: _Helper) -> None:
         """Starts another reader and gives it the dead one's tasks."""
         dead.connection.close()
         status = dead.process.wait()
@@ -180,11 +209,11 @@ class Ring:
                     "memory is short, lower data.workers or data.prefetch",
                     local=True,
                 )
-        reader = self._start()
-        reader.tasks = dead.tasks
-        self._readers[self._readers.index(dead)] = reader
-        for number, task in reader.tasks.items():
-            self._send(reader, number, task)
+        helper = self._start()
+        helper.tasks = dead.tasks
+        self._helpers[self._helpers.index(dead)] = helper
+        for number, task in helper.tasks.items():
+            self._send(helper, number, task)
 
 
 def _nameless() -> int:

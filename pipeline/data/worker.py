@@ -11,27 +11,30 @@ import sys
 
 import numpy as np
 
-from pipeline.data.cache import open_source
-from pipeline.data.messages import Answer, Hello
+from pipeline.data.messages import Answer, Hello, Order
 from pipeline.data.process import connect
-from pipeline.data.reader import JOB, Files, fill
+from pipeline.data.reader import JOB, Reader
 from pipeline.errors import UserError
 
 
 def main(descriptor: int) -> None:
     """Answers tasks until the other side goes away."""
     connection = connect(descriptor)
+    regions: dict[int, np.ndarray] = {}
+    reader: Reader | None = None
     try:
         hello: Hello = connection.recv()
-        memory = memoryview(mmap.mmap(hello.memory, hello.size))
-        files: Files | None = None
         while True:
-            task, start, stop, jobs = connection.recv()
+            order: Order = connection.recv()
+            memory = regions.get(order.region)
+            if memory is None:
+                mapped = mmap.mmap(hello.memory, hello.size, offset=order.region * hello.size)
+                memory = regions[order.region] = np.frombuffer(mapped, np.uint8)
             try:
-                files = files or Files(open_source(hello.source), hello.open_files)
-                answer = Answer(task, fill(np.frombuffer(jobs, JOB), files, memory[start:stop]))
+                reader = reader or Reader(hello.access)
+                answer = Answer(order.task, reader.fill(np.frombuffer(order.jobs, JOB), memory))
             except UserError as error:
-                answer = Answer(task, [], str(error))
+                answer = Answer(order.task, [], str(error))
             connection.send(answer)
     except (EOFError, ConnectionResetError, BrokenPipeError):
         return

@@ -14,12 +14,13 @@ BOTH = Needs(waveform=True, fbank=True)
 
 
 def check(index, whole, rows):
+    found = index.find(rows)
     for member in ("waveform", "fbank"):
-        jobs = index.jobs(member, rows)
+        jobs = index.jobs(member, found)
         for what in module.WHAT:
             assert jobs[what].tolist() == [whole[row][f"{member}_{what}"] for row in rows]
         assert [index.shard_names[shard] for shard in jobs["shard"]] == [whole[row]["shard"] for row in rows]
-    which, labels = index.labels(rows)
+    which, labels = index.labels(found)
     pairs = [(i, label) for i, row in enumerate(rows) for label in whole[row]["labels"]]
     assert list(zip(which.tolist(), labels.tolist(), strict=True)) == pairs
 
@@ -53,7 +54,7 @@ def test_an_index_in_another_order_is_refused(shards, tmp_path):
     pq.write_table(table.take(np.arange(len(table))[::-1]), tmp_path / "index.parquet")
     index = ShardIndex(str(tmp_path), load_manifest(shards), BOTH)
     with pytest.raises(UserError, match="one of another build"):
-        index.jobs("waveform", np.array([0]))
+        index.find(np.array([0]))
 
 
 def test_a_damaged_index_is_one_line(shards, tmp_path):

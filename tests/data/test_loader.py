@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pipeline.config import AugmentConfig, DataConfig
+from pipeline.data.convert import fbank_floats, half_floats
 from pipeline.data.fbank import fbank
-from pipeline.data.loader import Needs, Place, build_loader
+from pipeline.data.loader import Needs, Place, build_loader, pad_frames
 from pipeline.data.manifest import load_index
 from pipeline.errors import UserError
 from tests.helpers import synth_shards
@@ -19,9 +20,9 @@ BOTH = Needs(waveform=True, fbank=True)
 CPU = torch.device("cpu")
 
 
-def loader(shards, rank=0, ranks=1, part="train", augment=None, needs=BOTH, **data):
+def loader(shards, rank=0, ranks=1, part="train", augment=None, needs=BOTH, raw=None, **data):
     config = DataConfig(shards=str(shards), streams=6, window=5, **data)
-    place = Place(rank, ranks, CPU)
+    place = Place(rank, ranks, CPU, raw)
     return build_loader(config, augment, part=part, needs=needs, batch_size=BATCH, seed=1, place=place)
 
 
@@ -45,16 +46,35 @@ def global_batches(shards, ranks, first, count, **options):
 AUGMENT = AugmentConfig(mixup=0.5, freq_mask=24, time_mask=16, noise=0.1, roll=0.05)
 
 
-@pytest.mark.parametrize("augment", [None, AUGMENT])
-@pytest.mark.parametrize("sampler", ["shuffle", "balanced"])
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 1), (4, 2), (3, 0)])
-def test_ranks_threads_and_restarts_change_no_byte(shards, ranks, workers, sampler, augment):
-    expected = global_batches(shards, 1, 0, 12, workers=0, sampler=sampler, augment=augment)
-    first = 5
-    found = global_batches(shards, ranks, first, 7, workers=workers, sampler=sampler, augment=augment)
-    for batch, reference in zip(found, expected[first:], strict=True):
-        for name, tensor in reference.items():
-            assert torch.equal(batch[name], tensor), name
+@pytest.mark.parametrize("augment", [None, AugmentConfig(freq_mask=24, time_mask=16), AUGMENT])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (3, 0)])
+def test_numbers_converted_by_readers_are_those_converted_on_the_device(shards, ranks, workers, augment):
+    """Every value, of whole batches: what a GPU does with stored numbers, and the readers' way for a CPU."""
+    options = {"augment": augment, "workers": workers, "sampler": "balanced"}
+    expected = global_batches(shards, 1, 5, 7, raw=True, **options | {"workers": 0})
+    for raw in (False, True):
+        found = global_batches(shards, ranks, 5, 7, raw=raw, **options)
+        for batch, reference in zip(found, expected, strict=True):
+            for name, tensor in reference.items():
+                assert batch[name].dtype == tensor.dtype
+                assert torch.equal(batch[name], tensor), name
+
+
+def test_every_float16_is_converted_exactly():
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    for numbers in (every, every[np.isfinite(every)]):
+        found = np.empty(len(numbers), np.float32)
+        half_floats(numbers, found)
+        assert np.array_equal(found.view(np.int32), numbers.astype(np.float32).view(np.int32))
+
+
+@pytest.mark.parametrize("frames", [3, 5, 7])
+def test_fbanks_are_padded_or_cut_with_what_zeros_become(frames):
+    stored = np.arange(-10, 10, dtype=np.float16).reshape(5, 4)
+    found = np.full((frames, 4), np.nan, np.float32)
+    fbank_floats(stored.ravel(), found.reshape(-1), -4.27, 4.57)
+    raw = pad_frames(torch.from_numpy(stored).float()[None], frames)[0]
+    assert torch.equal(torch.from_numpy(found), (raw - -4.27) / (2 * 4.57))
 
 
 def test_values_are_those_of_the_shards(shards):

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from pipeline.config import AugmentConfig, DataConfig
-from pipeline.data.assemble import _Recycled
 from pipeline.data.cache import Directory
 from pipeline.data.loader import Needs, Place, build_loader
+from pipeline.data.reader import Access
 from pipeline.data.ring import Ring
 from pipeline.errors import UserError
 from tests.conftest import ROOT
@@ -31,7 +31,7 @@ def loader(shards, workers=2, needs=None, augment=None, **data):
 
 
 def readers(own):
-    return [reader.process for ring in own._feed._rings for reader in ring._readers]
+    return [reader.process for ring in own._feed._rings for reader in ring._helpers]
 
 
 def gone(pids, seconds=30):
@@ -58,10 +58,11 @@ def test_killed_readers_are_replaced_and_no_batch_changes(shards, caplog):
 
 
 def test_readers_that_die_of_the_same_task_end_the_run():
-    ring = Ring(Directory("/", ()), 1, 1, 100, 1)
-    ring.start(0, np.zeros(5, np.uint8))  # no jobs: the reader cannot make sense of it
+    ring = Ring(Access(Directory("/", ()), 1, 0.0, 1.0), 100, 1)
+    region = ring.take()
+    ring.start(region, np.zeros(5, np.uint8))  # no jobs: the reader cannot make sense of it
     with pytest.raises(UserError, match=r"3 reader processes ended .* lower data.workers or data.prefetch"):
-        ring.finish(0)
+        ring.finish(region)
     ring.close()
 
 
@@ -113,24 +114,28 @@ def test_kill_9_leaves_no_process_and_no_shared_memory(shards):
     assert {path for path in Path("/dev/shm").iterdir() if path.name.startswith("craft")} <= before
 
 
-def test_memory_is_used_again_only_when_nobody_holds_it(shards):
-    memory = _Recycled()
-    one = memory.tensor((4, 6))
-    view = one[1:3].t()
-    two = memory.tensor((4, 6))
-    assert one.data_ptr() != two.data_ptr()
-    address = one.data_ptr()
-    del one
-    assert memory.tensor((4, 6)).data_ptr() not in (address, two.data_ptr())  # the view still holds it
-    del view
-    assert memory.tensor((4, 6)).data_ptr() == address
-    with loader(shards) as own:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_is_used_again_only_when_nobody_refers_to_it(shards, workers):
+    with loader(shards, workers) as own:
         batches = own.train_batches(0)
         held = [next(batches) for _ in range(6)]
-        copies = [batch.waveform.clone() for batch in held]
-        for _ in range(6):
-            next(batches)
-        assert all(torch.equal(batch.waveform, copy) for batch, copy in zip(held, copies, strict=True))
+        views = [batch.fbank[2:5].transpose(1, 2) for batch in held[:3]]
+        copies = [(batch.waveform.clone(), batch.fbank.clone()) for batch in held]
+        kept, lost = held[3:], {batch.waveform.data_ptr() for batch in held[:2]}
+        del held
+        later = [next(batches) for _ in range(6)]
+        addresses = {batch.waveform.data_ptr() for batch in [*kept, *later]}
+        assert len(addresses) == 9
+        assert not addresses & lost  # their fbanks are in use
+        for view, (_, fbank) in zip(views, copies, strict=False):
+            assert torch.equal(view, fbank[2:5].transpose(1, 2))
+        for batch, (waveform, fbank) in zip(kept, copies[3:], strict=True):
+            assert torch.equal(batch.waveform, waveform)
+            assert torch.equal(batch.fbank, fbank)
+        del views, later, batch, view
+        assert len({next(batches).waveform.data_ptr() for _ in range(20)}) < 12
+        batches.close()
+    assert torch.equal(kept[0].waveform, copies[3][0])  # also when the readers are gone
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,7 @@ class LogConfig(Section):
     mlflow: bool = Field(True, description="track the run in MLflow")
     uri: str = Field("", description="MLflow tracking URI; empty: MLFLOW_TRACKING_URI, else sqlite beside run.dir")
     experiment: str = Field("craft", description="MLflow experiment")
+    finish_wait: float = Field(30.0, ge=0, description="at the end: seconds to wait since the server last answered")
     system_every: float = Field(30.0, ge=0, description="seconds between samples of each node's CPU, GPU, ...; 0: off")
     tags: dict[str, str] = Field({}, description="further tags of the MLflow run")
     pictures: int = Field(4, ge=0, description="pretraining: evaluations that leave pictures of masked reconstructions")

@@ -174,6 +174,9 @@ def lab_servers(folder: Path) -> Iterator[Lab]:
             "MLFLOW_S3_ENDPOINT_URL": store,
             "MLFLOW_AUTH_CONFIG_PATH": str(auth),
             "MLFLOW_FLASK_SERVER_SECRET_KEY": "a key of the tests",
+            # Else eight processes for MLflow's GenAI jobs load for 20 s of CPU just after the server is up, while it
+            # makes its clients wait.
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "PYTHONPATH": str(ROOT),
         }
         with process(command, folder / "mlflow.log", f"{uri}/health", env):

@@ -29,8 +29,9 @@ def server(folder: Path, port: int) -> Iterator[None]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
                "--backend-store-uri", f"sqlite:///{folder}/server.db",
                "--artifacts-destination", str(folder / "artifacts")]  # fmt: skip
+    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # see tests/lab.py
     with (folder / "server.log").open("a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
         try:
             for _ in range(240):
                 try:
@@ -196,17 +197,17 @@ class Gate:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_down_hangs_or_dies_costs_nothing_and_gets_everything(tmp_path, monkeypatch):
+def test_a_server_that_is_down_hangs_or_dies_costs_nothing_and_gets_everything(tmp_path, monkeypatch, caplog):
     """Not there at the start, hanging, up, killed in the middle, and back for `sync`."""
     gate = Gate(port := free_port())
     uri = f"http://127.0.0.1:{gate.port}"
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    monkeypatch.setattr("pipeline.tracking.tracker.FINISH_SECONDS", 3.0)
     monkeypatch.setattr("pipeline.tracking.tracker.RETRY_SECONDS", 0.5)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    tracker = open_tracker(LogConfig(uri=uri), run_dir, name="8-PSWaCL", rank=0, kind="pretrain", parent=None)
+    config = LogConfig(uri=uri, finish_wait=3.0)
+    tracker = open_tracker(config, run_dir, name="8-PSWaCL", rank=0, kind="pretrain", parent=None)
     for step in range(1, 11):  # taken by a door behind which nobody answers: the calls return all the same
         tracker.metrics({"loss": float(step)}, step)
     assert Spool(run_dir).main.delivered == 0
@@ -220,8 +221,11 @@ def test_a_server_that_is_down_hangs_or_dies_costs_nothing_and_gets_everything(t
         assert history(uri) == ("RUNNING", [(step, float(step)) for step in range(1, 21)])
     for step in range(21, 31):  # it died in the middle
         tracker.metrics({"loss": float(step)}, step)
+    caplog.set_level("WARNING")
     tracker.finish("FINISHED")
     assert Spool(run_dir).waiting
+    assert "11 records of this run wait in" in caplog.messages[-1]
+    assert caplog.messages[-1].endswith(f"python -m pipeline.tracking sync {run_dir}")
     with server(tmp_path, port):
         patient = os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "120"}  # its first answers are slow
         done = subprocess.run([sys.executable, "-m", "pipeline.tracking", "sync", str(run_dir)], cwd=ROOT, env=patient,

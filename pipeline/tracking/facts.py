@@ -3,8 +3,11 @@
 In: nothing, or a manifest. Out: tags and the description of a data set.
 """
 
+import getpass
+import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,15 @@ def about_host() -> dict[str, str]:
         "torch": str(torch.__version__),
         "gpus": ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "none",
     }
+
+
+def about_start() -> dict[str, str]:
+    """Who started it and with which program, for the columns "User" and "Source" of MLflow's page."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have a number and no name
+        user = str(os.getuid())
+    return {"mlflow.user": user, "mlflow.source.name": sys.argv[0], "mlflow.source.type": "LOCAL"}
 
 
 def about_code() -> dict[str, str]:

@@ -65,6 +65,15 @@ class Feed:
         return int(self.offset.read_text(encoding="utf-8")) if self.offset.exists() else 0
 
     @property
+    def left(self) -> int:
+        """Lines that are not delivered."""
+        if not self.lines.exists():
+            return 0
+        with self.lines.open("rb") as file:
+            file.seek(self.delivered)
+            return sum(1 for _ in file)
+
+    @property
     def waiting(self) -> bool:
         """Lines are not delivered."""
         return self.lines.exists() and self.lines.stat().st_size > self.delivered

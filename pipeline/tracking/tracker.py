@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from pipeline.config import LogConfig
 from pipeline.tracking.deliver import Delivery
-from pipeline.tracking.facts import about_code, about_host
+from pipeline.tracking.facts import about_code, about_host, about_start
 from pipeline.tracking.nodes import NodeMonitor
 from pipeline.tracking.spool import Spool, load_mlflow
 
@@ -23,8 +23,7 @@ log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 RETRY_SECONDS = 5.0
-FINISH_SECONDS = 30.0  # at the end of a run: patience with a server since its last answer
-TRANSFER_SECONDS = 600.0  # the same while files are on their way
+TRANSFER_PATIENCE = 20.0  # times as long may a server stay silent while a file is on its way
 
 
 @dataclass(frozen=True)
@@ -123,9 +122,11 @@ class SpoolTracker:
     Args:
         spool: Of the run.
         monitor: Of this node.
+        patience: Seconds that the end of the run waits for the server since its last answer.
     """
 
-    def __init__(self, spool: Spool, monitor: NodeMonitor | None) -> None:
+    def __init__(self, spool: Spool, monitor: NodeMonitor | None, patience: float) -> None:
+        self._patience = patience
         self._spool = spool
         self._monitor = monitor
         self._delivery = Delivery(spool)
@@ -186,15 +187,18 @@ class SpoolTracker:
         while self._thread.is_alive():
             if progress != self._delivery.progress:
                 progress, answered = self._delivery.progress, time.monotonic()
-            patience = TRANSFER_SECONDS if self._delivery.transferring else FINISH_SECONDS
+            patience = self._patience * (TRANSFER_PATIENCE if self._delivery.transferring else 1.0)
             if time.monotonic() - answered > patience:
                 break
             self._thread.join(0.2)
         if self._spool.waiting:
+            left = sum(feed.left for feed in self._spool.feeds())
             log.warning(
-                "the MLflow server has not taken all records; deliver later with: python -m pipeline.tracking sync %s",
+                "%s did not answer for %.0f s (log.finish_wait); %d records of this run wait in %s; when it answers "
+                "again, deliver them: python -m pipeline.tracking sync %s",
+                self._spool.identity["uri"], time.monotonic() - answered, left, self._spool.main.lines,
                 self._spool.run_dir,
-            )
+            )  # fmt: skip
 
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:
         self._spool.main.append(kind, content)
@@ -258,14 +262,14 @@ def open_tracker(
             "artifacts": "" if config.uri or os.environ.get("MLFLOW_TRACKING_URI") else _local_artifacts(run_dir),
             "name": name,
             "run_id": "",
-            "tags": {"kind": kind, "run_dir": str(run_dir.resolve()), "resumes": "0", **source, **about_host(),
-                     **about_code()},
+            "tags": {"kind": kind, "run_dir": str(run_dir.resolve()), "resumes": "0", **source, **about_start(),
+                     **about_host(), **about_code()},
         }  # fmt: skip
-        return SpoolTracker(spool, monitor)
+        return SpoolTracker(spool, monitor, config.finish_wait)
     spool.main.mend()
     resumes = 1 + sum(line["kind"] == "resume" for line in spool.main.read())
     spool.main.append("resume", {})
-    tracker = SpoolTracker(spool, monitor)
+    tracker = SpoolTracker(spool, monitor, config.finish_wait)
     tracker.tags({"resumes": str(resumes), **about_host(), **about_code()})
     return tracker
 

@@ -69,19 +69,22 @@ class Page:
 
 
 @contextmanager
-def browser(profile: Path, headers: dict[str, str] | None = None) -> Iterator[Page]:
+def browser(profile: Path, headers: dict[str, str] | None = None, microphone: Path | None = None) -> Iterator[Page]:
     """Debian's Chromium with an empty profile.
 
     Args:
         profile: Directory that is not there yet.
         headers: Sent with every request, such as a password.
+        microphone: WAV file that is heard again and again where a page records.
     """
     chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
     assert chromium and chromedriver, "Debian's packages are needed: apt-get install chromium chromium-driver"  # noqa: PT018
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+    heard = ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
+             f"--use-file-for-fake-audio-capture={microphone}"] if microphone else []  # fmt: skip
+    for flag in (*FLAGS, *heard, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     driver = webdriver.Chrome(options=options, service=Service(chromedriver))
     try:

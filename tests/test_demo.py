@@ -1,0 +1,70 @@
+"""The page to try a model, in a browser: a file uploaded, a recording made, a file that is no audio."""
+
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+
+from pipeline.serving import demo
+from pipeline.serving.scorer import load_scorer
+from tests import lab
+from tests.browser import Page, browser
+from tests.ranks import ROOT, free_port
+
+FINETUNED = "8-PSWaCL-SWaB-as_bal"
+
+
+def test_the_envelope_keeps_every_click_of_a_long_recording():
+    waveform = np.zeros(1_000_003, np.float32)
+    waveform[[5, 999_999]] = 0.5, -0.25
+    low, high = demo.envelope(waveform)
+    assert len(low) == len(high) <= demo.COLUMNS
+    assert (high.max(), low.min()) == (0.5, -0.25)
+    assert np.flatnonzero(high).tolist() == [0]
+
+
+def labels(page: Page) -> str:
+    return page.first("#labels").text
+
+
+@pytest.mark.slow
+def test_the_page_hears_a_file_a_recording_and_asks_nobody_else(chain, shared, tmp_path):
+    scorer = load_scorer(chain.run_dir(FINETUNED))
+    clip = sorted((shared / "data" / "esc50" / "audio").glob("*.flac"))[0]
+    samples, rate = soundfile.read(clip, dtype="float32")
+    voice = tmp_path / "voice.wav"
+    soundfile.write(voice, np.random.default_rng(0).normal(0, 0.2, 2 * rate), rate)
+    (tmp_path / "notes.wav").write_text("not audio at all\n" * 100)
+    scores, figure = demo.answer(scorer, str(clip), scorer.seconds / 2)
+    best = max(scores, key=scores.get)
+    assert [axis.get_ylabel() for axis in figure.axes][:2] == ["waveform", "mel bin"]
+    assert figure.axes[2].get_xlim() == pytest.approx((0, len(samples) / rate))
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, str(ROOT / "launchers" / "demo_app.py"), "--checkpoint",
+               str(chain.run_dir(FINETUNED)), "--port", str(port)]  # fmt: skip
+    with (
+        lab.process(command, tmp_path / "demo.log", address),
+        browser(tmp_path / "profile", microphone=voice) as page,
+    ):
+        page.driver.get(address)
+        page.first("#audio input[type=file]").send_keys(str(clip))
+        page.first("#plot img")
+        page.until(lambda: f"{best}\n" in labels(page) and f"{100 * scores[best]:.0f}%" in labels(page), best)
+        page.shoot(tmp_path / "uploaded.png")
+        before = labels(page)
+        page.click(page.first('#audio button[aria-label="Clear"]'))
+        page.until(lambda: not page.all("#plot img"), "an empty page")
+        page.click(page.first('#audio button[aria-label="Record audio"]'))
+        page.click(page.first("#audio button.record-button"))
+        time.sleep(2)  # of recording
+        page.click(page.first("#audio button.stop-button"))
+        page.first("#plot img")
+        page.until(lambda: labels(page) != before and "%" in labels(page), "labels of the recording")
+        page.shoot(tmp_path / "recorded.png")
+        page.click(page.first('#audio button[aria-label="Clear"]'))
+        page.click(page.first('#audio button[aria-label="Upload file"]'))
+        page.first("#audio input[type=file]").send_keys(str(tmp_path / "notes.wav"))
+        page.until(lambda: "notes.wav: undecodable: text, not audio" in page.text(), "why the file was not heard")
+        assert page.hosts() == {f"127.0.0.1:{port}"}

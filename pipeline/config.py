@@ -19,6 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.errors import UserError
 
 RecipeT = TypeVar("RecipeT", bound="Recipe")
+# Settings that change no result: where, how fast, and what is kept. Those of log.* are of the same kind.
+WITHOUT_EFFECT = frozenset({
+    "run.dir", "run.name", "run.resume", "run.timeout", "data.shards", "data.workers", "data.prefetch",
+    "data.on_error", "data.max_bad", "model.init", "model.checkpoint_activations", "train.micro_batch",
+    "train.max_bad_steps", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
+    "checkpoint.keep_every", "checkpoint.keep_at",
+})  # fmt: skip
 
 
 class Section(BaseModel):
@@ -294,6 +301,11 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
         for section, values in recipe.model_dump(mode="json").items()
         for key, value in values.items()
     }
+
+
+def changes_result(key: str) -> bool:
+    """A setting that can change a run's numbers."""
+    return key not in WITHOUT_EFFECT and not key.startswith("log.")
 
 
 def describe(kind: type[Recipe]) -> str:

@@ -110,6 +110,16 @@ def test_paper_numbers_are_the_specification_s():
     assert {r.recipe.data.train_split for r in grid.runs if r.kind == "pretrain"} == {"unbalanced"}
 
 
+def test_a_row_from_scratch_has_no_pretraining_and_one_share(tmp_path):
+    row = {"name": "random", "scratch": True, "finetune": {"finetune.method": "ast"}, "paper": {"as_bal": None}}
+    table = {"title": "T", "columns": ["as_bal"], "shares": [0.5, 1.0], "pretrain_seeds": [0, 1], "rows": [row]}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
+    grid = build_grid([tmp_path / "table.yaml"], "micro", {}, [3, 4])
+    assert [(run.name, run.init, run.share, run.recipe.run.seed) for run in grid.runs] == [
+        ("Scratch-AST", None, 1.0, 3), ("Scratch-AST", None, 1.0, 4)]  # fmt: skip
+    assert Campaign(grid, tmp_path).state(grid.runs[0]) == "to do"
+
+
 def test_what_changes_no_number_changes_no_run_and_the_rest_does(tmp_path):
     scale = yaml.safe_load((ROOT / "configs/ablation/scale/micro.yaml").read_text())
     table = ROOT / "configs/ablation/table5b.yaml"

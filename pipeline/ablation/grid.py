@@ -19,19 +19,12 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe, flatten, load_recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe, changes_result, flatten, load_recipe
 from pipeline.errors import UserError
 from pipeline.methods import FINETUNE, PRETRAIN
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = ROOT / "configs" / "ablation" / "scale"
-# Settings that change no result: where, how fast, and what is kept.
-WITHOUT_EFFECT = frozenset({
-    "run.dir", "run.name", "run.resume", "run.timeout", "data.shards", "data.workers", "data.prefetch",
-    "data.on_error", "data.max_bad", "model.init", "model.checkpoint_activations", "train.micro_batch",
-    "train.max_bad_steps", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
-    "checkpoint.keep_every", "checkpoint.keep_at",
-})  # fmt: skip
 ModelT = TypeVar("ModelT", bound=BaseModel)
 RecipeT = TypeVar("RecipeT", PretrainRecipe, FinetuneRecipe)
 
@@ -48,6 +41,7 @@ class RowSpec(Spec):
     name: str
     both: dict[str, Any] = Field({}, description="settings of pretraining and finetuning")
     pretrain: dict[str, Any] = Field({}, description="settings of the pretraining")
+    scratch: bool = Field(False, description="no pretraining: finetuned from random weights")
     finetune: dict[str, Any] = Field({}, description="settings of the finetuning")
     paper: dict[str, float | None] = Field({}, description="column -> the paper's number in percent, or null")
     run: bool = Field(True, description="false: shown only, somebody else's system")
@@ -107,7 +101,7 @@ class Run:
         recipe: Resolved settings, without directories.
         data: Name of its data set.
         task: Column that it belongs to; empty for pretraining.
-        init: Pretraining that it starts from.
+        init: Pretraining that it starts from; None: random weights.
         share: Of that pretraining, where its checkpoint is taken.
         used_by: Table -> its rows, for tags.
     """
@@ -216,15 +210,16 @@ class _Builder:
 
     def _cell(self, table: TableSpec, row: RowSpec, column: str, seeds: tuple[int, ...]) -> Iterable[Run]:
         task = self.scale.tasks[column]
-        for pretrain_seed in table.pretrain_seeds:
-            pretraining = self._pretraining(row, pretrain_seed)
-            for share in table.shares:
+        for pretrain_seed in table.pretrain_seeds[: 1 if row.scratch else None]:
+            pretraining = None if row.scratch else self._pretraining(row, pretrain_seed)
+            before = pretraining.name if pretraining else "Scratch"
+            for share in (1.0,) if row.scratch else table.shares:
                 for seed in row.seeds or seeds or table.seeds:
                     for fold in task.folds:
                         extra = {**row.both, **row.finetune, "run.seed": seed, "data.fold": fold}
                         recipe = self._recipe(FinetuneRecipe, task, extra)
                         label = FINETUNE[recipe.finetune.method].label
-                        yield self._once("finetune", f"{pretraining.name}-{label}", recipe, task.data, column,
+                        yield self._once("finetune", f"{before}-{label}", recipe, task.data, column,
                                          pretraining, share)  # fmt: skip
 
     def _pretraining(self, row: RowSpec, seed: int) -> Run:
@@ -252,7 +247,7 @@ class _Builder:
             "data": data,
             "init": init.digest if init else "",
             "share": share,
-            "settings": {k: v for k, v in flatten(recipe).items() if v != base[k] and not _without_effect(k)},
+            "settings": {k: v for k, v in flatten(recipe).items() if v != base[k] and changes_result(k)},
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
         run = Run(kind, name, digest, recipe, data, task, init, share)
@@ -262,10 +257,6 @@ class _Builder:
 def _text(value: Any) -> str:
     """A value as `key=value` takes it: text as it stands, the rest as YAML."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _without_effect(key: str) -> bool:
-    return key in WITHOUT_EFFECT or key.startswith("log.")
 
 
 def _read(kind: type[ModelT], path: Path) -> ModelT:

@@ -145,10 +145,9 @@ class _Reader:
         result.metric = finished[0][1]["metric"]
         seeds: dict[tuple[int, str], list[float]] = {}
         for run, content in finished:
-            key = (run.recipe.run.seed, run.init.digest if run.init else "")
-            seeds.setdefault(key, []).append(100 * content["value"])
+            seeds.setdefault(_seed(run), []).append(100 * content["value"])
         first = next(iter(seeds))
-        result.clips = sum(c["clips"] for r, c in finished if (r.recipe.run.seed, r.init and r.init.digest) == first)
+        result.clips = sum(content["clips"] for run, content in finished if _seed(run) == first)
         result.listed = self._listed(finished[0][0], finished[0][1])
         means = [float(np.mean(values)) for values in seeds.values()]
         result.mean = float(np.mean(means))
@@ -172,9 +171,8 @@ class _Reader:
         """What Figure 2 shows of a system."""
         curve = Curve(row.spec.name, row.spec.paper.get(column))
         init = row.cells[column][0].init
-        assert init is not None  # a finetuning of a grid has a pretraining
-        metrics = self.campaign.run_dir(init) / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+        metrics = self.campaign.run_dir(init) / "metrics.jsonl" if init else None
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics and metrics.exists() else []
         rows = [json.loads(line) for line in lines]
         last = max((r["step"] for r in rows), default=0)
         curve.accuracy = [(r["step"], 100 * r["eval_spec_accuracy"]) for r in rows if "eval_spec_accuracy" in r]
@@ -224,6 +222,11 @@ class _Reader:
         manifest = self.manifest(run.data)
         record = manifest.splits.get(content["split"]) if manifest else None
         return record.listed if record else 0
+
+
+def _seed(run: Run) -> tuple[int, str]:
+    """Of finetuning and pretraining: runs that differ in their fold alone have it in common."""
+    return run.recipe.run.seed, run.init.digest if run.init else ""
 
 
 def _substitutions(table: Table, campaign: Campaign) -> list[str]:

@@ -41,6 +41,7 @@ class ShardIndex:
         directory: Directory or URL of the shards.
         manifest: Theirs.
         needs: Members whose places are loaded.
+        rows_kept: Rows in memory, of the shards used last, and at least those of one batch.
 
     Attributes:
         shard_names: By shard number.
@@ -49,7 +50,7 @@ class ShardIndex:
         UserError: the index cannot be read, or is one of another build.
     """
 
-    def __init__(self, directory: str, manifest: Manifest, needs: Needs) -> None:
+    def __init__(self, directory: str, manifest: Manifest, needs: Needs, rows_kept: int = ROWS_KEPT) -> None:
         self.directory = directory
         self.manifest = manifest
         self.shard_names = [shard.name for shard in manifest.shards]
@@ -71,7 +72,7 @@ class ShardIndex:
         groups = [self._file.metadata.row_group(number).num_rows for number in range(self._file.num_row_groups)]
         self._groups = np.concatenate([[0], np.cumsum(groups)]).astype(np.int64)
         self._decoded: dict[tuple[str, ...], tuple[int, pa.Table]] = {}
-        self._kept = _Kept(self._columns, sizes)
+        self._kept = _Kept(self._columns, sizes, rows_kept)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -184,9 +185,9 @@ class _Kept:
         labels: int32 [slots, most labels of a shard].
     """
 
-    def __init__(self, columns: list[str], sizes: np.ndarray) -> None:
+    def __init__(self, columns: list[str], sizes: np.ndarray, rows: int) -> None:
         self.width = int(sizes.max(initial=1))
-        slots = min(len(sizes), max(16, ROWS_KEPT // self.width))
+        slots = min(len(sizes), max(1, rows // self.width))
         self.slot = np.full(len(sizes), -1, np.int64)
         self.columns: dict[str, np.ndarray] = {
             name: np.zeros(slots * self.width, np.uint64 if name.endswith("xxh3") else np.int64) for name in columns

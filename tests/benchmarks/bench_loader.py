@@ -5,9 +5,11 @@
 In: nothing; the clips (10 s) are generated. Out: a table on stdout, ratios to the best peer and to the memcpy limit.
 Every way delivers batches of 32: waveform float32 [160000], normalised fbank float32 [1024, 128], multi-hot labels.
 Each row is a process of its own with one torch thread, the median of three passes over warm files; the start of an
-epoch is not counted. MosaicML streaming and litdata want versions of their own: name the Python of an
-environment that has one of them and torch (`python -m venv E && E/bin/pip install torch litdata`); without it
-the row is left out. This file imports neither the project nor a peer before it must, so that it runs there.
+epoch is not counted. The rows "training" also do some milliseconds of small torch calls for each batch, as a process
+that trains on a GPU does: their limit is the row without a loader, and they say whether readers disturb the training.
+MosaicML streaming and litdata want versions of their own: name the Python of an environment that has one of them and
+torch (`python -m venv E && E/bin/pip install torch litdata`); without it the row is left out. This file imports
+neither the project nor a peer before it must, so that it runs there.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from typing import Any
 import numpy as np
 
 BATCH, FRAMES, CLASSES, MEAN, STD = 32, 1024, 527, -4.27, 4.57
-PASSES, SECONDS = 3, 1.2
+PASSES, SECONDS = 3, 0.8
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -76,7 +78,7 @@ def ours(work: Path, workers: int, raw: bool = False, threads: bool = False) -> 
     if threads:
         pipeline.data.feed.Ring = thread_ring()
     data = DataConfig(shards=str(work / "shards"), workers=workers, mean=MEAN, std=STD)
-    place = Place(0, 1, torch.device("cpu"))
+    place = Place(0, 1, torch.device("cpu"), raw)
     loader = build_loader(data, None, part="train", needs=Needs(True, True), batch_size=BATCH, seed=0, place=place)
     if raw:
         loader._assemble = lambda raw, augmented: raw  # type: ignore[assignment]
@@ -88,27 +90,52 @@ def thread_ring() -> Any:
     """The ring, filled by threads of this process."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from pipeline.data.reader import Files, fill
-    from pipeline.data.ring import Ring, open_source
+    from pipeline.data.reader import Access, Reader
+    from pipeline.data.ring import Ring
 
     class ThreadRing(Ring):
-        def __init__(self, source: Any, open_files: int, slots: int, size: int, workers: int) -> None:
-            super().__init__(source, open_files, slots, size, 0)
-            self.pool, self.count = ThreadPoolExecutor(workers), workers
-            self.sets = [Files(open_source(source), open_files) for _ in range(workers)]
-            self.futures: list[list[Any]] = [[] for _ in range(slots)]
+        def __init__(self, access: Access, size: int, workers: int) -> None:
+            super().__init__(access, size, 0)
+            self.pool = ThreadPoolExecutor(workers)
+            self.threads = [Reader(access) for _ in range(workers)]
+            self.futures: dict[int, list[Any]] = {}
 
-        def start(self, slot: int, jobs: np.ndarray) -> None:
-            pieces = np.array_split(jobs, self.count)
-            self.futures[slot] = [
-                self.pool.submit(fill, piece, files, self._slot(slot))
-                for piece, files in zip(pieces, self.sets, strict=True)
+        def start(self, region: int, jobs: np.ndarray) -> None:
+            pieces = np.array_split(jobs, len(self.threads))
+            self.futures[region] = [
+                self.pool.submit(reader.fill, piece, self.content(region))
+                for piece, reader in zip(pieces, self.threads, strict=True)
             ]
 
-        def finish(self, slot: int) -> list[Any]:
-            return [problem for future in self.futures[slot] for problem in future.result()]
+        def finish(self, region: int) -> list[Any]:
+            return [problem for future in self.futures.pop(region) for problem in future.result()]
 
     return ThreadRing
+
+
+def training(run: Iterator[Iterable[Any]]) -> Iterator[Iterable[Any]]:
+    """Behind each batch, some milliseconds of what a training process does: Python, and many small torch calls."""
+    import torch
+
+    layers = [torch.nn.Linear(64, 64) for _ in range(8)]
+    net, x = torch.nn.Sequential(*layers), torch.randn(16, 64)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+
+    def trained(batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            for _ in range(8):
+                optimizer.zero_grad()
+                net(x).square().mean().backward()
+                optimizer.step()
+            yield batch
+
+    return (trained(batches) for batches in run)
+
+
+def nothing(work: Path, workers: int) -> Iterator[Iterable[Any]]:
+    """No loader at all."""
+    while True:
+        yield range(1000)
 
 
 def webdataset(work: Path, workers: int, fast: bool = False) -> Iterator[Iterable[Any]]:
@@ -216,6 +243,11 @@ WAYS: dict[str, Callable[..., Iterator[Iterable[Any]]]] = {
     "ours, raw (for a GPU to convert)": lambda w, n: ours(w, n, raw=True),
     "ours, threads": lambda w, n: ours(w, n, threads=True),
     "ours, threads, raw": lambda w, n: ours(w, n, raw=True, threads=True),
+    "training, no loader": lambda w, n: training(nothing(w, n)),
+    "training, ours": lambda w, n: training(ours(w, n)),
+    "training, ours, raw": lambda w, n: training(ours(w, n, raw=True)),
+    "training, ours, threads": lambda w, n: training(ours(w, n, threads=True)),
+    "training, ours, threads, raw": lambda w, n: training(ours(w, n, raw=True, threads=True)),
     "litdata": litdata,
     "webdataset, fast decoder": lambda w, n: webdataset(w, n, fast=True),
     "webdataset, stock": webdataset,
@@ -271,7 +303,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=1024)
     parser.add_argument("--mds", help="Python that has mosaicml-streaming and torch")
     parser.add_argument("--litdata", help="Python that has litdata and torch")
-    parser.add_argument("--only", help="rows whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
     parser.add_argument("--prepare", action="store_true", help="only make the clips")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=0, help=argparse.SUPPRESS)
@@ -287,8 +319,9 @@ def main() -> None:
     found: dict[tuple[str, int], float | None] = {}
     for way, function in WAYS.items():
         python = pythons.get(way, sys.executable)
-        if python and (not args.only or args.only in way):
-            for workers in (0,) if function in LIMITS else (2,) if "threads" in way else (0, 2):
+        if python and any(part in way for part in args.only):
+            once = "threads" in way or way.startswith("training, ours")
+            for workers in (0,) if function in LIMITS or "no loader" in way else (2,) if once else (0, 2):
                 found[way, workers] = row(way, python, args.work, workers)
     show(found)
 
@@ -296,7 +329,8 @@ def main() -> None:
 def show(found: dict[tuple[str, int], float | None]) -> None:
     """The table, ratios first."""
     limit = found.get(("memcpy of the float32 batch", 0))
-    peers = [way for way, function in WAYS.items() if function not in LIMITS and not way.startswith("ours")]
+    own = ("ours", "training")
+    peers = [way for way, function in WAYS.items() if function not in LIMITS and not way.startswith(own)]
     best = max((rate for (way, _), rate in found.items() if rate and way in peers), default=None)
     print(f"| {'way':40} | workers | x best peer | x memcpy | clips/s |\n|---|---|---|---|---|")
     for (way, workers), rate in found.items():

@@ -9,7 +9,11 @@ import time
 
 import psutil
 import pytest
+import torch
 
+from pipeline.config import DataConfig, RunConfig
+from pipeline.data.loader import Needs, Place, build_loader
+from pipeline.data.manifest import load_index
 from pipeline.engine.checkpoint import complete_checkpoints, read_state
 from tests.distributed.conftest import MICRO, STEPS, lines, losses
 from tests.ranks import start_ranks
@@ -74,18 +78,42 @@ def test_stops_kills_and_a_hanging_rank_leave_the_losses_of_a_straight_run(pretr
     assert len(complete_checkpoints(tmp_path)) <= 3  # the last two and the best
 
 
+def damage(directory, shard_count: int) -> None:
+    """Overwrites the members of every clip of the first training shards."""
+    for row in load_index(directory, "train").to_pylist():
+        if int(row["shard"].removeprefix("train-").removesuffix(".tar")) < shard_count:
+            with (directory / row["shard"]).open("r+b") as tar:
+                for member in ("waveform", "fbank"):
+                    tar.seek(row[f"{member}_offset"] + 200)
+                    tar.write(b"damaged")
+
+
+def replaced(directory, rank: int, ranks: int, steps: int) -> list[int]:
+    """What a rank replaces up to each of the first steps."""
+    place, needs = Place(rank, ranks, torch.device("cpu")), Needs(waveform=True, fbank=True)
+    seed = RunConfig().seed
+    with build_loader(DataConfig(shards=str(directory), workers=0), None, part="train", needs=needs, batch_size=8,
+                      seed=seed, place=place) as loader:  # fmt: skip
+        return [loader.replaced(step) for step, _ in zip(range(steps), loader.train_batches(0), strict=False)]
+
+
 @pytest.mark.slow
-def test_shards_that_vanish_are_named(shards, tmp_path):
+def test_bad_clips_are_counted_over_all_ranks_and_too_many_end_the_run(shards, tmp_path):
+    """The limit is one that no rank reaches alone."""
     copy = tmp_path / "shards"
     subprocess.run(["cp", "-r", str(shards), str(copy)], check=True)
-    words = [f"data.shards={copy}", f"run.dir={tmp_path / 'run'}", "train.steps=100000", "log.mlflow=false", *MICRO]
-    ranks = start_ranks(1, "launchers/pretrain.py", *words, "data.max_bad=4")
-    wait_for(reached(tmp_path / "run", 3), ranks, "step 3")
-    for tar in copy.glob("train-*.tar"):
-        os.truncate(tar, 0)
-    ((status, said),) = [rank.end() for rank in ranks]
-    assert status == 2
-    assert re.search(r"error: .* of train-\d+\.tar.*; run verify_shards\.py", said), said[-2000:]
+    damage(copy, 2)
+    total, *own = (replaced(copy, rank, ranks, 8) for rank, ranks in ((0, 1), (0, 2), (1, 2)))
+    assert total == [sum(pair) for pair in zip(*own, strict=True)]
+    limit = max(own[0][-1], own[1][-1])
+    last = next(step for step, count in enumerate(total) if count > limit)
+    words = [f"data.shards={copy}", f"run.dir={tmp_path / 'run'}", "train.steps=20", "log.mlflow=false", *MICRO]
+    ended = [rank.end() for rank in start_ranks(2, "launchers/pretrain.py", *words, f"data.max_bad={limit}")]
+    assert [status for status, _ in ended] == [2, 2], ended[0][1][-4000:]
+    assert [line["bad_clips"] for line in lines(tmp_path / "run")] == total[: last + 1]
+    said = ended[0][1]
+    assert f"error: data.max_bad = {limit}: {total[last]} samples of one epoch could not be read from {copy}" in said
+    assert re.search(r"such as [\w-]+ \(train-00000[01]\.tar: (waveform|fbank): its hash differs.*; run verify_shards\.py", said)
     assert "Traceback" not in said
 
 

@@ -113,7 +113,8 @@ def test_bad_clips_are_counted_over_all_ranks_and_too_many_end_the_run(shards, t
     assert [line["bad_clips"] for line in lines(tmp_path / "run")] == total[: last + 1]
     said = ended[0][1]
     assert f"error: data.max_bad = {limit}: {total[last]} samples of one epoch could not be read from {copy}" in said
-    assert re.search(r"such as [\w-]+ \(train-00000[01]\.tar: (waveform|fbank): its hash differs.*; run verify_shards\.py", said)
+    named = r"such as [\w-]+ \(train-00000[01]\.tar: (waveform|fbank): its hash differs.*; run verify_shards\.py"
+    assert re.search(named, said), said[-2000:]
     assert "Traceback" not in said
 
 

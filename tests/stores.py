@@ -1,14 +1,19 @@
-"""Stores for tests: moto's S3 server, and a local HTTP server that misbehaves on request."""
+"""Stores for tests: S3 (moto), Google's (gcp-storage-emulator), Hugging Face's, and a web server that misbehaves."""
 
 import http.server
+import json
 import os
+import socket
 import threading
+import urllib.parse
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
+import gcp_storage_emulator.server
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -104,3 +109,83 @@ class FlakyServer:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+@contextmanager
+def gcs_server(directory: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Google's store with the files of a directory: their URL, and the environment that leads clients there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = gcp_storage_emulator.server.create_server("127.0.0.1", port, in_memory=True, default_bucket="shards")
+    server.start()
+    where = f"http://127.0.0.1:{port}"
+    try:
+        for path in directory.iterdir():
+            if path.is_file() and path.stat().st_size:  # the emulator fails on an empty one
+                url = f"{where}/upload/storage/v1/b/shards/o?uploadType=media&name={path.name}"
+                headers = {"Content-Type": "application/octet-stream"}
+                with urllib.request.urlopen(urllib.request.Request(url, path.read_bytes(), headers, method="POST")):
+                    pass
+        yield "gs://shards", {"STORAGE_EMULATOR_HOST": where}
+    finally:
+        server.stop()
+
+
+@contextmanager
+def hub_server(directory: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """What Hugging Face's client asks of its API about a data set with the files of a directory; as `gcs_server`."""
+    repo = "lab/shards"
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def do_GET(self) -> None:
+            self._answer()
+
+        def do_POST(self) -> None:
+            sent = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            paths = urllib.parse.parse_qs(sent).get("paths") or json.loads(sent)["paths"]
+            self._json([entry(directory / path) for path in paths if (directory / path).is_file()])
+
+        def _answer(self) -> None:
+            path = urllib.parse.unquote(self.path).split("?")[0]
+            if path.startswith(f"/api/datasets/{repo}/tree/main"):
+                self._json([entry(path) for path in sorted(directory.iterdir()) if path.is_file()])
+            elif path in (f"/api/datasets/{repo}", f"/api/datasets/{repo}/revision/main"):
+                self._json({"id": repo, "sha": "0" * 40, "private": False, "tags": [], "siblings": []})
+            elif path.startswith(f"/datasets/{repo}/resolve/main/") and (file := directory / Path(path).name).is_file():
+                content = file.read_bytes()
+                first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+                part = content[int(first) : int(last or len(content)) + 1]
+                self._send(206 if "Range" in self.headers else 200, "application/octet-stream", part)
+            else:
+                self._send(404, "application/json", b"{}")
+
+        def _json(self, content: object) -> None:
+            self._send(200, "application/json", json.dumps(content).encode())
+
+        def _send(self, status: int, kind: str, content: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    def entry(path: Path) -> dict[str, object]:
+        return {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0" * 40}
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"hf://datasets/{repo}", {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    finally:
+        server.shutdown()
+        server.server_close()

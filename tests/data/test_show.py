@@ -13,6 +13,7 @@ from matplotlib.image import imread
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data.loader import Needs, Place, build_loader
 from tests.conftest import ROOT
+from tests.stores import gcs_server, hub_server
 
 SETTINGS = ["augment.mixup=0.5", "augment.roll=0.05", "augment.noise=0.1", "augment.freq_mask=24"]
 SETTINGS += ["augment.time_mask=9", "data.sampler=balanced", "run.seed=3"]
@@ -37,6 +38,17 @@ def test_the_text_is_the_same_for_any_ranks_and_workers_and_there_is_a_picture(s
     pixels = imread(picture)
     assert pixels.shape[0] > 500
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50  # not a blank page
+
+
+@pytest.mark.parametrize("store", [gcs_server, hub_server])
+def test_other_stores_give_the_same_text(shards, alone, tmp_path, monkeypatch, store):
+    """gs:// and hf:// with the real clients, in processes of their own, against servers that speak their protocols."""
+    with store(shards) as (url, environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        found = show(url, "--batch", 4, "--batch-size", 12, "--json", f"data.cache={tmp_path}", *SETTINGS)
+    assert found.stdout == alone
+    assert len(list(tmp_path.rglob("*.cached"))) > 3
 
 
 def test_it_is_the_batch_that_training_gets(shards, alone):

@@ -1,9 +1,10 @@
 """The shard index: where the members of a clip lie, and what its labels are, for the shards in use.
 
 In: shards and needs. Out: `ShardIndex`. The manifest alone says which rows a shard has; `index.parquet` is read
-shard by shard, when a batch first asks for a clip of it. So opening grows with the shards, not the clips
-(2 M clips in 4,000 shards: 0.6 s), and memory holds the rows of the `ROWS_KEPT` clips whose shards were used
-last (40 bytes a clip and member). Reads of a batch are vectorised: no Python loop over clips.
+shard by shard, when a batch first asks for a clip of it. So opening grows with the shards, not the clips (a whole
+loader: 0.14 s for 2 M clips in 4,000 shards, 0.4 s for 10 M in 20,000; class weights, which need every label, bring
+that to 0.34 and 2.4 s: tests/benchmarks/bench_growth.py), and memory holds the rows of the `ROWS_KEPT` clips whose
+shards were used last (40 bytes a clip and member). Reads of a batch are vectorised: no Python loop over clips.
 """
 
 from typing import Any, NamedTuple

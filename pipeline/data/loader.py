@@ -36,7 +36,7 @@ from pipeline.flow import Batch
 
 __all__ = ["Loader", "Needs", "Place", "build_loader", "pad_frames"]
 
-OPEN_FILES = 128
+OPEN_FILES = 384  # of a reader: the shards of 64 windows of 2048 clips, 512 clips a shard; limits are 1024 and up
 
 
 @dataclass(frozen=True)

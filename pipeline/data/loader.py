@@ -3,7 +3,7 @@
 In: data settings, a part of the data, and this rank's place. Out: `Batch`es, the same clips in the same
 global order for any number of ranks and reader processes.
 
-The training process only plans (which bytes go where) and converts; reader processes fill `data.prefetch`
+The training process only plans: which bytes go where. Reader processes fill `data.prefetch`
 batches ahead of it (`pipeline.data.ring`), out of local files or the node's cache of remote shards
 (`pipeline.data.cache`). Nothing grows with the clips of the data set: see `pipeline.data.index` and `order`.
 """

@@ -11,11 +11,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import xxhash
 
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data.cache import Directory
 from pipeline.data.loader import Needs, Place, build_loader
-from pipeline.data.reader import Access
+from pipeline.data.reader import JOB, RAW, Access, Reader
 from pipeline.data.ring import Ring
 from pipeline.errors import UserError
 from tests.conftest import ROOT
@@ -64,6 +65,24 @@ def test_readers_that_die_of_the_same_task_end_the_run():
     with pytest.raises(UserError, match=r"3 reader processes ended .* lower data.workers or data.prefetch"):
         ring.finish(region)
     ring.close()
+
+
+@pytest.mark.parametrize("header", [64, 128, 192])
+def test_stored_numbers_lie_at_their_place_whatever_the_header_before_them(tmp_path, header):
+    """A usual header is read along, into the space before the numbers; a longer one leaves the row before alone."""
+    stored = np.random.default_rng(0).bytes(header + 320)
+    (tmp_path / "tar").write_bytes(b"x" * 512 + stored)
+    jobs = np.zeros(2, JOB)
+    jobs["clip"], jobs["kind"], jobs["offset"], jobs["size"], jobs["length"] = (0, 1), RAW, 512, header + 320, 320
+    jobs["xxh3"], jobs["start"], jobs["room"] = xxhash.xxh3_64_intdigest(stored), (128, 576), 320
+    reader, memory = Reader(Access(Directory(str(tmp_path), ("tar",)), 1, 0.0, 1.0)), np.zeros(1024, np.uint8)
+    assert reader.fill(jobs, memory) == []
+    for start in (128, 576):
+        assert memory[start : start + 320].tobytes() == stored[header:]
+    assert not memory[896:].any()
+    jobs["size"] = 300
+    assert reader.fill(jobs, memory) == [(i, "300 bytes are in the index, its format has 320") for i in (0, 1)]
+    reader.close()
 
 
 def test_an_iterator_that_is_dropped_ends_its_readers_and_the_next_one_starts_anew(shards):

@@ -29,6 +29,9 @@ from pipeline.errors import UserError
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+# Of the runs' lines in MLflow's charts; its own choice gives neighbours the same one.
+COLOURS = ("#1f6f8b", "#e07a3f", "#6a4c93", "#3a8f5c", "#b23a48", "#c9a227", "#2b59c3", "#d1495b", "#00798c", "#8d5524",
+           "#7a9e1f", "#c74bb0")  # fmt: skip
 State = Literal["done", "failed", "begun", "to do"]
 
 
@@ -166,7 +169,9 @@ class Campaign:
         content = run.recipe.model_dump(mode="json")
         content["run"]["dir"] = str(folder)
         content["data"]["shards"] = self.shards(run.data)
-        content["log"]["tags"] = {table: ", ".join(rows) for table, rows in run.used_by.items()}
+        colour = COLOURS[self.grid.runs.index(run) % len(COLOURS)]
+        tables = {table: ", ".join(rows) for table, rows in run.used_by.items()}
+        content["log"]["tags"] = tables | {"mlflow.runColor": colour}
         if run.init:
             content["model"]["init"] = str(self._initial(run, run.init))
         content["log"]["experiment"] = "ablation"

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 RETRY_SECONDS = 5.0
+GATHER_SECONDS = 5.0  # between deliveries: many steps in one request cost the process a tenth of a request each
 TRANSFER_PATIENCE = 20.0  # times as long may a server stay silent while a file is on its way
 
 
@@ -225,6 +226,7 @@ class SpoolTracker:
                 continue
             if stopping:
                 return
+            self._stop.wait(GATHER_SECONDS)
 
 
 def open_tracker(

@@ -21,7 +21,9 @@ from pathlib import Path
 from pipeline.ablation.campaign import Campaign, Outcome
 from pipeline.ablation.executors import Executor, LocalExecutor, SlurmExecutor
 from pipeline.ablation.grid import ROOT, build_grid
+from pipeline.config import LogConfig
 from pipeline.errors import UserError, run_cli
+from pipeline.tracking import tracking_uri
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,9 +104,6 @@ def _make_store(out: Path) -> None:
     """The default SQLite store, made before several runs at once would make it."""
     from mlflow.tracking import MlflowClient
 
-    from pipeline.config import LogConfig
-    from pipeline.tracking import tracking_uri
-
     uri = tracking_uri(LogConfig(), out / "run")
     if uri.startswith("sqlite:"):
         client = MlflowClient(uri)
@@ -118,6 +117,9 @@ def _sum_up(outcome: Outcome, tables: list[Path], out: Path) -> int:
         _say(f"  failed: {out / folder / 'output.log'}")
     for folder in outcome.blocked:
         _say(f"  not begun, its pretraining failed: {folder}")
+    uri = tracking_uri(LogConfig(), out / "run")
+    page = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    _say(f"compare: {page} (experiment ablation; sort by the final metric, tick runs, Compare)")
     _say(f"report: python -m pipeline.report {' '.join(map(str, tables))} --runs {out} --out report/")
     return 1 if outcome.failed else 0
 

@@ -6,6 +6,7 @@ user would, so a run started by hand can be taken over and the other way round.
 
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from pipeline.ablation.grid import ROOT
 from pipeline.errors import UserError
 
 GRACE_SECONDS = 90.0  # a trainer that is told to stop saves first
+QUEUE_SECONDS = 10.0  # between two questions to Slurm's queue
 
 
 class Handle(Protocol):
@@ -170,14 +172,20 @@ class SlurmRank:
 
 @dataclass
 class SlurmHandle:
-    """A job of submitit."""
+    """A job of submitit.
+
+    Attributes:
+        job: The job.
+        asked: When the queue was last asked for it.
+    """
 
     job: Any
+    asked: float = 0.0
 
     def poll(self) -> int | None:
         """0 or 1; None while it is queued or runs."""
         if not self.job.done():
-            return None
+            return 1 if self._gone() else None
         return 0 if all(task.exception() is None for task in self._tasks()) else 1
 
     def stop(self) -> None:
@@ -191,6 +199,16 @@ class SlurmHandle:
             "RUNNING", "PENDING", "COMPLETING",
         ):  # fmt: skip
             time.sleep(1.0)
+
+    def _gone(self) -> bool:
+        """Not in the queue any more, and no result: submitit asks sacct, which a cluster without accounting has not."""
+        if self.job.state != "UNKNOWN" or time.monotonic() - self.asked < QUEUE_SECONDS:
+            return False
+        self.asked = time.monotonic()
+        queue = ["squeue", "--noheader", "--jobs", str(self.job.job_id)]
+        listed = subprocess.run(queue, capture_output=True, text=True, check=False)
+        gone = "Invalid job id" in listed.stderr or (listed.returncode == 0 and not listed.stdout.strip())
+        return gone and not self.job.done(force_check=True)
 
     def _tasks(self) -> list[Any]:
         return [self.job.task(number) for number in range(self.job.num_tasks)]
@@ -213,6 +231,7 @@ class SlurmExecutor:
     ) -> None:
         import submitit
 
+        logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns at each look at a cluster without accounting
         ranks = max(1, ranks)
         if ranks % nodes:
             raise UserError(f"--ranks {ranks} does not divide by --nodes {nodes}; give a multiple")
@@ -240,8 +259,8 @@ class SlurmExecutor:
         note = run_dir / "slurm.json"
         if note.exists() and self._cluster == "slurm":
             job: Any = submitit.SlurmJob(self._folder, **json.loads(note.read_text(encoding="utf-8")))
-            if not job.done(force_check=True):
-                return SlurmHandle(job)
+            if not job.done(force_check=True) and (handle := SlurmHandle(job)).poll() is None:
+                return handle
         job = self._executor.submit(SlurmRank(run_dir, script, words))
         known = {"job_id": job.job_id, "tasks": list(range(job.num_tasks))}
         note.write_text(json.dumps(known), encoding="utf-8")

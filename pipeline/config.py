@@ -172,6 +172,12 @@ class LogConfig(Section):
     """Records of progress."""
 
     every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl and MLflow")
+    peak_tflops: float | None = Field(
+        0.0, ge=0, description="of a GPU's matmuls, for the MFU; 0: measured at the start; null: no MFU"
+    )
+    stragglers: int = Field(100, ge=0, description="steps between reports of the slowest rank; 0: none")
+    profile: tuple[int, int] = Field((0, 0), description="first and last step that torch's profiler records; 0, 0: off")
+    profile_flops: int = Field(0, ge=0, description="step that DeepSpeed's FLOPS profiler reports; 0: off")
     mlflow: bool = Field(True, description="track the run in MLflow")
     uri: str = Field("", description="MLflow tracking URI; empty: MLFLOW_TRACKING_URI, else sqlite beside run.dir")
     experiment: str = Field("craft", description="MLflow experiment")
@@ -181,6 +187,13 @@ class LogConfig(Section):
     pictures: int = Field(4, ge=0, description="pretraining: evaluations that leave pictures of masked reconstructions")
     model: bool = Field(True, description="finetuning: the final model becomes an artifact that `mlflow models` serves")
     register_as: str = Field("", description="finetuning: name in MLflow's registry for the final model; empty: none")
+
+    @field_validator("profile")
+    @classmethod
+    def _range(cls, steps: tuple[int, int]) -> tuple[int, int]:
+        if steps != (0, 0) and not 1 <= steps[0] <= steps[1]:
+            raise ValueError("give the first and the last step, counted from 1, such as [10,12]")
+        return steps
 
 
 class PretrainConfig(Section):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.loader import Loader
 from pipeline.engine.schedule import Plateau
 from pipeline.engine.setup import Batches
@@ -37,7 +37,7 @@ class Job:
         identity: What the run may not change on the way, by name: it would be another run.
     """
 
-    recipe: Recipe
+    recipe: PretrainRecipe | FinetuneRecipe
     ds: dict[str, Any]
     batches: Batches
     task: PretrainTask | FinetuneTask

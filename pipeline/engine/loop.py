@@ -4,8 +4,8 @@ In: a `Job`. Out: a trained run directory. The route of a step: launcher main ->
 `task.forward` (through the DeepSpeed engine) -> the objective.
 
 Cost per step, whatever the number of clips or ranks: the forward and backward passes, DeepSpeed's
-collectives, one exchange of three numbers beside them (`Agreement`), and one small all-reduce at a
-logged step.
+collectives, one exchange of three numbers beside them (`Agreement`), and at a logged step one small
+all-reduce and, where a report of stragglers is due, one small gather.
 """
 
 import logging
@@ -18,14 +18,19 @@ from typing import Any
 import torch
 
 from pipeline import distributed
+from pipeline.data.spec import DataSpec
 from pipeline.distributed import Agreement, Board, World
 from pipeline.engine import checkpoint, snapshot
 from pipeline.engine.checkpoint import Checkpoints
 from pipeline.engine.job import Job, Progress
+from pipeline.engine.plan import Shape
+from pipeline.engine.profile import Profiler
 from pipeline.engine.records import Records
 from pipeline.engine.schedule import learning_rate
 from pipeline.engine.setup import Batches, build_engine
 from pipeline.engine.stop import Interrupted, StopSignals
+from pipeline.engine.stragglers import Stragglers
+from pipeline.engine.utilisation import clips_per_second_at_peak
 from pipeline.engine.watch import Watch
 from pipeline.errors import UserError
 from pipeline.flow import Batch, Losses
@@ -47,6 +52,7 @@ class _Run:
     checkpoints: Checkpoints
     stop: StopSignals
     watch: Watch
+    profiler: Profiler
     agreement: Agreement = field(default_factory=Agreement)
     signum: int = 0  # agreed on
 
@@ -62,7 +68,7 @@ def train(job: Job, world: World) -> None:
     watch = Watch(job.run_dir, world, job.recipe.run.timeout, Board(world, patience=10.0))
     run = _start(job, world, StopSignals(), watch)
     watch.at(run.progress.step, "data")  # before its first note: a rank may hang before the second
-    with run.stop, watch:
+    with run.stop, watch, run.profiler:
         try:
             _steps(run)
         except Interrupted as interrupted:
@@ -85,9 +91,14 @@ def _start(job: Job, world: World, stop: StopSignals, watch: Watch) -> _Run:
         checkpoint.restore(engine, job.run_dir, state, weights, world)
         progress = Progress.of(state)
         average = checkpoint.read_average(job.run_dir, state) if world.is_main else {}
-    records = Records(job.run_dir, job.tracker, world, progress.step)
+    data = DataSpec.of(job.loader.manifest, job.recipe.data)
+    shape = Shape(data.samples, data.mel_bins, data.frames, len(data.labels))
+    at_peak = clips_per_second_at_peak(job.recipe, shape, job.ds, world)
+    stragglers = Stragglers(job.task.model, world, progress.step, job.recipe.log.stragglers)
+    records = Records(job.run_dir, job.tracker, world, progress.step, at_peak, stragglers)
     checkpoints = Checkpoints(job.run_dir, job.recipe.checkpoint, world, job.kept_steps)
-    return _Run(job, world, engine, progress, average, records, checkpoints, stop, watch)
+    profiler = Profiler(job.run_dir, engine, world, job.recipe.log)
+    return _Run(job, world, engine, progress, average, records, checkpoints, stop, watch, profiler)
 
 
 def _steps(run: _Run) -> None:
@@ -103,8 +114,9 @@ def _steps(run: _Run) -> None:
         rate = learning_rate(job.recipe.optim, step, total, step / epoch_steps, progress.plateau)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)
-        named = accumulate(engine, job.task, batch, job.batches)
-        grad_norm = _update(engine, job, batch, progress)
+        with run.profiler.step(step + 1):
+            named = accumulate(engine, job.task, batch, job.batches)
+            grad_norm = _update(engine, job, batch, progress)
         progress.step, progress.metric = step + 1, None
         records.count(job.batches.total)
         if progress.step % job.recipe.log.every == 0 or progress.step == total:

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.engine.setup import BUCKET
 from pipeline.flow import Batch, Losses
-from pipeline.tasks import FinetuneTask, PretrainTask
+from pipeline.tasks import FinetuneTask, Pooled, PretrainTask
 
 PROBES = (4, 12)  # micro-batches that are recorded; memory and FLOPs are linear between and beyond
 
@@ -103,7 +103,7 @@ def record(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape, half: bool) ->
     with fake:
         for clips in PROBES:
             task.zero_grad()
-            live = _Live()
+            live = LiveBytes()
             with FlopCounterMode(display=False, custom_mapping=_attention()) as counter, live:
                 losses: Losses = task(_batch(clips, shape))
                 losses.total.backward()  # type: ignore[no-untyped-call]
@@ -114,6 +114,29 @@ def record(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape, half: bool) ->
     slope = (peaks[1] - peaks[0]) / span
     offset = peaks[0] - PROBES[0] * slope - parameters * (2 if half else 4)  # the gradients
     return Cost(parameters, task.model.width, (flops[1] - flops[0]) / span, slope, max(0.0, offset), half)
+
+
+def model_flops(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape) -> float:
+    """FLOPs of one clip, forward and backward, for the MFU (Chowdhery et al. 2022); no collective, half a second.
+
+    What is computed twice counts once: activations that are recomputed, GradCache's first pass, the
+    scores that fused attention makes again in backward. The contrast's O(G D) a clip is left out.
+    """
+    plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpoint_activations": False})})
+    with torch.device("meta"):  # shapes without numbers: weights take no memory and no random draws
+        task = _task(plain, shape)
+        batch = _batch(1, shape)
+    if isinstance(task, PretrainTask):
+        task.contrast = _pooled_sum  # type: ignore[method-assign]
+    with FlopCounterMode(display=False) as counter:
+        losses: Losses = task(batch)
+        losses.total.backward()  # type: ignore[no-untyped-call]
+    return float(counter.get_total_flops())
+
+
+def _pooled_sum(pooled: Pooled) -> tuple[torch.Tensor, torch.Tensor]:
+    total = pooled.wav.sum() + pooled.spec.sum()
+    return total, total.detach()
 
 
 def memory(cost: Cost, stage: int, ranks: int, micro: int) -> Memory:
@@ -184,7 +207,7 @@ def _batch(clips: int, shape: Shape) -> Batch:
     )
 
 
-class _Live(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Follows the bytes of all tensors that exist at once.
 
     Attributes:

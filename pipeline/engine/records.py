@@ -8,9 +8,11 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 
 from pipeline.distributed import World
+from pipeline.engine.stragglers import Stragglers
 from pipeline.flow import Batch
 from pipeline.tracking import Tracker
 
@@ -25,9 +27,19 @@ class Records:
         tracker: MLflow.
         world: Only rank 0 writes.
         step: Step that the run starts from: later lines are those of a lost attempt and are cut off.
+        at_peak: Clips a second at the hardware's peak, for the MFU; None: unknown.
+        stragglers: Comparison of the ranks.
     """
 
-    def __init__(self, run_dir: Path, tracker: Tracker, world: World, step: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        tracker: Tracker,
+        world: World,
+        step: int,
+        at_peak: float | None,
+        stragglers: Stragglers,
+    ) -> None:
         self._path = run_dir / "metrics.jsonl"
         self._tracker = tracker
         self._writes = world.is_main
@@ -35,6 +47,8 @@ class Records:
         self._waited = 0.0
         self._clips = 0
         self._first = step
+        self._at_peak = at_peak
+        self._stragglers = stragglers
         if self._writes:
             self._cut(step)
 
@@ -46,7 +60,9 @@ class Records:
                 batch = next(batches)
             except StopIteration:
                 return
-            self._waited += time.perf_counter() - before
+            seconds = time.perf_counter() - before
+            self._waited += seconds
+            self._stragglers.waited(seconds)
             yield batch
 
     def count(self, clips: int) -> None:
@@ -54,20 +70,24 @@ class Records:
         self._clips += clips
 
     def write(self, step: int, total: int, values: Mapping[str, float]) -> None:
-        """Logs one step: losses, rate, throughput since the last logged step, share of waiting."""
+        """Logs one step: losses, rate, throughput since the last logged step, share of waiting; on all ranks."""
+        compared = self._stragglers.report(step, last=step == total)
         now = time.perf_counter()
         window = max(now - self._window, 1e-9)
         row = {
             **values,
             "clips_per_second": self._clips / window,
             "data_wait_fraction": min(1.0, self._waited / window),
+            **compared,
         }
+        if self._at_peak:
+            row["mfu"] = row["clips_per_second"] / self._at_peak
         self._append(step, row)
-        eta = (now - self._begun) / max(1, step - self._first) * (total - step)
+        eta = round((now - self._begun) / max(1, step - self._first) * (total - step))
         log.info(
-            "step %d/%d  loss %.4f  lr %.2e  %.1f clips/s  wait %.0f %%  eta %d:%02d",
+            "step %d/%d  loss %.4f  lr %.2e  %.1f clips/s  wait %.0f %%  eta %s",
             step, total, row["loss"], row["lr"], row["clips_per_second"], 100 * row["data_wait_fraction"],
-            eta // 60, eta % 60,
+            timedelta(seconds=eta),
         )  # fmt: skip
         self._window, self._waited, self._clips = now, 0.0, 0
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -27,13 +28,18 @@ def test_a_run_directory_holds_what_it_should(pretrained):
     trained = [line for line in lines(pretrained) if "loss" in line]
     assert [line["step"] for line in trained] == list(range(1, STEPS + 1))
     wanted = {"loss", "spec_nce", "spec_mse", "spec_accuracy", "contrast", "lr", "clips_per_second",
-              "data_wait_fraction", "grad_norm"}  # fmt: skip
+              "data_wait_fraction", "grad_norm", "mfu"}  # fmt: skip
     for line in trained:
         assert wanted <= line.keys()
         assert all(math.isfinite(line[name]) for name in wanted)
         assert line["grad_norm"] > 0
         total = line["spec_nce"] + 10 * line["spec_mse"] + 0.01 * line["contrast"]
         assert line["loss"] == pytest.approx(total, rel=1e-5)
+        assert line["mfu"] > 0
+        at_peak = line["clips_per_second"] / line["mfu"]  # clips/s that would be an MFU of 1
+        assert at_peak == pytest.approx(trained[0]["clips_per_second"] / trained[0]["mfu"])
+    said = (pretrained / "logs" / "rank-0.log").read_text()
+    assert re.search(r"MFU against \S+ TFLOP/s a rank \(float32, measured\); \S+ GFLOP a clip", said)
 
 
 @pytest.mark.slow

@@ -67,3 +67,16 @@ def test_the_report_names_batches_that_divide():
     wrong = subprocess.run([*command, "--nodes", "3"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr
+
+
+def test_flops_for_the_mfu_count_nothing_twice():
+    words = ["model.size=tiny", "pretrain.clean_spectrogram=true"]
+    recipe = load_recipe(PretrainRecipe, [], words)
+    plain = plan.model_flops(recipe, plan.Shape())
+    again = load_recipe(PretrainRecipe, [], [*words, "model.checkpoint_activations=true"])
+    assert plan.model_flops(again, plan.Shape()) == plain
+    assert plain == pytest.approx(plan.record(recipe, plan.Shape(), half=False).flops, rel=0.06)
+    finetuned = load_recipe(FinetuneRecipe, [], ["model.size=base", "model.stride=16", "finetune.method=ast"])
+    tokens = 514
+    expected = 6 * 12 * 12 * 768**2 * tokens + 12 * 12 * 514 * 768 * tokens
+    assert plan.model_flops(finetuned, plan.Shape()) == pytest.approx(expected, rel=0.02)

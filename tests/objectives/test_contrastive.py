@@ -6,6 +6,7 @@ import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.engine.plan import LiveBytes
 from pipeline.objectives import contrastive
 from pipeline.objectives.contrastive import global_info_nce, swacl_loss, token_loss
 from tests.reference.swacl import contrast
@@ -99,3 +100,32 @@ def test_bfloat16_input_is_contrasted_in_float32():
     exact, _ = swacl_loss(wav.float(), spec.float(), lambda x: x, 0, temperature=0.07, symmetric=False)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, exact)
+
+
+def peak_bytes(contrast, clips: int, ranks: int) -> int:
+    """Most bytes of tensors that one rank holds at once in forward and backward, without its input."""
+    query, key = torch.randn(2, clips, 32, generator=torch.Generator().manual_seed(5)).unbind()
+    normaliser = (query @ key.T).logsumexp(dim=1)
+    local = [part.chunk(ranks)[ranks - 1].clone().requires_grad_() for part in (query, key)]
+    answers = iter([query, key, normaliser])
+    with LiveBytes() as live:
+        contrast(*local, lambda _: next(answers), ranks - 1).backward()
+    return live.peak
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_memory_grows_with_the_global_batch_and_not_with_its_square(ranks, monkeypatch):
+    monkeypatch.setattr(contrastive, "CHUNK", 32)
+
+    def whole(query, key, gather, rank):
+        first = rank * len(query)
+        return F.cross_entropy(query @ gather(key).T, torch.arange(first, first + len(query)))
+
+    def chunked(query, key, gather, rank):
+        return global_info_nce(query, key, gather, rank)[0]
+
+    small, large = (peak_bytes(chunked, clips, ranks) for clips in (1024, 4096))
+    assert small < 12 * 1024 * 32 * 4  # a dozen times G x D floats: vectors, gradients, chunks
+    assert large < 4.2 * small
+    # The same measure sees the square where there is one.
+    assert peak_bytes(whole, 4096, ranks) > 14 * peak_bytes(whole, 1024, ranks)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe, load_recipe
 from pipeline.errors import UserError
@@ -182,3 +183,29 @@ def test_weights_of_another_size_or_kind_are_refused(checkpoints, tmp_path):
     (tmp_path / "broken.pth").write_bytes(b"\x80\x04 no")
     with pytest.raises(UserError, match=r"broken\.pth"):
         load_weights(finetune_task(), tmp_path / "broken.pth")
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", PRETRAIN)
+def test_no_clip_by_clip_work_in_a_step(method):
+    """Masks, network, losses and their gradients call as many operations for 6 clips as for 2."""
+    counts = []
+    for clips in (2, 6):
+        task = pretrain_task(f"pretrain.method={method}", "pretrain.two_pass=true")
+        few = batch(clips)
+        with Operations() as operations:
+            task(few).total.backward()
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
+    assert counts[0] > 100

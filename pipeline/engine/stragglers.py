@@ -83,7 +83,7 @@ class Stragglers:
     def _now(self) -> Any:
         if self._world.device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -99,4 +99,4 @@ class Stragglers:
         passes, self._passes = self._passes, []
         if self._world.device.type != "cuda":
             return float(sum(end - begin for begin, end in passes))
-        return sum(begin.elapsed_time(end) for begin, end in passes) / 1000
+        return float(sum(begin.elapsed_time(end) for begin, end in passes)) / 1000

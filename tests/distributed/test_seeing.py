@@ -68,4 +68,5 @@ def test_profiles_of_the_named_steps(watched):
     report = (folder / "flops.txt").read_text()
     assert re.search(r"profile step:\s+6\b", report)
     assert "Craft" in report
-    assert sorted(path.name for path in folder.iterdir())[0] == "flops.txt"
+    files = {f"rank-{rank}.{kind}" for rank in (0, 1) for kind in ("trace.json.gz", "operators.txt")}
+    assert {path.name for path in folder.iterdir()} == {"flops.txt", *files}

@@ -182,12 +182,12 @@ def test_first_stand_ins_are_spread_over_the_next_blocks_of_the_stream():
 
 
 def test_a_shard_cut_while_it_is_read_is_noticed_by_readers_that_have_it_open(copy):
-    with loader(copy, workers=2, max_bad=9, prefetch=1) as own:
+    with loader(copy, workers=2, prefetch=1) as own:
         batches = own.train_batches(0)
         next(batches)
         for tar in copy.glob("train-*.tar"):
             os.truncate(tar, 0)
-        with pytest.raises(UserError, match=r"data.max_bad = 9: |no clip can be read in place of"):
+        with pytest.raises(UserError, match=r"no clip can be read in place of"):
             list(itertools.islice(batches, 30))
         assert any("the tar is cut" in problem for problem in own.bad.values())
 

@@ -1,0 +1,228 @@
+"""What inspect_shards.py found -> one HTML file that opens anywhere, without a network.
+
+In: a `Survey`, or clips. Out: HTML; plots, spectrograms and sound are in it as data URIs.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display on a cluster
+
+import numpy as np
+import soundfile
+import torch
+from jinja2 import Environment
+from matplotlib.figure import Figure
+
+from pipeline.data.fbank import fbank
+from pipeline.data.manifest import Manifest
+from pipeline.data.storage import Location
+from shard_tools.survey import FLOOR_DB, Level, Sound, Survey, measure
+
+INK, BAR, PALE = "#1c2430", "#1f6f8b", "#c3ccd6"
+NAMED_CLASSES = 60  # more than these are drawn as a curve, without names
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #1c2430 }
+table { border-collapse: collapse; margin: .8em 0; font-variant-numeric: tabular-nums }
+th, td { padding: .3em .8em; border-bottom: 1px solid #d7dce2; text-align: right } th { background: #f2f4f7 }
+th:first-child, td:first-child { text-align: left } p.caption { color: #48525e; font-size: 14px }
+img { max-width: 100%; display: block } audio { width: 100%; margin: .3em 0 }
+.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax({{ width }}px, 1fr)); gap: 1.2em }
+.clip { border: 1px solid #d7dce2; border-radius: 6px; padding: .8em; min-width: 0 }
+.clip h3 { margin: 0; font-size: 15px; overflow-wrap: anywhere } .clip p { margin: .2em 0; font-size: 13.5px }
+pre { background: #f2f4f7; padding: .8em; font-size: 12.5px; white-space: pre-wrap; overflow-wrap: anywhere }
+summary { cursor: pointer }
+</style></head><body><h1>{{ title }}</h1><p class="caption">{{ caption }}</p>
+{% for table in tables %}<h2>{{ table.title }}</h2>
+{% if table.folded %}<details><summary>{{ table.rows|length }} rows</summary>{% endif %}
+<table><thead><tr>{% for cell in table.head %}<th>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table>{% if table.folded %}</details>{% endif %}
+{% if table.picture %}<img src="{{ table.picture }}" alt="{{ table.title }}">{% endif %}
+{% endfor %}{% if clips %}<h2>Clips</h2><div class="clips">{% for clip in clips %}<div class="clip">
+<h3>{{ clip.title }}</h3><p>{{ clip.labels }}</p><p class="caption">{{ clip.level }}</p>
+<img src="{{ clip.picture }}" alt="waveform and spectrogram of {{ clip.title }}">
+<audio controls preload="none" src="{{ clip.sound }}"></audio>
+<details><summary>json</summary><pre>{{ clip.json }}</pre></details>
+</div>{% endfor %}</div>{% endif %}</body></html>
+"""
+
+
+def whole_page(directory: Location, found: Survey, seed: int) -> str:
+    """The report on a directory."""
+    manifest = found.manifest
+    total = sum(split.clips for split in manifest.splits.values())
+    caption = (
+        f"{total} clips of {manifest.audio.seconds:g} s at {manifest.audio.sample_rate} Hz in {len(manifest.shards)} "
+        f"shards; digest {manifest.digest[:12]}. Counts are exact; levels are those of {len(found.levels)} clips drawn "
+        f"with seed {seed}."
+    )
+    tables = [_splits(found), _classes(manifest)]
+    if any(found.failures.values()):
+        tables.append(_failures(found))
+    if found.levels:
+        tables.append(_levels(found))
+    clips = [_clip(sound, manifest) for sound in found.sounds]
+    return _render(f"{manifest.dataset}: {directory}", caption, tables, clips, 440)
+
+
+def clip_page(directory: Location, manifest: Manifest, sounds: Sequence[Sound]) -> str:
+    """The report on the clips of one key."""
+    title = sounds[0].row["key"]
+    return _render(f"{title}", f"in {directory}", [], [_clip(sound, manifest) for sound in sounds], 900)
+
+
+def _render(title: str, caption: str, tables: list[dict[str, Any]], clips: list[dict[str, str]], width: int) -> str:
+    page = Environment(autoescape=True).from_string(PAGE)
+    return page.render(title=title, caption=caption, tables=tables, clips=clips, width=width)
+
+
+def _splits(found: Survey) -> dict[str, Any]:
+    manifest, rows = found.manifest, []
+    for name, split in manifest.splits.items():
+        share = f"{split.clips / split.listed:.1%}" if split.listed else ""
+        rows.append([name, split.clips, split.listed, share, split.shards, f"{split.seconds / 3600:.2f}",
+                     found.padded[name], split.silent])  # fmt: skip
+    figure = Figure(figsize=(10, 2.6), layout="constrained")
+    axes = figure.subplots(1, len(manifest.splits), squeeze=False)[0]
+    edges = np.linspace(0, manifest.audio.seconds, len(next(iter(found.durations.values()))) + 1)
+    for axis, (name, counts) in zip(axes, found.durations.items(), strict=True):
+        axis.stairs(counts, edges, fill=True, color=BAR)
+        _style(axis, f"{name}: seconds of audio", "clips (log)")
+        axis.set_yscale("symlog", linthresh=1)
+    head = ["split", "clips", "listed", "found", "shards", "hours", "padded", "digital silence"]
+    return {"title": "Splits", "head": head, "rows": rows, "picture": _png(figure)}
+
+
+def _classes(manifest: Manifest) -> dict[str, Any]:
+    names = [label.name for label in manifest.labels]
+    splits = {name: split for name, split in manifest.splits.items() if split.class_clips}
+    rows = []
+    for number, name in enumerate(names):
+        row: list[Any] = [name]
+        for split in splits.values():
+            row += [split.class_clips[number], split.class_listed[number] if split.class_listed else ""]
+        rows.append(row)
+    head = ["class", *(f"{name} {what}" for name in splits for what in ("clips", "listed"))]
+    table = {"title": "Classes", "head": head, "rows": rows, "folded": True}
+    return table | ({"picture": _class_picture(names, splits)} if splits else {})
+
+
+def _class_picture(names: list[str], splits: dict[str, Any]) -> str:
+    """Clips by class, the most frequent first; what is listed but not there is pale."""
+    named = len(names) <= NAMED_CLASSES
+    figure = Figure(figsize=(10, 3.6 * len(splits)), layout="constrained")
+    for axis, (title, split) in zip(figure.subplots(len(splits), 1, squeeze=False)[:, 0], splits.items(), strict=True):
+        counts = np.array(split.class_clips)
+        listed = np.array(split.class_listed or split.class_clips)
+        order = np.argsort(-counts, kind="stable")
+        places = np.arange(len(order))
+        axis.bar(places, listed[order], width=0.85 if named else 1.0, color=PALE, label="listed")
+        axis.bar(places, counts[order], width=0.85 if named else 1.0, color=BAR, label="in the shards")
+        if named:
+            axis.set_xticks(places, [names[number][:24] for number in order], rotation=60, ha="right", fontsize=7)
+        elif counts.max() > 20 * max(1, np.median(counts)):
+            axis.set_yscale("symlog", linthresh=10)
+        axis.margins(x=0.005)
+        _style(axis, f"{title}: {'' if named else 'classes by rank'}".rstrip(": "), "clips")
+        axis.legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def _failures(found: Survey) -> dict[str, Any]:
+    rows = [
+        [reason, name, count] for name, counts in found.failures.items() for reason, count in counts.most_common()
+    ]  # fmt: skip
+    return {"title": "Failures by reason", "head": ["reason", "split", "clips"], "rows": rows}
+
+
+def _levels(found: Survey) -> dict[str, Any]:
+    levels = found.levels
+    share = {
+        "clipped clips": np.mean([level.clipped for level in levels]),
+        "quiet clips (all frames below -60 dBFS)": np.mean([level.quiet == 1 for level in levels]),
+        "quiet time": np.mean([level.quiet for level in levels]),
+    }
+    rows: list[list[str]] = [[name, f"{value:.1%}"] for name, value in share.items()]
+    for what, counts in (("decoder", found.decoders), ("source rate", found.rates)):
+        rows += [[f"{what} {name}", f"{count / len(levels):.1%}"] for name, count in counts.most_common()]
+    figure = Figure(figsize=(10, 2.6), layout="constrained")
+    columns = {
+        "rms, dBFS": ([level.rms for level in levels], FLOOR_DB),
+        "peak, dBFS": ([level.peak for level in levels], FLOOR_DB),
+        "share of quiet time": ([level.quiet for level in levels], None),
+    }
+    for axis, (name, (values, low)) in zip(figure.subplots(1, 3), columns.items(), strict=True):
+        axis.hist(values, bins=40, range=(0, 1) if low is None else (low, 0), color=BAR)
+        _style(axis, name, "clips")
+    return {"title": f"Levels of {len(levels)} clips", "head": ["", "share"], "rows": rows, "picture": _png(figure)}
+
+
+def _clip(sound: Sound, manifest: Manifest) -> dict[str, str]:
+    level = measure(sound, manifest.audio.sample_rate)
+    row = sound.row
+    return {
+        "title": f"{row['split']}/{row['key']}",
+        "labels": ", ".join(sound.about["label_names"]),
+        "level": _level_words(level),
+        "picture": _clip_picture(sound, manifest),
+        "sound": _uri("audio/wav", _wav(sound, manifest.audio.sample_rate)),
+        "json": json.dumps(sound.about, indent=1, ensure_ascii=False),
+    }
+
+
+def _level_words(level: Level) -> str:
+    clipped = ", clipped" if level.clipped else ""
+    return f"rms {level.rms:.1f} dBFS, peak {level.peak:.1f} dBFS{clipped}, quiet {level.quiet:.0%} of the time"
+
+
+def _clip_picture(sound: Sound, manifest: Manifest) -> str:
+    rate, seconds = manifest.audio.sample_rate, manifest.audio.seconds
+    waveform = sound.waveform.astype(np.float32) / 32768
+    values = fbank(torch.from_numpy(waveform), rate, manifest.fbank.mel_bins).numpy()
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [1, 2]})
+    # Largest and smallest of each column of pixels: no peak is lost, however long the clip is.
+    size = max(1, len(waveform) // 1200)
+    blocks = waveform[: len(waveform) // size * size].reshape(-1, size)
+    times = (np.arange(len(blocks)) + 0.5) * size / rate
+    above.fill_between(times, blocks.min(axis=1), blocks.max(axis=1), color=BAR, linewidth=0.4)
+    limit = max(0.01, float(np.abs(waveform).max()) * 1.05)
+    above.set_ylim(-limit, limit)
+    _style(above, "", "sample")
+    low = float(np.percentile(values, 2))
+    below.imshow(values.T, origin="lower", aspect="auto", extent=(0, seconds, 0, manifest.fbank.mel_bins),
+                 vmin=low, cmap="magma")  # fmt: skip
+    _style(below, "seconds", "mel bin")
+    return _png(figure)
+
+
+def _style(axis: Any, below: str, left: str) -> None:
+    axis.set_xlabel(below, fontsize=9, color=INK)
+    axis.set_ylabel(left, fontsize=9, color=INK)
+    axis.tick_params(labelsize=8)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def _wav(sound: Sound, rate: int) -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, sound.waveform, rate, format="WAV", subtype="PCM_16")
+    return out.getvalue()
+
+
+def _png(figure: Figure) -> str:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return _uri("image/png", out.getvalue())
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,244 @@
+"""A directory of shards -> numbers about all its clips, and levels of a sample of them.
+
+In: a directory or URL of finished shards. Out: `Survey`; or one clip with its samples.
+
+Counts come from the manifest, durations from one column of the index, row group by row group, and failures
+line by line, so memory is flat in the number of clips. Levels need the waveforms: those of `sample` clips,
+drawn without repetition by `numpy.random.default_rng([seed])`, each read in place from its tar. The
+error of a share measured on n clips is about 1 / sqrt(n): 3 % at 1000, whatever the size of the data.
+
+Of the real part of a waveform (its padding left out):
+    level: root mean square and largest sample in dBFS, 0 at full scale.
+    clipped: at least 3 samples in a row at the clip's own largest or smallest value, that value within
+        1 dB of full scale. Resampling rounds flat tops off, so this finds the worst, not all.
+    quiet: the share of whole 25 ms frames whose level is below -60 dBFS.
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.data.storage import Location, attempt, file_system, is_remote, join, local, read_bytes
+from pipeline.errors import UserError
+
+BINS = 50  # of histograms
+LOUD, FLAT_RUN = 10 ** (-1 / 20), 3
+QUIET_DB, FRAME_SECONDS = -60.0, 0.025
+FLOOR_DB = -100.0  # level of digital silence in pictures
+READERS = 16  # from an object store the waiting is what costs
+COLUMNS = ["key", "split", "shard", "labels", "seconds"]
+COLUMNS += [f"{member}_{what}" for member in ("waveform", "json") for what in ("offset", "size", "xxh3")]
+
+
+@dataclass(frozen=True)
+class Sound:
+    """One clip as it is stored.
+
+    Attributes:
+        row: Its row of the index: COLUMNS.
+        about: Its json member.
+        waveform: int16 [L], padding included.
+    """
+
+    row: dict[str, Any]
+    about: dict[str, Any]
+    waveform: np.ndarray
+
+    def real(self, rate: int) -> np.ndarray:
+        """float64 in [-1, 1], padding left out: at least one sample."""
+        count = max(1, round(self.about["seconds"] * rate))
+        return self.waveform[:count].astype(np.float64) / 32768
+
+
+@dataclass(frozen=True)
+class Level:
+    """Measures of one clip; see the head of this file."""
+
+    rms: float
+    peak: float
+    clipped: bool
+    quiet: float
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What there is to say.
+
+    Attributes:
+        manifest: Of the shards.
+        durations: By split, int64 [BINS], clips by seconds of audio from 0 to the clip length.
+        padded: By split, clips shorter than the clip length.
+        failures: By split, reasons (up to the first colon) and how many clips each cost.
+        levels: Of the sampled clips, in the order of the index.
+        sounds: The first sampled clips of the draw, for listening.
+        decoders, rates: Of the sampled clips' sources.
+    """
+
+    manifest: Manifest
+    durations: dict[str, np.ndarray]
+    padded: dict[str, int]
+    failures: dict[str, Counter[str]]
+    levels: list[Level]
+    sounds: list[Sound]
+    decoders: Counter[str]
+    rates: Counter[int]
+
+
+def survey(directory: Location, sample: int, seed: int, keep: int) -> Survey:
+    """Reads all there is to know.
+
+    Args:
+        directory: Of the shards.
+        sample: Clips whose level is measured, at most.
+        seed: Of their draw.
+        keep: Clips whose samples are kept for listening.
+
+    Raises:
+        UserError: no usable manifest.
+        OSError: something cannot be read.
+    """
+    manifest = load_manifest(directory)
+    length = manifest.audio.seconds
+    total = sum(split.clips for split in manifest.splits.values())
+    draw = np.random.default_rng([seed]).choice(total, min(sample, total), replace=False)
+    chosen = np.sort(draw)
+    durations = {name: np.zeros(BINS, np.int64) for name in manifest.splits}
+    padded = dict.fromkeys(manifest.splits, 0)
+    rows: list[tuple[int, dict[str, Any]]] = []
+    first = 0
+    with _index(directory) as index:
+        for number in range(index.num_row_groups):
+            count = index.metadata.row_group(number).num_rows
+            wanted = chosen[(chosen >= first) & (chosen < first + count)]
+            table = index.read_row_group(number, COLUMNS if len(wanted) else ["split", "seconds"])
+            names = table["split"].cast(pa.string())
+            for name in pc.unique(names).to_pylist():
+                seconds = table.filter(pc.equal(names, name))["seconds"].to_numpy()
+                durations[name] += np.histogram(np.minimum(seconds, length), BINS, (0.0, length))[0]
+                padded[name] += int((seconds < length - 1e-4).sum())
+            if len(wanted):
+                taken = table.take(pa.array(wanted - first)).to_pylist()
+                rows += zip(wanted.tolist(), taken, strict=True)
+            first += count
+    listen = set(draw[:keep].tolist())
+    levels, sounds = [], []
+    decoders: Counter[str] = Counter()
+    rates: Counter[int] = Counter()
+    for (number, _), sound in zip(rows, _sounds(directory, [row for _, row in rows]), strict=True):
+        levels.append(measure(sound, manifest.audio.sample_rate))
+        decoders[sound.about["decoder"]] += 1
+        rates[sound.about["original_sample_rate"]] += 1
+        if number in listen:
+            sounds.append(sound)
+    return Survey(manifest, durations, padded, _failures(directory, manifest), levels, sounds, decoders, rates)
+
+
+def measure(sound: Sound, rate: int) -> Level:
+    """Level of one clip."""
+    real = sound.real(rate)
+    low, high = real.min(), real.max()
+    flat = any(
+        _longest_run(real == value) >= FLAT_RUN for value in (low, high) if abs(value) >= LOUD
+    )  # fmt: skip
+    size = min(len(real), max(1, round(FRAME_SECONDS * rate)))
+    frames = real[: len(real) // size * size].reshape(-1, size)
+    quiet = _db(np.sqrt(np.square(frames).mean(axis=1))) < QUIET_DB
+    return Level(
+        rms=float(_db(np.sqrt(np.square(real).mean()))),
+        peak=float(_db(max(-low, high))),
+        clipped=bool(flat),
+        quiet=float(quiet.mean()),
+    )
+
+
+def find(directory: Location, key: str) -> list[Sound]:
+    """The clips of a key, one for each split that has it.
+
+    Raises:
+        UserError: there is none; says whether it failed.
+    """
+    rows: list[dict[str, Any]] = []
+    with _index(directory) as index:
+        for number in range(index.num_row_groups):
+            here = pc.equal(index.read_row_group(number, ["key"])["key"], key)
+            if pc.any(here).as_py():
+                rows += index.read_row_group(number, COLUMNS).filter(here).to_pylist()
+    if not rows:
+        line = next((line for line in _failure_lines(directory) if key in (line["id"], line["path"])), None)
+        why = f"it is not in the shards: {line['reason']}" if line else "no such key; index.parquet lists all"
+        raise UserError(f"{directory}: clip '{key}': {why}")
+    return list(_sounds(directory, rows))
+
+
+@contextmanager
+def _index(directory: Location) -> Iterator[pq.ParquetFile]:
+    where = join(directory, "index.parquet")
+    # Whole where it is remote, as for loaders: a plain web server cannot serve ranges of columns.
+    with pq.ParquetFile(pa.BufferReader(read_bytes(where)) if is_remote(where) else str(local(where))) as file:
+        yield file
+
+
+def _sounds(directory: Location, rows: list[dict[str, Any]]) -> Iterator[Sound]:
+    """Clips of index rows, in their order, a few read ahead."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for first in range(0, len(rows), 2 * READERS):
+            yield from pool.map(lambda row: _sound(directory, row), rows[first : first + 2 * READERS])
+
+
+def _sound(directory: Location, row: dict[str, Any]) -> Sound:
+    parts = []
+    for member in ("waveform", "json"):
+        start, size = row[f"{member}_offset"], row[f"{member}_size"]
+        content = _read(join(directory, row["shard"]), start, size)
+        if xxhash.xxh3_64_intdigest(content) != row[f"{member}_xxh3"]:
+            raise OSError(f"{row['shard']}: {member} of '{row['key']}' is not what the index says")
+        parts.append(content)
+    return Sound(row, json.loads(parts[1]), np.load(io.BytesIO(parts[0]), allow_pickle=False))
+
+
+def _read(where: str, start: int, size: int) -> bytes:
+    if is_remote(where):
+        system, path = file_system(where)
+        content: bytes = attempt(lambda: system.cat_file(path, start=start, end=start + size), where)
+    else:
+        with local(where).open("rb") as file:
+            file.seek(start)
+            content = file.read(size)
+    if len(content) != size:
+        raise OSError(f"{where}: {len(content)} of {size} bytes at {start}")
+    return content
+
+
+def _failure_lines(directory: Location) -> Iterator[dict[str, Any]]:
+    where = join(directory, "failures.jsonl")
+    file: BinaryIO = io.BytesIO(read_bytes(where)) if is_remote(where) else local(where).open("rb")
+    with file:
+        yield from map(json.loads, file)
+
+
+def _failures(directory: Location, manifest: Manifest) -> dict[str, Counter[str]]:
+    found: dict[str, Counter[str]] = {name: Counter() for name in manifest.splits}
+    for line in _failure_lines(directory):
+        found.setdefault(line["split"], Counter())[line["reason"].split(":")[0]] += 1
+    return found
+
+
+def _longest_run(there: np.ndarray) -> int:
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], there.astype(np.int8), [0]])))
+    return int((edges[1::2] - edges[::2]).max(initial=0))
+
+
+def _db(value: Any) -> Any:
+    return 20 * np.log10(np.maximum(value, 10 ** (FLOOR_DB / 20)))

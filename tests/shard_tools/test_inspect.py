@@ -1,0 +1,135 @@
+"""inspect_shards.py on real shards: its numbers, and a page that needs no network."""
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from pipeline.data.manifest import load_index, load_manifest
+from pipeline.errors import UserError
+from shard_tools import catalogs
+from shard_tools.build import build
+from shard_tools.survey import find, survey
+from tests.conftest import ROOT
+from tests.helpers import options
+
+RATE, SECONDS = 16000, 0.5
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """A tone, a clipped tone, silence, half a clip, a text that is no audio, and a file that is not there."""
+    folder = tmp_path_factory.mktemp("inspect")
+    time = np.arange(round(RATE * SECONDS)) / RATE
+    tone = np.sin(2 * np.pi * 440 * time)
+    sounds = {"tone": 0.1 * tone, "clipped": np.clip(4 * tone, -1, 1), "silent": 0 * tone, "half": 0.1 * tone[::2]}
+    for name, samples in sounds.items():
+        soundfile.write(folder / f"{name}.wav", samples, RATE)
+    (folder / "text.wav").write_text("no audio")
+    rows = [f"{name}.wav,{'<b>&' if name == 'tone' else 'other'}" for name in [*sounds, "text", "gone"]]
+    (folder / "table.csv").write_text("path,labels\n" + "\n".join(rows) + "\n")
+    build(
+        catalogs.table(folder, folder / "table.csv", None, None),
+        folder / "out",
+        options(SECONDS, 2),
+        1,
+        engine="inline",
+    )
+    return folder / "out"
+
+
+def inspect(*words: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "shard_tools/inspect_shards.py", *map(str, words)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def embedded(page: str, kind: str) -> list[bytes]:
+    return [base64.b64decode(text) for text in re.findall(rf'src="data:{kind};base64,([^"]+)"', page)]
+
+
+def test_the_numbers_are_those_of_the_clips(shards):
+    found = survey(shards, 100, 0, 2)
+    rows = load_index(shards)["key"].to_pylist()
+    level = dict(zip(rows, found.levels, strict=True))
+    assert {name for name, one in level.items() if one.clipped} == {"clipped"}
+    assert {name for name, one in level.items() if one.quiet == 1} == {"silent"}
+    assert level["tone"].peak == pytest.approx(-20, abs=0.05)
+    assert level["tone"].rms == pytest.approx(-23.01, abs=0.05)
+    assert found.durations["train"].tolist() == [0] * 25 + [1] + [0] * 23 + [3]
+    assert found.padded["train"] == 1
+    assert dict(found.failures["train"]) == {"undecodable": 1, "missing": 1}
+    assert len(found.sounds) == 2
+
+
+def test_a_sample_is_a_function_of_its_seed(shards):
+    def keys(seed: int) -> list[str]:
+        found = survey(shards, 2, seed, 2)
+        assert len(found.levels) == 2
+        return [sound.row["key"] for sound in found.sounds]
+
+    assert keys(0) == keys(0)
+    assert len({tuple(keys(seed)) for seed in range(8)}) > 1
+
+
+def test_the_page_opens_without_a_network_and_its_sound_is_the_clips(shards, tmp_path):
+    done = inspect(shards, "--html", tmp_path / "all.html", "--examples", 10)
+    assert done.returncode == 0, done.stderr
+    for said in ("4 of 6 listed clips", "1 failed: missing", "clipped: 25.0% of the clips", "1 digital silence"):
+        assert said in done.stdout
+    page = (tmp_path / "all.html").read_text(encoding="utf-8")
+    assert "http" not in re.sub(r"base64,[^\"]+", "", page)
+    references = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')> ]+)', page)
+    assert references
+    assert all(reference.startswith("data:") for reference in references)
+    assert "&lt;b&gt;&amp;" in page
+    assert "<b>&" not in page
+    pictures = embedded(page, "image/png")
+    assert len(pictures) == 3 + 4  # durations, classes, levels; each clip
+    for picture in pictures:
+        assert len(np.unique(np.asarray(Image.open(io.BytesIO(picture)).convert("L")))) > 20
+    stored = {sound.row["key"]: sound.waveform for key in ("tone", "half") for sound in find(shards, key)}
+    heard = [soundfile.read(io.BytesIO(wav), dtype="int16") for wav in embedded(page, "audio/wav")]
+    assert len(heard) == 4
+    assert {rate for _, rate in heard} == {RATE}
+    for waveform in stored.values():
+        assert any(np.array_equal(waveform, samples) for samples, _ in heard)
+
+
+def test_one_clip_and_none(shards, tmp_path):
+    done = inspect(shards, "tone", "--html", tmp_path / "one.html")
+    assert done.returncode == 0, done.stderr
+    assert "labels: <b>&" in done.stdout
+    assert '"decoder": ' in (tmp_path / "one.html").read_text().replace("&#34;", '"')
+    with pytest.raises(UserError, match=r"clip 'text\.wav': it is not in the shards: undecodable"):
+        find(shards, "text.wav")
+    with pytest.raises(UserError, match="no such key"):
+        find(shards, "nothing")
+
+
+def test_a_flipped_bit_is_an_error_that_names_the_clip(shards, tmp_path):
+    row = load_index(shards).to_pylist()[0]
+    tar = shards / row["shard"]
+    whole = tar.read_bytes()
+    damaged = bytearray(whole)
+    damaged[row["waveform_offset"] + 300] ^= 1
+    tar.write_bytes(damaged)
+    try:
+        done = inspect(shards, "--html", tmp_path / "never.html")
+    finally:
+        tar.write_bytes(whole)
+    assert done.returncode == 2
+    assert f"waveform of '{row['key']}'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_url_gives_the_same_numbers(shards):
+    local, remote = survey(shards, 3, 1, 2), survey(f"file://{shards}", 3, 1, 2)
+    assert local.levels == remote.levels
+    assert json.dumps(load_manifest(shards).model_dump()) == json.dumps(remote.manifest.model_dump())

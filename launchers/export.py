@@ -1,9 +1,10 @@
 """Write a run's weights for other programs.
 
-    python launchers/export.py --checkpoint RUN_DIR --format {safetensors,hf} [--out PATH]
+    python launchers/export.py --checkpoint RUN_DIR --format {safetensors,hf,onnx} [--out PATH]
 
-In: a run directory of pretrain.py or finetune.py, of any ZeRO stage. Out: one safetensors file in float32, or a
-directory that ASTModel or ASTForAudioClassification of `transformers` loads (the spectrogram side).
+In: a run directory of pretrain.py or finetune.py, of any ZeRO stage. Out: one safetensors file in float32; a
+directory that ASTModel or ASTForAudioClassification of `transformers` loads (the spectrogram side); or an ONNX
+graph for any batch (pip install 'craft-audio[onnx]').
 """
 
 import argparse
@@ -11,11 +12,12 @@ import sys
 from pathlib import Path
 
 from pipeline.errors import run_cli
-from pipeline.export import export_hf, export_safetensors, open_exported
+from pipeline.export import export_hf, export_onnx, export_safetensors, open_exported
 
 FORMATS = {
     "safetensors": (export_safetensors, "model.safetensors"),
     "hf": (export_hf, "hf"),
+    "onnx": (export_onnx, "model.onnx"),
 }
 
 

@@ -235,6 +235,9 @@ class FinetuneConfig(Section):
     head: Literal["concat", "mean_pool", "mean_logits"] = Field("concat", description="swast, swab: how streams meet")
     pool: Literal["mean", "cls"] = Field("mean", description="mean of patch tokens (SSAST), or of cls and dist (AST)")
     loss: Literal["auto", "bce", "ce"] = Field("auto", description="auto: ce where every clip has one label, else bce")
+    folds: Literal["all"] | tuple[int, ...] = Field(
+        (), description="cross-validation: all, or a list of folds, each held out in turn; empty: data.fold alone"
+    )
 
 
 class Recipe(Section):

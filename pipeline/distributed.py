@@ -74,9 +74,7 @@ def session(timeout: float, seed: int) -> Iterator[World]:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_size()))
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    seed_host(seed)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0" if "RANK" not in os.environ else "29500")
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
@@ -88,6 +86,13 @@ def session(timeout: float, seed: int) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
+
+
+def seed_host(seed: int) -> None:
+    """Seeds Python's, numpy's and torch's generators, as at the start of a run."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _from_slurm() -> None:

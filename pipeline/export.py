@@ -6,15 +6,20 @@ In: a run directory of pretrain.py or finetune.py. Out: one safetensors file, or
   metadata. `model.init=FILE` reads it back.
 - hf: the spectrogram side as `ASTModel`; as `ASTForAudioClassification` where the classifier stands on cls and dist
   of the spectrogram alone (finetune.method=ast, finetune.pool=cls), the only one that HF's class can express.
+- onnx: one graph for any batch, from the model's inputs (`fbank` [B, T, M], normalised as in data.json, and
+  `waveform` [B, L], the ones that the method reads) to `logits` [B, C] of a finetuned run and `embedding` [B, streams x
+  D], the mean token of each stream.
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.spec import DataSpec
@@ -23,6 +28,7 @@ from pipeline.jobs import load_finetuned, run_config
 from pipeline.model.craft import SIZES
 from pipeline.model.encoder import LAYER_NORM_EPS
 from pipeline.model.foreign import to_hf
+from pipeline.model.heads import stream_means
 from pipeline.model.weights import load_weights, weights_file
 from pipeline.tasks import FinetuneTask, PretrainTask
 
@@ -116,6 +122,64 @@ def export_hf(run: Exported, out: Path) -> str:
     left += ["waveform side"] if task.method.wav else []
     left += ["pretraining heads"] if isinstance(task, PretrainTask) else []
     return f"{config['architectures'][0]}{'; left out: ' + ', '.join(left) if left else ''}"
+
+
+class _Graph(nn.Module):
+    """A run's network as a function of its inputs alone."""
+
+    def __init__(self, task: PretrainTask | FinetuneTask) -> None:
+        super().__init__()
+        self.task = task
+
+    @property
+    def inputs(self) -> list[str]:
+        """Their names, in order."""
+        method = self.task.method
+        return [name for name, read in (("fbank", method.spec), ("waveform", method.wav)) if read]
+
+    @property
+    def outputs(self) -> list[str]:
+        """Their names, in order."""
+        return ["logits", "embedding"] if isinstance(self.task, FinetuneTask) else ["embedding"]
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The inputs -> the outputs, each [B, ...]."""
+        given = dict(zip(self.inputs, inputs, strict=True))
+        model = self.task.model
+        wav_map = model.waveform_map(given["waveform"]) if "waveform" in given else None
+        encoded = model(given.get("fbank"), wav_map)
+        embedding = torch.cat(stream_means(encoded), dim=1)
+        return (self.task.classifier(encoded), embedding) if isinstance(self.task, FinetuneTask) else (embedding,)
+
+
+def export_onnx(run: Exported, out: Path) -> str:
+    """Writes one file, weights included; returns its inputs and outputs, for people.
+
+    `config` and `data` (JSON: normalisation, rate, labels) are in its metadata.
+
+    Raises:
+        UserError: the packages that write it are not installed.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError as error:
+        raise UserError(f"--format onnx needs {error.name}; pip install 'craft-audio[onnx]'") from error
+    graph, spec = _Graph(run.task).eval(), run.spec
+    shapes = {"fbank": (2, spec.frames, spec.mel_bins), "waveform": (2, spec.samples)}
+    examples = tuple(torch.zeros(shapes[name]) for name in graph.inputs)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that are not needed
+    batch = torch.export.Dim("batch")
+    with torch.no_grad():  # raises where the graph would hold for one batch only; torch.onnx.export would not
+        program = torch.export.export(graph, examples, dynamic_shapes=(tuple({0: batch} for _ in examples),))
+    written = torch.onnx.export(program, input_names=graph.inputs, output_names=graph.outputs, verbose=False)
+    assert written is not None  # without a file name it is returned
+    model = written.model_proto
+    onnx.helper.set_model_props(model, {"config": run.recipe.model_dump_json(), "data": spec.model_dump_json()})
+    onnx.checker.check_model(model)
+    _make_parent(out)
+    onnx.save(model, str(out))
+    return f"{', '.join(graph.inputs)} -> {', '.join(graph.outputs)}, any batch"
 
 
 def _make_parent(out: Path) -> None:

@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
 
 from pipeline import distributed
-from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe, flatten
+from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe
 from pipeline.data.loader import Loader, Needs, Place, build_loader
-from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.data.manifest import load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine import checkpoint
@@ -35,11 +35,11 @@ from pipeline.engine.job import Job
 from pipeline.engine.setup import Batches, reconcile
 from pipeline.errors import UserError
 from pipeline.initial import initialise
-from pipeline.launch import Launch, open_run
+from pipeline.launch import Launch, open_run, tracked
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.model.weights import load_weights, weights_file
 from pipeline.tasks import FinetuneTask, PretrainTask
-from pipeline.tracking import DatasetNote, Tracker, facts, figures, open_tracker, run_of
+from pipeline.tracking import figures, run_of
 from pipeline.tracking.pictures import Pictures
 
 log = logging.getLogger(__name__)
@@ -57,9 +57,11 @@ def pretrain_job(launch: Launch[PretrainRecipe], world: World) -> Iterator[Job]:
     name = recipe.run.name or f"{recipe.train.batch_size}-{method.label}"
     ds, batches = reconcile(launch.ds, recipe, world)
     run_dir = Path(recipe.run.dir or f"runs/pretrain-{name}")
-    identity = _open(recipe, ds, batches, method.label, run_dir, world)
     needs = Needs(waveform=method.wav, fbank=method.spec)
-    with _loaders(recipe, needs, world) as (train_loader, eval_loader):
+    with (
+        _opened(recipe, ds, batches, method.label, run_dir, world) as identity,
+        _loaders(recipe, needs, world) as (train_loader, eval_loader),
+    ):
         spec = _remember(train_loader, recipe, run_dir, world)
         task = PretrainTask(recipe, spec.mel_bins, spec.frames)
         initialise(task, recipe, spec, run_dir, world)
@@ -67,7 +69,7 @@ def pretrain_job(launch: Launch[PretrainRecipe], world: World) -> Iterator[Job]:
         watched = (method.masked_spec, method.masked_wav, method.contrast)
         metric = "eval_" + next(name for name, used in zip(names, watched, strict=True) if used)
 
-        with _tracked(recipe, run_dir, name, "pretrain", world, train_loader.manifest) as tracker:
+        with tracked(launch, run_dir, name, "pretrain", world, train_loader.manifest) as tracker:
             count = recipe.log.pictures if method.masked_spec or method.masked_wav else 0
             pictures = Pictures(run_dir, tracker, count, world.is_main)
 
@@ -91,18 +93,20 @@ def finetune_job(launch: Launch[FinetuneRecipe], world: World) -> Iterator[Job]:
     """
     recipe = launch.recipe
     method = FINETUNE[recipe.finetune.method]
-    name = recipe.run.name or f"{_pretraining_name(recipe)}-{method.label}"
+    name = finetuning_name(recipe)
     ds, batches = reconcile(launch.ds, recipe, world)
     run_dir = Path(recipe.run.dir or f"runs/finetune-{name}")
-    identity = _open(recipe, ds, batches, method.label, run_dir, world)
     needs = Needs(waveform=method.wav, fbank=method.spec)
-    with _loaders(recipe, needs, world) as (train_loader, eval_loader):
+    with (
+        _opened(recipe, ds, batches, method.label, run_dir, world) as identity,
+        _loaders(recipe, needs, world) as (train_loader, eval_loader),
+    ):
         spec = _remember(train_loader, recipe, run_dir, world)
         task = FinetuneTask(recipe, spec.mel_bins, spec.frames, len(spec.labels), spec.single_label)
         initialise(task, recipe, spec, run_dir, world)
         evaluate = partial(evaluate_task, loader=eval_loader, single_label=spec.single_label) if eval_loader else None
         metric = f"eval_{metric_name(spec.single_label)}"
-        with _tracked(recipe, run_dir, name, "finetune", world, train_loader.manifest) as tracker:
+        with tracked(launch, run_dir, name, "finetune", world, train_loader.manifest) as tracker:
             yield Job(recipe, ds, batches, task, train_loader, evaluate, metric, run_dir, tracker, identity)
 
 
@@ -256,10 +260,11 @@ def _loaders(recipe: Recipe, needs: Needs, world: World) -> Iterator[tuple[Loade
             yield train_loader, eval_loader
 
 
-def _open(
+@contextmanager
+def _opened(
     recipe: Recipe, ds: dict[str, Any], batches: Batches, method: str, run_dir: Path, world: World
-) -> dict[str, Any]:
-    """Opens the run directory, unless another run lives there; returns the run's identity."""
+) -> Iterator[dict[str, Any]]:
+    """Opens the run directory, unless another run lives there; gives the run's identity."""
     identity = {
         "data.shards digest": load_manifest(recipe.data.shards).digest,
         "train.batch_size": batches.total,
@@ -269,8 +274,8 @@ def _open(
     }
     checkpoint.refuse_other_run(run_dir, identity, recipe.run.resume)
     distributed.barrier()  # every rank has read the directory before rank 0 writes to it
-    open_run(recipe, ds, run_dir, world)
-    return identity
+    with open_run(recipe, ds, run_dir, world):
+        yield identity
 
 
 def _normalisation(loader: Loader, recipe: Recipe) -> dict[str, float]:
@@ -311,6 +316,11 @@ def run_config(run_dir: Path) -> dict[str, Any]:
     return content
 
 
+def finetuning_name(recipe: FinetuneRecipe) -> str:
+    """Of the run: `run.name`, or BatchSize-Pretrain-Finetune as the paper writes it."""
+    return recipe.run.name or f"{_pretraining_name(recipe)}-{FINETUNE[recipe.finetune.method].label}"
+
+
 def _pretraining_name(recipe: FinetuneRecipe) -> str:
     """BatchSize-Pretrain of the run that `model.init` names."""
     source = run_of(recipe.model.init)
@@ -320,38 +330,3 @@ def _pretraining_name(recipe: FinetuneRecipe) -> str:
     content = run_config(config.parent)
     method = content.get("pretrain", {}).get("method")
     return f"{content['train']['batch_size']}-{PRETRAIN[method].label}" if method else source.name
-
-
-@contextmanager
-def _tracked(
-    recipe: Recipe, run_dir: Path, name: str, kind: str, world: World, manifest: Manifest
-) -> Iterator[Tracker]:
-    tracker = open_tracker(
-        recipe.log,
-        run_dir,
-        name=name,
-        rank=world.rank,
-        kind=kind,
-        parent=recipe.model.init or None,
-        first_of_node=distributed.local_rank() == 0,
-    )
-    tracker.params(flatten(recipe))
-    tracker.tags({"manifest_digest": manifest.digest, "ranks": str(world.size), "device": world.device.type})
-    tracker.tags(facts.coverage(manifest) | recipe.log.tags)
-    source, counts = str(recipe.data.shards), facts.profile(manifest)
-    for context in ("training", "evaluation"):
-        tracker.dataset(DatasetNote(manifest.dataset, manifest.digest, source, counts, context))
-    for file in ("config.yaml", "ds.json", "data.json"):
-        if world.is_main:
-            tracker.artifact(run_dir / file)
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    try:
-        yield tracker
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        if world.is_main and figures.curves(run_dir / "metrics.jsonl", run_dir / "curves.png"):
-            tracker.artifact(run_dir / "curves.png")
-        tracker.finish(status)

@@ -1,21 +1,26 @@
 """From a command line to a job: what pretrain.py and finetune.py share.
 
 In: `--deepspeed_config`, `--config`, `key=value` words. Out: a resolved recipe and DeepSpeed
-configuration, a run directory with `config.yaml`, `ds.json` and `data.json`, and logging.
+configuration, a run directory with `config.yaml` and `ds.json`, logging and tracking.
 """
 
 import argparse
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, Literal
 
-from pipeline.config import RecipeT, describe, dump_recipe, load_recipe
+from pipeline import distributed
+from pipeline.config import RecipeT, describe, dump_recipe, flatten, load_recipe
+from pipeline.data.manifest import Manifest
 from pipeline.distributed import World
 from pipeline.engine.setup import read_deepspeed_config
 from pipeline.errors import UserError
+from pipeline.tracking import DatasetNote, Tracker, facts, figures, open_tracker
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,13 @@ class Launch(Generic[RecipeT]):
         recipe: Resolved settings.
         ds: Content of ds.json, not yet reconciled.
         max_restarts: For `pipeline.restart`.
+        part_of: Run directory of the cross-validation that the run is a fold of.
     """
 
     recipe: RecipeT
     ds: dict[str, Any]
     max_restarts: int = 0
+    part_of: Path | None = None
 
 
 def parse(kind: type[RecipeT], description: str | None, argv: list[str] | None = None) -> Launch[RecipeT]:
@@ -75,10 +82,11 @@ def parse(kind: type[RecipeT], description: str | None, argv: list[str] | None =
     return Launch(recipe, read_deepspeed_config(args.deepspeed_config), max(0, args.max_restarts))
 
 
-def open_run(recipe: RecipeT, ds: dict[str, Any], run_dir: Path, world: World) -> None:
-    """Makes the run directory, writes the resolved configuration, and starts the logs.
+@contextmanager
+def open_run(recipe: RecipeT, ds: dict[str, Any], run_dir: Path, world: World) -> Iterator[None]:
+    """Makes the run directory, writes the resolved configuration, and keeps the logs while it is open.
 
-    Logs: rank 0 to stderr, every rank to `logs/rank-N.log`.
+    Logs: rank 0 to stderr, every rank to `logs/rank-N.log`. Those of a run around it are silent meanwhile.
     """
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     form = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
@@ -86,11 +94,56 @@ def open_run(recipe: RecipeT, ds: dict[str, Any], run_dir: Path, world: World) -
     if world.is_main:
         handlers.append(logging.StreamHandler())
     root = logging.getLogger("pipeline")
-    root.setLevel(logging.INFO)
-    root.propagate = False
+    before = (root.handlers, root.level, root.propagate)
     for handler in handlers:
         handler.setFormatter(form)
-        root.addHandler(handler)
+    root.handlers, root.propagate = handlers, False
+    root.setLevel(logging.INFO)
     if world.is_main:
         (run_dir / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         (run_dir / "ds.json").write_text(json.dumps(ds, indent=1), encoding="utf-8")
+    try:
+        yield
+    finally:
+        root.handlers, level, root.propagate = before
+        root.setLevel(level)
+        for handler in handlers:
+            handler.close()
+
+
+@contextmanager
+def tracked(
+    launch: Launch[RecipeT], run_dir: Path, name: str, kind: str, world: World, manifest: Manifest
+) -> Iterator[Tracker]:
+    """The run's tracker, with settings, data and host told; at the end the run is finished, failed or killed."""
+    recipe = launch.recipe
+    tracker = open_tracker(
+        recipe.log,
+        run_dir,
+        name=name,
+        rank=world.rank,
+        kind=kind,
+        parent=recipe.model.init or None,
+        part_of=launch.part_of,
+        first_of_node=distributed.local_rank() == 0,
+    )
+    tracker.params(flatten(recipe))
+    tracker.tags({"manifest_digest": manifest.digest, "ranks": str(world.size), "device": world.device.type})
+    tracker.tags(facts.coverage(manifest) | recipe.log.tags)
+    source, counts = str(recipe.data.shards), facts.profile(manifest)
+    for context in ("training", "evaluation"):
+        tracker.dataset(DatasetNote(manifest.dataset, manifest.digest, source, counts, context))
+    for file in ("config.yaml", "ds.json", "data.json"):
+        if world.is_main:
+            tracker.artifact(run_dir / file)
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        if world.is_main and figures.curves(run_dir / "metrics.jsonl", run_dir / "curves.png"):
+            tracker.artifact(run_dir / "curves.png")
+        tracker.finish(status)

@@ -269,13 +269,18 @@ class FinetuneTask(nn.Module):
         self.model = Craft(recipe.model, streams)
         self.classifier = Classifier(self.model.width, classes, method.streams, config.head)
 
-    def forward(self, batch: Batch) -> Losses:
-        """One micro-batch."""
+    def encode(self, batch: Batch) -> Encoded:
+        """Tokens of the streams that the method reads."""
         fbank = _given(batch.fbank) if self.method.spec else None
         wav_map = self.model.waveform_map(_given(batch.waveform)) if self.method.wav else None
         if wav_map is not None and self.training and self.augment.mask_map:
             wav_map = mask_fbank(wav_map.transpose(1, 2), self.augment, self.seed, batch.position).transpose(1, 2)
-        logits = self.classifier(self.model(fbank, wav_map))
+        encoded: Encoded = self.model(fbank, wav_map)
+        return encoded
+
+    def forward(self, batch: Batch) -> Losses:
+        """One micro-batch."""
+        logits = self.classifier(self.encode(batch))
         loss = classification_loss(logits, batch.targets, self.loss)
         named = {"loss": loss.detach()}
         if self.loss == "ce":

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,7 +15,8 @@ from pipeline.data.loader import pad_frames
 from pipeline.data.manifest import Label
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
-from pipeline.export import export_hf, export_safetensors, open_exported
+from pipeline.export import export_hf, export_onnx, export_safetensors, open_exported
+from pipeline.model.heads import stream_means
 from pipeline.model.weights import load_weights
 from pipeline.tasks import FinetuneTask, PretrainTask
 from tests.conftest import ROOT
@@ -100,6 +102,34 @@ def test_transformers_encodes_the_same_with_a_backbone(tmp_path, kind, words, le
     task.model.encoder.bottlenecks = None
     ours = task.model(features(), None).spec[0]
     torch.testing.assert_close(theirs(features()).last_hidden_state[:, 2:], ours, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "word", "outputs"),
+    [
+        (FinetuneRecipe, "finetune.method=swab", ["logits", "embedding"]),
+        (FinetuneRecipe, "finetune.pool=cls", ["logits", "embedding"]),
+        (PretrainRecipe, "pretrain.method=wapt", ["embedding"]),
+    ],
+)
+def test_onnxruntime_gives_the_same_for_any_batch(tmp_path, kind, word, outputs):
+    task = make_run(tmp_path / "run", kind, word)
+    export_onnx(open_exported(tmp_path / "run"), tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
+    assert [output.name for output in session.get_outputs()] == outputs
+    assert DataSpec.model_validate_json(session.get_modelmeta().custom_metadata_map["data"]) == SPEC
+    names = [given.name for given in session.get_inputs()]
+    for batch in (1, 2, 5):
+        rows = torch.arange(batch) % 3
+        given = {name: {"fbank": features(), "waveform": waveforms()}[name][rows] for name in names}
+        wav_map = task.model.waveform_map(given["waveform"])
+        encoded = task.model(given.get("fbank"), wav_map)
+        ours = [torch.cat(stream_means(encoded), dim=1)]
+        ours = [task.classifier(encoded), *ours] if kind is FinetuneRecipe else ours
+        theirs = session.run(None, {name: tensor.numpy() for name, tensor in given.items()})
+        for expected, found in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_exported_says_why(tmp_path):

@@ -14,7 +14,7 @@ FLOORS = [
     {"tasks"},
     {"engine", "tracking"},
     {"launch", "initial", "jobs", "restart", "ensemble"},
-    {"ablation", "serving", "export"},
+    {"ablation", "serving", "export", "cross_validation"},
     {"report"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

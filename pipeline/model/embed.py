@@ -68,7 +68,8 @@ class Scale(nn.Module):
 
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
         """[B, T * 160] -> [B, channels, T]."""
-        if self.fused and self.norm_weight is not None and not waveform.requires_grad:
+        exporting = torch.compiler.is_exporting()  # no graph format knows the fused operation
+        if self.fused and self.norm_weight is not None and not waveform.requires_grad and not exporting:
             return pooled_conv(
                 waveform,
                 self.weight[:, 0],

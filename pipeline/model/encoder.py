@@ -117,7 +117,7 @@ class Encoder(nn.Module):
             if self.bottlenecks is not None and layer >= self.fusion_layer:
                 stacks = _share_bottlenecks(stacks, lengths, counts)
         encoded = [self.norm(x[:, :length]) for x, length in zip(stacks, lengths, strict=True)]
-        return [stream for x, count in zip(encoded, counts, strict=True) for stream in x.chunk(count)]
+        return [stream for x, count in zip(encoded, counts, strict=True) for stream in _apart(x, count)]
 
 
 def run_block(block: nn.Module, x: torch.Tensor, *, recompute: bool) -> torch.Tensor:
@@ -141,11 +141,16 @@ def _stack(streams: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[in
     return [torch.cat(group) for group in groups], [len(group) for group in groups]
 
 
+def _apart(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """[count B, n, D] -> count of [B, n, D]. Not `chunk`, which ties an exported graph to one B."""
+    return x.view(count, -1, *x.shape[1:]).unbind()
+
+
 def _share_bottlenecks(stacks: list[torch.Tensor], lengths: list[int], counts: list[int]) -> list[torch.Tensor]:
     """Eq. 5c: each bottleneck becomes the mean of its copies in the streams."""
     copies: list[torch.Tensor] = []
     for x, length, count in zip(stacks, lengths, counts, strict=True):
-        copies += x[:, length:].chunk(count)
+        copies += _apart(x[:, length:], count)
     mean = torch.stack(copies).mean(dim=0)
     return [
         torch.cat([x[:, :length], mean.repeat(count, 1, 1)], dim=1)

@@ -67,8 +67,13 @@ class Classifier(nn.Module):
 
     def forward(self, encoded: Encoded) -> torch.Tensor:
         """Tokens of the encoded streams -> logits float32 [B, C]."""
-        means = [tokens.mean(dim=1) for tokens in (*encoded.spec, *encoded.wav)]
+        means = stream_means(encoded)
         if self.mode == "mean_logits":
             return full(torch.stack([self.linear(self.norm(mean)) for mean in means])).mean(dim=0)
         pooled = torch.cat(means, dim=-1) if self.mode == "concat" else torch.stack(means).mean(dim=0)
         return full(self.linear(self.norm(pooled)))
+
+
+def stream_means(encoded: Encoded) -> list[torch.Tensor]:
+    """Mean of each stream's tokens, [B, D] each, the spectrogram's first: what describes a clip."""
+    return [tokens.mean(dim=1) for tokens in (*encoded.spec, *encoded.wav)]

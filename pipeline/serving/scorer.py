@@ -16,6 +16,7 @@ from pipeline.data.loader import pad_frames
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
 from pipeline.flow import Batch
+from pipeline.model.heads import stream_means
 from pipeline.tasks import FinetuneTask
 from shard_tools.decode import Decoded, DecodeError, decode
 from shard_tools.segment import down_mix
@@ -79,7 +80,7 @@ class Scorer:
 
     def probabilities(self, waveforms: list[np.ndarray]) -> np.ndarray:
         """Of each waveform's first clip length: float32 [n, C]; softmax of single-label data, else sigmoids."""
-        parts = [self._scores(waveforms[i : i + BATCH]) for i in range(0, len(waveforms), BATCH)]
+        parts = [self.hear(waveforms[i : i + BATCH])[0] for i in range(0, len(waveforms), BATCH)]
         return np.concatenate(parts) if parts else np.zeros((0, len(self.spec.labels)), np.float32)
 
     def over_time(self, waveform: np.ndarray, hop: float) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +96,13 @@ class Scorer:
         except DecodeError as error:
             raise UserError(f"{name}: {error}") from error
 
-    def _scores(self, waveforms: list[np.ndarray]) -> np.ndarray:
+    def hear(self, waveforms: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """One forward pass over clips [n] of at most a clip's length.
+
+        Returns:
+            Probabilities [n, C]; embeddings [n, streams x D], the mean token of each stream, the spectrogram's
+            first. Both float32.
+        """
         spec = self.spec
         device = next(self.task.parameters()).device
         stored = [encode_waveform(Decoded(w, 0.0, spec.sample_rate, 1), spec.samples)[0] for w in waveforms]
@@ -105,9 +112,11 @@ class Scorer:
         targets = torch.zeros(len(stored), len(spec.labels), device=device)
         batch = Batch(zero, zero, zero == 0, waveform, (features - spec.mean) / (2 * spec.std), targets)
         with torch.no_grad():
-            logits = self.task(batch).logits
+            encoded = self.task.encode(batch)
+            logits = self.task.classifier(encoded)
+            embedding = torch.cat(stream_means(encoded), dim=1)
         scores = logits.softmax(dim=1) if spec.single_label else logits.sigmoid()
-        return np.asarray(scores.float().cpu().numpy())
+        return scores.float().cpu().numpy(), embedding.float().cpu().numpy()
 
 
 def load_scorer(run_dir: Path, file: Path | None = None) -> Scorer:

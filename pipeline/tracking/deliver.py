@@ -7,6 +7,7 @@ and a model. Every kind of line can be sent twice without harm.
 import json
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 
 from pipeline.tracking.spool import Line, Spool, load_mlflow
 
+_TURN = threading.RLock()  # a cross-validation and its fold, two threads, would race for the data set they share
 REQUEST_ITEMS = 100  # of a kind in one request: within every server's limits
 
 
@@ -36,21 +38,22 @@ class Delivery:
         Raises:
             MlflowException: the server did not take it.
         """
-        run_id = self._run()
-        batch: dict[str, list[Any]] = {"metrics": [], "params": [], "tags": []}
-        params: dict[str, str] = {}
-        for line in lines:
-            self._sort(line, batch, params)
-        self._add_params(run_id, params, batch)
-        while any(batch.values()):
-            taken = {kind: [items.pop(0) for _ in items[:REQUEST_ITEMS]] for kind, items in batch.items()}
-            self._client.log_batch(run_id, metrics=taken["metrics"], params=taken["params"], tags=taken["tags"])
-            self.progress += 1
-        self._transfer(run_id, lines)
-        if lines[-1]["kind"] == "finish":
-            self._client.set_terminated(run_id, lines[-1]["status"], lines[-1]["time"])
-        elif any(line["kind"] == "resume" for line in lines):
-            self._client.update_run(run_id, "RUNNING")
+        with _TURN:
+            run_id = self._run()
+            batch: dict[str, list[Any]] = {"metrics": [], "params": [], "tags": []}
+            params: dict[str, str] = {}
+            for line in lines:
+                self._sort(line, batch, params)
+            self._add_params(run_id, params, batch)
+            while any(batch.values()):
+                taken = {kind: [items.pop(0) for _ in items[:REQUEST_ITEMS]] for kind, items in batch.items()}
+                self._client.log_batch(run_id, metrics=taken["metrics"], params=taken["params"], tags=taken["tags"])
+                self.progress += 1
+            self._transfer(run_id, lines)
+            if lines[-1]["kind"] == "finish":
+                self._client.set_terminated(run_id, lines[-1]["status"], lines[-1]["time"])
+            elif any(line["kind"] == "resume" for line in lines):
+                self._client.update_run(run_id, "RUNNING")
 
     def _run(self) -> str:
         """Id of the run, made where there is none yet."""
@@ -70,12 +73,17 @@ class Delivery:
         return str(identity["run_id"])
 
     def _tags(self, identity: dict[str, Any]) -> dict[str, str]:
-        """The run's first tags; the pretraining that it starts from has its id by now, if ever."""
+        """The run's first tags; the pretraining that it starts from has its id by now, if ever.
+
+        A cross-validation's run is made before those of its folds, which name it.
+        """
         tags: dict[str, str] = dict(identity["tags"])
+        if "part_of" in tags and (whole := Spool(Path(tags["part_of"]))).exists:
+            tags["mlflow.parentRunId"] = Delivery(whole)._run()
         parent = Path(tags.get("pretrain_dir", "")) / "tracking.json"
         if "pretrain_dir" in tags and parent.is_file():
             linked = json.loads(parent.read_text(encoding="utf-8"))["run_id"]
-            tags |= {"pretrain_run_id": linked, "mlflow.parentRunId": linked} if linked else {}
+            tags = {"pretrain_run_id": linked, "mlflow.parentRunId": linked} | tags if linked else tags
         return tags
 
     def _sort(self, line: Line, batch: dict[str, list[Any]], params: dict[str, str]) -> None:

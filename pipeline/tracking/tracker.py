@@ -237,6 +237,7 @@ def open_tracker(
     rank: int,
     kind: str,
     parent: str | None,
+    part_of: Path | None = None,
     first_of_node: bool = False,
 ) -> Tracker:
     """Starts or resumes the tracking of a job.
@@ -246,8 +247,9 @@ def open_tracker(
         run_dir: Run directory; holds the spool.
         name: Of the run, BatchSize-Pretrain-Finetune.
         rank: Only 0 tracks.
-        kind: "pretrain" or "finetune", a tag.
+        kind: "pretrain", "finetune" or "cross-validation", a tag.
         parent: Run directory that the weights come from; its MLflow run is linked.
+        part_of: Run directory of the cross-validation; its MLflow run becomes the parent instead.
         first_of_node: This rank samples its node.
     """
     if not config.mlflow:
@@ -257,11 +259,13 @@ def open_tracker(
         return NullTracker(monitor)
     spool = Spool(run_dir)
     if not spool.exists:
+        home = part_of or run_dir  # folds are in the store of the whole
         source = {"pretrain_dir": str(run_of(parent).resolve())} if parent else {}
+        source |= {"part_of": str(part_of.resolve())} if part_of else {}
         spool.identity = {
-            "uri": tracking_uri(config, run_dir),
+            "uri": tracking_uri(config, home),
             "experiment": config.experiment,
-            "artifacts": "" if config.uri or os.environ.get("MLFLOW_TRACKING_URI") else _local_artifacts(run_dir),
+            "artifacts": "" if config.uri or os.environ.get("MLFLOW_TRACKING_URI") else _local_artifacts(home),
             "name": name,
             "run_id": "",
             "tags": {"kind": kind, "run_dir": str(run_dir.resolve()), "resumes": "0", **source, **about_start(),

@@ -6,10 +6,15 @@ import re
 import subprocess
 import sys
 
+import numpy as np
+import onnxruntime
 import pytest
 import yaml
 
+from pipeline.config import FinetuneRecipe, load_recipe
+from pipeline.data.loader import Needs, Place, build_loader
 from pipeline.engine.checkpoint import complete_checkpoints
+from pipeline.engine.evaluation import read_predictions
 from tests.conftest import ROOT
 from tests.distributed.conftest import STEPS, lines
 
@@ -84,6 +89,22 @@ def test_predict_labels_files_and_names_those_it_cannot_read(finetuned, shards, 
         scores = [label["score"] for label in row["labels"]]
         assert len(scores) == 3
         assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.slow
+def test_a_zero3_run_as_onnx_scores_the_held_out_clips_the_same(finetuned, shards):
+    """From the launcher's checkpoint through export.py into onnxruntime, on what the trainer scored."""
+    done = python("launchers/export.py", "--checkpoint", finetuned, "--format", "onnx")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("fbank, waveform -> logits, embedding, any batch\n")
+    session = onnxruntime.InferenceSession(str(finetuned / "export" / "model.onnx"))
+    keys, _, expected = read_predictions(finetuned / "predictions.parquet")
+    data = load_recipe(FinetuneRecipe, [finetuned / "config.yaml"], ["data.workers=0"]).data
+    with build_loader(data, None, part="eval", needs=Needs(True, True), batch_size=7, seed=0, place=Place()) as loader:
+        for batch in loader.eval_batches():
+            (logits,) = session.run(["logits"], {"fbank": batch.fbank.numpy(), "waveform": batch.waveform.numpy()})
+            rows = [keys.index(key) for key in loader.keys(batch.row[batch.valid].tolist())]
+            np.testing.assert_allclose(logits[batch.valid.numpy()], expected[rows], rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

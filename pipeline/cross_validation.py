@@ -1,0 +1,213 @@
+"""Cross-validation: one finetuning a fold, each held out in turn, and what they come to together.
+
+In: a launched recipe with `finetune.folds`. Out: RUN_DIR/fold-K, a whole run directory for each fold, and
+RUN_DIR/results.json: mean and spread over the folds at the last epoch, and at the epoch whose mean is best,
+the same for all folds (the paper's ESC-50 protocol, after SSAST).
+
+    RUN_DIR/fold-3/           as of `data.fold=3`, with the same numbers; in MLflow a child of this run
+    RUN_DIR/fold-3/fold.json  the fold is done: it is not run again
+
+The folds run one after the other in the same processes. The same command again goes on: finished folds are
+kept, the interrupted one goes on from its newest checkpoint.
+"""
+
+import gc
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pipeline import distributed
+from pipeline.config import FinetuneRecipe, changes_result, flatten
+from pipeline.data.manifest import Manifest, load_index, load_manifest
+from pipeline.data.spec import DataSpec
+from pipeline.distributed import World
+from pipeline.engine.evaluation import write_results
+from pipeline.engine.job import Job
+from pipeline.engine.setup import reconcile
+from pipeline.engine.writer import write_json
+from pipeline.errors import UserError
+from pipeline.jobs import finetuning_name
+from pipeline.launch import Launch, open_run, tracked
+
+log = logging.getLogger(__name__)
+
+RunFold = Callable[[Launch[FinetuneRecipe], World], Job]
+
+
+def cross_validate(launch: Launch[FinetuneRecipe], world: World, run_fold: RunFold) -> dict[str, Any]:
+    """Runs the folds that are not done; returns the content of `results.json`, on all ranks.
+
+    Args:
+        launch: Command line.
+        world: Ranks.
+        run_fold: Trains and evaluates one finetuning.
+
+    Raises:
+        UserError: settings that do not fit, or a finished fold of other settings.
+    """
+    recipe, name = launch.recipe, f"{finetuning_name(launch.recipe)}-folds"
+    ds, _ = reconcile(launch.ds, recipe, world)
+    manifest = load_manifest(recipe.data.shards)
+    folds = choose_folds(recipe, manifest)
+    run_dir = Path(recipe.run.dir or f"runs/finetune-{name}")
+    parts = {fold: fold_launch(launch, run_dir, name, fold) for fold in folds}
+    done = distributed.broadcast(_finished(parts, manifest.digest) if world.is_main else None)
+    if isinstance(done, str):
+        raise UserError(done)
+    with (
+        _opened(launch, ds, run_dir, world, manifest),
+        tracked(launch, run_dir, name, "cross-validation", world, manifest) as tracker,
+    ):
+        for number, (fold, part) in enumerate(parts.items(), start=1):
+            if fold in done:
+                log.info("fold %d is done (%d of %d)", fold, number, len(folds))
+                continue
+            log.info("fold %d (%d of %d): %s", fold, number, len(folds), part.recipe.run.dir)
+            distributed.seed_host(recipe.run.seed)  # a fold is the run that it would be alone
+            job = run_fold(part, world)
+            if world.is_main:
+                _note(job, fold)
+            del job
+            gc.collect()  # an engine holds itself in cycles: its memory is the next fold's
+        distributed.barrier()
+        content = summarise({fold: read_fold(Path(part.recipe.run.dir)) for fold, part in parts.items()})
+        if world.is_main:
+            write_results(content, run_dir / "results.json")
+        tracker.metrics({f"final_{content['metric']}": content["value"]}, 0)
+        for epoch, value in content["epochs"].items():
+            tracker.metrics({f"mean_eval_{content['metric']}": value}, int(epoch))
+        tracker.artifact(run_dir / "results.json")
+    return content
+
+
+@contextmanager
+def _opened(
+    launch: Launch[FinetuneRecipe], ds: dict[str, Any], run_dir: Path, world: World, manifest: Manifest
+) -> Iterator[None]:
+    """The directory of the whole, with what each fold's directory holds of settings and data."""
+    with open_run(launch.recipe, ds, run_dir, world):
+        if world.is_main:
+            DataSpec.of(manifest, launch.recipe.data).save(run_dir)
+        yield
+
+
+def choose_folds(recipe: FinetuneRecipe, manifest: Manifest) -> list[int]:
+    """The folds that `finetune.folds` names.
+
+    Raises:
+        UserError: the shards have none, or not that one, or other settings contradict.
+    """
+    wanted, data = recipe.finetune.folds, recipe.data
+    if data.fold:
+        raise UserError(f"finetune.folds = {wanted} and data.fold = {data.fold} both say what is held out; give one")
+    if recipe.log.register_as:
+        raise UserError(
+            f"log.register_as = {recipe.log.register_as}: each fold has a model of its own; register one of them "
+            "afterwards with python -m pipeline.serving RUN_DIR/fold-K --register NAME"
+        )
+    index = load_index(data.shards, data.train_split, columns=["fold"])
+    known = sorted(set(index["fold"].to_pylist()) - {0})
+    if len(known) < 2:
+        raise UserError(
+            f"finetune.folds = {wanted}: split '{data.train_split}' of {data.shards} has no folds; build them from "
+            "ESC-50, or from a table with a column fold"
+        )
+    if wanted == "all":
+        return known
+    unknown = sorted(set(wanted) - set(known))
+    if unknown or len(set(wanted)) < len(wanted):
+        raise UserError(f"finetune.folds = {list(wanted)}: the shards have the folds {known}; name each once, or all")
+    return sorted(wanted)
+
+
+def fold_launch(launch: Launch[FinetuneRecipe], run_dir: Path, name: str, fold: int) -> Launch[FinetuneRecipe]:
+    """The command line of one fold's finetuning."""
+    recipe = launch.recipe
+    run = recipe.run.model_copy(update={"dir": str(run_dir / f"fold-{fold}"), "name": f"{name[:-1]}-{fold}"})
+    update = {
+        "run": run,
+        "data": recipe.data.model_copy(update={"fold": fold}),
+        "finetune": recipe.finetune.model_copy(update={"folds": ()}),
+    }
+    return replace(launch, recipe=recipe.model_copy(update=update), part_of=run_dir)
+
+
+def read_fold(run_dir: Path) -> dict[str, Any]:
+    """`fold.json` of a finished fold."""
+    content: dict[str, Any] = json.loads((run_dir / "fold.json").read_text(encoding="utf-8"))
+    return content
+
+
+def summarise(folds: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Mean and spread over folds, at the end and at the best common epoch.
+
+    The common epoch is chosen by the held-out clips themselves, as SSAST does, so its number is optimistic;
+    `value` is not chosen by anything.
+    """
+    common = sorted(set.intersection(*(set(map(int, part["epochs"])) for part in folds.values())))
+    table = {epoch: [part["epochs"][str(epoch)] for part in folds.values()] for epoch in common}
+    values = [part["value"] for part in folds.values()]
+    best = max(common, key=lambda epoch: (np.mean(table[epoch]), -epoch), default=0)
+    first = next(iter(folds.values()))
+    return {
+        "metric": first["metric"],
+        "value": float(np.mean(values)),
+        "spread": _spread(values),
+        "weights": first["weights"],
+        "clips": sum(part["clips"] for part in folds.values()),
+        "folds": {str(fold): part["value"] for fold, part in folds.items()},
+        "common_epoch": {
+            "epoch": best,
+            "value": float(np.mean(table[best])),
+            "spread": _spread(table[best]),
+            "folds": {str(fold): part["epochs"][str(best)] for fold, part in folds.items()},
+        } if best else None,
+        "epochs": {str(epoch): float(np.mean(table[epoch])) for epoch in common},
+        "shards_digest": first["shards_digest"],
+    }  # fmt: skip
+
+
+def _spread(values: list[float]) -> float | None:
+    """Standard deviation over folds; None of a single one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _note(job: Job, fold: int) -> None:
+    """Writes `fold.json`: the final result, and the held-out metric of each evaluated epoch."""
+    results = json.loads((job.run_dir / "results.json").read_text(encoding="utf-8"))
+    epochs = {}
+    for line in (job.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        ends = job.due(row["step"] - 1, job.loader.clips)  # with that step an epoch ends
+        if job.metric in row and ends:
+            epochs[str(row["step"] * job.batches.total // job.loader.clips)] = row[job.metric]
+    kept = {key: results[key] for key in ("metric", "value", "clips", "weights", "shards_digest")}
+    write_json(job.run_dir / "fold.json", {"fold": fold, **kept, "epochs": epochs})
+
+
+def _finished(parts: dict[int, Launch[FinetuneRecipe]], digest: str) -> list[int] | str:
+    """The folds that are done; or why one of them cannot count."""
+    done = []
+    for fold, part in parts.items():
+        run_dir = Path(part.recipe.run.dir)
+        if not (run_dir / "fold.json").exists():
+            continue
+        was = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        before, now = flatten(FinetuneRecipe.model_validate(was)), flatten(part.recipe)
+        keys = [k for k in now if before[k] != now[k] and (changes_result(k) or k == "model.init")]
+        if keys:
+            return (
+                f"{run_dir} is done with {keys[0]} = {before[keys[0]]}, not {now[keys[0]]}; folds of different "
+                "settings do not compare: go on with that, or give another run.dir"
+            )
+        if read_fold(run_dir)["shards_digest"] != digest:
+            return f"{run_dir} is done on other shards than {part.recipe.data.shards}; give another run.dir"
+        done.append(fold)
+    return done

@@ -1,0 +1,179 @@
+"""Audio files of any number and length -> what the model hears in them, window by window.
+
+In: paths. Out: a `Heard` for each, in order: scores [n, C] and embeddings of n windows, or why it could not be read.
+
+Windows are a clip long and `hop` seconds apart; the last one ends with the recording (one shorter than a clip
+is a single window, zero-padded). A thread decodes ahead while the model scores batches, which may span files. Memory
+is bounded whatever the length: recordings are decoded in pieces, and what is kept of a window is its scores.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from pipeline.errors import UserError
+from pipeline.serving.scorer import BATCH, Scorer
+from shard_tools.decode import DecodeError, decode
+
+PIECE_SECONDS = 300.0  # decoded at a time
+END_SLACK = 0.1  # a piece shorter by this much is the last: resampling may cost a sample
+AHEAD = 4  # pieces that wait decoded, at most
+AUDIO_SUFFIXES = frozenset({
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".mp4", ".webm", ".mkv", ".mov", ".aif", ".aiff",
+    ".aifc", ".au", ".wma", ".w64", ".caf", ".amr",
+})  # fmt: skip
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What was heard in one recording.
+
+    Attributes:
+        path: As it was named.
+        error: Why it could not be read to its end; empty: it could.
+        seconds: Of audio.
+        starts: float64 [n], first second of each window.
+        scores: float32 [n, C], probabilities.
+        embeddings: float32 [n, streams x D].
+    """
+
+    path: str
+    error: str
+    seconds: float
+    starts: np.ndarray
+    scores: np.ndarray
+    embeddings: np.ndarray
+
+    def ends(self, window: float) -> np.ndarray:
+        """float64 [n], last second of each window."""
+        return np.minimum(self.starts + window, self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Windows of a recording that were decoded together; `seconds` are those up to its end."""
+
+    name: str
+    starts: list[float]
+    windows: list[np.ndarray]
+    seconds: float
+    first: bool
+    last: bool
+    error: str = ""
+
+
+@dataclass(slots=True)
+class _Open:
+    """A recording that is not all scored."""
+
+    name: str
+    error: str = ""
+    seconds: float = 0.0
+    whole: bool = False
+    starts: list[float] = field(default_factory=list)
+    scores: list[np.ndarray] = field(default_factory=list)
+    embeddings: list[np.ndarray] = field(default_factory=list)
+
+    def take(self, piece: _Piece) -> None:
+        self.starts += piece.starts
+        self.seconds, self.whole, self.error = piece.seconds, piece.last, piece.error
+
+    @property
+    def scored(self) -> bool:
+        return self.whole and len(self.scores) == len(self.starts)
+
+    def heard(self) -> Heard:
+        starts, scores = np.array(self.starts), np.array(self.scores, np.float32)
+        return Heard(self.name, self.error, self.seconds, starts, scores, np.array(self.embeddings, np.float32))
+
+
+def find_audio(names: Iterable[str]) -> list[str]:
+    """Files as they are named, folders as the audio files below them, in alphabetical order.
+
+    Raises:
+        UserError: a folder that holds none.
+    """
+    found: list[str] = []
+    for name in names:
+        if not Path(name).is_dir():
+            found.append(name)
+            continue
+        below = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+        if not below:
+            raise UserError(f"{name}: no audio file in this folder; known are {' '.join(sorted(AUDIO_SUFFIXES))}")
+        found += [str(path) for path in below if path.is_file()]
+    return found
+
+
+def listen(scorer: Scorer, files: Iterable[tuple[str, str]], hop: float) -> Iterator[Heard]:
+    """Hears recordings one after the other.
+
+    Args:
+        scorer: The model.
+        files: (name for people, path) of each.
+        hop: Seconds between windows.
+    """
+    recordings: deque[_Open] = deque()
+    queue: deque[tuple[np.ndarray, _Open]] = deque()
+
+    def score(least: int) -> Iterator[Heard]:
+        while len(queue) >= least and queue:
+            taken = [queue.popleft() for _ in range(min(BATCH, len(queue)))]
+            scored = zip(taken, *scorer.hear([window for window, _ in taken]), strict=True)
+            for (_, recording), scores, embedding in scored:
+                recording.scores.append(scores)
+                recording.embeddings.append(embedding)
+        while recordings and recordings[0].scored:
+            yield recordings.popleft().heard()
+
+    rate, window = scorer.spec.sample_rate, scorer.spec.samples
+    for piece in _ahead(piece for name, path in files for piece in _pieces(name, path, rate, window, hop)):
+        if piece.first:
+            recordings.append(_Open(piece.name))
+        recordings[-1].take(piece)
+        queue.extend((samples, recordings[-1]) for samples in piece.windows)
+        yield from score(BATCH)
+    yield from score(1)
+
+
+def _pieces(name: str, path: str, rate: int, window: int, hop: float) -> Iterator[_Piece]:
+    """The windows of one recording; the last piece says so."""
+    step = max(1, round(hop * rate))
+    kept, first, start = np.zeros(0, np.float32), 0, 0  # samples from `first` on; the next window's start
+    while True:
+        begin = first + len(kept)
+        try:
+            fresh = decode(path, begin / rate, None, rate=rate, seconds=PIECE_SECONDS).waveform
+        except DecodeError as error:
+            if not begin or not str(error).startswith("empty"):
+                yield _Piece(name, [], [], begin / rate, not begin, True, str(error))
+                return
+            fresh = kept[:0]  # the recording ended with the last piece
+        kept = np.concatenate([kept, fresh])
+        end, ended = first + len(kept), len(fresh) < (PIECE_SECONDS - END_SLACK) * rate
+        starts = list(range(start, end - window + 1, step))
+        start = starts[-1] + step if starts else start
+        if ended and (start == 0 or end > start - step + window):  # the rest, in a window that ends with it
+            starts.append(max(0, end - window))
+        windows = [kept[at - first : at - first + window] for at in starts]
+        yield _Piece(name, [at / rate for at in starts], windows, end / rate, not begin, ended)
+        if ended:
+            return
+        cut = min(start, end - window) - first if end > window else 0  # the last window may begin that early
+        kept, first = kept[cut:].copy(), first + cut
+
+
+def _ahead(items: Iterator[ItemT]) -> Iterator[ItemT]:
+    """The same items, made by a thread of its own a few steps ahead."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
+        coming = deque(pool.submit(next, items, end) for _ in range(AHEAD))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(pool.submit(next, items, end))
+            yield item  # type: ignore[misc]

@@ -1,0 +1,213 @@
+"""Cross-validation: which folds, what they come to, and a run that is killed between them."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
+
+from pipeline.config import FinetuneRecipe, load_recipe
+from pipeline.cross_validation import choose_folds, summarise
+from pipeline.data.manifest import load_manifest
+from pipeline.errors import UserError
+from pipeline.export import export_safetensors, open_exported
+from tests.conftest import ROOT
+from tests.helpers import synth_shards
+from tests.ranks import free_port, run_ranks
+
+WORDS = ["model.size=micro", "train.batch_size=8", "train.epochs=2", "log.every=1", "optim.warmup=2", "data.workers=1",
+         "checkpoint.average=[0,0]", "log.model=false"]  # fmt: skip
+
+
+def fold(value: float, *epochs: float) -> dict:
+    curve = {str(number): each for number, each in enumerate(epochs, start=1)}
+    return {"metric": "accuracy", "value": value, "clips": 10, "weights": "weights", "shards_digest": "D",
+            "epochs": curve}  # fmt: skip
+
+
+def test_the_best_epoch_is_the_same_for_all_folds():
+    content = summarise({1: fold(0.5, 0.9, 0.2, 0.5), 2: fold(0.7, 0.1, 0.7, 0.7), 3: fold(0.6, 0.2, 0.8, 0.6)})
+    assert content["value"] == pytest.approx(0.6)
+    assert content["spread"] == pytest.approx(0.1)
+    assert content["clips"] == 30
+    best = content["common_epoch"]
+    assert best["epoch"] == 3  # each fold's own best would be 1, 2, 2
+    assert best["value"] == pytest.approx(np.mean([0.5, 0.7, 0.6]))
+    assert best["folds"] == {"1": 0.5, "2": 0.7, "3": 0.6}
+    assert content["epochs"] == pytest.approx({"1": 0.4, "2": 1.7 / 3, "3": 0.6})
+    tied = summarise({1: fold(0.5, 0.5, 0.5), 2: fold(0.5, 0.5, 0.5, 0.9)})
+    assert (tied["common_epoch"]["epoch"], list(tied["epochs"])) == (1, ["1", "2"])  # the earlier; what all have
+    assert summarise({4: fold(0.5)})["common_epoch"] is None
+
+
+def test_folds_that_are_not_there_or_contradict_are_said(shards, tmp_path):
+    manifest = load_manifest(shards)
+
+    def chosen(*words: str) -> list[int]:
+        return choose_folds(load_recipe(FinetuneRecipe, [], [f"data.shards={shards}", *words]), manifest)
+
+    assert chosen("finetune.folds=all") == [1, 2, 3, 5]
+    assert chosen("finetune.folds=[3,2]") == [2, 3]
+    with pytest.raises(UserError, match=r"\[2, 9\]: the shards have the folds \[1, 2, 3, 5\]"):
+        chosen("finetune.folds=[2,9]")
+    with pytest.raises(UserError, match=r"data\.fold = 3"):
+        chosen("finetune.folds=all", "data.fold=3")
+    with pytest.raises(UserError, match=r"pipeline\.serving"):
+        chosen("finetune.folds=all", "log.register_as=sounds")
+    with pytest.raises(UserError, match=r"split 'eval' .* has no folds"):
+        chosen("finetune.folds=all", "data.train_split=eval")
+
+
+@pytest.fixture(scope="module")
+def crossed(tmp_path_factory):
+    """Folds 1 and 2 on 2 ranks, killed within fold 2 and started again: directory, outputs, traces of fold 1."""
+    folder = tmp_path_factory.mktemp("folds")
+    synth_shards(folder / "shards", clips=160)
+    run_dir = folder / "runs" / "cv"
+    words = [f"data.shards={folder / 'shards'}", *WORDS]
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port"]
+    rest = ["launchers/finetune.py", f"run.dir={run_dir}", "finetune.folds=[1,2]", *words]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (folder / "first.log").open("w") as log:
+        first = subprocess.Popen([*command, str(free_port()), *rest], cwd=ROOT, env=env, stdout=log, stderr=log,
+                                 start_new_session=True)  # fmt: skip
+        wait_for(run_dir / "fold-2" / "checkpoints" / "latest", first)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    kept = {path: path.stat().st_mtime_ns for path in (run_dir / "fold-1").rglob("*")}
+    assert not (run_dir / "results.json").exists()
+    second = subprocess.run([*command, str(free_port()), *rest], cwd=ROOT, env=env, capture_output=True, text=True,
+                            timeout=600, check=False)  # fmt: skip
+    assert second.returncode == 0, second.stderr[-6000:]
+    return run_dir, second, kept, words
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 300
+    while not path.exists():
+        assert process.poll() is None, f"ended with {process.returncode}, {path} is not there"
+        assert time.monotonic() < end, f"{path} does not come"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_finished_fold_is_kept_and_the_interrupted_one_goes_on(crossed):
+    run_dir, second, kept, _ = crossed
+    assert {path: path.stat().st_mtime_ns for path in (run_dir / "fold-1").rglob("*")} == kept
+    assert "fold 1 is done (1 of 2)" in second.stderr
+    assert ", from step 0" not in second.stderr
+    content = json.loads((run_dir / "results.json").read_text())
+    parts = [json.loads((run_dir / f"fold-{k}" / "results.json").read_text()) for k in (1, 2)]
+    assert [part["fold"] for part in parts] == [1, 2]
+    assert content["folds"] == {str(part["fold"]): part["value"] for part in parts}
+    assert content["value"] == pytest.approx(np.mean([part["value"] for part in parts]))
+    assert content["clips"] == sum(part["clips"] for part in parts)
+    assert set(content["epochs"]) == {"1", "2"}
+    assert f"mean       {content['value']:10.4f}" in second.stdout
+    logged = (run_dir / "fold-2" / "logs" / "rank-1.log").read_text()
+    for line in set(logged.splitlines()):  # a fold's handlers end with it: no line twice
+        assert logged.splitlines().count(line) == 1, line
+
+
+@pytest.mark.slow
+def test_mlflow_holds_the_folds_under_the_whole(crossed):
+    run_dir, *_ = crossed
+    client = MlflowClient(f"sqlite:///{run_dir.parent}/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'craft'")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"8-Scratch-SWaB-folds", "8-Scratch-SWaB-fold-1", "8-Scratch-SWaB-fold-2"}
+    whole = runs["8-Scratch-SWaB-folds"]
+    assert {run.info.status for name, run in runs.items() if name != "8-Scratch-SWaB-fold-1"} == {"FINISHED"}
+    assert whole.data.tags["kind"] == "cross-validation"
+    for number in (1, 2):
+        part = runs[f"8-Scratch-SWaB-fold-{number}"]
+        assert part.data.tags["mlflow.parentRunId"] == whole.info.run_id
+        assert part.data.params["data.fold"] == str(number)
+    assert whole.data.metrics["final_mAP"] == json.loads((run_dir / "results.json").read_text())["value"]
+
+
+@pytest.mark.slow
+def test_a_finished_fold_of_other_settings_is_refused(crossed):
+    run_dir, _, _, words = crossed
+    command = [sys.executable, "launchers/finetune.py", f"run.dir={run_dir}", "finetune.folds=[1,2]", *words,
+               "optim.lr=0.5"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert "fold-1 is done with optim.lr = 5e-05, not 0.5" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def alone(crossed, tmp_path_factory):
+    """Runs of distributed/runs.py: fold 2 alone, the modern recipe straight and resumed, each ZeRO stage."""
+    run_dir, _, _, words = crossed
+    folder = tmp_path_factory.mktemp("alone")
+    script = ROOT / "tests" / "distributed" / "runs.py"
+    run_ranks(2, script, run_dir.parents[1] / "shards", folder, *words, "data.fold=2")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_fold_has_the_numbers_of_that_fold_alone(crossed, alone):
+    """Though it came second in its process, was killed, and went on as the first of another one."""
+    table = pq.read_table(alone / "alone" / "predictions.parquet")
+    assert table.equals(pq.read_table(crossed[0] / "fold-2" / "predictions.parquet"))
+
+
+def weights_at(run_dir, step, name="weights"):
+    return load_file(run_dir / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+@pytest.mark.slow
+def test_the_modern_recipe_resumes_bit_for_bit(alone):
+    files = sorted(file.name for file in (alone / "straight/checkpoints/step-00000006").glob("*.safetensors"))
+    assert [name.split("-")[0] for name in files] == [
+        "average.safetensors", "optimizer", "optimizer", "random", "random", "weights.safetensors"]  # fmt: skip
+    for name in files:
+        straight, resumed = (alone / run / "checkpoints/step-00000006" / name for run in ("straight", "resumed"))
+        assert straight.read_bytes() == resumed.read_bytes(), name
+
+
+@pytest.mark.slow
+def test_the_average_and_the_rates_of_layers_are_what_the_recipe_says(alone):
+    run_dir = alone / "straight"
+    mean = weights_at(run_dir, 2)
+    for step in (4, 6):
+        now = weights_at(run_dir, step)
+        mean = {name: 0.81 * mean[name] + 0.19 * now[name] for name in mean}
+    stored = weights_at(run_dir, 6, "average")
+    assert stored.keys() == mean.keys()
+    for name in mean:
+        torch.testing.assert_close(stored[name], mean[name], rtol=1e-6, atol=1e-7)
+    # Adam's updates are as large as its rate: those of neighbouring blocks differ by the layer decay, 0.75.
+    before, after = weights_at(run_dir, 1), weights_at(run_dir, 2)
+    names = sorted(name for name in before if name.endswith("mlp.fc1.weight"))
+    moved = [(after[name] - before[name]).square().mean().sqrt().item() for name in names]
+    assert len(moved) == 4
+    for lower, upper in itertools.pairwise(moved):
+        assert lower / upper == pytest.approx(0.75, abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_zero_stage_exports_what_it_trained(alone, tmp_path, stage):
+    """Stage 0 has its weights in one piece; the files of the others, gathered from 2 ranks, must be the same."""
+    run_dir = alone / f"zero-{stage}"
+    assert json.loads((run_dir / "checkpoints/step-00000003/state.json").read_text())["zero_stage"] == stage
+    export_safetensors(open_exported(run_dir), tmp_path / "model.safetensors")
+    exported, expected = load_file(tmp_path / "model.safetensors"), weights_at(alone / "zero-0", 3)
+    assert exported.keys() == expected.keys()
+    for name, tensor in exported.items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
+    scores = [pq.read_table(alone / f"zero-{n}" / "predictions.parquet")["logits"].combine_chunks() for n in (0, stage)]
+    np.testing.assert_allclose(scores[1].flatten(), scores[0].flatten(), atol=1e-4)

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from pipeline.config import FinetuneRecipe, load_recipe
 from pipeline.cross_validation import choose_folds, summarise
 from pipeline.data.manifest import load_manifest
+from pipeline.engine.evaluation import read_predictions
 from pipeline.errors import UserError
 from pipeline.export import export_safetensors, open_exported
 from tests.conftest import ROOT
@@ -104,6 +104,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 def test_a_finished_fold_is_kept_and_the_interrupted_one_goes_on(crossed):
     run_dir, second, kept, _ = crossed
     assert {path: path.stat().st_mtime_ns for path in (run_dir / "fold-1").rglob("*")} == kept
+    assert "Traceback" not in second.stderr, second.stderr
     assert "fold 1 is done (1 of 2)" in second.stderr
     assert ", from step 0" not in second.stderr
     content = json.loads((run_dir / "results.json").read_text())
@@ -158,9 +159,14 @@ def alone(crossed, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_fold_has_the_numbers_of_that_fold_alone(crossed, alone):
-    """Though it came second in its process, was killed, and went on as the first of another one."""
-    table = pq.read_table(alone / "alone" / "predictions.parquet")
-    assert table.equals(pq.read_table(crossed[0] / "fold-2" / "predictions.parquet"))
+    """Though it came second in its process, was killed, and went on as the first of another one.
+
+    To rounding: kernels add in another order where memory is aligned otherwise.
+    """
+    keys, targets, logits = read_predictions(alone / "alone" / "predictions.parquet")
+    other_keys, other_targets, other_logits = read_predictions(crossed[0] / "fold-2" / "predictions.parquet")
+    assert (keys, targets.tolist()) == (other_keys, other_targets.tolist())
+    np.testing.assert_allclose(logits, other_logits, rtol=0, atol=1e-5)
 
 
 def weights_at(run_dir, step, name="weights"):
@@ -209,5 +215,5 @@ def test_each_zero_stage_exports_what_it_trained(alone, tmp_path, stage):
     for name, tensor in exported.items():
         assert tensor.dtype == torch.float32
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
-    scores = [pq.read_table(alone / f"zero-{n}" / "predictions.parquet")["logits"].combine_chunks() for n in (0, stage)]
-    np.testing.assert_allclose(scores[1].flatten(), scores[0].flatten(), atol=1e-4)
+    scores = [read_predictions(alone / f"zero-{n}" / "predictions.parquet")[2] for n in (0, stage)]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=0, atol=1e-5)

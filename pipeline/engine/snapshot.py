@@ -50,6 +50,7 @@ def moments(engine: Any, keep: set[str]) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     if not updates(engine):
         return found
+    _link(engine)
     for name, parameter in engine.module.named_parameters():
         for key in MOMENTS:
             full = safe_get_full_optimizer_state(parameter, key)
@@ -109,9 +110,7 @@ def restore(
         adam = _adam(engine)
         for flat in _flat(engine):
             adam.state[flat] = {"step": torch.tensor(float(done)), **{key: torch.zeros_like(flat) for key in MOMENTS}}
-        link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:  # ZeRO 1, 2 and bf16 map each parameter to its part of the flat moments
-            link()
+        _link(engine)
         for path, value in moment:
             key, _, name = path.partition("/")
             parameter = parameters[name]
@@ -122,6 +121,18 @@ def restore(
     for name, number in scaler.items():
         if getattr(engine.optimizer, "loss_scaler", None) is not None:
             setattr(engine.optimizer.loss_scaler, name, number)
+
+
+def _link(engine: Any) -> None:
+    """ZeRO 1, 2 and bf16 map each parameter to its part of the flat moments; all of them must be there.
+
+    DeepSpeed does so once, after the update of the first parameter group: with more of them (optim.layer_decay) the
+    others' parameters would have no moments.
+    """
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        engine.optimizer._hp_optimizer_states_linked = False
+        link()
 
 
 def _put(parameter: Any, value: torch.Tensor, key: str | None) -> None:

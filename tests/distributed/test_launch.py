@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 import yaml
 
 from pipeline.config import FinetuneRecipe, load_recipe
@@ -100,11 +101,13 @@ def test_a_zero3_run_as_onnx_scores_the_held_out_clips_the_same(finetuned, shard
     session = onnxruntime.InferenceSession(str(finetuned / "export" / "model.onnx"))
     keys, _, expected = read_predictions(finetuned / "predictions.parquet")
     data = load_recipe(FinetuneRecipe, [finetuned / "config.yaml"], ["data.workers=0"]).data
-    with build_loader(data, None, part="eval", needs=Needs(True, True), batch_size=7, seed=0, place=Place()) as loader:
+    place = Place(0, 1, torch.device("cpu"))
+    with build_loader(data, None, part="eval", needs=Needs(True, True), batch_size=7, seed=0, place=place) as loader:
         for batch in loader.eval_batches():
             (logits,) = session.run(["logits"], {"fbank": batch.fbank.numpy(), "waveform": batch.waveform.numpy()})
             rows = [keys.index(key) for key in loader.keys(batch.row[batch.valid].tolist())]
-            np.testing.assert_allclose(logits[batch.valid.numpy()], expected[rows], rtol=0, atol=1e-5)
+            # test_export.py has the graph within 1e-5; here the trainer's own sums add their rounding.
+            np.testing.assert_allclose(logits[batch.valid.numpy()], expected[rows], rtol=0, atol=5e-5)
 
 
 @pytest.mark.slow

@@ -9,10 +9,12 @@ under a rank-dependent branch. Cost: one gather of G vectors a step, and scalars
 import logging
 import os
 import random
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +68,7 @@ def session(timeout: float, seed: int) -> Iterator[World]:
     Without a launcher's environment the world is this one process.
     """
     _from_slurm()
+    _own_programs()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
@@ -101,6 +104,17 @@ def _from_slurm() -> None:
         return
     for key, source in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
         os.environ[key] = os.environ[source]
+
+
+def _own_programs() -> None:
+    """Puts the interpreter's directory first in PATH: over ssh a rank has the bare PATH of a login.
+
+    DeepSpeed compiles with the `ninja` it finds there. Without one it fails; with a system's of another version,
+    ranks that share a cache would each compile anew what the other one just did.
+    """
+    own, paths = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath).split(os.pathsep)
+    if paths[0] != own:
+        os.environ["PATH"] = os.pathsep.join([own, *paths])
 
 
 def gather(local: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_step.py [--precision bf16] [--size small] [--clips 2] [--rows ssast craft]
 
 Each row times forward and backward of two or three ways of doing the same work, one after the other in
-every round, and prints the ratio of their medians first. Rows:
+every round, and prints the ratio of their medians first. With one thread seconds are those of the CPU, so that
+what else runs on the machine counts little; with more they are those of the clock. Rows:
 
     ssast     our step (one masked pass feeds both heads) against two passes with two masks, ours
               (`pretrain.two_pass`) and as SSAST's code has them: a plain network, masks and losses clip by clip
@@ -35,7 +36,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import PretrainRecipe, load_recipe
 from pipeline.engine.plan import Shape, model_flops
-from pipeline.engine.utilisation import measure_peak
 from pipeline.flow import Batch
 from pipeline.model.craft import SIZES, Craft, Streams
 from pipeline.model.embed import patchify
@@ -149,6 +149,22 @@ def hugging_face_step(size: str, batch: Batch, dtype: torch.dtype) -> Step:
     return step
 
 
+def clock() -> float:
+    """Seconds: see the module."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def matmul_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of the best square matmul of a few."""
+    best = 0.0
+    for side in (1024, 1024, 1024, 2048, 2048):
+        left, right = torch.randn(2, side, side).to(dtype)
+        start = clock()
+        torch.matmul(left, right)
+        best = max(best, 2 * side**3 / (clock() - start))
+    return best
+
+
 def compare(title: str, ways: dict[str, Callable[[], Step]], rounds: int) -> None:
     """Times all ways in every round; the ratio is to the first of them."""
     steps, times, peaks = {name: make() for name, make in ways.items()}, {name: [] for name in ways}, {}
@@ -156,10 +172,10 @@ def compare(title: str, ways: dict[str, Callable[[], Step]], rounds: int) -> Non
         for name, step in steps.items():
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
-            before, start = resident("VmRSS"), time.perf_counter()
+            before, start = resident("VmRSS"), clock()
             step()
             if number:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
             peaks[name] = (resident("VmHWM") - before) / 1e6
     ours = statistics.median(times[next(iter(ways))])
     for name, values in times.items():
@@ -172,12 +188,12 @@ def products(size: str, clips: int, dtype: torch.dtype, rounds: int) -> None:
     batch = batch_of(clips)
     step = task_step(size, batch, dtype)
     step()
-    before, times = measure_peak(torch.device("cpu"), dtype), []
+    before, times = matmul_peak(dtype), []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = clock()
         step()
-        times.append(time.perf_counter() - start)
-    peak = max(before, measure_peak(torch.device("cpu"), dtype))
+        times.append(clock() - start)
+    peak = max(before, matmul_peak(dtype))
     flops = model_flops(recipe_of(size), SHAPE) * clips
     print(f"MFU        {flops / statistics.median(times) / peak:6.2f}  of {peak / 1e9:.0f} GFLOP/s ({dtype})")
     with profile(activities=[ProfilerActivity.CPU]) as trace:
@@ -215,9 +231,9 @@ def objectives(rounds: int) -> None:
 
         times = []
         for _ in range(rounds + 1):
-            start = time.perf_counter()
+            start = clock()
             step()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         with Operations() as operations:
             step()
         each = 1e6 * statistics.median(times[1:]) / clips

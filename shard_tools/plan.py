@@ -100,6 +100,7 @@ class SplitPlan:
 
     def __init__(self, catalog: Catalog, split: str, out: Location, options: BuildOptions) -> None:
         self.catalog, self.split, self.out, self.options = catalog, split, out, options
+        self.decoder = ""  # of what libsndfile does not read; "": the best there is
         rows = catalog.clips.rows(split)
         self.order = rows[np.random.default_rng([options.seed]).permutation(len(rows))]
 
@@ -125,6 +126,7 @@ class SplitPlan:
             root=str(self.catalog.root),
             out=self.out,
             audio=self.options.audio,
+            decoder=self.decoder,
         )
 
     def shards(self, numbers: list[int]) -> Iterator[ShardPlan]:

@@ -138,6 +138,8 @@ class SplitPlan:
         catalog, split = self.catalog, self.split
         clips = catalog.clips.table(catalog.clips.rows(split))
         missing = catalog.missing.rows(split)
+        # Absent without them, so that the digests of other builds stay what they were.
+        better = {} if catalog.overrides is None else {"label overrides": catalog.overrides.record()}
         return {
             "dataset": catalog.dataset,
             "clips_per_shard": self.options.clips_per_shard,
@@ -148,6 +150,7 @@ class SplitPlan:
             "keys of the clips": digest(clips, ["key", "id"]),
             "source files": digest(clips, ["path"]),
             "segments": digest(clips, ["start", "end", "trimmed"]),
+            **better,
             "labels of the clips": digest(clips, ["labels"]),
             "folds of the clips": digest(clips, ["fold"]),
             "missing clips": digest(catalog.missing.table(missing), ["id", "path"]),

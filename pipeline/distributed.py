@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from pipeline.errors import UserError
+
 log = logging.getLogger(__name__)
 
 
@@ -46,13 +48,13 @@ class World:
 
 
 def local_rank() -> int:
-    """The rank on this node, from the launcher's or Slurm's environment; 0 without either."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    """The rank on this node, from the launcher's environment; 0 without one."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _local_size() -> int:
-    """Ranks on this node, by the name that deepspeed, torchrun or Slurm gives it."""
-    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
+    """Ranks on this node, by the name that deepspeed or torchrun gives it."""
+    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")
     return next((int(os.environ[name]) for name in names if name in os.environ), 1)
 
 
@@ -66,11 +68,19 @@ def session(timeout: float, seed: int) -> Iterator[World]:
             must differ between clips are keyed by position (`pipeline.rng`).
 
     Without a launcher's environment the world is this one process.
+
+    Raises:
+        UserError: more ranks than GPUs here, or tasks of `srun` that do not know where rank 0 is.
     """
     _from_slurm()
     _own_programs()
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank()} needs a GPU of its own, this process sees {torch.cuda.device_count()}; "
+                "start one rank a GPU, and in Slurm take --gpus-per-node, not --gpus-per-task", local=True
+            )  # fmt: skip
         torch.cuda.set_device(local_rank())
         device = torch.device("cuda", local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one host share its cores
@@ -99,11 +109,25 @@ def seed_host(seed: int) -> None:
 
 
 def _from_slurm() -> None:
-    """`srun` without a launcher: take ranks from Slurm's variables."""
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or "MASTER_ADDR" not in os.environ:
+    """`srun` without a launcher: take ranks from the step's variables.
+
+    Raises:
+        UserError: see `session`.
+    """
+    slurm = os.environ
+    if "RANK" in slurm or int(slurm.get("SLURM_STEP_NUM_TASKS", "1")) == 1:  # a batch script has a SLURM_PROCID too
         return
-    for key, source in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
-        os.environ[key] = os.environ[source]
+    if "MASTER_ADDR" not in slurm:
+        raise UserError(
+            f"srun started {slurm['SLURM_STEP_NUM_TASKS']} tasks, and MASTER_ADDR is not set; export it (the host of "
+            "rank 0), or use launchers/slurm.sbatch"
+        )
+    slurm |= {
+        "RANK": slurm["SLURM_PROCID"],
+        "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": slurm["SLURM_LOCALID"],
+        "LOCAL_SIZE": slurm["SLURM_STEP_TASKS_PER_NODE"].split(",")[0].split("(")[0],  # such as 8(x3),4
+    }
 
 
 def _own_programs() -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
+LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # variables of deepspeed and torchrun
 GRACE_SECONDS = 40.0  # longer than rank 0 may take to close its tracking; its exit ends the wait
 
 
@@ -27,8 +28,8 @@ class UserError(Exception):
 def run_cli(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits with its status; a `UserError` becomes one stderr line and status 2.
 
-    Where all ranks meet the same error, rank 0 alone says it; the others give it time before their
-    exit makes the launcher end the job.
+    Where all ranks meet the same error, rank 0 alone says it. Launchers that end all ranks when one exits
+    (deepspeed, torchrun) do so when rank 0 has: the others give it time.
 
     Raises:
         SystemExit: always, with the status.
@@ -36,10 +37,10 @@ def run_cli(main: Callable[[], int | None]) -> None:
     try:
         status = main() or 0
     except UserError as error:
-        if error.local or os.environ.get("RANK", "0") == "0":
+        if error.local or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
             sys.stderr.flush()
-        else:
+        elif any(name in os.environ for name in LAUNCHERS):
             time.sleep(GRACE_SECONDS)
         status = 2
     sys.exit(status)

@@ -12,6 +12,7 @@ import pytest
 from tests import lab
 from tests.helpers import synth_shards
 from tests.ranks import ROOT, free_port
+from tests.slurm import Slurm, slurm_cluster
 from tests.stores import s3_server
 
 # A shell starts what it puts in the background (a CI runner, nohup) with SIGINT ignored, and children inherit
@@ -58,6 +59,13 @@ def s3() -> Iterator[str]:
     """Endpoint of moto's S3 server; the environment points clients and child processes at it."""
     with s3_server() as endpoint:
         yield endpoint
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A cluster of one node; the environment points sbatch and child processes at it."""
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")

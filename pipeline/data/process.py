@@ -34,8 +34,9 @@ def start_process(module: str, *inherited: int) -> tuple[subprocess.Popen[bytes]
 def connect(descriptor: int) -> Connection:
     """The helper's end of the pipe. It reads end-of-file once the training process is gone.
 
-    Signals to the process group are for the training process, which may still need its readers to finish.
+    Signals to the process group, or to all processes of a Slurm step, are for the training process, which may
+    still need its readers to finish.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     return Connection(descriptor)

@@ -8,30 +8,30 @@ the shards that have none, or whose tar is not what the record says. The same ho
 build cut by `Slice`, on any machines, which `merge` completes. Memory is that of the catalog (columns.py).
 """
 
-import fcntl
 import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from pipeline.data import storage
 from pipeline.data.manifest import Manifest, load_manifest
-from pipeline.data.storage import Location, is_remote, join
+from pipeline.data.storage import Location
 from pipeline.errors import UserError
 from shard_tools.catalogs import Catalog
 from shard_tools.distribute import run
+from shard_tools.ffmpeg_codecs import available
 from shard_tools.finish import finish, reasons
+from shard_tools.lock import owner, slice_owner
 from shard_tools.plan import BuildOptions, Slice, SplitPlan
 from shard_tools.store import Store
-from shard_tools.write import record_name, shard_name
+from shard_tools.write import Stamp, record_name, shard_name, stamp
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +58,12 @@ class Summary:
 
 @dataclass(slots=True)
 class _Work:
-    """A checked beginning: what is there, what is to be built, and each plan's shards that are to be written."""
+    """A checked beginning: what is there, what is to be built; of each plan its shards, and those not written yet."""
 
     store: Store
     earlier: Manifest | None
     plans: list[SplitPlan]
+    mine: list[list[int]]
     todo: list[list[int]]
 
 
@@ -82,11 +83,12 @@ def build(
         UserError: `out` holds shards of another format, vocabulary or options, or is being built.
         OSError: something could not be written.
     """
-    with _owner(out, shared=False):
+    with owner(out, shared=False):
         if overwrite:
             _erase(Store(out))
         work = _begin(catalog, out, options)
         work.store.clean()
+        _look(work)
         _write(work, workers, engine)
         return _finish(catalog, options, work)
 
@@ -99,15 +101,19 @@ def build_slice(
     Raises:
         UserError, OSError: as `build`.
     """
-    with _owner(out, shared=True):
+    with owner(out, shared=True):
         work = _begin(catalog, out, options)
-        mine, first = 0, 0
+        first, taken = 0, []
         for place, plan in enumerate(work.plans):
-            chosen = {number for number in range(len(plan)) if (first + number) % part.count == part.number - 1}
-            work.todo[place] = [number for number in work.todo[place] if number in chosen]
-            mine, first = mine + len(chosen), first + len(plan)
-        _write(work, workers, engine)
-        return mine
+            work.mine[place] = [
+                number for number in range(len(plan)) if (first + number) % part.count == part.number - 1
+            ]
+            taken += [first + number for number in work.mine[place]]
+            first += len(plan)
+        with slice_owner(out, part, taken):
+            _look(work)
+            _write(work, workers, engine)
+        return len(taken)
 
 
 def merge(catalog: Catalog, out: Location, options: BuildOptions) -> Summary:
@@ -116,8 +122,9 @@ def merge(catalog: Catalog, out: Location, options: BuildOptions) -> Summary:
     Raises:
         UserError: shards are still missing.
     """
-    with _owner(out, shared=False):
+    with owner(out, shared=False):
         work = _begin(catalog, out, options)
+        _look(work, merging=True)
         lacking = [shard_name(p.split, n) for p, numbers in zip(work.plans, work.todo, strict=True) for n in numbers]
         if lacking:
             total = sum(len(plan) for plan in work.plans)
@@ -138,7 +145,7 @@ def _begin(catalog: Catalog, out: Location, options: BuildOptions) -> _Work:
         )
     store = Store(out)
     earlier = _earlier(catalog, store, options)
-    work = _Work(store, earlier, [], [])
+    work = _Work(store, earlier, [], [], [])
     for split in catalog.splits:
         plan = SplitPlan(catalog, split, out, options)
         identity = plan.identity()
@@ -147,33 +154,69 @@ def _begin(catalog: Catalog, out: Location, options: BuildOptions) -> _Work:
             continue
         name = f".build/{split}/plan.json"
         if "plan.json" in store.sizes(f".build/{split}"):
-            _compare(store, split, json.loads(store.read(name)), identity)
+            begun = json.loads(store.read(name))
+            _compare(store, split, begun, identity)
+            plan.decoder = _same_decoder(store, split, begun.get("decoder", ""))
         else:
-            store.write(name, json.dumps(identity).encode())
+            plan.decoder = available()
+            store.write(name, json.dumps(identity | {"decoder": plan.decoder}).encode())
         work.plans.append(plan)
-    tars = store.sizes()
-    work.todo = [_missing(store, plan, tars) for plan in work.plans]
+    work.mine = [list(range(len(plan))) for plan in work.plans]
     return work
 
 
-def _missing(store: Store, plan: SplitPlan, tars: dict[str, int]) -> list[int]:
-    """Shards without a record, or with a tar that is not as long as its record says."""
-    records = store.sizes(f".build/{plan.split}")
+def _same_decoder(store: Store, split: str, begun: str) -> str:
+    """The decoder that the build was begun with: another gives other bytes."""
+    here = available()
+    begun = begun or here  # an earlier version did not say
+    if begun == "torchcodec" and here != begun:
+        raise UserError(
+            f"{store.location}: split '{split}' was begun with torchcodec, which does not work here; install it "
+            "(pip install 'craft-audio[torchcodec]'), or --overwrite"
+        )
+    if begun != here:
+        log.warning("split '%s' was begun with %s and goes on with it, though %s works here; --overwrite begins anew "
+                    "with %s", split, begun, here, here)  # fmt: skip
+    return begun
 
-    def whole(number: int) -> bool:
-        if f"{number:06d}.parquet" not in records:
-            return False
-        record = store.read(record_name(plan.split, number))
-        facts = json.loads(pq.read_schema(io.BytesIO(record)).metadata[b"craft"])
-        return not facts["clips"] or tars.get(shard_name(plan.split, number)) == facts["size"]
 
-    with ThreadPoolExecutor(RECORD_THREADS) as pool:
-        return [number for number, there in enumerate(pool.map(whole, range(len(plan)))) if not there]
+def _look(work: _Work, merging: bool = False) -> None:
+    """Finds which of our shards are still to be written: no record, a tar of another length, or changed sources.
+
+    Sources are changed where size or time of modification differ from those when they were decoded; remote
+    ones are not looked at. The machine that merges may hold copies of other times: there only sizes count.
+    """
+    tars = work.store.sizes()
+    for plan, mine in zip(work.plans, work.mine, strict=True):
+        records = work.store.sizes(f".build/{plan.split}")
+        there = [number for number in mine if f"{number:06d}.parquet" in records]
+        with ThreadPoolExecutor(RECORD_THREADS) as pool:
+            found = dict(zip(there, pool.map(lambda number, plan=plan: _state(work.store, plan, number, tars, merging),
+                                             there), strict=True))  # fmt: skip
+        changed = [path for path in found.values() if path]
+        if changed:
+            log.warning("split '%s': %d shards hold files that have changed since, such as %s: they are written again",
+                        plan.split, len(changed), changed[0])  # fmt: skip
+        work.todo.append([number for number in mine if found.get(number, "no record") is not None])
+
+
+def _state(store: Store, plan: SplitPlan, number: int, tars: dict[str, int], sizes_only: bool) -> str | None:
+    """None: a shard is whole; "": its tar is not; else the path of a source that has changed."""
+    record = store.read(record_name(plan.split, number))
+    facts = json.loads(pq.read_schema(io.BytesIO(record)).metadata[b"craft"])
+    if "sources" not in facts or (facts["clips"] and tars.get(shard_name(plan.split, number)) != facts["size"]):
+        return ""
+
+    def same(old: Stamp, new: Stamp) -> bool:
+        return old == new or bool(sizes_only and old and new and old[0] == new[0])
+
+    paths = (plan.catalog.clips[row].path for row in plan.rows(number).tolist())
+    return next((path for path, old in zip(paths, facts["sources"], strict=True) if not same(old, stamp(path))), None)
 
 
 def _write(work: _Work, workers: int, engine: str) -> None:
     plans, todo = work.plans, work.todo
-    total = sum(len(plan.order) for plan in plans)
+    total = sum(len(p.rows(number)) for p, numbers in zip(plans, work.mine, strict=True) for number in numbers)
     left = sum(len(p.rows(number)) for p, numbers in zip(plans, todo, strict=True) for number in numbers)
     shards = (shard for p, numbers in zip(plans, todo, strict=True) for shard in p.shards(numbers))
     count = sum(map(len, todo))
@@ -240,29 +283,3 @@ def _erase(store: Store) -> None:
 
 def _names(labels: Sequence[Any]) -> list[str]:
     return [label.id for label in labels]
-
-
-@contextmanager
-def _owner(out: Location, shared: bool) -> Iterator[None]:
-    """One build, or any number of slices, at a time in a local directory.
-
-    In an object store nothing is locked: files appear whole there, and two builds write the same bytes.
-    """
-    if is_remote(out):
-        yield
-        return
-    folder = storage.local(join(out, ".build"))
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{out}: another process is building here; wait for it, or stop it") from error
-        except OSError as error:
-            log.warning("%s: no locks on this file system (%s): do not run two builds here at once", out, error)
-        try:
-            yield
-        finally:
-            if not any(path.name != "lock" for path in folder.iterdir()) if folder.is_dir() else False:
-                (folder / "lock").unlink(missing_ok=True)
-                folder.rmdir()

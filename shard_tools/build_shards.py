@@ -27,14 +27,18 @@ from shard_tools import catalogs
 from shard_tools.build import Summary, build, build_slice, merge
 from shard_tools.catalogs import Catalog
 from shard_tools.distribute import ENGINES
+from shard_tools.esc50_archive import SHA256, URL, fetch_esc50
 from shard_tools.plan import BuildOptions, Slice, write_plan
 from shard_tools.synth import write_synth
 from shard_tools.write import AudioOptions
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = """examples:
   build_shards.py --dataset esc50 --audio-root ESC-50 --seconds 5 --out shards/esc50
   build_shards.py --dataset audioset --segments balanced_train_segments.csv \\
       --class-labels class_labels_indices.csv --audio-root wavs --out shards/audioset
+  build_shards.py --dataset esc50 --download --seconds 5 --out shards/esc50
   build_shards.py --dataset audioset --segments eval_segments.csv \\
       --class-labels class_labels_indices.csv --audio-root wavs --out shards/audioset
 """
@@ -48,10 +52,24 @@ def parser() -> argparse.ArgumentParser:
     add = make.add_argument
     add("--dataset", required=True, choices=("audioset", "esc50", "csv", "folder", "synth"), help="what to read")
     add("--out", required=True, type=location, metavar="DIR|URL", help="of the shards")
-    add("--audio-root", type=location, metavar="DIR|URL", help="of the audio (default: of --table; synth: OUT/source)")
+    add(
+        "--audio-root",
+        "--root",
+        type=location,
+        metavar="DIR|URL",
+        help="of the audio (default: of --table; synth: OUT/source)",
+    )
     add("--audio-list", type=location, metavar="TXT", help="audioset: paths below --audio-root, by line (no default)")
     add("--segments", type=location, metavar="CSV", help="audioset: an official segments csv (no default)")
     add("--class-labels", type=location, metavar="CSV", help="index,mid,display_name (default: the labels of --table)")
+    add("--label-overrides", type=location, metavar="CSV", help="audioset: id,labels that replace the official ones "
+        "(such as PSLA's; no default)")  # fmt: skip
+    add("--download", action="store_true", help="esc50: fetch the official archive to --root (default: OUT/source)")
+    add("--archive-url", default=URL, metavar="URL", help=f"of --download (default: {URL})")
+    add(
+        "--sha256", default=SHA256, metavar="HEX", help="that the archive of --download must have (default: none known)"
+    )
+    add("--accept-any-archive", action="store_true", help="use the archive of --download whatever its sha256 is")
     add("--table", type=location, metavar="CSV", help="columns path,labels[,start,end,split,fold,key] (no default)")
     add("--ontology", type=Path, metavar="JSON", help="audioset: names of labels without --class-labels (no default)")
     add("--split", metavar="NAME", help="(default: eval for an eval csv, else train; csv: its column)")
@@ -99,9 +117,13 @@ def read_catalog(args: argparse.Namespace) -> Catalog:
         segments = _needed(args, "segments")
         split = args.split or ("eval" if "eval" in str(segments).rsplit("/", 1)[-1] else "train")
         catalog = catalogs.audioset(_needed(args, "audio_root"), segments, args.class_labels, args.ontology, split,
-                                    args.audio_list)  # fmt: skip
+                                    args.audio_list, args.label_overrides)  # fmt: skip
+        if catalog.overrides is not None:
+            used, rows = len(catalog.overrides.used), len(catalog.overrides.labels)
+            log.info("%s: %d of %d rows applied to the listed clips", args.label_overrides, used, rows)
     elif args.dataset == "esc50":
-        catalog = catalogs.esc50(_needed(args, "audio_root"), args.split or "train")
+        root = _download(args) if args.download else _needed(args, "audio_root")
+        catalog = catalogs.esc50(root, args.split or "train")
     elif args.dataset == "folder":
         catalog = catalogs.folder(_needed(args, "audio_root"), args.split or "train")
     elif args.dataset == "csv":
@@ -118,6 +140,13 @@ def read_catalog(args: argparse.Namespace) -> Catalog:
     if not catalog.clips and not catalog.missing:
         raise UserError(f"--dataset {args.dataset}: lists no clips; check the paths and --split")
     return catalog
+
+
+def _download(args: argparse.Namespace) -> Path:
+    root = args.audio_root or join(args.out, "source")
+    if is_remote(root):
+        raise UserError(f"--download to {root}: needs a local --root; give one")
+    return fetch_esc50(local(root), args.archive_url, args.sha256, args.accept_any_archive)
 
 
 def main() -> int:
@@ -176,6 +205,11 @@ def _check(args: argparse.Namespace) -> None:
         other = "--merge" if args.merge else "--overwrite"
         raise UserError(f"--slice {args.slice.number}/{args.slice.count} does not go with {other}; "
                         "delete --out to start anew, and merge after the last slice")  # fmt: skip
+    for name, dataset in (("download", "esc50"), ("label_overrides", "audioset")):
+        if getattr(args, name) and args.dataset != dataset:
+            raise UserError(f"--{name.replace('_', '-')} is of --dataset {dataset}, not {args.dataset}; leave it out")
+    if args.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", args.sha256):
+        raise UserError(f"--sha256 {args.sha256} is not 64 hexadecimal digits; correct it")
     if args.dataset == "synth" and is_remote(args.out) and args.audio_root is None:
         raise UserError(f"--out {args.out}: generated audio needs a local --audio-root; give one")
 

@@ -24,6 +24,7 @@ from pipeline.data.storage import Location, attempt, file_system, is_remote, joi
 from pipeline.errors import UserError
 from pipeline.flow import Clip
 from shard_tools.columns import Clips, Failure, Failures, relative
+from shard_tools.overrides import Overrides, read_overrides
 
 KEY_LIMIT = 60  # a tar member name of at most 100 bytes fits one header
 
@@ -39,6 +40,7 @@ class Catalog:
         clips: Clips whose file was found; a sequence of `Clip` in columns.
         missing: Listed clips without a file.
         missing_labels: How often each label index occurs among them, by split.
+        overrides: Labels that replace the official ones; already applied.
     """
 
     dataset: str
@@ -47,6 +49,7 @@ class Catalog:
     clips: Clips = field(init=False)
     missing: Failures = field(default_factory=Failures)
     missing_labels: dict[str, Counter[int]] = field(default_factory=dict)
+    overrides: Overrides | None = None
 
     def __post_init__(self) -> None:
         self.clips = Clips(str(self.root))
@@ -80,6 +83,7 @@ def audioset(
     ontology: Path | None,
     split: str,
     listing: Location | None = None,
+    overrides: Location | None = None,
 ) -> Catalog:
     """AudioSet's official csv and audio files named after YouTube ids, anywhere below `root`.
 
@@ -94,6 +98,7 @@ def audioset(
         ontology: AudioSet's ontology.json.
         split: Name of the split.
         listing: Paths below `root`, one a line, instead of a walk (hours, for two million files on a network disk).
+        overrides: A csv of labels that replace the official ones (overrides.py).
 
     Raises:
         UserError: a missing or malformed file, or a label that is not in the vocabulary.
@@ -102,6 +107,7 @@ def audioset(
     index = {label.id: number for number, label in enumerate(labels)}
     files = _files_by_stem(_listed(root, listing) if listing else _walk(root))
     catalog = Catalog("audioset", root, labels)
+    catalog.overrides = read_overrides(overrides, labels) if overrides else None
     seen: set[str] = set()
     for line, ytid, start, end, mids in _segments(segments):
         unknown = [mid for mid in mids if mid not in index]
@@ -111,10 +117,13 @@ def audioset(
         if key in seen:
             continue
         seen.add(key)
+        picked = tuple(sorted(index[mid] for mid in mids))
+        if catalog.overrides is not None:
+            picked = catalog.overrides.of(key, ytid, picked)
         found = next(((stem, cut) for stem, cut in _audioset_stems(ytid, start, end) if stem in files), None)
         if found is None:
             failure = Failure(key, "", "missing: no such audio file below --audio-root", split)
-            catalog.miss(failure, (index[mid] for mid in mids))
+            catalog.miss(failure, picked)
             continue
         stem, is_segment = found
         catalog.clips.append(
@@ -123,7 +132,7 @@ def audioset(
                 path=files[stem],
                 start=0.0 if is_segment else start,
                 end=end - start if is_segment else end,
-                labels=tuple(sorted(index[mid] for mid in mids)),
+                labels=picked,
                 split=split,
                 id=ytid,
                 trimmed=True if is_segment else None,
@@ -189,9 +198,7 @@ def table(root: Location, path: Location, class_labels: Location | None, split: 
         start, end, fold = (_number(path, line, row, name) for name in ("start", "end", "fold"))
         picked = tuple(sorted({index[name] for name in _names(row["labels"])}))
         key = row.get("key") or f"{row['path']}" + (f"-{start:g}" if start else "")
-        catalog.clips.append(
-            Clip(clean_key(key), file, start or 0.0, end, picked, own, int(fold or 0), row["path"])
-        )
+        catalog.clips.append(Clip(clean_key(key), file, start or 0.0, end, picked, own, int(fold or 0), row["path"]))
     return catalog
 
 

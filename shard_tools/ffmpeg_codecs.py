@@ -42,9 +42,39 @@ def when_loading(tell: Callable[[str], None]) -> None:
     _loading[0] = tell
 
 
-@lru_cache(maxsize=1)
+_wanted = [""]
+
+
+def use(decoder: str) -> None:
+    """Fixes what this process decodes with: "torchcodec" or "ffmpeg"; "": the best there is."""
+    _wanted[0] = decoder
+
+
+def available() -> str:
+    """Returns "torchcodec" where it works here, else "ffmpeg", with a warning."""
+    return "ffmpeg" if _torchcodec() is None else "torchcodec"
+
+
 def torchcodec() -> Any | None:
-    """The `AudioDecoder` class of a torchcodec that works here; None: there is none, as is said once."""
+    """The `AudioDecoder` class of torchcodec; None: the ffmpeg program is used.
+
+    Raises:
+        UserError: torchcodec must be used and does not work here.
+    """
+    if _wanted[0] == "ffmpeg":
+        return None
+    decoder = _torchcodec()
+    if decoder is None and _wanted[0] == "torchcodec":
+        raise UserError(
+            "torchcodec does not work on this machine, and the build was begun with it; install it here too "
+            "(pip install 'craft-audio[torchcodec]'), or begin anew with --overwrite on a machine without it"
+        )
+    return decoder
+
+
+@lru_cache(maxsize=1)
+def _torchcodec() -> Any | None:
+    """The class, if it works here; that it does not is said once."""
     _loading[0]("torchcodec")
     try:
         # Imports torch: only where a file needs it.

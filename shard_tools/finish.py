@@ -38,7 +38,7 @@ def finish(
     content = _beginning(catalog, options, earlier)
     totals = _Totals(plans, len(catalog.labels))
     with store.temporary("index.parquet") as index, store.temporary("failures.jsonl") as failures:
-        with failures.open("w", encoding="utf-8", errors="backslashreplace") as lines, IndexWriter(index) as rows:
+        with failures.open("wb") as lines, IndexWriter(index) as rows:
             if earlier is not None:
                 for line in _earlier_failures(store, earlier):
                     lines.write(line)
@@ -46,11 +46,11 @@ def finish(
                     rows.write(table)
             for plan in plans:
                 for row in catalog.missing.rows(plan.split).tolist():
-                    lines.write(json.dumps(asdict(catalog.missing[row]), ensure_ascii=False) + "\n")
+                    lines.write(_line(asdict(catalog.missing[row])))
             for plan, number, (table, facts) in _records(store, plans):
                 rows.write(table)
                 for failure in facts["failures"]:
-                    lines.write(json.dumps(failure, ensure_ascii=False) + "\n")
+                    lines.write(_line(failure))
                 totals.add(plan, number, table, facts)
         content["single_label"] &= totals.single_label
         content["shards"] += totals.shards
@@ -195,11 +195,16 @@ def _records(
                     yield plan, number, record
 
 
-def _earlier_failures(store: Store, earlier: Manifest) -> Iterator[str]:
+def _line(failure: dict[str, Any]) -> bytes:
+    """A line of failures.jsonl; a byte of a name that is not UTF-8 becomes JSON's escape of its surrogate."""
+    return (json.dumps(failure, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _earlier_failures(store: Store, earlier: Manifest) -> Iterator[bytes]:
     with io.BytesIO(store.read("failures.jsonl")) as file:
         for line in file:
             if json.loads(line)["split"] in earlier.splits:
-                yield line.decode("utf-8", "surrogateescape")
+                yield line
 
 
 def _earlier_rows(store: Store, earlier: Manifest) -> Iterator[pa.Table]:

@@ -44,9 +44,11 @@ class DecoderProcess:
         rate: Hz of the waveforms it gives.
         seconds: Longest waveform.
         time_limit: Seconds that a file may take.
+        decoder: Of what libsndfile does not read: see `ffmpeg_codecs.use`.
     """
 
-    def __init__(self, rate: int, seconds: float, time_limit: float = TIME_LIMIT) -> None:
+    def __init__(self, rate: int, seconds: float, time_limit: float = TIME_LIMIT, decoder: str = "") -> None:
+        self._decoder = decoder
         self._rate, self._seconds, self._limit = rate, seconds, time_limit
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the object)
         self._file.truncate(max(mmap.PAGESIZE, round(rate * seconds) * 4))
@@ -99,7 +101,7 @@ class DecoderProcess:
         if self._process is not None and self._process.poll() is None:
             return
         handle = self._file.fileno()
-        words = [str(handle), str(self._rate), repr(self._seconds), repr(self._limit)]
+        words = [str(handle), str(self._rate), repr(self._seconds), repr(self._limit), self._decoder]
         self._errors.truncate(0)
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from shard_tools.guard import serve; serve()", *words],
@@ -177,7 +179,14 @@ def _pipe(process: "subprocess.Popen[bytes] | None", name: str) -> IO[bytes]:
 
 
 def guarded_decode(
-    path: str, start: float, end: float | None, *, rate: int, seconds: float, trimmed: bool | None = True
+    path: str,
+    start: float,
+    end: float | None,
+    *,
+    rate: int,
+    seconds: float,
+    trimmed: bool | None = True,
+    decoder: str = "",
 ) -> Decoded:
     """`shard_tools.decode.decode` in the calling process's own decoder process, under the time limit.
 
@@ -185,12 +194,12 @@ def guarded_decode(
         DecodeError: `decode`'s, "timeout" or "crashed": the clip cannot be used.
         UserError: there is no ffmpeg program, or the decoder does not start.
     """
-    return _process(rate, seconds).decode(path, start, end, trimmed)
+    return _process(rate, seconds, decoder).decode(path, start, end, trimmed)
 
 
 @lru_cache(maxsize=1)
-def _process(rate: int, seconds: float) -> DecoderProcess:
-    process = DecoderProcess(rate, seconds)
+def _process(rate: int, seconds: float, decoder: str) -> DecoderProcess:
+    process = DecoderProcess(rate, seconds, decoder=decoder)
     atexit.register(process.close)
     return process
 
@@ -202,6 +211,7 @@ def serve() -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     _reply(replies, {"ready": True})
     os.dup2(2, 1)  # libraries chatter on both (mpg123, FFmpeg); the replies have their own descriptor
+    ffmpeg_codecs.use(sys.argv[5])
     ffmpeg_codecs.TIME_LIMIT = max(0.1, 0.9 * limit)
     ffmpeg_codecs.when_loading(lambda state: _reply(replies, {"loading": state}))
     for line in sys.stdin.buffer:

@@ -100,6 +100,7 @@ class SplitPlan:
 
     def __init__(self, catalog: Catalog, split: str, out: Location, options: BuildOptions) -> None:
         self.catalog, self.split, self.out, self.options = catalog, split, out, options
+        self.decoder = ""  # of what libsndfile does not read; "": the best there is
         rows = catalog.clips.rows(split)
         self.order = rows[np.random.default_rng([options.seed]).permutation(len(rows))]
 
@@ -125,6 +126,7 @@ class SplitPlan:
             root=str(self.catalog.root),
             out=self.out,
             audio=self.options.audio,
+            decoder=self.decoder,
         )
 
     def shards(self, numbers: list[int]) -> Iterator[ShardPlan]:
@@ -136,6 +138,8 @@ class SplitPlan:
         catalog, split = self.catalog, self.split
         clips = catalog.clips.table(catalog.clips.rows(split))
         missing = catalog.missing.rows(split)
+        # Absent without them, so that the digests of other builds stay what they were.
+        better = {} if catalog.overrides is None else {"label overrides": catalog.overrides.record()}
         return {
             "dataset": catalog.dataset,
             "clips_per_shard": self.options.clips_per_shard,
@@ -146,6 +150,7 @@ class SplitPlan:
             "keys of the clips": digest(clips, ["key", "id"]),
             "source files": digest(clips, ["path"]),
             "segments": digest(clips, ["start", "end", "trimmed"]),
+            **better,
             "labels of the clips": digest(clips, ["labels"]),
             "folds of the clips": digest(clips, ["fold"]),
             "missing clips": digest(catalog.missing.table(missing), ["id", "path"]),

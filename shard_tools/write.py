@@ -29,7 +29,7 @@ import xxhash
 
 from pipeline.data.fbank import fbank
 from pipeline.data.manifest import INDEX_SCHEMA, Label
-from pipeline.data.storage import Location
+from pipeline.data.storage import Location, is_remote
 from pipeline.flow import Clip
 from shard_tools.columns import Failure, relative
 from shard_tools.decode import Decoded, DecodeError
@@ -39,6 +39,7 @@ from shard_tools.store import Store, local_copies
 MEMBERS = ("waveform", "fbank", "json")
 EXTENSIONS = {"waveform": "waveform.npy", "fbank": "fbank.npy", "json": "json"}
 BLOCK = 512
+Stamp = list[int] | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class ShardPlan:
         out: Where the shards go.
         audio: What is stored.
         careful: An earlier attempt killed its process; a third is not made.
+        decoder: "torchcodec" or "ffmpeg", for what libsndfile does not read; "": the best there is.
     """
 
     split: str
@@ -78,6 +80,7 @@ class ShardPlan:
     out: Location
     audio: AudioOptions
     careful: bool = False
+    decoder: str = ""
 
     @property
     def name(self) -> str:
@@ -166,11 +169,13 @@ def write_tar(plan: ShardPlan, path: str | os.PathLike[str]) -> tuple[list[dict[
     failures: list[Failure] = []
     sums = np.zeros(3)  # count, sum and sum of squares of the stored fbanks
     silent = 0
+    sources: list[Stamp] = []
     with open(path, "wb") as file:
         tar = TarWriter(file)
         for clip, copy in zip(plan.clips, local_copies(clip.path for clip in plan.clips), strict=True):
+            sources.append(stamp(clip.path))
             try:
-                decoded = _decode(clip, copy, plan.audio)
+                decoded = _decode(clip, copy, plan)
             except DecodeError as error:
                 failures.append(Failure(clip.id or clip.key, clip.path, str(error), clip.split))
                 continue
@@ -189,7 +194,19 @@ def write_tar(plan: ShardPlan, path: str | os.PathLike[str]) -> tuple[list[dict[
         "sums": sums.tolist(),
         "silent": silent,
         "failures": [asdict(failure) for failure in failures],
+        "sources": sources,
     }
+
+
+def stamp(path: str) -> Stamp:
+    """Size and time of modification of a source; None: it is remote, or cannot be looked at."""
+    if is_remote(path):
+        return None
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None  # the decoder says what is wrong
+    return [status.st_size, status.st_mtime_ns]
 
 
 def encode_waveform(decoded: Decoded, samples: int) -> tuple[np.ndarray, dict[str, Any]]:
@@ -231,7 +248,8 @@ def read_record(store: Store, name: str) -> tuple[pa.Table, dict[str, Any]]:
     return table.replace_schema_metadata(), json.loads(table.schema.metadata[b"craft"])
 
 
-def _decode(clip: Clip, copy: str | OSError, audio: AudioOptions) -> Decoded:
+def _decode(clip: Clip, copy: str | OSError, plan: ShardPlan) -> Decoded:
+    audio = plan.audio
     if isinstance(copy, OSError):
         raise DecodeError(f"unreadable: {copy}") from copy
     try:
@@ -240,8 +258,9 @@ def _decode(clip: Clip, copy: str | OSError, audio: AudioOptions) -> Decoded:
         raise DecodeError("name: not UTF-8; rename the file") from error  # parquet cannot hold it
     try:
         return guarded_decode(
-            copy, clip.start, clip.end, rate=audio.sample_rate, seconds=audio.seconds, trimmed=clip.trimmed
-        )
+            copy, clip.start, clip.end, rate=audio.sample_rate, seconds=audio.seconds, trimmed=clip.trimmed,
+            decoder=plan.decoder,
+        )  # fmt: skip
     except DecodeError as error:
         # The name of a scratch copy differs from build to build, and failures.jsonl must not.
         raise DecodeError(str(error).replace(copy, clip.path)) from error

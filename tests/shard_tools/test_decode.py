@@ -88,12 +88,12 @@ def test_a_torchcodec_that_does_not_load_is_said_once(tmp_path, monkeypatch, cap
     monkeypatch.syspath_prepend(str(tmp_path))
     soundfile.write(tmp_path / "a.wav", sound(), RATE)
     encode(tmp_path / "a.wav", tmp_path / "a.m4a")
-    ffmpeg_codecs.torchcodec.cache_clear()
+    ffmpeg_codecs._torchcodec.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             decoders = {decode(str(tmp_path / "a.m4a"), 0.0, None, rate=RATE, seconds=3).decoder for _ in range(3)}
     finally:
-        ffmpeg_codecs.torchcodec.cache_clear()
+        ffmpeg_codecs._torchcodec.cache_clear()
     assert decoders == {"ffmpeg"}
     assert [record.message.count("Could not load libtorchcodec") for record in caplog.records] == [1]
 

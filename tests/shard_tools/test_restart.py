@@ -124,10 +124,10 @@ def test_changed_options_and_inputs_are_refused_by_name(tmp_path):
 
 
 def test_two_builds_of_one_directory_do_not_meet(tmp_path):
-    from shard_tools.build import _owner
+    from shard_tools.lock import owner
 
     catalog = synth_catalog(tmp_path / "source", 26, 0.1)
-    with _owner(tmp_path / "out", shared=True), pytest.raises(UserError, match="another process is building here"):
+    with owner(tmp_path / "out", shared=True), pytest.raises(UserError, match="another process is building here"):
         build(catalog, tmp_path / "out", options(0.1), 1, engine="inline")
     build(catalog, tmp_path / "out", options(0.1), 1, engine="inline")
     assert not (tmp_path / "out" / ".build").exists()

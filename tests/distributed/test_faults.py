@@ -78,6 +78,28 @@ def test_stops_kills_and_a_hanging_rank_leave_the_losses_of_a_straight_run(pretr
     assert len(complete_checkpoints(tmp_path)) <= 3  # the last two and the best
 
 
+@pytest.mark.slow
+def test_ctrl_c_and_the_signals_of_schedulers_save_within_the_grace_time(pretraining, tmp_path):
+    """Three runs side by side; all processes of a run hear the signal, its readers too, as in a Slurm step."""
+    grace = 60.0
+    dirs = {number: tmp_path / number.name for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    words = [*pretraining, "train.steps=100000", "log.mlflow=false"]
+    started = {n: start_ranks(1, "launchers/pretrain.py", *words, f"run.dir={dirs[n]}")[0] for n in dirs}
+    for number, rank in started.items():
+        wait_for(reached(dirs[number], 2), [rank], "step 2")
+        readers = psutil.Process(rank.process.pid).children(recursive=True)
+        assert readers
+        for process in (*readers, rank.process):
+            process.send_signal(number)
+    for number, rank in started.items():
+        status, said = rank.end(grace)
+        assert status == 128 + number, said[-4000:]
+        step = read_state(dirs[number])["step"]
+        assert f"{number.name}: left after step {step}" in said
+        assert losses(dirs[number])[-1]["step"] == step  # nothing was lost
+        assert "Traceback" not in said
+
+
 def damage(directory, shard_count: int) -> None:
     """Overwrites the members of every clip of the first training shards."""
     for row in load_index(directory, "train").to_pylist():

@@ -1,13 +1,27 @@
-"""Ranks started without a launcher, by an environment or by srun."""
+"""The other ways to start ranks: torchrun, and an environment without a launcher."""
 
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import pytest
 
 from pipeline.errors import GRACE_SECONDS
 from tests.conftest import ROOT
-from tests.ranks import run_ranks
+from tests.distributed.conftest import losses
+from tests.ranks import free_port, run_ranks
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_run(pretrained, pretraining, tmp_path):
+    command = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node=2", f"--master-port={free_port()}",
+               "launchers/pretrain.py", *pretraining, f"run.dir={tmp_path}", "log.mlflow=false"]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert losses(tmp_path) == losses(pretrained)
 
 
 def test_an_error_that_all_ranks_meet_is_said_once_and_without_a_launcher_nobody_waits():

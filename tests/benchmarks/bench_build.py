@@ -1,11 +1,12 @@
 """What building shards costs: its unavoidable parts alone, the whole, more workers, and the usual way.
 
-    python -m tests.benchmarks.bench_build [--clips 64] [--codec m4a wav] [--catalog 2000000]
+    python -m tests.benchmarks.bench_build [--files 64] [--clips 256] [--codec m4a wav] [--catalog 2000000]
 
-In: nothing; clips of 10 s, 44.1 kHz stereo, are generated and encoded. Out: tables on stdout, medians of 3
-rounds in which all ways take turns. Parts: decode (with down-mix and resampling), fbank, encode (int16,
-float16, .npy), write (tar, sha256, xxh3, fsync), each timed over all clips in this process. Ratio: sum
-of the parts / whole. The usual way: an ffmpeg subprocess, torchaudio's fbank and tarfile, clip by clip.
+In: nothing; files of 10 s, 44.1 kHz stereo, are generated and encoded, and listed again and again up to a shard of
+--clips. Out: tables on stdout, medians of 3 rounds in which all ways take turns. Parts: decode (with down-mix and
+resampling), fbank, encode (int16, float16, .npy), write (tar, sha256, xxh3, fsync), each timed over all clips in this
+process. Ratio: sum of the parts / whole. The usual way: an ffmpeg subprocess, torchaudio's fbank and tarfile, clip by
+clip. All of that on one core (Linux: by affinity, which a worker's decoder process inherits); N workers have N cores.
 --catalog N: time and peak memory of --dry-run on N AudioSet rows.
 """
 
@@ -40,14 +41,16 @@ from tests.conftest import ROOT
 
 AUDIO = AudioOptions()
 SOURCE_RATE, ROUNDS = 44100, 3
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
-def generate(folder: Path, clips: int, codec: str) -> catalogs.Catalog:
-    """Clips of 10 s, stereo."""
+def generate(folder: Path, files: int, clips: int, codec: str) -> catalogs.Catalog:
+    """Files of 10 s, stereo, each listed as often as it takes to have `clips`."""
     folder.mkdir()
     names = list(CLASSES)
     catalog = catalogs.Catalog("bench", folder, [Label(id=name, name=name) for name in names])
-    for number in range(clips):
+    paths = []
+    for number in range(files):
         rng = np.random.default_rng(number)
         sides = [render([names[number % len(names)]], 10.0, SOURCE_RATE, rng) for _ in range(2)]
         path = folder / f"{number:05d}.wav"
@@ -56,7 +59,9 @@ def generate(folder: Path, clips: int, codec: str) -> catalogs.Catalog:
             wav, path = path, path.with_suffix(f".{codec}")
             subprocess.run([ffmpeg_binary(), "-v", "error", "-i", wav, path], check=True)
             wav.unlink()
-        catalog.clips.append(Clip(f"{number:05d}", str(path), 0.0, None, (number % len(names),), "train"))
+        paths.append(str(path))
+    for number in range(clips):
+        catalog.clips.append(Clip(f"{number:05d}", paths[number % files], 0.0, None, (number % len(names),), "train"))
     return catalog
 
 
@@ -88,11 +93,11 @@ def parts(catalog: catalogs.Catalog, out: Path) -> dict[str, float]:
     return times
 
 
-def usual(catalog: catalogs.Catalog, out: Path) -> float:
+def usual(clips: list[Clip], out: Path) -> float:
     """Seconds of what most scripts do."""
     begun = time.perf_counter()
     with tarfile.open(out / "usual.tar", "w") as tar:
-        for clip in catalog.clips:
+        for clip in clips:
             command = [ffmpeg_binary(), "-v", "error", "-i", clip.path, "-ac", "1", "-ar", "16000", "-f", "f32le", "-"]
             raw = subprocess.run(command, check=True, capture_output=True).stdout
             waveform = torch.frombuffer(bytearray(raw), dtype=torch.float32)[None, : AUDIO.samples]
@@ -110,11 +115,18 @@ def usual(catalog: catalogs.Catalog, out: Path) -> float:
     return time.perf_counter() - begun
 
 
-def speed(codec: str, clips: int, workers: int) -> None:
+def use_cores(count: int) -> None:
+    """Keeps this process and what it starts from now on to `count` of its cores."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, CORES[:count])
+
+
+def speed(codec: str, files: int, clips: int, workers: int) -> None:
     """One table."""
+    use_cores(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        catalog = generate(folder / "audio", clips, codec)
+        catalog = generate(folder / "audio", files, clips, codec)
         options = BuildOptions(AUDIO, clips)
         (shard,) = SplitPlan(catalog, "train", folder / "whole", options).shards([0])
         rounds: dict[str, list[float]] = {}
@@ -124,12 +136,12 @@ def speed(codec: str, clips: int, workers: int) -> None:
             begun = time.perf_counter()
             write_shard(shard)
             found["whole"] = time.perf_counter() - begun
-            found["usual way"] = usual(catalog, folder)
+            found["usual way"] = usual(catalog.clips[:files], folder) * clips / files
             for key, value in found.items():
                 rounds.setdefault(key, []).append(value)
         times = {key: statistics.median(values) for key, values in rounds.items()}
         total = sum(times[key] for key in ("decode", "encode", "fbank", "write"))
-        print(f"\n{codec}: {clips} clips of 10 s, one process, one thread")
+        print(f"\n{codec}: {clips} clips of 10 s ({files} files), one worker on one core")
         print("| part | ms a clip | clips/s |\n|---|---|---|")
         for key, value in {**times, "sum of parts": total}.items():
             print(f"| {key} | {1000 * value / clips:.2f} | {clips / value:.1f} |")
@@ -139,18 +151,19 @@ def speed(codec: str, clips: int, workers: int) -> None:
 
 
 def scale(catalog: catalogs.Catalog, folder: Path, clips: int, workers: int) -> None:
-    """Rates of 1 and of `workers` processes once all are at work; their start is left out."""
-    size = max(1, clips // (8 * workers))
+    """Rates of 1 and of `workers` workers, a core each, once all are at work; their start is left out."""
+    size = max(1, clips // (4 * workers))
     rates = {}
     for count in (1, workers):
         laps = []
+        use_cores(count)
         for number in range(ROUNDS):
             plan = SplitPlan(catalog, "train", folder / f"{count}-{number}", BuildOptions(AUDIO, size))
             ends = [time.perf_counter() for _ in run(plan.shards(list(range(len(plan)))), count)]
             laps.append((len(ends) - count) * size / (ends[-1] - ends[count - 1]))
         rates[count] = statistics.median(laps)
-        print(f"{count} processes at work: {rates[count]:.1f} clips/s")
-    print(f"speed-up of {workers} processes: {rates[workers] / rates[1]:.2f}")
+        print(f"{count} workers at work: {rates[count]:.1f} clips/s")
+    print(f"speed-up of {workers} workers: {rates[workers] / rates[1]:.2f}")
 
 
 def simulate(folder: Path, rows: int) -> list[str]:
@@ -186,7 +199,8 @@ def catalog_cost(rows: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--files", type=int, default=64)
+    parser.add_argument("--clips", type=int, default=256, help="of a shard")
     parser.add_argument("--codec", nargs="*", default=["m4a", "wav"])
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--catalog", type=int, metavar="N")
@@ -197,7 +211,7 @@ def main() -> None:
     if args.catalog:  # first: the peak of children is that of the largest
         catalog_cost(args.catalog)
     for codec in args.codec:
-        speed(codec, args.clips, args.workers)
+        speed(codec, args.files, args.clips, args.workers)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import FinetuneRecipe, load_recipe
+from pipeline.config import FinetuneRecipe
 from pipeline.distributed import session
 from pipeline.engine.evaluation import results, write_predictions, write_results
 from pipeline.engine.metrics import precision_recall
@@ -23,6 +23,7 @@ from pipeline.ensemble import score_averaged_weights, score_ensemble
 from pipeline.errors import UserError, run_cli
 from pipeline.jobs import Scored, score_run
 from pipeline.model.weights import weights_file
+from pipeline.recipes import load_recipe
 from pipeline.tracking import figures
 
 

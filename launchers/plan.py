@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from pipeline.config import FinetuneRecipe, PretrainRecipe, load_recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.manifest import load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.engine import plan
@@ -18,6 +18,7 @@ from pipeline.engine.plan import Cost, Shape
 from pipeline.engine.setup import nearest_batches, plan_batches
 from pipeline.errors import UserError, run_cli
 from pipeline.methods import FINETUNE, PRETRAIN
+from pipeline.recipes import load_recipe
 
 GIB, ROOM = 2**30, 0.9  # share of a GPU's memory that a plan may fill: the rest is CUDA, nccl, fragments
 

@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 
 from pipeline import distributed
-from pipeline.config import FinetuneRecipe, changes_result, flatten
+from pipeline.config import FinetuneRecipe
 from pipeline.data.manifest import Manifest, load_index, load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
@@ -35,6 +35,7 @@ from pipeline.engine.writer import write_json
 from pipeline.errors import UserError
 from pipeline.jobs import finetuning_name
 from pipeline.launch import Launch, open_run, tracked
+from pipeline.recipes import changes_result, flatten
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Generic, Literal
 
 from pipeline import distributed
-from pipeline.config import RecipeT, describe, dump_recipe, flatten, load_recipe
 from pipeline.data.manifest import Manifest
 from pipeline.distributed import World
 from pipeline.engine.setup import read_deepspeed_config
 from pipeline.errors import UserError
+from pipeline.recipes import RecipeT, describe, dump_recipe, flatten, load_recipe
 from pipeline.tracking import DatasetNote, Tracker, facts, figures, open_tracker
 
 

@@ -214,6 +214,41 @@ def test_submitit_runs_a_job_and_reports_its_failure(tmp_path):
     assert "/no/such" in (tmp_path / "output.log").read_text()
 
 
+@pytest.mark.slow
+def test_slurm_runs_a_table_and_a_killed_ablate_finds_its_job_again(slurm, shards, tmp_path, monkeypatch):
+    """A pretraining and the finetuning that starts from it, two tasks each, queued one after the other."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    scale = yaml.safe_load((ROOT / "configs/ablation/scale/micro.yaml").read_text())
+    scale["pretrain"]["settings"] |= {"train.steps": 4, "train.batch_size": 8, "eval.clips": 8, "log.pictures": 0}
+    scale["tasks"]["as_bal"]["settings"] |= {"train.epochs": 1, "eval.every_epochs": 1}
+    row = {"name": "ours", "paper": {"as_bal": 31.6}}
+    table = {"title": "T", "columns": ["as_bal"], "rows": [row]}
+    for name, content in (("scale", scale), ("table", table)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    words = [sys.executable, "launchers/ablate.py", tmp_path / "table.yaml", "--scale", tmp_path / "scale.yaml",
+             "--shards", f"synth={shards}", "--out", tmp_path / "out", "--executor", "slurm", "--ranks", "2",
+             "--slurm", "time=30", "--slurm", "gpus-per-node=2", "--retries", "0"]  # fmt: skip
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as first:
+        deadline = time.monotonic() + 120
+        while not (notes := list((tmp_path / "out").glob("*/slurm.json"))) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        first.kill()
+    assert notes, slurm.logs()
+    job = json.loads(notes[0].read_text())["job_id"]
+    assert slurm.field(job, "JobState") in ("PENDING", "RUNNING"), slurm.logs()
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}{slurm.logs()}"
+    assert "2 done, 0 failed" in done.stdout
+    submitted = {file.name.split("_")[0] for file in (tmp_path / "out" / "slurm").glob("*_submitted.pkl")}
+    assert len(submitted) == 2
+    assert job in submitted
+    runs = {file.parent for file in (tmp_path / "out").glob("*/done.json")}
+    assert len(runs) == 2
+    assert all((run / "logs" / "rank-1.log").exists() for run in runs)
+    (results,) = (tmp_path / "out").glob("*/results.json")
+    assert 0 < json.loads(results.read_text())["value"] <= 1
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
-from pipeline.config import FinetuneRecipe, PretrainRecipe, describe, dump_recipe, flatten, load_recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.errors import UserError
+from pipeline.recipes import describe, dump_recipe, flatten, load_recipe
 from tests.conftest import ROOT
 
 

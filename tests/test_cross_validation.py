@@ -15,12 +15,13 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
-from pipeline.config import FinetuneRecipe, load_recipe
+from pipeline.config import FinetuneRecipe
 from pipeline.cross_validation import choose_folds, summarise
 from pipeline.data.manifest import load_manifest
 from pipeline.engine.evaluation import read_predictions
 from pipeline.errors import UserError
 from pipeline.export import export_safetensors, open_exported
+from pipeline.recipes import load_recipe
 from tests.conftest import ROOT
 from tests.helpers import synth_shards
 from tests.ranks import free_port, run_ranks

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from scipy.special import expit
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from pipeline.config import FinetuneRecipe, dump_recipe, load_recipe
+from pipeline.config import FinetuneRecipe
 from pipeline.data.manifest import load_manifest
 from pipeline.data.spec import DataSpec
+from pipeline.recipes import dump_recipe, load_recipe
 from pipeline.report.significance import Predictions
 from pipeline.tasks import FinetuneTask
 from tests.conftest import ROOT

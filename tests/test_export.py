@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import ASTFeatureExtractor, ASTForAudioClassification, ASTModel
 
-from pipeline.config import FinetuneRecipe, PretrainRecipe, dump_recipe, load_recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.fbank import fbank, padded_frames
 from pipeline.data.loader import pad_frames
 from pipeline.data.manifest import Label
@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.export import export_hf, export_onnx, export_safetensors, open_exported
 from pipeline.model.heads import stream_means
 from pipeline.model.weights import load_weights
+from pipeline.recipes import dump_recipe, load_recipe
 from pipeline.tasks import FinetuneTask, PretrainTask
 from tests.conftest import ROOT
 

@@ -5,11 +5,12 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.config import FinetuneRecipe, PretrainRecipe, load_recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.errors import UserError
 from pipeline.flow import Batch
 from pipeline.methods import FINETUNE, PRETRAIN, mismatch
 from pipeline.model.weights import load_weights
+from pipeline.recipes import load_recipe
 from pipeline.tasks import FinetuneTask, PretrainTask
 
 MELS, FRAMES, CLASSES = 32, 64, 5

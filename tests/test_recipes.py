@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.config import FinetuneRecipe, PretrainRecipe, load_recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.distributed import World
 from pipeline.engine import loop
 from pipeline.engine.schedule import Plateau, learning_rate
 from pipeline.engine.setup import parameter_groups
 from pipeline.errors import UserError
+from pipeline.recipes import load_recipe
 from pipeline.tasks import FinetuneTask
 from tests.conftest import ROOT
 

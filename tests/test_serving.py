@@ -15,6 +15,7 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.data.manifest import load_index
 from pipeline.engine.evaluation import read_predictions
+from pipeline.serving.listen import listen
 from pipeline.serving.scorer import load_scorer
 from tests import lab
 from tests.conftest import free_port
@@ -86,7 +87,7 @@ def test_the_report_is_in_mlflow(chain, client, tmp_path):
     client.delete_run(run.info.run_id)
 
 
-def test_the_scorer_hears_a_clip_as_the_evaluation_did(chain, shards):
+def test_the_scorer_hears_a_clip_as_the_evaluation_did(chain, shards, tmp_path):
     run_dir = chain.run_dir(FINETUNED)
     scorer = load_scorer(run_dir)
     keys, _, logits = read_predictions(run_dir / "predictions.parquet")
@@ -99,6 +100,13 @@ def test_the_scorer_hears_a_clip_as_the_evaluation_did(chain, shards):
     starts, scores = scorer.over_time(np.tile(samples, 4), 0.25)
     assert len(starts) == len(scores) == 7
     assert scores[0] == pytest.approx(scores[4], abs=1e-6)
+    recording = str(tmp_path / "recording.wav")
+    soundfile.write(recording, np.tile(samples, 4)[:-1000], rate, subtype="FLOAT")
+    (heard,) = listen(scorer, [("recording", recording)], 0.25)  # predict.py's way
+    starts, scores = scorer.over_time(scorer.read(recording, 10), 0.25)
+    assert heard.starts.tolist() == starts.tolist()
+    assert len(starts) == 7
+    assert heard.scores == pytest.approx(scores, abs=1e-6)
 
 
 def test_the_registered_model_answers_over_http(chain, client, clip, tmp_path):

@@ -44,6 +44,6 @@ def test_the_runs_of_an_ablation_compare_in_the_ui(chain, tmp_path, monkeypatch)
             assert ui.compared(metric) == pytest.approx([values[name][metric] for name in compared], abs=6e-4)
         assert ui.chart("eval_mAP") == told("eval_mAP")
         assert ui.rank(experiment, search, "final_mAP", len(runs), charts=True) == names
-        metrics = ("loss", "eval_mAP", "grad_norm")
+        metrics = ("loss", "eval_mAP", "grad_norm", "mfu")
         assert ui.charts(metrics, len(runs)) == {metric: told(metric) for metric in metrics}
         page.shoot(tmp_path / "charts.png")

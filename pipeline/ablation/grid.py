@@ -19,9 +19,10 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe, changes_result, flatten, load_recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe
 from pipeline.errors import UserError
 from pipeline.methods import FINETUNE, PRETRAIN
+from pipeline.recipes import changes_result, flatten, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = ROOT / "configs" / "ablation" / "scale"

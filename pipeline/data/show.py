@@ -25,11 +25,12 @@ import numpy as np
 import torch
 import yaml
 
-from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe, load_recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe
 from pipeline.data.augment import Shape, describe
 from pipeline.data.loader import Loader, Needs, Place, build_loader
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError, run_cli
+from pipeline.recipes import load_recipe
 
 TENSORS = ("position", "row", "valid", "waveform", "fbank", "targets")
 PICTURES = 24  # clips in the PNG

@@ -84,9 +84,15 @@ class Scorer:
         return np.concatenate(parts) if parts else np.zeros((0, len(self.spec.labels)), np.float32)
 
     def over_time(self, waveform: np.ndarray, hop: float) -> tuple[np.ndarray, np.ndarray]:
-        """Windows of a clip's length, `hop` seconds apart: start seconds [n], probabilities [n, C]."""
+        """Windows of a clip's length, `hop` seconds apart, and one that ends with the recording, as `listen` has them.
+
+        Returns:
+            Start seconds [n]; probabilities [n, C].
+        """
         window, step = self.spec.samples, max(1, round(hop * self.spec.sample_rate))
-        starts = np.arange(0, max(1, len(waveform) - window + step), step)
+        starts = np.arange(0, max(0, len(waveform) - window) + 1, step)
+        if starts[-1] + window < len(waveform):
+            starts = np.append(starts, len(waveform) - window)
         scores = self.probabilities([waveform[start : start + window] for start in starts])
         return starts / self.spec.sample_rate, scores
 

@@ -1,6 +1,6 @@
 """What building shards costs: its unavoidable parts alone, the whole, more workers, and the usual way.
 
-    python -m tests.benchmarks.bench_build [--files 64] [--clips 256] [--codec m4a wav] [--catalog 2000000]
+    python -m tests.benchmarks.bench_build [--files 64] [--clips 512] [--codec m4a wav] [--catalog 2000000]
 
 In: nothing; files of 10 s, 44.1 kHz stereo, are generated and encoded, and listed again and again up to a shard of
 --clips. Out: tables on stdout, medians of 3 rounds in which all ways take turns. Parts: decode (with down-mix and
@@ -200,7 +200,7 @@ def catalog_cost(rows: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=64)
-    parser.add_argument("--clips", type=int, default=256, help="of a shard")
+    parser.add_argument("--clips", type=int, default=512, help="of a shard")
     parser.add_argument("--codec", nargs="*", default=["m4a", "wav"])
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--catalog", type=int, metavar="N")

@@ -34,13 +34,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.config import PretrainRecipe, load_recipe
+from pipeline.config import PretrainRecipe
 from pipeline.engine.plan import Shape, model_flops
 from pipeline.flow import Batch
 from pipeline.model.craft import SIZES, Craft, Streams
 from pipeline.model.embed import patchify
 from pipeline.model.masking import cluster_masks
 from pipeline.objectives.masked_patch import gather_patches, masked_patch_loss
+from pipeline.recipes import load_recipe
 from pipeline.tasks import PretrainTask
 from tests.engine.memory import resident
 from tests.helpers import synth_shards

@@ -31,8 +31,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from pipeline.config import LogConfig, PretrainRecipe, load_recipe
+from pipeline.config import LogConfig, PretrainRecipe
 from pipeline.flow import Batch
+from pipeline.recipes import load_recipe
 from pipeline.tasks import PretrainTask
 from pipeline.tracking import NullTracker, Tracker, open_tracker
 from pipeline.tracking.spool import Spool, load_mlflow

@@ -1,7 +1,7 @@
 """The paper's claim at the scale of a laptop: random, SSAST, SWaPT and PSWaCL, finetuned with AST and with SWaB.
 
     python -m tests.benchmarks.small_scale [--esc50 DIR] [--out runs/small_scale] [--seeds 0 1 2]
-                                           [--pretrain-steps N] [--epochs N] [--ranks R]
+                                           [--pretrain-steps N] [--epochs N] [--jobs J] [--ranks R]
 
 In: ESC-50 (default: `$CRAFT_SHARED/data/esc50`). Folds 1 to 4 train, without labels and then with them; fold 5
 is evaluated. Out: OUT/small_scale.md, a table with mean and spread over the seeds of finetuning beside
@@ -95,6 +95,7 @@ def main() -> int:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of the finetuning (default: 0 1 2)")
     add("--pretrain-steps", type=int, default=150, metavar="N", help="of 32 clips (default: 150)")
     add("--epochs", type=float, default=2, metavar="N", help="of finetuning, 1600 clips each (default: 2)")
+    add("--jobs", type=int, default=2, metavar="J", help="runs at a time (default: 2)")
     add("--ranks", type=int, default=1, metavar="R", help="of each run (default: 1)")
     args = parser.parse_args()
     if not (args.esc50 / "meta" / "esc50.csv").is_file():
@@ -104,7 +105,7 @@ def main() -> int:
     for count in range(1, len(args.seeds) + 1):
         seeds = args.seeds[:count]
         command = [sys.executable, ROOT / "launchers" / "ablate.py", TABLE, "--scale", scale, "--out", args.out,
-                   "--ranks", str(args.ranks), "--seeds", *map(str, seeds)]  # fmt: skip
+                   "--jobs", str(args.jobs), "--ranks", str(args.ranks), "--seeds", *map(str, seeds)]  # fmt: skip
         status = subprocess.run(command, check=False).returncode
         if status:
             return status

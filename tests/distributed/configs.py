@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 from pipeline import distributed
-from pipeline.config import FinetuneRecipe, PretrainRecipe, load_recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.distributed import World
 from pipeline.engine.loop import accumulate
 from pipeline.engine.setup import DEEPSPEED_CONFIGS, build_engine, read_deepspeed_config, reconcile
 from pipeline.errors import UserError
+from pipeline.recipes import load_recipe
 from tests.distributed.gradients import COMMON, share_of, task_of
 
 WORDS = {"plain": "", "checkpointing": "model.checkpoint_activations=true", "clipped": "optim.clip=0.1"}

@@ -16,11 +16,12 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file, save_file
 
 from pipeline import distributed
-from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe, load_recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe
 from pipeline.distributed import World
 from pipeline.engine.loop import accumulate
 from pipeline.engine.setup import build_engine, reconcile
 from pipeline.flow import Batch
+from pipeline.recipes import load_recipe
 from pipeline.tasks import FinetuneTask, PretrainTask
 
 CLIPS, MELS, FRAMES, CLASSES = 24, 32, 64, 5

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from pipeline import distributed
-from pipeline.config import CheckpointConfig, PretrainRecipe, load_recipe
+from pipeline.config import CheckpointConfig, PretrainRecipe
 from pipeline.distributed import World
 from pipeline.engine import checkpoint, snapshot
 from pipeline.engine.checkpoint import Checkpoints
 from pipeline.engine.loop import accumulate
 from pipeline.engine.setup import build_engine, reconcile
+from pipeline.recipes import load_recipe
 from tests.distributed.gradients import COMMON, share_of, task_of
 
 RANKS = (2, 1, 4, 2)

@@ -13,12 +13,13 @@ import sys
 from pathlib import Path
 
 from pipeline import distributed
-from pipeline.config import FinetuneRecipe, load_recipe
+from pipeline.config import FinetuneRecipe
 from pipeline.distributed import World
 from pipeline.engine.loop import train
 from pipeline.engine.setup import read_deepspeed_config
 from pipeline.jobs import finetune_job, finish_finetuning
 from pipeline.launch import Launch
+from pipeline.recipes import load_recipe
 from tests.ranks import ROOT
 
 MODERN = ["train.steps=6", "train.batch_size=8", "model.size=micro", "checkpoint.ema=0.9", "checkpoint.ema_every=2",

@@ -12,10 +12,11 @@ import pytest
 import torch
 import yaml
 
-from pipeline.config import FinetuneRecipe, load_recipe
+from pipeline.config import FinetuneRecipe
 from pipeline.data.loader import Needs, Place, build_loader
 from pipeline.engine.checkpoint import complete_checkpoints
 from pipeline.engine.evaluation import read_predictions
+from pipeline.recipes import load_recipe
 from tests.conftest import ROOT
 from tests.distributed.conftest import STEPS, lines
 

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 
 from pipeline import distributed
-from pipeline.config import PretrainRecipe, load_recipe
+from pipeline.config import PretrainRecipe
 from pipeline.engine import plan
 from pipeline.engine.loop import accumulate
 from pipeline.engine.setup import build_engine, reconcile
 from pipeline.flow import Batch
+from pipeline.recipes import load_recipe
 from pipeline.tasks import PretrainTask
 
 SHAPE = plan.Shape(samples=80_000, mel_bins=128, frames=512)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import FinetuneRecipe, PretrainRecipe, load_recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.engine import plan
+from pipeline.recipes import load_recipe
 from tests.ranks import ROOT, run_ranks
 
 # Small blocks through mmap as well, so that freed memory leaves the process at once.

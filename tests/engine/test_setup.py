@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from pipeline.config import FinetuneRecipe, PretrainRecipe, load_recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.distributed import World
 from pipeline.engine.schedule import Plateau, learning_rate
 from pipeline.engine.setup import Batches, read_deepspeed_config, reconcile
 from pipeline.errors import UserError
+from pipeline.recipes import load_recipe
 
 
 def world(ranks: int) -> World:

@@ -5,10 +5,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import ASTConfig, ASTForAudioClassification, ASTModel
 
-from pipeline.config import FinetuneRecipe, PretrainRecipe, load_recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.errors import UserError
 from pipeline.model.weights import load_weights, weights_file
 from pipeline.objectives.masked_patch import gather_patches
+from pipeline.recipes import load_recipe
 from pipeline.tasks import FinetuneTask, PretrainTask
 from tests.reference.ssast import Ssast
 

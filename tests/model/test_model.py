@@ -5,13 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import FinetuneRecipe, ModelConfig, PretrainRecipe, load_recipe
+from pipeline.config import FinetuneRecipe, ModelConfig, PretrainRecipe
 from pipeline.errors import UserError
 from pipeline.flow import Batch
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.model.craft import Craft, Streams
 from pipeline.model.embed import MultiScaleEmbedding, patch_grid, patchify, resize_positions
 from pipeline.model.encoder import Encoder
+from pipeline.recipes import load_recipe
 from pipeline.tasks import FinetuneTask, PretrainTask
 from tests.reference import swab
 from tests.reference.msae import embed

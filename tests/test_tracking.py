@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from PIL import Image
 from pipeline.config import LogConfig
 from pipeline.tracking import DatasetNote, NullTracker, figures, open_tracker, tracking_uri
 from pipeline.tracking.nodes import NodeMonitor
-from pipeline.tracking.spool import Feed, Spool
+from pipeline.tracking.spool import BATCH_LINES, Feed, Spool
 from tests.conftest import ROOT, free_port
 
 
@@ -102,6 +103,23 @@ def test_a_resumed_job_goes_on_in_its_run(tmp_path, monkeypatch):
         "synth", {"train_clips": 60}, "training")  # fmt: skip
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["config.yaml", "pictures"]
     assert not Spool(run_dir).waiting
+
+
+def test_a_run_and_a_sync_at_the_same_time_deliver_each_line_once(tmp_path):
+    lines, sent = 60 * BATCH_LINES, []
+    spool = Spool(tmp_path)
+    spool.main.lines.write_text("".join(json.dumps({"kind": "metrics", "step": i}) + "\n" for i in range(lines)))
+
+    def deliver() -> None:
+        own = Spool(tmp_path)
+        while own.deliver(lambda batch: sent.append([line["step"] for line in batch])):
+            time.sleep(0)  # the other one's turn
+
+    with ThreadPoolExecutor(4) as pool:
+        for one in [pool.submit(deliver) for _ in range(4)]:
+            one.result()
+    assert [step for batch in sent for step in batch] == list(range(lines))
+    assert not spool.waiting
 
 
 def test_each_node_s_metrics_reach_the_run(tmp_path, monkeypatch):

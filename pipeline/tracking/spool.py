@@ -1,18 +1,23 @@
 """The append-only files between a run and its MLflow server.
 
 In: lines. Out: the lines that the server has not confirmed, in order. One feed is the run's own, one more
-for each node's system metrics. A feed is JSON lines; `.offset` beside it says how far it is delivered.
+for each node's system metrics. A feed is JSON lines; `.offset` beside it says how far it is delivered. A run and a
+`sync` of it may deliver at the same time: a lock lets one batch go out after the other.
 """
 
+import errno
+import fcntl
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 BATCH_LINES = 200
 Line = dict[str, Any]
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # file systems without them
 _IMPORTING = threading.Lock()
 
 
@@ -144,6 +149,20 @@ class Spool:
         return any(feed.waiting for feed in self.feeds())
 
     def deliver(self, send: Callable[[list[Line]], None]) -> bool:
-        """Sends a batch of each feed; False where nothing is left."""
-        more = [feed.deliver(send) for feed in self.feeds()]  # each gets its turn
+        """Sends a batch of each feed, once another process has sent its own; False where nothing is left."""
+        if not self.waiting:
+            return False
+        with self._alone():
+            more = [feed.deliver(send) for feed in self.feeds()]  # each gets its turn
         return any(more)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two that deliver would send lines twice, and write over each other's offset."""
+        with (self.run_dir / "tracking.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            yield

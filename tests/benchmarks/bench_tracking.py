@@ -99,7 +99,9 @@ def tracked_phase(
     deadline = time.monotonic() + 15  # a store that is well takes the rest before the next phase
     while feed.waiting and "sqlite" in uri and time.monotonic() < deadline:
         time.sleep(0.1)
-    feed.offset.write_text(str(feed.lines.stat().st_size))  # the thread finds nothing left, and ends
+    whole = folder / "whole"
+    whole.write_text(str(feed.lines.stat().st_size))
+    whole.replace(feed.offset)  # the thread finds nothing left, and ends
     while any(thread.name == "mlflow" for thread in threading.enumerate()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return seconds, calls, left, cpu

@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -30,8 +31,9 @@ from shard_tools.ffmpeg_codecs import available
 from shard_tools.finish import finish, reasons
 from shard_tools.lock import owner, slice_owner
 from shard_tools.plan import BuildOptions, Slice, SplitPlan
+from shard_tools.stamps import Change, Sources
 from shard_tools.store import Store
-from shard_tools.write import Stamp, record_name, shard_name, stamp
+from shard_tools.write import record_name, shard_name
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +60,23 @@ class Summary:
 
 @dataclass(slots=True)
 class _Work:
-    """A checked beginning: what is there, what is to be built; of each plan its shards, and those not written yet."""
+    """A checked beginning: what is there, what is to be built.
+
+    Attributes:
+        store: Where.
+        earlier: Of the splits that are finished.
+        plans: Of those that are not.
+        mine: Of each plan the shards to be written by us.
+        todo: Those of them that are not written yet.
+        changed: Of the others, sources that have changed since.
+    """
 
     store: Store
     earlier: Manifest | None
     plans: list[SplitPlan]
     mine: list[list[int]]
-    todo: list[list[int]]
+    todo: list[list[int]] = field(default_factory=list)
+    changed: list[Change] = field(default_factory=list)
 
 
 def build(
@@ -77,7 +89,8 @@ def build(
 ) -> Summary:
     """Builds all splits of the catalog into `out`, going on where an earlier attempt stopped.
 
-    Splits that `out` already holds stay; a split built before with the same options is not built again.
+    Splits that `out` already holds stay; a split built before with the same options is not built again, and its sources
+    are not looked at: the stamps go with the records, as shards outlive their sources (repair.py: `compare`).
 
     Raises:
         UserError: `out` holds shards of another format, vocabulary or options, or is being built.
@@ -120,11 +133,17 @@ def merge(catalog: Catalog, out: Location, options: BuildOptions) -> Summary:
     """Completes a build whose slices are done: index, failures, manifest.
 
     Raises:
-        UserError: shards are still missing.
+        UserError: shards are still missing, or hold sources that have changed since they were decoded.
     """
     with owner(out, shared=False):
         work = _begin(catalog, out, options)
         _look(work, merging=True)
+        if work.changed:
+            raise UserError(
+                f"{out}: {len(work.changed)} shards hold files that have changed since a slice decoded them, such as "
+                f"{work.changed[0]}; put the files back, or run the slices again, which write these shards anew; then "
+                "--merge"
+            )
         lacking = [shard_name(p.split, n) for p, numbers in zip(work.plans, work.todo, strict=True) for n in numbers]
         if lacking:
             total = sum(len(plan) for plan in work.plans)
@@ -145,12 +164,13 @@ def _begin(catalog: Catalog, out: Location, options: BuildOptions) -> _Work:
         )
     store = Store(out)
     earlier = _earlier(catalog, store, options)
-    work = _Work(store, earlier, [], [], [])
+    work = _Work(store, earlier, [], [])
     for split in catalog.splits:
         plan = SplitPlan(catalog, split, out, options)
         identity = plan.identity()
         if earlier is not None and split in earlier.splits:
             _compare(store, split, earlier.options.get(split, {}), identity)
+            log.info("split '%s' is finished: nothing to do (have files changed? verify_shards.py --sources)", split)
             continue
         name = f".build/{split}/plan.json"
         if "plan.json" in store.sizes(f".build/{split}"):
@@ -183,35 +203,43 @@ def _same_decoder(store: Store, split: str, begun: str) -> str:
 def _look(work: _Work, merging: bool = False) -> None:
     """Finds which of our shards are still to be written: no record, a tar of another length, or changed sources.
 
-    Sources are changed where size or time of modification differ from those when they were decoded; remote
-    ones are not looked at. The machine that merges may hold copies of other times: there only sizes count.
+    Sources are changed where their stamps differ from those when they were decoded (stamps.py). The machine that
+    merges may hold copies of other times: there a file of the same size and another time is a warning.
     """
     tars = work.store.sizes()
     for plan, mine in zip(work.plans, work.mine, strict=True):
         records = work.store.sizes(f".build/{plan.split}")
         there = [number for number in mine if f"{number:06d}.parquet" in records]
-        with ThreadPoolExecutor(RECORD_THREADS) as pool:
-            found = dict(zip(there, pool.map(lambda number, plan=plan: _state(work.store, plan, number, tars, merging),
-                                             there), strict=True))  # fmt: skip
-        changed = [path for path in found.values() if path]
-        if changed:
+        count = sum(len(plan.rows(number)) for number in there)
+        with Sources(plan.catalog.root, count) as sources, ThreadPoolExecutor(RECORD_THREADS) as pool:
+            states = pool.map(partial(_state, work.store, plan, tars, sources), there)
+            found = dict(zip(there, states, strict=True))
+        changes = {number: change for number, (_, change) in found.items() if change}
+        changed = {number: change for number, change in changes.items() if not (merging and change.time_only)}
+        touched = [change for number, change in changes.items() if number not in changed]
+        whole = {number for number, (sound, _) in found.items() if sound and number not in changed}
+        work.todo.append([number for number in mine if number not in whole])
+        work.changed += changed.values()
+        if changed and not merging:
             log.warning("split '%s': %d shards hold files that have changed since, such as %s: they are written again",
-                        plan.split, len(changed), changed[0])  # fmt: skip
-        work.todo.append([number for number in mine if found.get(number, "no record") is not None])
+                        plan.split, len(changed), next(iter(changed.values())))  # fmt: skip
+        if touched:
+            log.warning("split '%s': %d shards hold files that are as long as when they were decoded, of another time, "
+                        "such as %s: taken for copies; verify_shards.py --sources finds any of other content",
+                        plan.split, len(touched), touched[0].path)  # fmt: skip
 
 
-def _state(store: Store, plan: SplitPlan, number: int, tars: dict[str, int], sizes_only: bool) -> str | None:
-    """None: a shard is whole; "": its tar is not; else the path of a source that has changed."""
+def _state(
+    store: Store, plan: SplitPlan, tars: dict[str, int], sources: Sources, number: int
+) -> tuple[bool, Change | None]:
+    """Whether the tar of a shard that has a record is whole, and the worst change of its sources."""
     record = store.read(record_name(plan.split, number))
     facts = json.loads(pq.read_schema(io.BytesIO(record)).metadata[b"craft"])
     if "sources" not in facts or (facts["clips"] and tars.get(shard_name(plan.split, number)) != facts["size"]):
-        return ""
-
-    def same(old: Stamp, new: Stamp) -> bool:
-        return old == new or bool(sizes_only and old and new and old[0] == new[0])
-
-    paths = (plan.catalog.clips[row].path for row in plan.rows(number).tolist())
-    return next((path for path, old in zip(paths, facts["sources"], strict=True) if not same(old, stamp(path))), None)
+        return False, None
+    paths = [plan.catalog.clips[row].path for row in plan.rows(number).tolist()]
+    changes = sources.changed(paths, facts["sources"])
+    return True, min(changes, key=lambda change: change.time_only, default=None)
 
 
 def _write(work: _Work, workers: int, engine: str) -> None:

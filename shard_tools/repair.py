@@ -1,4 +1,4 @@
-"""Damaged shards -> whole ones: tars from the sources, the index from the tars.
+"""Damaged shards -> whole ones: tars from the sources, the index from the tars; sound ones compared with the sources.
 
 In: `Findings` of verify_shards.py. Out: files that are what the manifest lists, or a line that says why not.
 
@@ -8,6 +8,7 @@ bytes for the same rows, the manifest's record of the index is renewed with it.
 """
 
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,10 +23,13 @@ from pipeline.data.manifest import INDEX_SCHEMA, FileRecord, Manifest, load_mani
 from pipeline.data.storage import Location, is_remote, join
 from pipeline.flow import Clip
 from shard_tools.distribute import each
-from shard_tools.finish import IndexWriter, index_groups, render
+from shard_tools.finish import PLAIN, IndexWriter, index_groups, render
 from shard_tools.store import Store, local_copies, sha256
-from shard_tools.verify_shards import Findings
+from shard_tools.verify_shards import Findings, shards_with_rows
 from shard_tools.write import BLOCK, EXTENSIONS, MEMBERS, AudioOptions, ShardPlan, write_tar
+
+# The manifest does not say which decoder read what libsndfile could not: the best there is first; the hashes decide.
+DECODERS = ("", "ffmpeg")
 
 
 def repair(directory: Location, found: Findings, root: str, workers: int) -> Iterator[str]:
@@ -48,15 +52,14 @@ def repair(directory: Location, found: Findings, root: str, workers: int) -> Ite
         yield _repair_index(directory, manifest)
         return
     hashes = {shard.name: shard.sha256 for shard in manifest.shards}
-    plans = _plans(directory, manifest, found.shards, root)
+    plans = (_plan(directory, manifest, *table, root) for table in _tables(directory, found.shards))
     yield from each(partial(repair_shard, hashes=hashes), plans, min(workers, len(found.shards)))
 
 
 def repair_shard(plan: ShardPlan, hashes: dict[str, str]) -> str:
     """Builds one tar again, and puts it in its place if it is the one that the manifest lists."""
     store = Store(plan.out)
-    # The manifest does not say which decoder read what libsndfile could not; the hash does.
-    for decoder in ("", "ffmpeg"):
+    for decoder in DECODERS:
         with store.temporary(plan.name) as path:
             _, facts = write_tar(replace(plan, decoder=decoder), path)
             if facts["sha256"] == hashes[plan.name]:
@@ -67,30 +70,75 @@ def repair_shard(plan: ShardPlan, hashes: dict[str, str]) -> str:
     return f"{plan.name}: left as it is: the sources in {plan.root} do not give the same bytes ({why})"
 
 
-def _plans(directory: Location, manifest: Manifest, names: set[str], root: str) -> Iterator[ShardPlan]:
-    audio = AudioOptions(manifest.audio.sample_rate, manifest.audio.seconds, manifest.fbank.mel_bins)
+def compare(directory: Location, root: str, workers: int) -> Iterator[str]:
+    """Decodes the sources of sound shards again; a line for each clip that they do not give any more.
+
+    A build takes no stamps of its sources along when it ends: whether files have other times says nothing on
+    another disk, and shards outlive their sources. This compares content, and takes as long as the build.
+
+    Args:
+        directory: Of the shards.
+        root: Directory or URL of the sources.
+        workers: Processes.
+    """
+    manifest = load_manifest(directory)
+    tasks = (
+        (_plan(directory, manifest, shard.name, rows, root), rows)
+        for shard, rows in shards_with_rows(directory, manifest, Findings())
+        if rows is not None
+    )
+    for lines in each(compare_shard, tasks, workers):
+        yield from lines
+
+
+def compare_shard(task: tuple[ShardPlan, pa.Table]) -> list[str]:
+    """Clips of one shard whose sources give other waveforms, other facts or none."""
+    plan, rows = task
+    kept = {row["key"]: row for row in rows.to_pylist()}
+    found: list[str] = []
+    for decoder in DECODERS:
+        now, facts = write_tar(replace(plan, decoder=decoder), os.devnull)
+        other = [
+            f"{plan.name}: {row['key']}: its source {row['source']} gives another {member} now"
+            for row in now
+            for member in ("waveform", "json")
+            if row[f"{member}_xxh3"] != kept[row["key"]][f"{member}_xxh3"]
+        ]
+        other += [f"{plan.name}: {one['id']}: its source gives nothing: {one['reason']}" for one in facts["failures"]]
+        if not other:
+            return []
+        found = other if not found or len(other) < len(found) else found
+    return found
+
+
+def _tables(directory: Location, names: set[str]) -> Iterator[tuple[str, pa.Table]]:
+    """Index rows of some shards."""
     parts: dict[str, list[pa.Table]] = {name: [] for name in sorted(names)}
     for group in index_groups(directory):
         shard = group["shard"].cast(pa.string())
         for name in names.intersection(pc.unique(shard).to_pylist()):
-            parts[name].append(group.filter(pc.equal(shard, name)))
-    for name, tables in parts.items():
-        rows = [row for table in tables for row in table.to_pylist()]
-        clips = [
-            Clip(
-                key=row["key"],
-                path=row["source"] if is_remote(row["source"]) else join(root, row["source"]),
-                start=row["start"],
-                end=row["end"],
-                labels=tuple(row["labels"]),
-                split=row["split"],
-                fold=row["fold"],
-                trimmed=row["trimmed"],
-            )
-            for row in rows
-        ]
-        split, _, number = name.removesuffix(".tar").rpartition("-")
-        yield ShardPlan(split, int(number), clips, manifest.labels, root, directory, audio)
+            parts[name].append(group.filter(pc.equal(shard, name)).cast(PLAIN))
+    yield from ((name, pa.concat_tables(tables)) for name, tables in parts.items())
+
+
+def _plan(directory: Location, manifest: Manifest, name: str, rows: pa.Table, root: str) -> ShardPlan:
+    """What a tar was made of, by its index rows."""
+    audio = AudioOptions(manifest.audio.sample_rate, manifest.audio.seconds, manifest.fbank.mel_bins)
+    clips = [
+        Clip(
+            key=row["key"],
+            path=row["source"] if is_remote(row["source"]) else join(root, row["source"]),
+            start=row["start"],
+            end=row["end"],
+            labels=tuple(row["labels"]),
+            split=row["split"],
+            fold=row["fold"],
+            trimmed=row["trimmed"],
+        )
+        for row in rows.to_pylist()
+    ]
+    split, _, number = name.removesuffix(".tar").rpartition("-")
+    return ShardPlan(split, int(number), clips, manifest.labels, root, directory, audio)
 
 
 def _repair_index(directory: Location, manifest: Manifest) -> str:

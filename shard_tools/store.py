@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 from pipeline.data import storage
 from pipeline.data.storage import Location, attempt, is_remote, join
+from shard_tools.stamps import Stamp, stamp
 
 PART_BYTES = 32 << 20  # of a multipart upload; files of at least two parts are sent in parts
 FETCH_THREADS = 4
@@ -169,31 +170,42 @@ def local_copies(paths: Iterable[str]) -> Iterator[str | OSError]:
     Remote files are fetched a few ahead, so that decoding does not wait for the network. A file that
     cannot be fetched is its error, in its place.
     """
+    return (copy for copy, _ in _copies(paths, stamped=False))
+
+
+def stamped_copies(paths: Iterable[str]) -> Iterator[tuple[str | OSError, Stamp]]:
+    """As `local_copies`, each with the stamp that its source had before it was fetched."""
+    return _copies(paths, stamped=True)
+
+
+def _copies(paths: Iterable[str], stamped: bool) -> Iterator[tuple[str | OSError, Stamp]]:
     queue = iter(paths)
     with ThreadPoolExecutor(FETCH_THREADS) as pool:
-        ahead: list[Future[str | OSError]] = [pool.submit(_fetch, path) for path in islice(queue, FETCH_AHEAD)]
+        ahead = [pool.submit(_fetch, path, stamped) for path in islice(queue, FETCH_AHEAD)]
         try:
             while ahead:
-                copy = ahead.pop(0).result()
-                yield copy
+                copy, now = ahead.pop(0).result()
+                yield copy, now
                 _drop(copy)
-                ahead += [pool.submit(_fetch, path) for path in islice(queue, 1)]
+                ahead += [pool.submit(_fetch, path, stamped) for path in islice(queue, 1)]
         finally:
             for future in ahead:
-                _drop(future.result())
+                _drop(future.result()[0])
 
 
-def _fetch(path: str) -> str | OSError:
+def _fetch(path: str, stamped: bool) -> tuple[str | OSError, Stamp]:
     if not is_remote(path):
-        return path
+        return path, stamp(path) if stamped else None
     target = _scratch_file(Path(path.rsplit("/", 1)[-1]).suffix)
     try:
+        # Before the content: of a file that changes in between, a restart sees that it has.
+        now = stamp(path) if stamped else None
         system, inner = storage.file_system(path)
         attempt(lambda: system.get_file(inner, str(target)), path)
     except OSError as error:
         target.unlink(missing_ok=True)
-        return error
-    return str(target)
+        return error, None
+    return str(target), now
 
 
 def _drop(copy: str | OSError) -> None:

@@ -9,6 +9,8 @@ stored waveform; keys used twice; the manifest's totals. So one flipped bit in a
 
 --repair builds damaged or missing tars again from their sources, replaces a tar only by the very bytes
 that the manifest lists, and makes a damaged index.parquet anew from the tars.
+--sources decodes every source again and names the clips that it does not give any more: a finished build that is run
+again does not look at its sources.
 Memory: a row group of the index; tars are mapped, those of a store fetched to local scratch, one a worker.
 """
 
@@ -81,7 +83,7 @@ def examine(directory: Location, workers: int) -> Findings:
         found.problems.append("manifest.json: damaged: its bytes are not those that were written")
     _check_files(directory, manifest, found)
     absent = set(found.shards)
-    shards = _shards_with_rows(directory, manifest, found)
+    shards = shards_with_rows(directory, manifest, found)
     check = partial(check_shard, directory=directory, manifest=manifest)
     tasks = (task for task in shards if task[0].name not in absent)
     with tqdm(total=len(manifest.shards) - len(absent), unit="shard", disable=not sys.stderr.isatty()) as bar:
@@ -197,7 +199,7 @@ def _check_files(directory: Location, manifest: Manifest, found: Findings) -> No
             found.problems.append(f"manifest.json: the shards of split '{name}' do not add up to its totals")
 
 
-def _shards_with_rows(
+def shards_with_rows(
     directory: Location, manifest: Manifest, found: Findings
 ) -> Iterator[tuple[ShardRecord, pa.Table | None]]:
     """Each shard with its rows of the index, and last the keys that are there twice."""
@@ -246,27 +248,33 @@ def _mapped(path: str) -> Iterator[memoryview]:
 
 
 def main() -> int:
-    """Parses, verifies, repairs, reports."""
+    """Parses, verifies, repairs, compares, reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = "directory of shards, or its URL (s3://bucket/prefix, ...)"
     parser.add_argument("directory", type=lambda text: text if is_remote(text) else Path(text), metavar="DIR|URL",
                         help=where)  # fmt: skip
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--repair", action="store_true", help="build damaged shards again from --audio-root")
-    parser.add_argument("--audio-root", metavar="DIR|URL", help="sources, for --repair (default: DIR/source)")
+    parser.add_argument("--sources", action="store_true", help="compare with the sources too (as long as the build)")
+    parser.add_argument("--audio-root", metavar="DIR|URL", help="of the sources (default: DIR/source)")
     args = parser.parse_args()
     found = examine(args.directory, max(1, args.workers))
     for problem in found.problems:
         sys.stdout.write(f"{problem}\n")
-    if args.repair and (found.shards or found.index):
-        from shard_tools.repair import repair  # imports this module
+    from shard_tools.repair import compare, repair  # imports this module
 
-        root = args.audio_root or join(args.directory, "source")
+    root = args.audio_root or join(args.directory, "source")
+    if args.repair and (found.shards or found.index):
         for line in repair(args.directory, found, root, max(1, args.workers)):
             sys.stdout.write(f"repair: {line}\n")
         found = examine(args.directory, max(1, args.workers))
         for problem in found.problems:
             sys.stdout.write(f"still: {problem}\n")
+    if args.sources:
+        lines = compare(args.directory, root, max(1, args.workers)) if not found.index else ["sources: not compared"]
+        for line in lines:
+            found.problems.append(line)
+            sys.stdout.write(f"{line}\n")
     manifest = load_manifest(args.directory)
     state = f"{len(found.problems)} problems" if found.problems else "sound"
     clips = sum(split.clips for split in manifest.splits.values())

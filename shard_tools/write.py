@@ -31,18 +31,18 @@ import xxhash
 
 from pipeline.data.fbank import fbank
 from pipeline.data.manifest import INDEX_SCHEMA, Label
-from pipeline.data.storage import Location, is_remote
+from pipeline.data.storage import Location
 from pipeline.flow import Clip
 from shard_tools.columns import Failure, relative
 from shard_tools.decode import Decoded, DecodeError
 from shard_tools.guard import guarded_decode
-from shard_tools.store import Store, local_copies
+from shard_tools.stamps import Stamp
+from shard_tools.store import Store, stamped_copies
 
 MEMBERS = ("waveform", "fbank", "json")
 EXTENSIONS = {"waveform": "waveform.npy", "fbank": "fbank.npy", "json": "json"}
 BLOCK = 512
 GROUP = 32
-Stamp = list[int] | None
 
 
 @dataclass(frozen=True)
@@ -196,17 +196,6 @@ def write_tar(plan: ShardPlan, path: str | os.PathLike[str]) -> tuple[list[dict[
     }
 
 
-def stamp(path: str) -> Stamp:
-    """Size and time of modification of a source; None: it is remote, or cannot be looked at."""
-    if is_remote(path):
-        return None
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None  # the decoder says what is wrong
-    return [status.st_size, status.st_mtime_ns]
-
-
 def encode_waveform(decoded: Decoded, samples: int) -> tuple[np.ndarray, dict[str, Any]]:
     """int16 [samples]: mean removed over the real part, zero-padded; and facts about it.
 
@@ -254,8 +243,9 @@ def read_record(store: Store, name: str) -> tuple[pa.Table, dict[str, Any]]:
 
 def _decode_all(plan: ShardPlan, sources: list[Stamp], failures: list[Failure]) -> Iterator[tuple[Clip, Decoded]]:
     """The clips that can be decoded, one at a time; the others go to `failures`, all stamps to `sources`."""
-    for clip, copy in zip(plan.clips, local_copies(clip.path for clip in plan.clips), strict=True):
-        sources.append(stamp(clip.path))
+    copies = stamped_copies(clip.path for clip in plan.clips)
+    for clip, (copy, stamp) in zip(plan.clips, copies, strict=True):
+        sources.append(stamp)
         try:
             yield clip, _decode(clip, copy, plan)
         except DecodeError as error:

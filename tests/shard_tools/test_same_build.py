@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -109,18 +110,23 @@ def test_a_source_that_changed_meanwhile_is_read_again(catalog, tmp_path, monkey
     assert sum(before[name] != after[name] for name in before) == 1
 
 
-def test_a_merge_refuses_other_sizes_and_not_other_times(catalog, tmp_path):
+def test_a_merge_refuses_other_sizes_and_tells_other_times(catalog, tmp_path, caplog):
     out = tmp_path / "out"
     for number in (1, 2):
         build_slice(catalog, out, options(SECONDS, 4), 1, Slice(number, 2), "inline")
     source = next(path for path in sorted(catalog.root.rglob("*.flac")))
     content = source.read_bytes()
     source.write_bytes(content + b"more")
-    with pytest.raises(UserError, match=r"1 of \d+ shards are not written yet"):
+    said = f"{source} ({len(content)} bytes then, {len(content) + 4} now); put the files back, or run the slices again"
+    with pytest.raises(UserError, match=re.escape(said)):
         merge(catalog, out, options(SECONDS, 4))
     source.write_bytes(content)  # another time of modification
     os.utime(source, ns=(1, 1))
-    merge(catalog, out, options(SECONDS, 4))
+    with caplog.at_level(logging.WARNING):
+        merge(catalog, out, options(SECONDS, 4))
+    assert f"1 shards hold files that are as long as when they were decoded, of another time, such as {source}:" in (
+        caplog.text
+    )
 
 
 def test_a_slice_that_another_process_writes_is_refused(catalog, tmp_path):

@@ -11,12 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 
 from pipeline.data.manifest import INDEX_SCHEMA, load_index, load_manifest
 from pipeline.errors import UserError
+from shard_tools import build as build_module
+from shard_tools import catalogs, ffmpeg_codecs
 from shard_tools.build import build
 from shard_tools.finish import render
-from shard_tools.repair import repair
+from shard_tools.repair import compare, repair
 from shard_tools.verify_shards import examine, verify
 from tests.conftest import ROOT
 from tests.helpers import digests, options, synth_catalog
@@ -212,3 +215,50 @@ def test_shards_in_s3_are_verified_and_repaired(whole, s3):
     assert verify(url, workers=1) == []
     manifest = json.loads(client.get_object(Bucket="verified", Key="manifest.json")["Body"].read())
     assert manifest["digest"] == load_manifest(whole).digest
+
+
+@pytest.fixture
+def ogg(tmp_path):
+    """Four Ogg Vorbis files, which torchcodec and libsndfile decode to other samples."""
+    for number in range(4):
+        (tmp_path / "source" / "a").mkdir(parents=True, exist_ok=True)
+        tone = np.sin(np.arange(8000) * (0.1 + 0.02 * number)).astype(np.float32)
+        soundfile.write(tmp_path / "source" / "a" / f"{number}.ogg", 0.5 * tone, 16000)
+    return catalogs.folder(tmp_path / "source", "train")
+
+
+@pytest.mark.parametrize("decoder", ["torchcodec", "ffmpeg"])
+def test_repair_decodes_with_what_the_build_decoded_with(ogg, tmp_path, monkeypatch, decoder):
+    """Both are here; torchcodec is the first choice of a new build."""
+    assert ffmpeg_codecs.available() == "torchcodec"
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "available", lambda: decoder)
+        build(ogg, out, options(0.2, 2), 1, engine="inline")
+    whole = digests(out)
+    tars = b"".join(path.read_bytes() for path in out.glob("*.tar"))
+    read_by = {"torchcodec": b"torchcodec", "ffmpeg": b"soundfile"}
+    assert {name for name, word in read_by.items() if b'"decoder": "%s"' % word in tars} == {decoder}
+    assert list(compare(out, str(ogg.root), 1)) == []
+    flip(out / "train-000000.tar", 5000)
+    (out / "train-000001.tar").unlink()
+    said = list(repair(out, examine(out, 1), str(ogg.root), 1))
+    assert said == [f"train-00000{number}.tar: built again, as it was" for number in (0, 1)]
+    assert digests(out) == whole
+
+
+def test_sources_that_have_changed_since_are_named(copy):
+    """Each on its own line, with both workers; the shards themselves are sound."""
+    rows = load_index(copy).to_pylist()
+    changed, gone = rows[3], rows[20]
+    source = copy / "source" / changed["source"]
+    samples, rate = soundfile.read(source)
+    soundfile.write(source, samples[::-1], rate)
+    (copy / "source" / gone["source"]).unlink()
+    line = [sys.executable, "shard_tools/verify_shards.py", str(copy), "--sources", "--workers", "2"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stderr
+    first, second, last = done.stdout.splitlines()
+    assert first == f"{changed['shard']}: {changed['key']}: its source {changed['source']} gives another waveform now"
+    assert second.startswith(f"{gone['shard']}: {gone['key']}: its source gives nothing: vanished")
+    assert last.endswith("52 clips in 7 shards: 2 problems")

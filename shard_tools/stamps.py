@@ -1,0 +1,152 @@
+"""Stamps: what tells that a source has changed since it was decoded.
+
+In: paths and URLs of sources. Out: their stamps, and which of many sources do not have theirs any more.
+
+Local: size and time of modification. In a store: size, and what its `info` says of the content (S3's ETag, Google's
+md5, the Hub's blob id), else of the time; of a web server that sends neither, the size is all there is.
+
+A build takes a remote stamp with the fetch, in the fetching threads (store.py). A restart compares those of all
+finished shards: from one listing of the audio root (a thousand objects a request, a page at a time from S3, 8 bytes
+an object kept) and, for what that does not confirm, or where there are few, by one request each, 64 at a time.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from pipeline.data.storage import FINAL, Location, attempt, file_system, is_remote, join
+from pipeline.errors import UserError
+
+Stamp = list[int | str] | None
+
+# Of fsspec's `info` the first that is there: what changes with the content before what may change without it.
+TAGS = ("ETag", "md5Hash", "generation", "blob_id", "sha", "etag",
+        "mtime", "LastModified", "last_modified", "modified", "updated", "created")  # fmt: skip
+REQUESTS = 64  # at a time; waiting is what they cost
+LIST_FROM = 1000  # sources from which on a listing is cheaper than a request each
+
+
+def stamp(path: str) -> Stamp:
+    """Size and tag of a source as it is now; None: it is not there, or may not be looked at.
+
+    Raises:
+        OSError: its store does not answer.
+    """
+    if not is_remote(path):
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None  # the decoder says what is wrong
+        return [status.st_size, status.st_mtime_ns]
+    system, inner = file_system(path)
+    try:
+        return _of(attempt(lambda: system.info(inner), path))
+    except FINAL:
+        return None  # the fetch says what is wrong
+
+
+class Change(NamedTuple):
+    """A source whose stamp is another now."""
+
+    path: str
+    old: Stamp
+    new: Stamp
+
+    @property
+    def time_only(self) -> bool:
+        """A local file of the same size: perhaps the same content, copied to this machine at another time."""
+        return bool(self.old and self.new and self.old[0] == self.new[0] and isinstance(self.new[1], int))
+
+    def __str__(self) -> str:
+        if self.new is None or self.old is None:
+            return f"{self.path} ({'not there any more' if self.old else 'could not be read then'})"
+        sizes = f"{self.old[0]} bytes then, {self.new[0]} now"
+        return f"{self.path} ({sizes if self.old[0] != self.new[0] else 'as long, but written anew'})"
+
+
+class Sources:
+    """Sources as they are now, for comparisons by many threads; use it in `with`.
+
+    Args:
+        root: Of the sources.
+        count: How many are going to be compared.
+
+    Raises:
+        UserError: the store does not answer.
+    """
+
+    def __init__(self, root: Location, count: int) -> None:
+        listed = _listing(str(root)) if is_remote(root) and count >= LIST_FROM else iter(())
+        with _answering():
+            self._there = np.sort(np.fromiter((_hash(path, now) for path, now in listed), np.uint64))
+        self._pool = ThreadPoolExecutor(REQUESTS)
+
+    def __enter__(self) -> "Sources":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def changed(self, paths: Sequence[str], stamps: Sequence[Stamp]) -> list[Change]:
+        """Those of some sources that do not have their stamps any more.
+
+        Raises:
+            UserError: their store does not answer.
+        """
+        pairs = [pair for pair in zip(paths, stamps, strict=True) if not self._listed(*pair)]
+        remote = [path for path, _ in pairs if is_remote(path)]
+        with _answering():
+            now = dict(zip(remote, self._pool.map(stamp, remote), strict=True))
+        found = [Change(path, old, now[path] if path in now else stamp(path)) for path, old in pairs]
+        return [change for change in found if change.old != change.new]
+
+    def _listed(self, path: str, old: Stamp) -> bool:
+        """Whether the listing has a source as it was."""
+        wanted = np.uint64(_hash(path, old))
+        place = int(np.searchsorted(self._there, wanted))
+        return place < len(self._there) and bool(self._there[place] == wanted)
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error}; sources are compared with what was decoded: try again when they answer") from error
+
+
+def _of(info: dict[str, Any]) -> Stamp:
+    name = next((name for name in TAGS if info.get(name)), "")
+    value = info.get(name, "")
+    tag = value.timestamp() if isinstance(value, datetime) else value  # a date's text depends on the time zone
+    return [int(info.get("size") or 0), f"{name} {tag}".strip()]
+
+
+def _hash(path: str, now: Stamp) -> int:
+    return xxhash.xxh3_64_intdigest(json.dumps([path, now]).encode())
+
+
+def _listing(root: str) -> Iterator[tuple[str, Stamp]]:
+    """Path and stamp of every object below `root`."""
+    system, folder = file_system(root)
+    if not hasattr(system, "call_s3"):
+        found: dict[str, dict[str, Any]] = attempt(lambda: system.find(folder, detail=True), root)
+        yield from ((join(root, name[len(folder) :].lstrip("/")), _of(info)) for name, info in found.items())
+        return
+    bucket, _, prefix = folder.partition("/")
+    prefix = f"{prefix}/" if prefix else ""
+    words = {"Bucket": bucket, "Prefix": prefix}
+    while True:
+        page = attempt(lambda: system.call_s3("list_objects_v2", **words), root)
+        for entry in page.get("Contents", []):
+            yield join(root, entry["Key"][len(prefix) :]), _of({"size": entry["Size"], "ETag": entry["ETag"]})
+        if not page.get("IsTruncated"):
+            return
+        words["ContinuationToken"] = page["NextContinuationToken"]

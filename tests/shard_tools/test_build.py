@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import soundfile
 import webdataset
 
 from pipeline.data.manifest import load_index, load_manifest
+from shard_tools import write
+from shard_tools.plan import SplitPlan
 from shard_tools.verify_shards import verify
 from tests.conftest import ROOT
-from tests.helpers import digests, synth_shards
+from tests.helpers import digests, options, synth_catalog, synth_shards
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
@@ -40,6 +43,23 @@ def test_stock_webdataset_reads_the_shards(shards):
 def test_bytes_do_not_depend_on_workers(shards, tmp_path):
     synth_shards(tmp_path, workers=2)
     assert digests(tmp_path) == digests(shards)
+
+
+def test_groups_of_clips_do_not_change_the_bytes(tmp_path, monkeypatch):
+    """One at a time, or 32 from station to station with one that fails in the middle of the first 32."""
+    catalog = synth_catalog(tmp_path / "source", 70, 0.1)
+    plan = SplitPlan(catalog, "train", tmp_path, options(0.1, 64)).shard(0)
+    bad = plan.clips[16].path
+    Path(bad).write_text("no audio")
+    found = []
+    for group in (1, 32):
+        monkeypatch.setattr(write, "GROUP", group)
+        rows, facts = write.write_tar(plan, tmp_path / "shard.tar")
+        found.append(((tmp_path / "shard.tar").read_bytes(), rows, facts))
+    assert found[0] == found[1]
+    assert [failure["path"] for failure in facts["failures"]] == [bad]
+    assert [row["key"] for row in rows] == [clip.key for clip in plan.clips if clip.path != bad]
+    assert len(rows) > 32
 
 
 def test_statistics_are_those_of_the_stored_fbanks(shards):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import boto3
 import numpy as np
 import pytest
 import soundfile
@@ -16,9 +17,12 @@ from pipeline.data.manifest import load_index, load_manifest
 from pipeline.errors import UserError
 from shard_tools import catalogs
 from shard_tools.build import build
+from shard_tools.inspect_shards import text
+from shard_tools.portrait import clip_page, whole_page
 from shard_tools.survey import find, survey
 from tests.conftest import ROOT
 from tests.helpers import options
+from tests.stores import upload
 
 RATE, SECONDS = 16000, 0.5
 
@@ -133,3 +137,32 @@ def test_a_url_gives_the_same_numbers(shards):
     local, remote = survey(shards, 3, 1, 2), survey(f"file://{shards}", 3, 1, 2)
     assert local.levels == remote.levels
     assert json.dumps(load_manifest(shards).model_dump()) == json.dumps(remote.manifest.model_dump())
+
+
+def test_s3_gives_the_same_words_page_and_sound(shards, s3, tmp_path):
+    """The report by the command line, and one clip."""
+    url, page = upload(shards, "inspected"), tmp_path / "page.html"
+    done = inspect(url, "--sample", 3, "--seed", 1, "--examples", 2, "--html", page)
+    assert done.returncode == 0, done.stderr
+    found = survey(shards, 3, 1, 2)
+    assert done.stdout.replace(url, str(shards)).startswith("\n".join(text(shards, found, 1)) + "\n")
+    assert page.read_text("utf-8").replace(url, str(shards)) == whole_page(shards, found, 1)
+    assert len(embedded(page.read_text("utf-8"), "audio/wav")) == 2
+    (here,), (there,) = find(shards, "tone"), find(url, "tone")
+    assert (here.row, here.about) == (there.row, there.about)
+    assert np.array_equal(here.waveform, there.waveform)
+    assert clip_page(url, found.manifest, [there]).replace(url, str(shards)) == clip_page(
+        shards, found.manifest, [here]
+    )
+
+
+def test_a_flipped_bit_in_s3_is_an_error_that_names_the_clip(shards, s3, tmp_path):
+    url = upload(shards, "inspected-damaged")
+    row = load_index(shards).to_pylist()[0]
+    damaged = bytearray((shards / row["shard"]).read_bytes())
+    damaged[row["waveform_offset"] + 300] ^= 1
+    boto3.client("s3").put_object(Bucket="inspected-damaged", Key=row["shard"], Body=bytes(damaged))
+    with pytest.raises(OSError, match=f"{row['shard']}: waveform of '{row['key']}'"):
+        survey(url, 100, 0, 2)
+    with pytest.raises(UserError, match="no/such/prefix"):
+        survey(f"{url}/no/such/prefix", 100, 0, 2)

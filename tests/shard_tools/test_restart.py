@@ -32,6 +32,7 @@ def test_killed_at_28_random_points_it_goes_on_to_the_same_bytes(tmp_path):
         assert point["identical"], point
         assert point["untouched"], point
         assert not point["leftovers"], point
+    assert len({point["finished"] for point in points}) >= 6  # killed at all stages, not in one
     full = found["full disk"]
     assert full == {"failed": -100 - kills.FULL_DISK, "leftovers": [], "identical": True}
 

@@ -91,8 +91,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def location(text: str) -> Location:
-    """A path, or a URL as it is."""
-    return text if is_remote(text) else Path(text)
+    """A path, or a URL of a store as it is."""
+    return text if is_remote(text) else local(text)
 
 
 def a_slice(text: str) -> Slice:

@@ -11,10 +11,10 @@ an object kept) and, for what that does not confirm, or where there are few, by 
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ import xxhash
 
 from pipeline.data.storage import FINAL, Location, attempt, file_system, is_remote, join
 from pipeline.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Stamp = list[int | str] | None
 
@@ -77,15 +79,16 @@ class Sources:
     Args:
         root: Of the sources.
         count: How many are going to be compared.
-
-    Raises:
-        UserError: the store does not answer.
     """
 
     def __init__(self, root: Location, count: int) -> None:
-        listed = _listing(str(root)) if is_remote(root) and count >= LIST_FROM else iter(())
-        with _answering():
-            self._there = np.sort(np.fromiter((_hash(path, now) for path, now in listed), np.uint64))
+        self._there = np.empty(0, np.uint64)
+        if is_remote(root) and count >= LIST_FROM and not str(root).startswith("http"):  # a page is no listing
+            try:
+                listed = np.fromiter((_hash(path, now) for path, now in _listing(str(root))), np.uint64)
+                self._there = np.sort(listed)
+            except OSError as error:
+                log.warning("%s: cannot be listed (%s): a request for each of %d files instead", root, error, count)
         self._pool = ThreadPoolExecutor(REQUESTS)
 
     def __enter__(self) -> "Sources":
@@ -101,25 +104,29 @@ class Sources:
             UserError: their store does not answer.
         """
         pairs = [pair for pair in zip(paths, stamps, strict=True) if not self._listed(*pair)]
-        remote = [path for path, _ in pairs if is_remote(path)]
-        with _answering():
-            now = dict(zip(remote, self._pool.map(stamp, remote), strict=True))
-        found = [Change(path, old, now[path] if path in now else stamp(path)) for path, old in pairs]
+        remote = [pair for pair in pairs if is_remote(pair[0])]
+        found = [Change(path, old, stamp(path)) for path, old in pairs if not is_remote(path)]
+        found += self._pool.map(_asked, remote)
         return [change for change in found if change.old != change.new]
 
     def _listed(self, path: str, old: Stamp) -> bool:
         """Whether the listing has a source as it was."""
+        if not len(self._there):
+            return False
         wanted = np.uint64(_hash(path, old))
         place = int(np.searchsorted(self._there, wanted))
         return place < len(self._there) and bool(self._there[place] == wanted)
 
 
-@contextmanager
-def _answering() -> Iterator[None]:
+def _asked(pair: tuple[str, Stamp]) -> Change:
+    """A source of a store as it is now."""
+    path, old = pair
     try:
-        yield
+        return Change(path, old, stamp(path))
     except OSError as error:
-        raise UserError(f"{error}; sources are compared with what was decoded: try again when they answer") from error
+        if old is None:  # it could not be looked at then either
+            return Change(path, old, None)
+        raise UserError(f"{error}; files are compared with what was decoded: try again when they answer") from error
 
 
 def _of(info: dict[str, Any]) -> Stamp:

@@ -16,7 +16,7 @@ import tempfile
 import uuid
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -197,14 +197,16 @@ def _fetch(path: str, stamped: bool) -> tuple[str | OSError, Stamp]:
     if not is_remote(path):
         return path, stamp(path) if stamped else None
     target = _scratch_file(Path(path.rsplit("/", 1)[-1]).suffix)
+    now: Stamp = None
+    if stamped:
+        with suppress(OSError):  # the fetch says what is wrong
+            now = stamp(path)  # before the content: of a file that changes in between, a restart sees that it has
     try:
-        # Before the content: of a file that changes in between, a restart sees that it has.
-        now = stamp(path) if stamped else None
         system, inner = storage.file_system(path)
         attempt(lambda: system.get_file(inner, str(target)), path)
     except OSError as error:
         target.unlink(missing_ok=True)
-        return error, None
+        return error, now
     return str(target), now
 
 

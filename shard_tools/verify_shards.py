@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ import xxhash
 from tqdm import tqdm
 
 from pipeline.data.manifest import Manifest, ShardRecord, load_manifest
-from pipeline.data.storage import Location, is_remote, join, read_bytes, sizes
+from pipeline.data.storage import Location, is_remote, join, local, read_bytes, sizes
 from pipeline.errors import run_cli
 from shard_tools.distribute import each
 from shard_tools.finish import PLAIN, index_groups, render
@@ -251,7 +250,7 @@ def main() -> int:
     """Parses, verifies, repairs, compares, reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = "directory of shards, or its URL (s3://bucket/prefix, ...)"
-    parser.add_argument("directory", type=lambda text: text if is_remote(text) else Path(text), metavar="DIR|URL",
+    parser.add_argument("directory", type=lambda text: text if is_remote(text) else local(text), metavar="DIR|URL",
                         help=where)  # fmt: skip
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--repair", action="store_true", help="build damaged shards again from --audio-root")

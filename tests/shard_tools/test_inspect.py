@@ -17,7 +17,8 @@ from pipeline.data.manifest import load_index, load_manifest
 from pipeline.errors import UserError
 from shard_tools import catalogs
 from shard_tools.build import build
-from shard_tools.inspect_shards import text
+from shard_tools.build_shards import location
+from shard_tools.inspect_shards import parser, text
 from shard_tools.portrait import clip_page, whole_page
 from shard_tools.survey import find, survey
 from tests.conftest import ROOT
@@ -137,6 +138,7 @@ def test_a_url_gives_the_same_numbers(shards):
     local, remote = survey(shards, 3, 1, 2), survey(f"file://{shards}", 3, 1, 2)
     assert local.levels == remote.levels
     assert json.dumps(load_manifest(shards).model_dump()) == json.dumps(remote.manifest.model_dump())
+    assert parser().parse_args([f"file://{shards}"]).directory == location(f"file://{shards}") == shards
 
 
 def test_s3_gives_the_same_words_page_and_sound(shards, s3, tmp_path):

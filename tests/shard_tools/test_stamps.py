@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from shard_tools import catalogs, stamps
 from shard_tools.build import build, build_slice, merge
 from shard_tools.plan import Slice, SplitPlan
-from shard_tools.stamps import Change
+from shard_tools.stamps import Change, Sources
 from tests.helpers import digests, options
 
 SECONDS, CLIPS, PER_SHARD = 0.1, 12, 2
@@ -51,6 +51,10 @@ def put(client, bucket: str, key: str, level: float) -> None:
     client.put_object(Bucket=bucket, Key=key, Body=content.getvalue())
 
 
+def deny(*_, **__):
+    raise PermissionError("Access Denied")
+
+
 def first_source(catalog, out) -> str:
     """Of the first shard."""
     plan = SplitPlan(catalog, "train", out, options(SECONDS, PER_SHARD))
@@ -61,12 +65,14 @@ def times(out) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
 
 
-@pytest.mark.parametrize("listed", [True, False])
-def test_an_object_that_changed_meanwhile_is_read_again(audio, listed, tmp_path, monkeypatch, caplog):
-    """By a listing, and by a request each."""
+@pytest.mark.parametrize(
+    ("least", "denied", "requests"), [(1, False, (1, 3)), (1000, False, (6, 0)), (1, True, (6, 0))]
+)
+def test_an_object_that_changed_meanwhile_is_read_again(audio, least, denied, requests, tmp_path, monkeypatch, caplog):
+    """By a listing, by a request each, and by a request each where the store denies listings."""
     client, bucket, catalog, pages = audio
     out, asked = tmp_path / "out", []
-    monkeypatch.setattr(stamps, "LIST_FROM", 1 if listed else 1000)
+    monkeypatch.setattr(stamps, "LIST_FROM", least)
     build_slice(catalog, out, options(SECONDS, PER_SHARD), 1, Slice(1, 2), "inline")
     before = times(out)
     assert len(before) == 3
@@ -74,10 +80,14 @@ def test_an_object_that_changed_meanwhile_is_read_again(audio, listed, tmp_path,
     put(client, bucket, path.removeprefix(f"s3://{bucket}/"), 0.9)
     real = stamps.stamp
     monkeypatch.setattr(stamps, "stamp", lambda path: (asked.append(path), real(path))[1])
+    if denied:
+        system, _ = storage.file_system(f"s3://{bucket}")
+        monkeypatch.setattr(system, "call_s3", deny)
     with caplog.at_level(logging.WARNING):
         build(catalog, out, options(SECONDS, PER_SHARD), 1, engine="inline")
     assert f"1 shards hold files that have changed since, such as {path} (as long, but written anew)" in caplog.text
-    assert (len(asked), len(pages)) == ((1, 3) if listed else (6, 0))
+    assert (len(asked), len(pages)) == requests
+    assert ("cannot be listed (Access Denied)" in caplog.text) == denied
     after = times(out)
     assert [name for name in before if before[name] != after[name]] == ["train-000000.tar"]
     build(catalog, tmp_path / "anew", options(SECONDS, PER_SHARD), 1, engine="inline")
@@ -118,6 +128,9 @@ def test_a_store_that_does_not_answer_changes_nothing(audio, tmp_path, monkeypat
         patch.setattr(system, "info", down)
         with pytest.raises(UserError, match=r"the network went away .* try again when they answer"):
             build(catalog, out, options(SECONDS, PER_SHARD), 1, engine="inline")
+        # One object that can never be looked at (a key of the customer's) does not stop what came to terms with it.
+        with Sources(catalog.root, 1) as sources:
+            assert sources.changed([first_source(catalog, out)], [None]) == []
     assert times(out) == before
 
 

@@ -247,8 +247,9 @@ def test_repair_decodes_with_what_the_build_decoded_with(ogg, tmp_path, monkeypa
     assert digests(out) == whole
 
 
+@pytest.mark.slow
 def test_sources_that_have_changed_since_are_named(copy):
-    """Each on its own line, with both workers; the shards themselves are sound."""
+    """Each on its own line, by two workers; the shards themselves are sound."""
     rows = load_index(copy).to_pylist()
     changed, gone = rows[3], rows[20]
     source = copy / "source" / changed["source"]

@@ -197,7 +197,7 @@ def guarded_decode(
     return _process(rate, seconds, decoder).decode(path, start, end, trimmed)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # a repair tries both decoders on one shard after another
 def _process(rate: int, seconds: float, decoder: str) -> DecoderProcess:
     process = DecoderProcess(rate, seconds, decoder=decoder)
     atexit.register(process.close)

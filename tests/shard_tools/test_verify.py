@@ -8,6 +8,7 @@ import sys
 
 import boto3
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -239,12 +240,14 @@ def test_repair_decodes_with_what_the_build_decoded_with(ogg, tmp_path, monkeypa
     tars = b"".join(path.read_bytes() for path in out.glob("*.tar"))
     read_by = {"torchcodec": b"torchcodec", "ffmpeg": b"soundfile"}
     assert {name for name, word in read_by.items() if b'"decoder": "%s"' % word in tars} == {decoder}
+    before = len(psutil.Process().children())
     assert list(compare(out, str(ogg.root), 1)) == []
     flip(out / "train-000000.tar", 5000)
     (out / "train-000001.tar").unlink()
     said = list(repair(out, examine(out, 1), str(ogg.root), 1))
     assert said == [f"train-00000{number}.tar: built again, as it was" for number in (0, 1)]
     assert digests(out) == whole
+    assert len(psutil.Process().children()) <= before + 1  # one process a decoder, not two a shard
 
 
 @pytest.mark.slow

@@ -141,7 +141,9 @@ def test_numbers_spread_differences_and_empty_cells(campaign, shards, tmp_path):
     for name in ("table5c.png", "figure2.png"):
         colours = np.unique(np.asarray(Image.open(tmp_path / "report" / name).convert("L")))
         assert len(colours) > 10  # not a blank page
-    assert "<td>33.4</td>" in (tmp_path / "report" / "report.html").read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<td>33.4</td>" in page
+    assert "<code>--scale micro</code>" in page
 
 
 def test_without_any_run_the_paper_stands_alone(tmp_path):

@@ -3,9 +3,11 @@
 In: `Collected`. Out: text; pictures are named by relative path, so the directory can be moved or mailed.
 """
 
+import re
 from collections.abc import Sequence
 
 from jinja2 import Environment
+from markupsafe import Markup, escape
 
 from pipeline.ablation.grid import Row
 from pipeline.report.collect import Collected, Result
@@ -97,7 +99,7 @@ def html(title: str, parts: Sequence[Collected]) -> str:
                 {"cells": cells, "kind": _kind(row, part.reference)}
                 for row, cells in zip(part.table.rows, rows(part), strict=True)
             ],
-            "caption": caption(part),
+            "caption": Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(caption(part))))),
             "picture": f"{part.table.file.stem}.png",
         }
         for part in parts

@@ -8,8 +8,8 @@ with an error of 4e-3 at most. Any WebDataset reader decodes .npy, and the paylo
 tar member can be read in place. So: int16 and float16 .npy, 576 KB a clip, 1.15 TB for 2 M clips.
 
 The fbank is that of the *stored* int16 waveform, so verify_shards.py can recompute it from the shard.
-Memory: GROUP clips at a time, whatever the size of the data set. Each station works through the group before the next
-one begins: its tables and code stay in the core's cache, which a station by station change for each clip costs 13 %.
+Memory: GROUP clips at a time, whatever the size of the data set. Each station works through the group before
+the next one begins, so that its tables and code stay in the core's cache: an eighth faster than clip by clip.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-# make help lists the targets. Variables: DATA=synth|esc50, ESC50=path, RANKS, DEMO_DIR, PYTHON.
+# make help lists the targets. Variables: DATA=synth|esc50, ESC50=path, RANKS, DEMO_DIR, JOBS (of fast tests), PYTHON.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -10,6 +10,7 @@ DATA ?= synth
 ESC50 ?=
 RANKS ?= 2
 DEMO_DIR ?= demo_run
+JOBS ?= 2
 # DeepSpeed's compiled kernel stays with the environment: two environments sharing a cache compile in turns.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -72,7 +73,8 @@ lint: $(TESTED)  ## ruff and mypy
 	mypy --strict pipeline shard_tools
 
 test: lint  ## Everything a developer must pass: ruff, mypy --strict, pytest with real 2-rank launches
-	pytest
+	pytest -m "not slow" --numprocesses $(JOBS) --dist worksteal
+	pytest -m slow  # one at a time: most of them start several ranks or servers
 
 clean:  ## Remove the demo's products and caches, not .venv
 	rm -rf $(DEMO_DIR) .mypy_cache .ruff_cache .pytest_cache

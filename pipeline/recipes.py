@@ -38,7 +38,7 @@ def load_recipe(kind: type[RecipeT], files: Sequence[str | Path] = (), words: Se
     """
     merged: dict[str, Any] = {}
     for file in files:
-        _merge(merged, _read_yaml(Path(file)))
+        _merge(merged, _read_sections(Path(file)))
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
@@ -107,13 +107,22 @@ def _is_text(kind: type[Recipe], key: str) -> bool:
     return name in fields and fields[name].annotation is str
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path, remedy: str) -> Any:
+    """Content of a YAML file.
+
+    Raises:
+        UserError: it cannot be read (with the remedy), or is not YAML.
+    """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; --config takes a YAML file such as those in configs/") from error
+        raise UserError(f"{file}: {error.strerror}; {remedy}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not YAML: {error}") from error
+
+
+def _read_sections(file: Path) -> dict[str, Any]:
+    content = read_yaml(file, "--config takes a YAML file such as those in configs/")
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.storage import Location, is_remote, join, local
+from pipeline.data.storage import Location, is_remote, join, local, location
 from pipeline.errors import UserError, run_cli
 from shard_tools import catalogs
 from shard_tools.build import Summary, build, build_slice, merge
@@ -88,11 +88,6 @@ def parser() -> argparse.ArgumentParser:
     add("--require-coverage", type=float, metavar="SHARE", help="fail where fewer listed clips are there (no default)")
     add("--overwrite", action="store_true", help="throw away what --out holds (default: go on with it)")
     return make
-
-
-def location(text: str) -> Location:
-    """A path, or a URL of a store as it is."""
-    return text if is_remote(text) else local(text)
 
 
 def a_slice(text: str) -> Slice:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.manifest import Manifest, load_manifest
-from pipeline.data.storage import Location, is_remote, local
+from pipeline.data.storage import Location, location
 from pipeline.errors import UserError, run_cli
 from shard_tools.portrait import clip_page, whole_page
 from shard_tools.survey import QUIET_DB, Sound, Survey, find, measure, survey
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     make = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = make.add_argument
-    add("directory", type=lambda text: text if is_remote(text) else local(text), metavar="DIR|URL",
+    add("directory", type=location, metavar="DIR|URL",
         help="of the shards")  # fmt: skip
     add("key", nargs="?", metavar="KEY", help="look at this clip alone (default: at all)")
     add("--html", type=Path, default=Path("inspect.html"), help="the report (default: inspect.html)")

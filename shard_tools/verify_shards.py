@@ -35,7 +35,7 @@ import xxhash
 from tqdm import tqdm
 
 from pipeline.data.manifest import Manifest, ShardRecord, load_manifest
-from pipeline.data.storage import Location, is_remote, join, local, read_bytes, sizes
+from pipeline.data.storage import Location, join, location, read_bytes, sizes
 from pipeline.errors import run_cli
 from shard_tools.distribute import each
 from shard_tools.finish import PLAIN, index_groups, render
@@ -250,7 +250,7 @@ def main() -> int:
     """Parses, verifies, repairs, compares, reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = "directory of shards, or its URL (s3://bucket/prefix, ...)"
-    parser.add_argument("directory", type=lambda text: text if is_remote(text) else local(text), metavar="DIR|URL",
+    parser.add_argument("directory", type=location, metavar="DIR|URL",
                         help=where)  # fmt: skip
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--repair", action="store_true", help="build damaged shards again from --audio-root")
@@ -270,7 +270,8 @@ def main() -> int:
         for problem in found.problems:
             sys.stdout.write(f"still: {problem}\n")
     if args.sources:
-        lines = compare(args.directory, root, max(1, args.workers)) if not found.index else ["sources: not compared"]
+        unknown = ["sources: not compared, as index.parquet is damaged; --repair makes it anew"]
+        lines = unknown if found.index else compare(args.directory, root, max(1, args.workers))
         for line in lines:
             found.problems.append(line)
             sys.stdout.write(f"{line}\n")

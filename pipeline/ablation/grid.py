@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe
 from pipeline.errors import UserError
 from pipeline.methods import FINETUNE, PRETRAIN
-from pipeline.recipes import changes_result, flatten, load_recipe
+from pipeline.recipes import changes_result, flatten, load_recipe, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = ROOT / "configs" / "ablation" / "scale"
@@ -261,12 +260,7 @@ def _text(value: Any) -> str:
 
 
 def _read(kind: type[ModelT], path: Path) -> ModelT:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; tables lie in configs/ablation/, scales in its scale/") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {error}") from error
+    content = read_yaml(path, "tables lie in configs/ablation/, scales in its scale/")
     try:
         return kind.model_validate(content)
     except ValidationError as error:

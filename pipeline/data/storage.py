@@ -35,6 +35,11 @@ def local(location: Location) -> Path:
     return Path(str(location).removeprefix("file://"))
 
 
+def location(text: str) -> Location:
+    """What a command line names: a path, or a URL of a store as it is."""
+    return text if is_remote(text) else local(text)
+
+
 def join(location: Location, name: str) -> str:
     """`name` below `location`."""
     return f"{str(location).rstrip('/')}/{name}" if is_remote(location) else str(local(location) / name)

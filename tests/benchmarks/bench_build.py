@@ -162,7 +162,7 @@ def scale(catalog: catalogs.Catalog, folder: Path, clips: int, workers: int) -> 
             ends = [time.perf_counter() for _ in run(plan.shards(list(range(len(plan)))), count)]
             laps.append((len(ends) - count) * size / (ends[-1] - ends[count - 1]))
         rates[count] = statistics.median(laps)
-        print(f"{count} workers at work: {rates[count]:.1f} clips/s")
+        print(f"{count} worker(s) at work: {rates[count]:.1f} clips/s")
     print(f"speed-up of {workers} workers: {rates[workers] / rates[1]:.2f}")
 
 

@@ -14,10 +14,10 @@ import soundfile
 from PIL import Image
 
 from pipeline.data.manifest import load_index, load_manifest
+from pipeline.data.storage import location
 from pipeline.errors import UserError
 from shard_tools import catalogs
 from shard_tools.build import build
-from shard_tools.build_shards import location
 from shard_tools.inspect_shards import parser, text
 from shard_tools.portrait import clip_page, whole_page
 from shard_tools.survey import find, survey

@@ -31,8 +31,8 @@ from pipeline.distributed import World
 from pipeline.engine.evaluation import write_results
 from pipeline.engine.job import Job
 from pipeline.engine.setup import reconcile
-from pipeline.engine.writer import write_json
 from pipeline.errors import UserError
+from pipeline.files import write_json
 from pipeline.jobs import finetuning_name
 from pipeline.launch import Launch, open_run, tracked
 from pipeline.recipes import changes_result, flatten

@@ -38,8 +38,9 @@ from pipeline import distributed
 from pipeline.config import CheckpointConfig
 from pipeline.distributed import World
 from pipeline.engine import snapshot
-from pipeline.engine.writer import Writer, write_json, write_text
+from pipeline.engine.writer import Writer
 from pipeline.errors import UserError
+from pipeline.files import write_json, write_text
 
 log = logging.getLogger(__name__)
 

@@ -6,18 +6,17 @@ One thread per rank and one checkpoint in flight: the next save first waits for 
 calls no collective; that all ranks are done is agreed upon by the training loop.
 """
 
-import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+from pipeline.files import sync
 
 log = logging.getLogger(__name__)
 
@@ -66,28 +65,3 @@ class Writer:
             self.error = str(error)
             log.warning("%s: %s", next(iter(files), ""), error)
         self.seconds = time.perf_counter() - begun
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces `path` atomically and durably."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync(path.parent)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Likewise, as JSON."""
-    write_text(path, json.dumps(content, indent=1))
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or a directory's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

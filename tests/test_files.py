@@ -1,0 +1,60 @@
+"""Paths that users name, and places that are tried before the work."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.files import check_name, check_output_directory, check_output_file, user_path, write_json, write_text
+
+
+@pytest.mark.parametrize("name", ["train", "bal_train", "dev-clean.v2", "0", "_x", "a" * 100])
+def test_plain_names_are_taken(name):
+    assert check_name(name, "--split") == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "/a", "a\\b", "-x", ".x", "a\n", "a\0b", "a b", "ä", "a" * 101, "a:b", "a*"]
+)
+def test_names_that_could_leave_the_directory_are_refused(name):
+    with pytest.raises(UserError, match="--split"):
+        check_name(name, "--split")
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/runs", "run.dir") == tmp_path / "runs"
+    assert user_path("runs/~x", "run.dir") == Path("runs/~x")
+    for text in ("", "a\0b", "~nobody-of-this-name/x"):
+        with pytest.raises(UserError, match=r"run\.dir"):
+            user_path(text, "run.dir")
+
+
+def test_output_places_are_tried_and_left_as_they_were(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    assert check_output_file(tmp_path / "new" / "r.json", "--out") == tmp_path / "new" / "r.json"
+    assert check_output_directory(tmp_path / "a" / "b", "--out") == tmp_path / "a" / "b"
+    check_output_file(tmp_path / "file", "--out")
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "file" / "r.json"):
+        with pytest.raises(UserError, match="--out"):
+            check_output_file(path, "--out")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="--out"):
+            check_output_directory(path, "--out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_text(tmp_path / "a", "old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_json(tmp_path / "a", {"new": 1})
+    assert (tmp_path / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -29,8 +29,8 @@ def check_name(name: str, what: str) -> str:
     """
     if NAME.fullmatch(name) is None:
         raise UserError(
-            f"{what} '{name[:100]}' becomes a file name; use at most 100 of the characters A-Z a-z 0-9 _ . -, beginning "
-            "with a letter, a digit or _"
+            f"{what} '{name[:100]}' becomes a file name; use at most 100 of the characters A-Z a-z 0-9 _ . -, "
+            "beginning with a letter, a digit or _"
         )
     return name
 

@@ -11,6 +11,17 @@ import numpy as np
 TRIM_SLACK = 0.5  # seconds that a file may lack and still be taken for the whole recording of a segment
 SLACK = 0.15  # seconds by which a container's duration and its audio differ (priming, last frame)
 HEAD = 512  # bytes that tell a text from audio
+# Endings that audio, and video with sound, goes by, in lower case. What a file holds decides its decoding: these decide
+# which files a folder's audio are, and which of several files that differ in their ending is the audio.
+AUDIO_ENDINGS = frozenset({
+    ".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".spx", ".m4a", ".m4b", ".m4r", ".aac", ".adts", ".alac",
+    ".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3gpp", ".3g2", ".webm", ".weba", ".mkv", ".mka", ".ogv", ".ogx",
+    ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".bwf", ".wve", ".sph", ".nist", ".voc", ".sf",
+    ".mp2", ".mp1", ".mpa", ".mpg", ".mpeg", ".mpe", ".ts", ".m2ts", ".mts", ".vob", ".avi", ".flv", ".f4v", ".f4a",
+    ".wma", ".wmv", ".asf", ".ac3", ".eac3", ".ec3", ".dts", ".dtshd", ".thd", ".mlp", ".amr", ".awb", ".ape", ".wv",
+    ".tta", ".tak", ".mpc", ".ra", ".rm", ".rmvb", ".gsm", ".8svx", ".iff", ".pvf", ".paf", ".ircam", ".avr", ".dsf",
+    ".dff", ".shn",
+})  # fmt: skip
 
 
 class DecodeError(Exception):

@@ -28,6 +28,34 @@ class DecodeError(Exception):
     """The clip cannot be used; the text is the reason for `failures.jsonl`, its kind before the colon."""
 
 
+class MachineError(OSError):
+    """Trouble of this machine, not of the file: a disk or its memory, not the recording; the shard is tried again."""
+
+
+# What the kernel says where the machine, its disk or its network is at fault; the rest is the file's.
+MACHINE_ERRNOS = frozenset({
+    errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EAGAIN,
+    errno.EINTR, errno.ENODEV, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EREMOTEIO,
+})  # fmt: skip
+
+
+def reason_of(path: str, error: OSError) -> DecodeError | MachineError:
+    """Whose fault it is that a file cannot be read.
+
+    Args:
+        path: Of the file.
+        error: Of `open`, `read` or their like.
+
+    Returns:
+        A `MachineError` where the machine is at fault, else a `DecodeError`.
+    """
+    if error.errno in MACHINE_ERRNOS:
+        return MachineError(error.errno, error.strerror, path)
+    gone = error.errno in (errno.ENOENT, errno.ENOTDIR)
+    return DecodeError("vanished: the file is not there any more" if gone else f"unreadable: {error.strerror or error}")
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """What is asked for.
@@ -84,13 +112,12 @@ def open_file(path: str) -> int:
 
     Raises:
         DecodeError: gone, unreadable, not a file, or empty.
+        MachineError: the machine, its disk or its network is at fault.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        gone = error.errno in (errno.ENOENT, errno.ENOTDIR)
-        reason = "the file is not there any more" if gone else f"{error.strerror}"
-        raise DecodeError(f"{'vanished' if gone else 'unreadable'}: {reason}") from error
+        raise reason_of(path, error) from error
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode):
         os.close(handle)

@@ -22,12 +22,13 @@ from pipeline.errors import run_cli
 from pipeline.jobs import finetune_job, finish_finetuning
 from pipeline.launch import Launch, parse
 from pipeline.restart import supervise
-from pipeline.serving.publish import publish
+from pipeline.serving.publish import check_publishable, publish
 
 
 def run(launch: Launch[FinetuneRecipe], world: World) -> Job:
     """Builds, trains, evaluates, publishes the model."""
     with finetune_job(launch, world) as job:
+        check_publishable(job)
         train(job, world)
         finish_finetuning(job, world)
         publish(job, world)

@@ -9,21 +9,27 @@ In: a run directory of pretrain.py or finetune.py. Out: one safetensors file, or
 - onnx: one graph for any batch, from the model's inputs (`fbank` [B, T, M], normalised as in data.json, and
   `waveform` [B, L], the ones that the method reads) to `logits` [B, C] of a finetuned run and `embedding` [B, streams x
   D], the mean token of each stream.
+
+Each appears whole or not at all.
 """
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
+from pipeline.files import check_output_file, check_replaced_directory, new_directory, new_file, write_json
 from pipeline.jobs import load_finetuned, run_config
 from pipeline.model.craft import SIZES
 from pipeline.model.encoder import LAYER_NORM_EPS
@@ -31,6 +37,11 @@ from pipeline.model.foreign import to_hf
 from pipeline.model.heads import stream_means
 from pipeline.model.weights import load_weights, weights_file
 from pipeline.tasks import FinetuneTask, PretrainTask
+
+EXPORTS = "export"  # directory in the run's
+PREPROCESSOR = "preprocessor_config.json"
+HF_FILES = frozenset({"config.json", "model.safetensors", PREPROCESSOR})
+MADE_BY = "craft_audio"  # key of config.json in a directory that we may replace
 
 
 @dataclass(frozen=True)
@@ -71,28 +82,59 @@ def open_exported(run_dir: Path, average: bool = True) -> Exported:
     return Exported(recipe, spec, pretrained.eval())
 
 
+def check_place(run_dir: Path, out: Path, directory: bool) -> None:
+    """Tries the place of an export before the work, and keeps it from what is not an export.
+
+    Args:
+        run_dir: The run that is read.
+        out: The file or directory to be written.
+        directory: Which of both.
+
+    Raises:
+        UserError: it cannot be written, is a part of the run, or is a directory with something else in it.
+    """
+    place, run = out.resolve(), run_dir.resolve()
+    inside = place.is_relative_to(run) and not place.is_relative_to(run / EXPORTS)
+    if inside and (place.exists() or place.is_relative_to(run / "checkpoints")):
+        raise UserError(f"--out {out}: is a part of the run; name a place outside, or in {run_dir / EXPORTS}")
+    if not directory:
+        check_output_file(out, "--out")
+    else:
+        check_replaced_directory(out, "--out", HF_FILES, _is_export)
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        return MADE_BY in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def export_safetensors(run: Exported, out: Path) -> str:
-    """Writes one file; returns what it holds, for people."""
+    """Writes one file; returns what it holds, for people.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     tensors = {name: value.float().contiguous() for name, value in run.task.state_dict().items()}
     metadata = {"format": "pt", "config": run.recipe.model_dump_json(), "data": run.spec.model_dump_json()}
-    _make_parent(out)
-    save_file(tensors, out, metadata)
+    with _written(out), new_file(out) as file:
+        save_file(tensors, file, metadata)
     return f"{len(tensors)} tensors, {sum(value.numel() for value in tensors.values())} weights"
 
 
 def export_hf(run: Exported, out: Path) -> str:
-    """Writes `config.json`, `model.safetensors` and `preprocessor_config.json`; returns what they hold.
+    """Writes a directory of `HF_FILES`, in place of one that this made before; returns what they hold.
 
     The output agrees to 1e-5 with ours. HF has one LayerNorm epsilon; AST's heads have another one than its blocks,
     which moves logits by a few millionths.
 
     Raises:
-        UserError: the run has no spectrogram side, or `out` holds something else.
+        UserError: the run has no spectrogram side, or `out` holds something else or cannot be written.
     """
     if not run.task.method.spec:
         raise UserError(f"--format hf: {run.task.method.label} has no spectrogram side; HF's AST reads nothing else")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: a file, but --format hf writes a directory; name another")
+    check_replaced_directory(out, "--out", HF_FILES, _is_export)
     task, spec, model = run.task, run.spec, run.task.model
     head = isinstance(task, FinetuneTask) and not task.method.wav and model.streams.pool == "cls"
     size, patch = SIZES[model.config.size], model.config.patch
@@ -103,7 +145,7 @@ def export_hf(run: Exported, out: Path) -> str:
         "intermediate_size": 4 * size.width, "hidden_act": "gelu", "qkv_bias": True,
         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "layer_norm_eps": LAYER_NORM_EPS,
         "patch_size": patch, "frequency_stride": model.config.stride, "time_stride": model.config.stride,
-        "max_length": spec.frames, "num_mel_bins": spec.mel_bins,
+        "max_length": spec.frames, "num_mel_bins": spec.mel_bins, MADE_BY: True,
     }  # fmt: skip
     if head:
         config["id2label"] = {str(number): label.name for number, label in enumerate(spec.labels)}
@@ -114,10 +156,10 @@ def export_hf(run: Exported, out: Path) -> str:
         "num_mel_bins": spec.mel_bins, "max_length": spec.frames, "do_normalize": True, "mean": spec.mean,
         "std": spec.std, "padding_side": "right", "padding_value": 0.0, "return_attention_mask": False,
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(to_hf(task.state_dict(), size.depth, head), out / "model.safetensors", {"format": "pt"})
-    for name, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
-        (out / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with _written(out), new_directory(out) as made:
+        save_file(to_hf(task.state_dict(), size.depth, head), made / "model.safetensors", {"format": "pt"})
+        for name, content in (("config.json", config), (PREPROCESSOR, preprocessor)):
+            write_json(made / name, content)
     left = [] if head or isinstance(task, PretrainTask) else ["classifier (HF pools cls and dist of one spectrogram)"]
     left += ["waveform side"] if task.method.wav else []
     left += ["pretraining heads"] if isinstance(task, PretrainTask) else []
@@ -158,7 +200,7 @@ def export_onnx(run: Exported, out: Path) -> str:
     `config` and `data` (JSON: normalisation, rate, labels) are in its metadata.
 
     Raises:
-        UserError: the packages that write it are not installed.
+        UserError: the packages that write it are not installed, or it cannot be written.
     """
     try:
         import onnx
@@ -177,12 +219,16 @@ def export_onnx(run: Exported, out: Path) -> str:
     model = written.model_proto
     onnx.helper.set_model_props(model, {"config": run.recipe.model_dump_json(), "data": spec.model_dump_json()})
     onnx.checker.check_model(model)
-    _make_parent(out)
-    onnx.save(model, str(out))
+    with _written(out), new_file(out) as file:
+        onnx.save(model, str(file))
     return f"{', '.join(graph.inputs)} -> {', '.join(graph.outputs)}, any batch"
 
 
-def _make_parent(out: Path) -> None:
-    if out.is_dir():
-        raise UserError(f"--out {out}: a directory; give the name of a file")
-    out.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def _written(out: Path) -> Iterator[None]:
+    """Makes the directory of a place, and one line of an error while it is written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: {getattr(error, 'strerror', None) or error}; nothing was written there") from error

@@ -7,7 +7,11 @@ before the work, not after it.
 import json
 import os
 import re
+import shutil
 import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +94,74 @@ def check_output_directory(path: Path, what: str) -> Path:
     return path
 
 
+def check_replaced_directory(path: Path, what: str, names: frozenset[str], ours: Callable[[Path], bool]) -> Path:
+    """Tries a place for a `new_directory`: where nothing is, an empty directory, or one that we made before.
+
+    Args:
+        path: Of the directory.
+        what: The option or setting, for the message.
+        names: All that may be right in a directory that is replaced.
+        ours: Tells by its content whether we made a directory.
+
+    Raises:
+        UserError: something else is there, or it cannot be written.
+    """
+    place = path.resolve()
+    if os.path.ismount(place):
+        raise UserError(f"{what} {path}: is a mount point, which cannot be replaced; name a directory in it")
+    check_output_directory(place, what)
+    check_output_directory(place.parent, what)  # where it is made, and then renamed
+    entries = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
+    if entries and not (entries <= names and ours(place)):
+        raise UserError(
+            f"{what} {path}: holds what this command did not make, such as {min(entries - names or entries)}; move it "
+            "away, or name a new or empty directory"
+        )
+    return path
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a small file whole and durably, or not at all; its directory must exist."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which gets the name `path` once it is whole and on the disk; else nothing is left."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """An empty directory to fill, which takes the place of `path` once it is whole; else nothing changes.
+
+    What was at `path` is deleted: see `check_replaced_directory`. Its parent must exist.
+    """
+    path = path.resolve()  # a link to a directory stays a link
+    made = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    made.mkdir()
+    old = made.with_suffix(".old")
+    try:
+        yield made
+        if path.exists():
+            path.rename(old)
+        try:
+            made.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     sync(path.parent)
 
 

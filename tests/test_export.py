@@ -1,7 +1,9 @@
 """Exports give the outputs of the run they come from, in transformers, to 1e-5."""
 
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -15,7 +17,7 @@ from pipeline.data.loader import pad_frames
 from pipeline.data.manifest import Label
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
-from pipeline.export import export_hf, export_onnx, export_safetensors, open_exported
+from pipeline.export import HF_FILES, check_place, export_hf, export_onnx, export_safetensors, open_exported
 from pipeline.model.heads import stream_means
 from pipeline.model.weights import load_weights
 from pipeline.recipes import dump_recipe, load_recipe
@@ -133,15 +135,73 @@ def test_onnxruntime_gives_the_same_for_any_batch(tmp_path, kind, word, outputs)
             torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
 
 
+def export(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launchers/export.py", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_an_export_replaces_nothing_but_an_export(tmp_path):
+    """And all places are tried before the run is read: here it has no weights."""
+    run = tmp_path / "run"
+    make_run(run, FinetuneRecipe, "finetune.method=ast")
+    theirs = tmp_path / "ast"
+    theirs.mkdir()
+    for name in HF_FILES:  # somebody's own Hugging Face model has the same three files
+        (theirs / name).write_text('{"model_type": "audio-spectrogram-transformer"}')
+    (tmp_path / "file").write_text("mine")
+    before = snapshot(tmp_path)
+    weights = run / "checkpoints" / "step-00000001" / "weights.safetensors"
+    for directory, places in (
+        (True, (theirs, tmp_path, run, run / "checkpoints", tmp_path / "file", "/proc/nowhere/hf")),
+        (False, (theirs, weights, run / "config.yaml", run / "checkpoints" / "x", "/proc/nowhere/x")),
+    ):
+        for place in places:
+            with pytest.raises(UserError, match=f"--out {place}: "):
+                check_place(run, Path(place), directory)
+    with pytest.raises(UserError, match=f"--out {theirs}: holds what this command did not make"):
+        export_hf(open_exported(run), theirs)
+    weights.rename(tmp_path / "weights")
+    done = export("--checkpoint", run, "--format", "hf", "--out", theirs)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"--out {theirs}: holds what this command did not make" in done.stderr
+    (tmp_path / "weights").rename(weights)
+    assert snapshot(tmp_path) == before
+    for out in (run / "export" / "hf", tmp_path / "new" / "hf"):
+        for _ in range(2):
+            export_hf(open_exported(run), out)
+        check_place(run, out, directory=True)
+        assert {path.name for path in out.iterdir()} == HF_FILES
+        assert [path.name for path in out.parent.iterdir()] == ["hf"]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(tmp_path):
+    make_run(tmp_path / "run", FinetuneRecipe, "finetune.method=ast", "finetune.pool=cls")
+    run, file = open_exported(tmp_path / "run"), tmp_path / "m.safetensors"
+    for write, out in ((export_safetensors, file), (export_hf, tmp_path / "hf")):
+        write(run, out)
+        before = snapshot(tmp_path)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # as a disk that fills
+        try:
+            with pytest.raises(UserError, match=str(out)):
+                write(run, out)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert snapshot(tmp_path) == before
+
+
 def test_what_cannot_be_exported_says_why(tmp_path):
     make_run(tmp_path / "run", PretrainRecipe, "pretrain.method=wapt")
     run = open_exported(tmp_path / "run")
     with pytest.raises(UserError, match="no spectrogram side"):
         export_hf(run, tmp_path / "hf")
-    command = [sys.executable, "launchers/export.py", "--checkpoint", str(tmp_path / "run"), "--format"]
-    done = subprocess.run([*command, "safetensors"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = export("--checkpoint", tmp_path / "run", "--format", "safetensors")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
-    done = subprocess.run([*command, "hf"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = export("--checkpoint", tmp_path / "run", "--format", "hf")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.files import check_name, check_output_directory, check_output_file, user_path, write_json, write_text
+from pipeline.files import (
+    check_name,
+    check_output_directory,
+    check_output_file,
+    check_replaced_directory,
+    new_directory,
+    user_path,
+    write_json,
+    write_text,
+)
 
 
 @pytest.mark.parametrize("name", ["train", "bal_train", "dev-clean.v2", "0", "_x", "a" * 100])
@@ -58,3 +67,37 @@ def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_json(tmp_path / "a", {"new": 1})
     assert (tmp_path / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "link").symlink_to(out)
+    with new_directory(out) as made:
+        (made / "a").write_text("1")
+        assert not out.exists()
+    with pytest.raises(IsADirectoryError), new_directory(out) as made:
+        made.write_text("2")
+    assert (out / "a").read_text() == "1"
+    with new_directory(tmp_path / "link") as made:
+        (made / "b").touch()
+    assert [path.name for path in out.iterdir()] == ["b"]
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+
+
+def test_only_what_we_made_is_replaced(tmp_path):
+    def check(folder: Path, ours: bool) -> None:
+        check_replaced_directory(folder, "--out", frozenset({"a", "b"}), lambda place: ours)
+
+    check(tmp_path / "new", False)
+    check(tmp_path, False)  # empty
+    (tmp_path / "a").touch()
+    check(tmp_path, True)
+    with pytest.raises(UserError, match="such as a"):
+        check(tmp_path, False)
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(UserError, match=r"such as thesis\.txt"):
+        check(tmp_path, True)
+    for place in (tmp_path / "a", Path("/proc/nowhere"), Path("/proc")):
+        with pytest.raises(UserError, match="--out"):
+            check(place, True)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -13,14 +14,19 @@ import pytest
 import soundfile
 from mlflow.tracking import MlflowClient
 
+from pipeline.config import FinetuneRecipe
 from pipeline.data.manifest import load_index
 from pipeline.engine.evaluation import read_predictions
+from pipeline.errors import UserError
+from pipeline.serving.__main__ import check_register
 from pipeline.serving.listen import listen
+from pipeline.serving.package import PACKAGE, check_place, save_model
 from pipeline.serving.scorer import load_scorer
+from pipeline.tracking.spool import Spool
 from tests import lab
-from tests.conftest import free_port
+from tests.conftest import ROOT, free_port
+from tests.test_export import make_run, snapshot
 
-pytestmark = pytest.mark.slow
 FINETUNED = "8-PSWaCL-SWaB-as_bal"
 
 
@@ -37,6 +43,7 @@ def clip(shards) -> str:
     return str(sorted((shards / "source" / "audio").glob("*.flac"))[40])
 
 
+@pytest.mark.slow
 def test_the_chain_is_in_the_lab_s_database_and_store(chain, client):
     assert chain.interrupted == 130
     for identity in chain.out.glob("*/tracking.json"):  # a busy server may have let a run end before it had all
@@ -73,6 +80,7 @@ def test_the_chain_is_in_the_lab_s_database_and_store(chain, client):
     assert not any(key.endswith((".pkl", ".pickle")) for key in keys)
 
 
+@pytest.mark.slow
 def test_the_report_is_in_mlflow(chain, client, tmp_path):
     command = [sys.executable, "-m", "pipeline.report", chain.table, "--runs", chain.out, "--out", tmp_path]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=os.environ | chain.lab.env,
@@ -87,6 +95,7 @@ def test_the_report_is_in_mlflow(chain, client, tmp_path):
     client.delete_run(run.info.run_id)
 
 
+@pytest.mark.slow
 def test_the_scorer_hears_a_clip_as_the_evaluation_did(chain, shards, tmp_path):
     run_dir = chain.run_dir(FINETUNED)
     scorer = load_scorer(run_dir)
@@ -109,6 +118,7 @@ def test_the_scorer_hears_a_clip_as_the_evaluation_did(chain, shards, tmp_path):
     assert heard.scores == pytest.approx(scores, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_registered_model_answers_over_http(chain, client, clip, tmp_path):
     version = client.get_model_version("craft", "1")
     assert version.description.startswith("# swab (micro), 13 classes")
@@ -139,3 +149,51 @@ def test_the_registered_model_answers_over_http(chain, client, clip, tmp_path):
     for answer in answers:
         assert answer["labels"] == [local.labels[i] for i in best]
         assert answer["scores"] == pytest.approx(scores[best].tolist(), abs=1e-5)
+
+
+def serving(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline.serving", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_package_replaces_nothing_but_a_package(tmp_path):
+    """Neither the run, nor what is above it, nor anybody's files; an interrupted one leaves nothing."""
+    run = tmp_path / "all" / "run"
+    make_run(run, FinetuneRecipe, "finetune.method=ast")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = snapshot(tmp_path)
+    places = [run, tmp_path / "all", tmp_path / "models", run / "checkpoints", tmp_path / "file", "/proc/nowhere/x"]
+    for place in places:
+        with pytest.raises(UserError, match=f"^--out {place}: "):
+            check_place(run, Path(place), "--out")
+        with pytest.raises(UserError, match=f"^model {place}: "):
+            save_model(run, Path(place))
+    done = serving(run, "--out", tmp_path / "models")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: --out {tmp_path}/models: holds what this command did not make, such as thesis.txt; move it away, or "
+        "name a new or empty directory\n"
+    )
+    for name, reason in (("craft", "was not tracked"), ("a/b", "is no name"), ("", "is no name")):
+        with pytest.raises(UserError, match=reason):
+            check_register(name, Spool(run))
+    assert snapshot(tmp_path) == before
+
+
+def test_a_package_of_ours_is_replaced_as_a_whole(tmp_path):
+    run, out = tmp_path / "run", tmp_path / "new" / "model"
+    make_run(run, FinetuneRecipe, "finetune.method=ast")
+    for _ in range(2):
+        save_model(run, out)
+        assert {path.name for path in out.iterdir()} <= PACKAGE
+        assert [path.name for path in out.parent.iterdir()] == ["model"]
+    (run / "results.json").write_text('{"metrics": 1}')
+    before = snapshot(out)
+    with pytest.raises(UserError, match=r"results\.json: damaged"):
+        save_model(run, out)
+    assert snapshot(out) == before
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"such as notes\.txt"):
+        check_place(run, out, "--out")

@@ -4,14 +4,15 @@
 
 In: a run directory of finetune.py. Out: an MLflow model in RUN_DIR/model; with --register a version in the
 registry of the run's MLflow server. `mlflow models serve --env-manager local -m RUN_DIR/model` serves it.
+The directory is new, empty, or a model that this command made before, which is replaced.
 """
 
 import argparse
 import sys
-from pathlib import Path
 
 from pipeline.errors import UserError, run_cli
-from pipeline.serving.package import save_model
+from pipeline.files import user_path
+from pipeline.serving.package import check_place, save_model
 from pipeline.tracking.__main__ import sync
 from pipeline.tracking.spool import Spool
 
@@ -19,22 +20,36 @@ from pipeline.tracking.spool import Spool
 def main() -> None:
     """Parses, saves, registers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a finetuned run")
-    parser.add_argument("--register", default="", metavar="NAME", help="in the registry (default: only save)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: RUN_DIR/model)")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="a finetuned run")
+    parser.add_argument("--register", metavar="NAME", help="in the registry (default: only save)")
+    parser.add_argument("--out", metavar="DIR", help="(default: RUN_DIR/model)")
     args = parser.parse_args()
-    out = args.out or args.run_dir / "model"
-    card = save_model(args.run_dir, out)
+    run_dir = user_path(args.run_dir, "RUN_DIR")
+    out = run_dir / "model" if args.out is None else user_path(args.out, "--out")
+    check_place(run_dir, out, "--out")
+    spool = Spool(run_dir)
+    if args.register is not None:
+        check_register(args.register, spool)
+    card = save_model(run_dir, out)
     sys.stdout.write(f"{out}\n")
-    if not args.register:
+    if args.register is None:
         return
-    spool = Spool(args.run_dir)
-    if not spool.exists:
-        raise UserError(f"{args.run_dir}: was not tracked (log.mlflow=false), so no registry has its run")
     spool.main.append("model", {"path": str(out.resolve()), "step": 0, "tags": {}, "card": card,
                                 "register": args.register})  # fmt: skip
     sync(spool, None)
     sys.stdout.write(f"registered as {args.register} at {spool.identity['uri']}\n")
+
+
+def check_register(name: str, spool: Spool) -> None:
+    """Makes sure that the registry can take the model, before it is made.
+
+    Raises:
+        UserError: the run was not tracked, or MLflow takes no such name: the line would wait in the spool for ever.
+    """
+    if name.strip(" .") == "" or "/" in name or ":" in name:
+        raise UserError(f"--register '{name}': is no name for MLflow's registry (no / and : in it); give another")
+    if not spool.exists:
+        raise UserError(f"{spool.run_dir}: was not tracked (log.mlflow=false), so no registry has its run")
 
 
 if __name__ == "__main__":

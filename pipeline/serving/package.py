@@ -15,9 +15,17 @@ import yaml
 
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
+from pipeline.files import check_replaced_directory, new_directory
 from pipeline.model.weights import weights_file
+from pipeline.recipes import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+CODE = Path(__file__).with_name("pyfunc_model.py")
+# What MLflow and this module write into a package: nothing else may be in a directory that is replaced.
+PACKAGE = frozenset({
+    "MLmodel", "README.md", "artifacts", "code", "conda.yaml", "input_example.json", "python_env.yaml", CODE.name,
+    "requirements.txt", "serving_input_example.json",
+})  # fmt: skip
 REQUIREMENTS = (
     "mlflow", "torch", "numpy", "pandas", "scipy", "scikit-learn", "pyarrow", "fsspec", "pydantic", "pyyaml",
     "safetensors", "soundfile", "soxr", "ffmpeg-python", "imageio-ffmpeg", "xxhash", "tqdm", "matplotlib", "psutil",
@@ -25,56 +33,97 @@ REQUIREMENTS = (
 DEFAULT_TOP = 5
 
 
+def check_place(run_dir: Path, out: Path, what: str) -> None:
+    """Makes sure that a package may be written to `out`. Call it before the work.
+
+    It may where nothing is, in an empty directory, and in place of a package that `save_model` made.
+
+    Args:
+        run_dir: The run whose package it will be.
+        out: The directory.
+        what: The option, for the message.
+
+    Raises:
+        UserError: something else is there, or the place cannot be written.
+    """
+    place, run = out.resolve(), run_dir.resolve()
+    if place == run or place in run.parents:
+        where = "is the run itself" if place == run else "holds the run"
+        raise UserError(f"{what} {out}: {where}, and a package takes the whole directory; name a new one")
+    check_replaced_directory(out, what, PACKAGE, _is_package)
+
+
+def _is_package(folder: Path) -> bool:
+    """Whether `save_model` made what lies there: its MLmodel names our code and the data set that it was trained on."""
+    try:
+        content = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
+        code = content["flavors"]["python_function"]["model_code_path"]
+        return Path(code).name == CODE.name and {"labels", "manifest_digest"} <= content["metadata"].keys()
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def save_model(run_dir: Path, out: Path) -> str:
-    """Writes the model of a finetuned run to `out`, replacing what is there.
+    """Writes the model of a finetuned run to `out`, whole or not at all, in place of an earlier package.
 
     Returns:
         The model card, Markdown.
 
     Raises:
-        UserError: no finetuned run.
+        UserError: no finetuned run, or something else lies at `out` (`check_place`), or it cannot be written.
     """
     from pipeline.tracking.spool import load_mlflow
 
-    load_mlflow()
-    import mlflow.pyfunc
-
+    check_place(run_dir, out, "model")
     spec = DataSpec.load(run_dir)
     weights = weights_file(run_dir)
     card = model_card(run_dir, spec)
-    with tempfile.TemporaryDirectory() as folder:
-        copies = {name: Path(folder) / name for name in ("weights.safetensors", "config.yaml", "data.json")}
-        sources = (weights, run_dir / "config.yaml", run_dir / "data.json")
-        for source, copy in zip(sources, copies.values(), strict=True):
-            shutil.copyfile(source, copy)
-        shutil.rmtree(out, ignore_errors=True)
-        mlflow.pyfunc.save_model(
-            path=str(out),
-            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-            artifacts={name.split(".")[0]: str(path) for name, path in copies.items()},
-            code_paths=[str(ROOT / "pipeline"), str(ROOT / "shard_tools")],
-            signature=_signature(),
-            input_example=_example(spec),
-            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS],
-            metadata={"labels": len(spec.labels), "manifest_digest": spec.digest},
-        )
-    for cache in out.rglob("__pycache__"):
-        shutil.rmtree(cache)
-    (out / "README.md").write_text(card, encoding="utf-8")
+    load_mlflow()
+    import mlflow.pyfunc
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with new_directory(out) as made, tempfile.TemporaryDirectory() as folder:
+            copies = {name: Path(folder) / name for name in ("weights.safetensors", "config.yaml", "data.json")}
+            sources = (weights, run_dir / "config.yaml", run_dir / "data.json")
+            for source, copy in zip(sources, copies.values(), strict=True):
+                shutil.copyfile(source, copy)
+            mlflow.pyfunc.save_model(
+                path=str(made),
+                python_model=str(CODE),
+                artifacts={name.split(".")[0]: str(path) for name, path in copies.items()},
+                code_paths=[str(ROOT / "pipeline"), str(ROOT / "shard_tools")],
+                signature=_signature(),
+                input_example=_example(spec),
+                pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS],
+                metadata={"labels": len(spec.labels), "manifest_digest": spec.digest},
+            )
+            for cache in made.rglob("__pycache__"):
+                shutil.rmtree(cache)
+            (made / "README.md").write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"model {out}: {error.strerror or error}; nothing was changed there") from error
     return card
 
 
 def model_card(run_dir: Path, spec: DataSpec) -> str:
-    """What a user of the model must know, from the run's own files."""
-    config: dict[str, Any] = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    if "finetune" not in config:
+    """What a user of the model must know, from the run's own files.
+
+    Raises:
+        UserError: no finetuned run, or its results.json is damaged.
+    """
+    config = read_yaml(run_dir / "config.yaml", "give a run directory of finetune.py")
+    if not isinstance(config, dict) or "finetune" not in config:
         raise UserError(f"{run_dir}: not a finetuned run; a served model needs a classifier")
     results_file = run_dir / "results.json"
     evaluation = "not evaluated"
     if results_file.exists():
-        results = json.loads(results_file.read_text(encoding="utf-8"))
-        numbers = ", ".join(f"{name} {value:.4f}" for name, value in results["metrics"].items())
-        evaluation = f"{numbers} on {results['clips']} clips of split `{results['split']}`"
+        try:
+            results = json.loads(results_file.read_text(encoding="utf-8"))
+            numbers = ", ".join(f"{name} {value:.4f}" for name, value in results["metrics"].items())
+            evaluation = f"{numbers} on {results['clips']} clips of split `{results['split']}`"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{results_file}: damaged ({error}); write it anew with evaluate.py --out") from error
     names = ", ".join(label.name for label in spec.labels[:20]) + (", ..." if len(spec.labels) > 20 else "")
     return f"""# {config["finetune"]["method"]} ({config["model"]["size"]}), {len(spec.labels)} classes
 

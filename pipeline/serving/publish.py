@@ -8,9 +8,21 @@ import logging
 
 from pipeline.distributed import World
 from pipeline.engine.job import Job
-from pipeline.serving.package import save_model
+from pipeline.serving.package import check_place, save_model
 
 log = logging.getLogger(__name__)
+
+MODEL = "model"  # directory in the run's
+
+
+def check_publishable(job: Job) -> None:
+    """Tries the model's place before the training.
+
+    Raises:
+        UserError: it cannot be written, or something else lies there.
+    """
+    if job.recipe.log.model or job.recipe.log.register_as:
+        check_place(job.run_dir, job.run_dir / MODEL, "log.model")
 
 
 def publish(job: Job, world: World) -> None:
@@ -18,7 +30,7 @@ def publish(job: Job, world: World) -> None:
     config = job.recipe.log
     if not world.is_main or not (config.model or config.register_as):
         return
-    folder = job.run_dir / "model"
+    folder = job.run_dir / MODEL
     card = save_model(job.run_dir, folder)
     tags = {"run_dir": str(job.run_dir.resolve())}
     job.tracker.model(folder, job.total_steps, tags, card, config.register_as)

@@ -1,4 +1,4 @@
-"""Label recordings with a finetuned run.
+r"""Label recordings with a finetuned run.
 
     python launchers/predict.py --checkpoint RUN_DIR AUDIO [AUDIO ...] [--top 5]
     python launchers/predict.py --checkpoint RUN_DIR meeting.m4a --events [--hop 1] [--threshold 0.5]
@@ -8,25 +8,33 @@
 In: a run directory of finetune.py and audio of any codec, rate and length: files, folders (all audio below), or -
 for standard input. Out: the best labels of each recording, the mean over its windows of a clip's length; with
 --events, what was heard when. A recording that cannot be read is said on stderr and makes the exit status 1;
-the others are labelled all the same.
+the others are labelled all the same. How many files of a folder are skipped, since their endings are not of audio
+or they are hidden, is said too.
+
+Labels are written recording by recording: those of a run that was stopped can be used. The file of --embeddings
+appears when all is heard. What is not UTF-8 in a name is written as \xNN.
 """
 
 import argparse
 import csv
 import io
 import json
+import math
+import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError, run_cli
+from pipeline.files import check_output_directory, check_output_file, new_file, user_path
 from pipeline.serving import events
 from pipeline.serving.listen import Heard, find_audio, listen
 from pipeline.serving.scorer import Scorer, load_scorer
@@ -40,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     make = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = make.add_argument
-    add("--checkpoint", required=True, type=Path, metavar="RUN_DIR", help="a finetuned run (no default)")
+    add("--checkpoint", required=True, metavar="RUN_DIR", help="a finetuned run (no default)")
     add("audio", nargs="+", metavar="AUDIO", help="audio files, folders, or - for standard input")
     add("--top", type=int, default=5, metavar="K", help="labels of a recording (default: 5)")
     add("--events", action="store_true", help="what was heard when (default: labels of the whole recording)")
@@ -48,9 +56,9 @@ def parser() -> argparse.ArgumentParser:
     add("--threshold", type=float, default=0.5, metavar="P", help="least probability of an event (default: 0.5)")
     add("--format", choices=FORMATS, help="json: an object a line; audacity: a label track, of events (default: table)")
     add("--json", action="store_const", const="json", dest="format", help="short for --format json")
-    add("--out", type=Path, metavar="PATH", help="file to write; audacity with several recordings: a folder "
+    add("--out", metavar="PATH", help="file to write; audacity with several recordings: a folder "
         "(default: standard output)")  # fmt: skip
-    add("--embeddings", type=Path, metavar="PARQUET", help="write each window's path, start, end, vector (default: no)")
+    add("--embeddings", metavar="PARQUET", help="write each window's path, start, end, vector (default: no)")
     return make
 
 
@@ -61,10 +69,11 @@ class Writer:
         args: Command line.
         scorer: Knows labels and clip length.
         out: Where to.
+        tracks: File of each recording's label track; empty: they go to `out`.
     """
 
-    def __init__(self, args: argparse.Namespace, scorer: Scorer, out: TextIO) -> None:
-        self.args, self.scorer, self.out = args, scorer, out
+    def __init__(self, args: argparse.Namespace, scorer: Scorer, out: TextIO, tracks: dict[str, Path]) -> None:
+        self.args, self.scorer, self.out, self.tracks = args, scorer, out, tracks
         if args.format == "csv":
             self._row(EVENT_COLUMNS if args.events else LABEL_COLUMNS)
 
@@ -85,7 +94,7 @@ class Writer:
             for rank, (label, score) in enumerate(best, start=1):
                 self._row([heard.path, rank, label.name, label.id, f"{score:.6f}"])
         else:
-            self.out.write(f"{heard.path}  ({events.clock(heard.seconds)})\n")
+            self.out.write(f"{printable(heard.path)}  ({events.clock(heard.seconds)})\n")
             for label, score in best:
                 self.out.write(f"  {score:6.3f} {events.bar(score):30s} {label.name}\n")
 
@@ -100,7 +109,7 @@ class Writer:
         elif self.args.format == "audacity":
             self._track(heard.path, events.audacity(found))
         else:
-            self.out.write(f"{heard.path}  ({events.clock(heard.seconds)})\n")
+            self.out.write(f"{printable(heard.path)}  ({events.clock(heard.seconds)})\n")
             for e in found:
                 when = f"{events.clock(e.start)} - {events.clock(e.end)}"
                 self.out.write(f"  {when:21s} {e.score:6.3f} {events.bar(e.score, 20):20s} {e.label.name}\n")
@@ -108,11 +117,11 @@ class Writer:
                 self.out.write(f"  nothing reaches {self.args.threshold:g}\n")
 
     def _track(self, path: str, text: str) -> None:
-        if self.args.out is None or not self.args.out.is_dir():
+        if self.tracks:
+            self.tracks[path].parent.mkdir(parents=True, exist_ok=True)
+            self.tracks[path].write_text(text, encoding="utf-8")
+        else:
             self.out.write(text)
-            return
-        name = "stdin" if path == "-" else path.lstrip("./").replace("/", "_")  # a/x.wav and b/x.wav are two tracks
-        (self.args.out / f"{name}.txt").write_text(text, encoding="utf-8")
 
     def _json(self, content: dict[str, object]) -> None:
         self.out.write(json.dumps(content, ensure_ascii=False) + "\n")
@@ -123,33 +132,21 @@ class Writer:
         self.out.write(line.getvalue())
 
 
-class Embeddings:
-    """Writes windows' vectors, a row group a recording.
+@contextmanager
+def embeddings_file(path: Path, scorer: Scorer) -> Iterator[Callable[[Heard], None]]:
+    """Writes windows' vectors, a row group a recording; the file appears whole at the end, or not at all."""
+    width = scorer.hear([np.zeros(1, np.float32)])[1].shape[1]
+    schema = pa.schema({"path": pa.string(), "start": pa.float64(), "end": pa.float64(),
+                        "embedding": pa.list_(pa.float32(), width)})  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
 
-    Args:
-        path: Parquet file.
-        window: Seconds of a window.
-    """
+        def write(heard: Heard) -> None:
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(heard.embeddings.reshape(-1)), width)
+            columns = [[heard.path] * len(vectors), heard.starts, heard.ends(scorer.seconds), vectors]
+            writer.write_table(pa.table(columns, schema=schema))
 
-    def __init__(self, path: Path, window: float) -> None:
-        self._path, self._window = path, window
-        self._writer: pq.ParquetWriter | None = None
-
-    def write(self, heard: Heard) -> None:
-        """One recording."""
-        count, width = heard.embeddings.shape
-        vectors = pa.FixedSizeListArray.from_arrays(pa.array(heard.embeddings.reshape(-1)), width)
-        table = pa.table({"path": [heard.path] * count, "start": heard.starts, "end": heard.ends(self._window),
-                          "embedding": vectors})  # fmt: skip
-        if self._writer is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd")
-        self._writer.write_table(table)
-
-    def close(self) -> None:
-        """Completes the file."""
-        if self._writer is not None:
-            self._writer.close()
+        yield write
 
 
 def main() -> int:
@@ -158,61 +155,143 @@ def main() -> int:
     args.format = args.format or "table"
     args.events = args.events or args.format == "audacity"
     check(args)
-    names = find_audio(args.audio)
-    if args.format == "audacity" and len(names) > 1:
-        if args.out is None:
-            raise UserError("--format audacity with several recordings is a file each; give --out FOLDER")
-        args.out.mkdir(parents=True, exist_ok=True)
-    scorer = load_scorer(args.checkpoint)
+    names, unread, skipped = find_audio(args.audio)
+    if "-" in names and sys.stdin is None:
+        raise UserError("-: standard input is closed; pipe a recording into it")
+    tracks = check_outputs(args, names)
+    for line in [*skipped, *unread]:
+        say(line)
+    failed, count = len(unread), len(unread) + len(names)
+    if names:
+        failed += hear(args, load_scorer(args.checkpoint), names, tracks)
+    if failed and count > 1:
+        say(f"{failed} of {count} recordings could not be read")
+    return 1 if failed else 0
+
+
+def hear(args: argparse.Namespace, scorer: Scorer, names: list[str], tracks: dict[str, Path]) -> int:
+    """Writes what is heard in the recordings; returns how many could not be read."""
     hop = args.hop or scorer.seconds / (2 if args.events else 1)
     failed = 0
-    with ExitStack() as stack:
+    with one_line_of_errors(args), ExitStack() as stack:
         out = sys.stdout
-        if args.out is not None and not args.out.is_dir():
+        if args.out and not tracks:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             out = stack.enter_context(args.out.open("w", encoding="utf-8"))
-        writer, embeddings = Writer(args, scorer, out), None
-        if args.embeddings:
-            embeddings = Embeddings(args.embeddings, scorer.seconds)
-            stack.callback(embeddings.close)
+        writer = Writer(args, scorer, out, {utf8(name): file for name, file in tracks.items()})
+        embed = stack.enter_context(embeddings_file(args.embeddings, scorer)) if args.embeddings else None
         for heard in listen(scorer, sources(names, stack), hop):
             if heard.error:
-                sys.stderr.write(f"{heard.path}: {heard.error}\n")
+                say(f"{heard.path}: {heard.error}")
                 failed += 1
             if not len(heard.starts):
                 continue
             writer.write(heard)
-            if embeddings:
-                embeddings.write(heard)
-    if failed and len(names) > 1:
-        sys.stderr.write(f"{failed} of {len(names)} recordings could not be read\n")
-    return 1 if failed else 0
+            if embed:
+                embed(heard)
+    return failed
+
+
+@contextmanager
+def one_line_of_errors(args: argparse.Namespace) -> Iterator[None]:
+    """A disk that is full or away ends the work with one line."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        outputs = [str(path) for path in (args.out, args.embeddings) if path] or ["standard output"]
+        place = error.filename or " or ".join(outputs)
+        raise UserError(f"{place}: {error.strerror or error}; the work stops there") from error
 
 
 def check(args: argparse.Namespace) -> None:
-    """Checks the options' ranges.
+    """Checks the options' ranges and reads their paths.
 
     Raises:
-        UserError: one is outside.
+        UserError: one is outside, or no path.
     """
-    if args.hop is not None and args.hop <= 0:
-        raise UserError(f"--hop {args.hop} is not positive; give seconds")
+    if args.hop is not None and not (args.hop > 0 and math.isfinite(args.hop)):
+        raise UserError(f"--hop {args.hop} is not positive and finite; give seconds")
     if not 0 < args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold} is no probability; give one above 0, at most 1")
     if args.top < 1:
         raise UserError(f"--top {args.top} is not positive; give 1 or more")
+    for name in ("checkpoint", "out", "embeddings"):
+        if getattr(args, name) is not None:
+            setattr(args, name, user_path(getattr(args, name), f"--{name}"))
+
+
+def check_outputs(args: argparse.Namespace, names: list[str]) -> dict[str, Path]:
+    """Tries the places that will be written, before the work.
+
+    Returns:
+        File of each recording's label track, where they are a file each.
+
+    Raises:
+        UserError: a place cannot be written, or is one of the recordings.
+    """
+    tracks: dict[str, Path] = {}
+    several = len(names) > 1
+    if args.format == "audacity" and several and args.out is None:
+        raise UserError("--format audacity with several recordings is a file each; give --out FOLDER")
+    if args.format == "audacity" and args.out and (several or args.out.is_dir()):
+        check_output_directory(args.out, "--out")
+        tracks = track_files(names, args.out)
+    elif args.out:
+        check_output_file(args.out, "--out")
+    if args.embeddings:
+        check_output_file(args.embeddings, "--embeddings")
+    recordings = {os.path.realpath(name) for name in names}
+    outputs = [path for path in (*(tracks.values() or [args.out]), args.embeddings) if path]
+    for path in outputs:
+        if os.path.realpath(path) in recordings:
+            raise UserError(f"{path}: is one of the recordings, and would be written over; name another place")
+    if len({os.path.realpath(path) for path in outputs}) < len(outputs):
+        raise UserError(f"--out {args.out}: two files would have one name there; name another place")
+    return tracks
+
+
+def track_files(names: list[str], folder: Path) -> dict[str, Path]:
+    """File of each recording's label track: below `folder` as the recordings below the folder that they share."""
+    files = {name: os.path.abspath(name) for name in names if name != "-"}
+    shared = os.path.commonpath([os.path.dirname(file) for file in files.values()]) if files else ""
+    tracks = {name: folder / f"{os.path.relpath(file, shared)}.txt" for name, file in files.items()}
+    return tracks | ({"-": folder / "stdin.txt"} if "-" in names else {})
 
 
 def sources(names: list[str], stack: ExitStack) -> Iterator[tuple[str, str]]:
-    """(name, path) of each; standard input is written to a file first: decoders seek."""
+    """(name in UTF-8, path) of each; standard input is written to a file first: decoders seek.
+
+    Raises:
+        UserError: there is no room for standard input.
+    """
     for name in names:
         if name != "-":
-            yield name, name
+            yield utf8(name), name
             continue
-        file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".audio"))  # noqa: SIM115 - the stack closes it
-        shutil.copyfileobj(sys.stdin.buffer, file)
-        file.flush()
+        try:
+            file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".audio"))  # noqa: SIM115 - the stack closes
+            shutil.copyfileobj(sys.stdin.buffer, file)
+            file.flush()
+        except OSError as error:
+            raise UserError(f"-: {error.strerror}; standard input is kept in {tempfile.gettempdir()}") from error
         yield name, file.name
+
+
+def utf8(name: str) -> str:
+    r"""A file's name as text; bytes that are not UTF-8 become \xNN: JSON, CSV and Parquet have no place for them."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def printable(text: str) -> str:
+    """A name for people: on one line, and without what would change the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in utf8(text))
+
+
+def say(line: str) -> None:
+    """One line on stderr."""
+    sys.stderr.write(f"{printable(line)}\n")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 In: a condition that the user caused and can mend. Out: one line on stderr and exit status 2.
 """
 
+import io
 import os
+import select
 import sys
 import time
 from collections.abc import Callable
 
 LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # variables of deepspeed and torchrun
+BROKEN_PIPE = 141  # what a shell shows of a program that died of SIGPIPE
 GRACE_SECONDS = 40.0  # longer than rank 0 may take to close its tracking; its exit ends the wait
 
 
@@ -31,11 +34,15 @@ def run_cli(main: Callable[[], int | None]) -> None:
     Where all ranks meet the same error, rank 0 alone says it. Launchers that end all ranks when one exits
     (deepspeed, torchrun) do so when rank 0 has: the others give it time.
 
+    Where a pipe's reader has seen enough (`| head`), the program ends without a word, as other programs do.
+
     Raises:
         SystemExit: always, with the status.
     """
+    _mend_streams()
     try:
         status = main() or 0
+        sys.stdout.flush()
     except UserError as error:
         if error.local or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
@@ -43,4 +50,29 @@ def run_cli(main: Callable[[], int | None]) -> None:
         elif any(name in os.environ for name in LAUNCHERS):
             time.sleep(GRACE_SECONDS)
         status = 2
+    except BrokenPipeError:
+        if not _drop_unread_output():
+            raise
+        status = BROKEN_PIPE
     sys.exit(status)
+
+
+def _mend_streams() -> None:
+    """Output that was closed (`>&-`) goes nowhere; a character that the terminal lacks is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the program
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_unread_output() -> bool:
+    """Lets what is left in the buffers go nowhere, where nobody reads our output any more; else False."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    broken = [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
+    for descriptor in broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(broken)

@@ -1,6 +1,11 @@
 """What predict.py hears: windows of recordings of any length, events in time, bad files among good ones."""
 
+import ast
 import csv
+import json
+import os
+import resource
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from launchers import predict as command
 from pipeline.config import FinetuneRecipe
 from pipeline.data.manifest import Label
 from pipeline.errors import UserError
@@ -17,7 +23,7 @@ from pipeline.serving.events import audacity, clock, events, stretches, whole
 from pipeline.serving.listen import Heard, find_audio, listen
 from pipeline.serving.scorer import load_scorer
 from tests.conftest import ROOT
-from tests.test_export import SAMPLES, SPEC, make_run
+from tests.test_export import SAMPLES, SPEC, make_run, snapshot
 
 CLIP = SAMPLES / 16000  # 0.75 s
 LABELS = [Label(id=f"/m/{name}", name=name) for name in "abc"]
@@ -116,14 +122,61 @@ def test_events_are_runs_of_stretches_as_exact_as_the_hop():
 
 
 def test_folders_are_all_audio_below(tmp_path):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    for name in ("a/2.wav", "a/1.FLAC", "a/b/3.m4a", "a/notes.txt"):
-        (tmp_path / name).touch()
-    assert find_audio(["-", str(tmp_path / "a"), "gone.wav"]) == [
-        "-", *(str(tmp_path / "a" / name) for name in ("1.FLAC", "2.wav", "b/3.m4a")), "gone.wav"]  # fmt: skip
+    """Links to folders are followed, also where they lead in circles; what is skipped is said."""
+    top = tmp_path / "a"
+    (top / "b" / ".cache").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    heard = ["1.FLAC", "2.wav", "b/3.m4a", "b/4.mpg", "b/gone.wav", "link/5.ac3", "link/deep/6.mka"]
+    for name in ("1.FLAC", "2.wav", "b/3.m4a", "b/4.mpg", "notes.txt", "b/noending", "b/._3.m4a", "b/.cache/7.wav"):
+        (top / name).touch()
+    for name in ("5.ac3", "deep/6.mka"):
+        (tmp_path / "elsewhere" / name).touch()
+    (top / "link").symlink_to(tmp_path / "elsewhere")
+    (top / "b" / "up").symlink_to(top)
+    (tmp_path / "elsewhere" / "deep" / "round").symlink_to(tmp_path / "elsewhere")
+    (top / "b" / "gone.wav").symlink_to("nowhere")  # decoding says what is wrong with it
+    names, unread, skipped = find_audio(["-", str(top), "gone.wav", f"file://{top}/notes.txt", str(top / "2.wav"), "-"])
+    assert names == ["-", *(str(top / name) for name in heard), str(top / "notes.txt")]
+    assert unread == ["gone.wav: no such file"]
+    assert skipped == [
+        f"skipped 2 without an ending of audio, such as {top}/b/noending; name a file to hear it",
+        f"skipped 2 that are hidden, such as {top}/b/._3.m4a; name a file to hear it",
+    ]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no audio file in this folder"):
+    with pytest.raises(UserError, match=r"no audio file in this folder$"):
         find_audio([str(tmp_path / "empty")])
+    (tmp_path / "empty" / "x.txt").touch()
+    with pytest.raises(UserError, match=r"no audio file in this folder; skipped 1 .*x\.txt"):
+        find_audio([str(tmp_path / "empty")])
+    for url in ("http://127.0.0.1:9/a.wav", "s3://bucket/a.wav"):
+        with pytest.raises(UserError, match=f"^{url}: a URL"):
+            find_audio([url])
+    with pytest.raises(UserError, match="names no file"):
+        find_audio([""])
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    (tmp_path / "in" / "x.wav").touch()
+    (tmp_path / "in" / "closed").chmod(0)
+    try:
+        code = "import sys; from pipeline.serving.listen import find_audio; print(find_audio(sys.argv[1:]))"
+        done = subprocess.run([*unprivileged(), sys.executable, "-c", code, str(tmp_path / "in")], cwd=ROOT,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+    finally:
+        (tmp_path / "in" / "closed").chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(done.stdout) == (
+        [f"{tmp_path}/in/x.wav"], [f"{tmp_path}/in/closed: Permission denied"], [])  # fmt: skip
+
+
+def unprivileged() -> list[str]:
+    """Words before a command that must meet permissions although we may be root."""
+    if os.geteuid():
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv (util-linux) is not installed, and root may read everything")
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
 
 
 def predict(run_dir, *words: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -162,9 +215,8 @@ def test_the_command_writes_every_format(run_dir, tmp_path):
     done = predict(run_dir, tmp_path / "in" / "one.wav", tmp_path / "two.flac", "--format", "audacity", "--out",
                    tmp_path / "tracks", "--threshold", 0.01)  # fmt: skip
     assert done.returncode == 0
-    tracks = sorted((tmp_path / "tracks").iterdir())
-    assert [track.name.split("_")[-1] for track in tracks] == ["one.wav.txt", "two.flac.txt"]
-    start, end, label = tracks[0].read_text().splitlines()[0].split("\t")
+    assert (tmp_path / "tracks" / "two.flac.txt").is_file()
+    start, end, label = (tmp_path / "tracks" / "in" / "one.wav.txt").read_text().splitlines()[0].split("\t")
     assert 0 <= float(start) < float(end)
     assert label.startswith("sound ")
 
@@ -173,3 +225,114 @@ def test_options_out_of_range_are_said(run_dir):
     done = predict(run_dir, "x.wav", "--threshold", 2)
     assert done.returncode == 2
     assert done.stderr.decode() == "error: --threshold 2.0 is no probability; give one above 0, at most 1\n"
+
+
+@pytest.fixture
+def run_main(run_dir, monkeypatch, capsys):
+    """The command in this process: (exit status, stdout, stderr)."""
+
+    def run(*words: object, checkpoint: object = run_dir) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["predict.py", "--checkpoint", str(checkpoint), *map(str, words)])
+        status = command.main()
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    return run
+
+
+def test_places_are_tried_before_the_model_is_loaded(run_main, tmp_path, monkeypatch):
+    one, two = (str(sound(tmp_path / name, 0.5)) for name in ("one.wav", "two.wav"))
+    (tmp_path / "one.wav.txt").symlink_to(one)
+    (tmp_path / "link.wav").symlink_to(one)
+    for words, message in (
+        ([one, "--format", "csv", "--out", "/proc/nowhere/l.csv"], "--out /proc/nowhere/l.csv: "),
+        ([one, "--embeddings", "/proc/nowhere/v"], "--embeddings /proc/nowhere/v: "),
+        ([one, "--format", "csv", "--out", tmp_path], "is a directory"),  # was written to standard output
+        ([one, two, "--format", "audacity", "--out", one], "one.wav is no directory"),
+        ([one, two, "--format", "audacity", "--out", tmp_path], "one.wav.txt: is one of the recordings"),
+        ([one, two, "--format", "audacity"], "give --out FOLDER"),
+        ([one, "--out", tmp_path / "link.wav"], "link.wav: is one of the recordings"),
+        ([one, "--embeddings", one], "one.wav: is one of the recordings"),
+        ([one, "--out", tmp_path / "x", "--embeddings", tmp_path / "x"], "two files would have one name"),
+        ([one, "--out", ""], "--out = '' names no path"),
+        ([one, "--hop", "nan"], "--hop nan is not positive"),
+        ([one, "--hop", "inf"], "--hop inf is not positive"),
+        (["http://127.0.0.1:9/a.wav"], "a URL"),
+        (["-"], "standard input is closed"),
+    ):
+        monkeypatch.setattr(sys, "stdin", None)
+        before = snapshot(tmp_path)
+        with pytest.raises(UserError, match=message):
+            run_main(*words, checkpoint=tmp_path / "no-such-run")
+        assert snapshot(tmp_path) == before
+
+
+def test_names_that_are_twice_there_missing_or_not_text(run_main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    odd = os.fsdecode(b"caf\xe9\n.wav")
+    sound(tmp_path / "plain.wav", 0.5).rename(odd)
+    status, out, err = run_main(odd, f"./{odd}", "nothere.wav", "--json", "--top", 1, "--out", "~/l.json",
+                                "--embeddings", "v.parquet")  # fmt: skip
+    assert (status, out) == (1, "")
+    assert err == "nothere.wav: no such file\n1 of 2 recordings could not be read\n"
+    (line,) = (tmp_path / "l.json").read_text().splitlines()
+    assert json.loads(line)["path"] == "caf\\xe9\n.wav"
+    assert pq.read_table("v.parquet")["path"].to_pylist() == ["caf\\xe9\n.wav"]
+    status, out, err = run_main(odd, "--top", 1)
+    assert (status, out.splitlines()[0], err) == (0, "caf\\xe9\\n.wav  (0:00.5)", "")
+    assert run_main("nothere.wav", checkpoint="nor-this") == (1, "", "nothere.wav: no such file\n")
+
+
+def test_label_tracks_lie_as_the_recordings_do(run_main, tmp_path, monkeypatch):
+    """No two have one name, and none leaves the folder."""
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "in")
+    names = ["a/x.wav", "a_x.wav", ".x.wav", "../x.wav", str(tmp_path / "y.wav")]
+    for name in names:
+        sound(name, 0.5)
+    before = snapshot(tmp_path)
+    status, _, err = run_main(*names, "--format", "audacity", "--out", "tracks", "--threshold", 0.01)
+    assert (status, err) == (0, "")
+    new = {name.removeprefix("in/tracks/") for name in snapshot(tmp_path).keys() - before.keys()}
+    assert new == {f"{name}.txt" for name in ("in/a/x.wav", "in/a_x.wav", "in/.x.wav", "x.wav", "y.wav")}
+    status, _, _ = run_main("a/x.wav", "--format", "audacity", "--out", "tracks", "--threshold", 0.01)
+    assert status == 0
+    assert (tmp_path / "in" / "tracks" / "x.wav.txt").is_file()
+
+
+def test_embeddings_are_whole_or_the_earlier_ones(run_main, tmp_path):
+    """A run that is stopped keeps the labels it wrote, and no Parquet that lacks recordings."""
+    files = [str(sound(tmp_path / f"{i}.wav", 8.0, seed=i)) for i in range(20)]
+    (tmp_path / "bad.wav").write_text("no audio")
+    (tmp_path / "out").mkdir()
+    vectors, labels = tmp_path / "out" / "v.parquet", tmp_path / "out" / "l.json"
+    status, _, _ = run_main(tmp_path / "bad.wav", "--embeddings", vectors)
+    assert status == 1
+    assert pq.read_table(vectors).num_rows == 0  # not those of an earlier run
+    assert pq.read_schema(vectors).field("embedding").type.list_size == 192
+    before = vectors.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as a disk that fills
+    try:
+        with pytest.raises(UserError, match=r"v\.parquet: .*the work stops there"):
+            run_main(*files, "--embeddings", vectors, "--json", "--out", labels)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert vectors.read_bytes() == before
+    lines = [json.loads(line) for line in labels.read_text().splitlines()]
+    assert 0 < len(lines) < len(files)
+    assert [line["path"] for line in lines] == files[: len(lines)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["l.json", "v.parquet"]
+
+
+def test_a_reader_that_has_seen_enough_ends_the_work(run_dir, tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(60):
+        sound(tmp_path / "in" / f"{i}.wav", 0.2)
+    words = [sys.executable, "launchers/predict.py", "--checkpoint", str(run_dir), str(tmp_path / "in"), "--json"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert json.loads(process.stdout.readline())["path"] == f"{tmp_path}/in/0.wav"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141  # as a shell has it of a program that died of SIGPIPE

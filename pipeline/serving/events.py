@@ -70,4 +70,5 @@ def bar(score: float, width: int = 30) -> str:
 
 def audacity(found: Sequence[Event]) -> str:
     """A label track: start, end and text, tabs between; File > Import > Labels reads it."""
-    return "".join(f"{e.start:.6f}\t{e.end:.6f}\t{e.label.name} {e.score:.2f}\n" for e in found)
+    rows = ((e.start, e.end, " ".join(e.label.name.split()), e.score) for e in found)  # a tab would end the name
+    return "".join(f"{start:.6f}\t{end:.6f}\t{name} {score:.2f}\n" for start, end, name, score in rows)

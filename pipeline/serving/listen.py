@@ -7,26 +7,24 @@ is a single window, zero-padded). A thread decodes ahead while the model scores 
 is bounded whatever the length: recordings are decoded in pieces, and what is kept of a window is its scores.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from pipeline.data.storage import is_remote, local
 from pipeline.errors import UserError
 from pipeline.serving.scorer import BATCH, Scorer
 from shard_tools.decode import DecodeError, decode
+from shard_tools.segment import AUDIO_ENDINGS
 
 PIECE_SECONDS = 300.0  # decoded at a time
 END_SLACK = 0.1  # a piece shorter by this much is the last: resampling may cost a sample
 AHEAD = 4  # pieces that wait decoded, at most
-AUDIO_SUFFIXES = frozenset({
-    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".mp4", ".webm", ".mkv", ".mov", ".aif", ".aiff",
-    ".aifc", ".au", ".wma", ".w64", ".caf", ".amr",
-})  # fmt: skip
 ItemT = TypeVar("ItemT")
 
 
@@ -93,22 +91,84 @@ class _Open:
         return Heard(self.name, self.error, self.seconds, starts, scores, np.array(self.embeddings, np.float32))
 
 
-def find_audio(names: Iterable[str]) -> list[str]:
-    """Files as they are named, folders as the audio files below them, in alphabetical order.
+def find_audio(names: Iterable[str]) -> tuple[list[str], list[str], list[str]]:
+    """Files as they are named, folders as the audio files below them, in alphabetical order; each once.
+
+    Links to folders are followed. Below a folder, hidden files and folders, and files without an ending of audio are
+    skipped; a file that is named itself is heard whatever its name is.
+
+    Args:
+        names: Files, folders, "-".
+
+    Returns:
+        Paths; "PATH: why" of names and folders that cannot be read; what was skipped, for people.
 
     Raises:
-        UserError: a folder that holds none.
+        UserError: a URL, an empty name, or a folder that holds no audio.
     """
-    found: list[str] = []
+    found: dict[str, str] = {}  # by absolute path: "a.wav" and "./a.wav" are one
+    unread: list[str] = []
+    skipped: list[str] = []
     for name in names:
-        if not Path(name).is_dir():
-            found.append(name)
+        if is_remote(name) and not os.path.exists(name):
+            raise UserError(f"{name}: a URL, and only files are heard; download it, or pipe it in: curl -L URL | ... -")
+        path = str(local(name)) if name else ""
+        if not path:
+            raise UserError("AUDIO = '' names no file; leave it out")
+        if os.path.isdir(path):
+            below, closed, notes = _below(path)
+            if not below and not closed:
+                raise UserError("; ".join([f"{name}: no audio file in this folder", *notes]))
+            for file in below:
+                found.setdefault(os.path.abspath(file), file)
+            unread += closed
+            skipped += notes
+        elif path != "-" and _is_missing(path):
+            unread.append(f"{path}: no such file")
+        else:
+            found.setdefault("-" if path == "-" else os.path.abspath(path), path)
+    return list(found.values()), unread, skipped
+
+
+def _below(folder: str) -> tuple[list[str], list[str], list[str]]:
+    """As `find_audio`, of one folder."""
+    found: list[str] = []
+    other: list[str] = []
+    hidden: list[str] = []
+    errors: list[OSError] = []
+    seen: set[tuple[int, int]] = set()  # folders: links may lead in circles
+    for above, folders, files in os.walk(folder, onerror=errors.append, followlinks=True):
+        try:
+            status = os.stat(above)
+        except OSError as error:
+            errors.append(error)
             continue
-        below = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
-        if not below:
-            raise UserError(f"{name}: no audio file in this folder; known are {' '.join(sorted(AUDIO_SUFFIXES))}")
-        found += [str(path) for path in below if path.is_file()]
-    return found
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        hidden += [os.path.join(above, name) for name in folders + files if name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if not name.startswith("."):
+                is_audio = os.path.splitext(name)[1].lower() in AUDIO_ENDINGS
+                (found if is_audio else other).append(os.path.join(above, name))
+    notes = []
+    for what, left in (("without an ending of audio", other), ("that are hidden", hidden)):
+        if left:
+            notes.append(f"skipped {len(left)} {what}, such as {min(left)}; name a file to hear it")
+    unread = [f"{error.filename}: {error.strerror}" for error in errors]
+    return sorted(found, key=lambda path: path.split(os.sep)), unread, notes
+
+
+def _is_missing(path: str) -> bool:
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False  # decoding says why
+    return False
 
 
 def listen(scorer: Scorer, files: Iterable[tuple[str, str]], hop: float) -> Iterator[Heard]:

@@ -1,0 +1,35 @@
+"""How commands end: a pipe that nobody reads, streams that are closed."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def run(main: str, redirect: str) -> subprocess.CompletedProcess[str]:
+    """A program of `run_cli` in bash, which shows the exit statuses of both ends of a pipe."""
+    code = f"import sys, os; from pipeline.errors import UserError, run_cli\ndef main():\n    {main}\nrun_cli(main)"
+    script = f'"$1" -c "$2" {redirect}; echo "${{PIPESTATUS[0]}}" >&2'
+    command = ["bash", "-c", script, "bash", sys.executable, code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("text", ["'x' * 10", "'x' * 1000000"])  # one that only the end flushes, and one before
+def test_a_reader_that_is_gone_is_no_error(text):
+    done = run(f"sys.stdin.read(); sys.stdout.write({text})", "< <(sleep 0.5) | true")
+    assert done.stderr == "141\n"
+
+
+def test_another_broken_pipe_is_one():
+    done = run("r, w = os.pipe(); os.close(r); os.write(w, b'x')", "| cat")
+    assert "BrokenPipeError" in done.stderr
+    assert done.stderr.endswith("\n1\n")
+
+
+def test_closed_streams_and_names_that_are_no_text():
+    assert run("sys.stdout.write('x')", ">&-").stderr == "0\n"
+    assert run("raise UserError('x')", "2>&-").stderr == "2\n"
+    done = run("sys.stdout.write(os.fsdecode(b'caf\\xe9'))", "")
+    assert (done.stdout, done.stderr) == ("caf\\udce9", "0\n")

@@ -7,23 +7,41 @@ In: a run directory of finetune.py. Out: a page on localhost, until Ctrl-C.
 """
 
 import argparse
-from pathlib import Path
+import socket
 
-from pipeline.errors import run_cli
-from pipeline.serving.demo import build_page
+from pipeline.errors import UserError, run_cli
+from pipeline.files import user_path
+from pipeline.serving.demo import MAX_UPLOAD, build_page
 from pipeline.serving.scorer import load_scorer
+
+
+def check_address(host: str, port: int) -> None:
+    """Tries the address before the model is loaded.
+
+    Raises:
+        UserError: it is not this machine's, or another program has it.
+    """
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port {port}: give 1 to 65535")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; give another") from error
 
 
 def main() -> None:
     """Parses, loads, serves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_DIR", help="a finetuned run")
+    parser.add_argument("--checkpoint", required=True, metavar="RUN_DIR", help="a finetuned run")
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="(default: 7860)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     args = parser.parse_args()
-    page = build_page(load_scorer(args.checkpoint), args.checkpoint.resolve().name)
+    run_dir = user_path(args.checkpoint, "--checkpoint")
+    check_address(args.host, args.port)
+    page = build_page(load_scorer(run_dir), run_dir.resolve().name)
     print(f"http://{args.host}:{args.port}", flush=True)
-    page.launch(server_name=args.host, server_port=args.port, quiet=True, share=False)
+    page.launch(server_name=args.host, server_port=args.port, quiet=True, share=False, max_file_size=MAX_UPLOAD)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The page to try a model, in a browser: a file uploaded, a recording made, a file that is no audio."""
 
+import json
+import socket
 import sys
 import time
 
@@ -7,11 +9,15 @@ import numpy as np
 import pytest
 import soundfile
 
+from launchers.demo_app import check_address
+from pipeline.config import FinetuneRecipe
+from pipeline.errors import UserError
 from pipeline.serving import demo
 from pipeline.serving.scorer import load_scorer
 from tests import lab
 from tests.browser import Page, browser
 from tests.ranks import ROOT, free_port
+from tests.test_export import make_run
 
 FINETUNED = "8-PSWaCL-SWaB-as_bal"
 
@@ -23,6 +29,32 @@ def test_the_envelope_keeps_every_click_of_a_long_recording():
     assert len(low) == len(high) <= demo.COLUMNS
     assert (high.max(), low.min()) == (0.5, -0.25)
     assert np.flatnonzero(high).tolist() == [0]
+
+
+def test_names_that_look_like_formulas_are_drawn_and_hops_are_bounded(tmp_path):
+    run = tmp_path / "run"
+    make_run(run, FinetuneRecipe, "finetune.method=ast")
+    content = json.loads((run / "data.json").read_text())
+    content["labels"][0]["name"] = r"$\frac$ and $x_"
+    (run / "data.json").write_text(json.dumps(content))
+    scorer = load_scorer(run)
+    path = str(tmp_path / "x.wav")
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.2, 32000), 16000)
+    scores, figure = demo.answer(scorer, path, 0.5)
+    figure.savefig(tmp_path / "x.png")
+    assert r"$\frac$ and $x_" in scores
+    for hop in (0.0, 1e-9, 11.0, float("nan")):
+        with pytest.raises(UserError, match="seconds between windows"):
+            demo.answer(scorer, path, hop)
+
+
+def test_an_address_that_cannot_be_had_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for host, number, message in (("127.0.0.1", port, "already in use"), ("127.0.0.1", 70000, "1 to 65535"),
+                                      ("192.0.2.1", 7860, "Cannot assign")):  # fmt: skip
+            with pytest.raises(UserError, match=f"--port {number}: .*{message}"):
+                check_address(host, number)
 
 
 def labels(page: Page) -> str:

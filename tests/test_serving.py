@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 from mlflow.tracking import MlflowClient
@@ -21,7 +22,8 @@ from pipeline.errors import UserError
 from pipeline.serving.__main__ import check_register
 from pipeline.serving.listen import listen
 from pipeline.serving.package import PACKAGE, check_place, save_model
-from pipeline.serving.scorer import load_scorer
+from pipeline.serving.pyfunc_model import CraftModel
+from pipeline.serving.scorer import MAX_BYTES, load_scorer
 from pipeline.tracking.spool import Spool
 from tests import lab
 from tests.conftest import ROOT, free_port
@@ -197,3 +199,54 @@ def test_a_package_of_ours_is_replaced_as_a_whole(tmp_path):
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"such as notes\.txt"):
         check_place(run, out, "--out")
+
+
+def test_a_model_that_strangers_ask(tmp_path):
+    """What is no audio, too much, or of a wrong type is an answer, and costs neither memory nor the server."""
+    run = tmp_path / "run"
+    make_run(run, FinetuneRecipe, "finetune.method=ast")
+    (tmp_path / "secret.wav").write_text("password=hunter2\n")
+    os.mkfifo(tmp_path / "pipe.wav")
+    model = CraftModel()
+    model.scorer = scorer = load_scorer(run)
+    tone = np.sin(np.arange(40000) / 20).astype(np.float32)
+    path = str(tmp_path / "tone.wav")
+    soundfile.write(path, tone, 16000, subtype="FLOAT")
+
+    def ask(*rows: dict[str, object], **params: object) -> list[list[float]]:
+        return model.predict(None, pd.DataFrame(list(rows), dtype=object), params)["scores"].tolist()
+
+    expected = scorer.probabilities([tone[: scorer.spec.samples]])[0]
+    content = Path(path).read_bytes()
+    given = [{"path": path}, {"audio": content}, {"samples": tone.tolist()}, {"samples": tone, "rate": 16000.0}]
+    for row in given:  # longer than a clip: its first seconds are heard
+        (scores,) = ask(row, top=6)
+        assert scores == pytest.approx(sorted(expected, reverse=True), abs=1e-5)
+    assert len(ask(*given * 10)) == 40
+    assert ask() == []
+    for row, message in (
+        ({"path": str(tmp_path / "secret.wav")}, "secret.wav: undecodable$"),  # not what the file holds
+        ({"path": str(tmp_path / "pipe.wav")}, "pipe.wav: unreadable$"),
+        ({"path": "/dev/zero"}, "zero: unreadable$"),
+        ({"path": "a\0b"}, "give the path of a file"),
+        ({"path": 5}, "path is text"),
+        ({"audio": "text"}, "audio the bytes of a file"),
+        ({"audio": b""}, "empty"),
+        ({"audio": b"#EXTM3U\n/etc/passwd\n"}, "undecodable"),
+        ({"audio": bytes(MAX_BYTES + 1)}, "at most"),
+        ({"samples": [0.1], "rate": 1e-9}, "give a rate"),
+        ({"samples": [0.1], "rate": float("inf")}, "give a rate"),
+        ({"samples": [0.1], "rate": "fast"}, "its rate in Hz"),
+        ({"samples": [0.1, float("nan")]}, "give finite floats"),
+        ({"samples": [[0.1], [0.1, 0.2]]}, "give finite floats"),
+        ({"samples": ["loud"]}, "give finite floats"),
+        ({"samples": []}, "give finite floats"),
+        ({}, "a row fills none"),
+        ({"path": path, "audio": content}, "fill one"),
+    ):
+        with pytest.raises(ValueError, match=message) as refused:
+            ask(row)
+        assert "hunter2" not in str(refused.value)
+    for top in (0, -1, 2.5, "all"):
+        with pytest.raises(ValueError, match="params: top"):
+            ask(given[0], top=top)

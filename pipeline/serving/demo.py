@@ -18,6 +18,8 @@ from pipeline.serving.scorer import Scorer
 LONGEST_SECONDS = 600.0
 SHOWN = 8  # labels of the chart
 COLUMNS = 2000  # of the pictures: more than a screen has
+SHORTEST_HOP, LONGEST_HOP = 0.1, 10.0  # seconds between windows
+MAX_UPLOAD = "1gb"
 FRAME_SECONDS = 0.025  # of fbank: what is shorter has none
 
 Answer = tuple[dict[str, float] | None, Any]
@@ -32,10 +34,12 @@ def answer(scorer: Scorer, path: str | None, hop: float) -> Answer:
         hop: Seconds between windows.
 
     Raises:
-        UserError: it cannot be decoded.
+        UserError: it cannot be decoded, or the hop is outside its range.
     """
     if not path:
         return None, None
+    if not SHORTEST_HOP <= hop <= LONGEST_HOP:  # the page's slider keeps to it, other clients of its server need not
+        raise UserError(f"{hop} seconds between windows; give {SHORTEST_HOP:g} to {LONGEST_HOP:g}")
     waveform = scorer.read(path, LONGEST_SECONDS)
     starts, scores = scorer.over_time(waveform, hop)
     mean = scores.mean(axis=0)
@@ -72,7 +76,7 @@ def picture(scorer: Scorer, waveform: np.ndarray, starts: np.ndarray, scores: np
     best = np.argsort(-scores.max(axis=0), kind="stable")[:SHOWN]
     edges = np.append(starts, max(seconds, starts[-1] + 1e-3))
     image = axes[2].pcolormesh(edges, np.arange(len(best) + 1), scores[:, best].T, cmap="viridis", vmin=0, vmax=1)
-    axes[2].set_yticks(np.arange(len(best)) + 0.5, [scorer.labels[i] for i in best])
+    axes[2].set_yticks(np.arange(len(best)) + 0.5, [scorer.labels[i] for i in best], parse_math=False)
     axes[2].invert_yaxis()
     axes[2].set_xlabel(f"seconds; scores of windows of {scorer.seconds:g} s, drawn where they begin")
     axes[2].set_xlim(0, seconds)
@@ -124,7 +128,10 @@ def build_page(scorer: Scorer, name: str) -> Any:
                     sources=["upload", "microphone"], type="filepath", label="Audio", elem_id="audio",
                     buttons=["download"],  # its share button would send the audio to a stranger's server
                 )  # fmt: skip
-                hop = gradio.Slider(0.1, 10.0, value=max(0.1, scorer.seconds / 2), label="Seconds between windows")
+                hop = gradio.Slider(
+                    SHORTEST_HOP, LONGEST_HOP, value=min(max(SHORTEST_HOP, scorer.seconds / 2), LONGEST_HOP),
+                    label="Seconds between windows",
+                )  # fmt: skip
                 labels = gradio.Label(num_top_classes=5, label="Labels of the whole recording", elem_id="labels")
             with gradio.Column(scale=2):
                 plot = gradio.Plot(show_label=False, elem_id="plot")

@@ -6,6 +6,7 @@ at `rate` Hz) filled in each row. Out: a table with `labels` and `scores`, the b
 MLflow copies this file and the project's packages into the model and runs it to load the model.
 """
 
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipeline.errors import UserError
-from pipeline.serving.scorer import Scorer, load_scorer
+from pipeline.serving.package import DEFAULT_TOP
+from pipeline.serving.scorer import BATCH, Scorer, load_scorer
+from shard_tools.decode import MAX_RATE
 
 SOURCES = ("path", "audio", "samples")
+MARGIN = 1.0  # seconds of samples beyond a clip's length: the resampler looks ahead
 
 
 class CraftModel(PythonModel):
@@ -34,14 +38,20 @@ class CraftModel(PythonModel):
         """The best `params["top"]` labels of each row.
 
         Raises:
-            ValueError: a row names no audio, or audio that cannot be read.
+            ValueError: a row names no audio, or audio that cannot be read; or "top" is no number of labels.
         """
+        top = (params or {}).get("top", DEFAULT_TOP)
+        if not isinstance(top, Integral) or top < 1:
+            raise ValueError(f"params: top = {top!r:.100}; give a number of labels, 1 or more")
+        rows = model_input.to_dict("records")
+        scores = self.scorer.probabilities([])
         try:
-            waveforms = [_waveform(self.scorer, row) for row in model_input.to_dict("records")]
+            for start in range(0, len(rows), BATCH):  # the audio of one batch at a time is in memory
+                waveforms = [_waveform(self.scorer, row) for row in rows[start : start + BATCH]]
+                scores = np.concatenate([scores, self.scorer.probabilities(waveforms)])
         except UserError as error:
             raise ValueError(str(error)) from error  # the server answers with the text
-        scores = self.scorer.probabilities(waveforms)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, : int((params or {}).get("top", 5))]
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : int(top)]
         labels = np.array(self.scorer.labels)
         return pd.DataFrame(
             {
@@ -57,9 +67,26 @@ def _waveform(scorer: Scorer, row: dict[str, Any]) -> np.ndarray:
         raise UserError(f"a row fills {given or 'none'} of {', '.join(SOURCES)}; fill one")
     value = row[given[0]]
     if given[0] == "samples":
-        rate: Any = row.get("rate")
-        return scorer.resample(np.asarray(value), float(rate if _filled(rate) else scorer.spec.sample_rate))
-    return scorer.read(value)
+        return _resampled(scorer, value, row.get("rate"))
+    if not isinstance(value, str if given[0] == "path" else bytes):
+        raise UserError(f"{given[0]}: {type(value).__name__}; path is text, and audio the bytes of a file")
+    try:
+        return scorer.read(value)
+    except UserError as error:
+        if given[0] == "audio" or error.__cause__ is None:
+            raise
+        # The decoder's reason may quote what a file holds that is no audio, which is not everybody's to read.
+        raise UserError(f"{value}: {str(error).removeprefix(f'{value}: ').partition(':')[0]}") from error
+
+
+def _resampled(scorer: Scorer, samples: Any, rate: Any) -> np.ndarray:
+    """The part of the samples that is heard, at the model's rate."""
+    try:
+        hertz = float(rate) if _filled(rate) else float(scorer.spec.sample_rate)
+        heard = samples[: int(min(hertz, MAX_RATE) * (scorer.seconds + MARGIN))]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"samples: {error}; give a list of floats, and its rate in Hz") from error
+    return scorer.resample(heard, hertz)
 
 
 def _filled(value: Any) -> bool:

@@ -5,6 +5,7 @@ with soxr, DC removed, rounded to int16, so that a served clip scores as the sam
 """
 
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,14 @@ from pipeline.errors import UserError
 from pipeline.flow import Batch
 from pipeline.model.heads import stream_means
 from pipeline.tasks import FinetuneTask
-from shard_tools.decode import Decoded, DecodeError, decode
-from shard_tools.segment import down_mix
+from shard_tools.decode import MAX_RATE, MIN_RATE, Decoded, DecodeError
+from shard_tools.guard import guarded_decode
+from shard_tools.segment import MachineError, down_mix
 from shard_tools.write import encode_waveform
 
 BATCH = 16  # windows of a forward pass
+MAX_BYTES = 256 << 20  # of a file that is given as bytes
+_DECODING = threading.Lock()  # a server has threads, and one decoder process
 
 
 class Scorer:
@@ -50,29 +54,43 @@ class Scorer:
     def read(self, source: str | bytes, seconds: float | None = None) -> np.ndarray:
         """A file's or its bytes' first seconds, mono at the model's rate: float32 [n].
 
+        Decoded in a process of its own, for at most a minute: the file may be anybody's.
+
         Args:
             source: Path, or the content of an audio file.
             seconds: At most this much; None: a clip.
 
         Raises:
-            UserError: it cannot be decoded.
+            UserError: it is neither, is too large, or cannot be decoded.
         """
-        if isinstance(source, bytes):
-            with tempfile.NamedTemporaryFile(suffix=".audio") as file:  # ffmpeg reads containers by seeking
+        if isinstance(source, str) and source and "\0" not in source:
+            return self._decode(source, source, seconds or self.seconds)
+        if not isinstance(source, bytes):
+            raise UserError(f"audio {source!r:.100}: give the path of a file, or the bytes of one")
+        if len(source) > MAX_BYTES:
+            raise UserError(f"the given bytes: {len(source)}, and at most {MAX_BYTES} are read; cut the recording")
+        try:
+            with tempfile.NamedTemporaryFile(suffix=".audio") as file:  # decoders read containers by seeking
                 file.write(source)
                 file.flush()
                 return self._decode(file.name, "the given bytes", seconds or self.seconds)
-        return self._decode(source, source, seconds or self.seconds)
+        except OSError as error:
+            raise UserError(f"the given bytes: {error.strerror}; they are kept in {tempfile.gettempdir()}") from error
 
     def resample(self, samples: np.ndarray, rate: float) -> np.ndarray:
         """Samples [n] or [n, channels] in [-1, 1] at `rate` Hz -> float32 [m], mono at the model's rate.
 
         Raises:
-            UserError: nothing in them, or not finite.
+            UserError: nothing in them, or not finite, or no rate of audio.
         """
-        array = np.asarray(samples, dtype=np.float32)
-        if array.ndim not in (1, 2) or not array.size or not np.isfinite(array).all() or rate <= 0:
-            raise UserError(f"samples of shape {array.shape} at {rate} Hz; give finite floats [n] or [n, channels]")
+        if not MIN_RATE <= rate <= MAX_RATE:
+            raise UserError(f"samples at {rate} Hz: give a rate from {MIN_RATE} to {MAX_RATE}")
+        try:
+            array = np.asarray(samples, dtype=np.float32)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"samples: {error}; give finite floats [n] or [n, channels]") from error
+        if array.ndim not in (1, 2) or not array.size or not np.isfinite(array).all():
+            raise UserError(f"samples of shape {array.shape}: give finite floats [n] or [n, channels]")
         mono = down_mix(array) if array.ndim == 2 else array
         if rate == self.spec.sample_rate:
             return mono
@@ -80,7 +98,8 @@ class Scorer:
 
     def probabilities(self, waveforms: list[np.ndarray]) -> np.ndarray:
         """Of each waveform's first clip length: float32 [n, C]; softmax of single-label data, else sigmoids."""
-        parts = [self.hear(waveforms[i : i + BATCH])[0] for i in range(0, len(waveforms), BATCH)]
+        clips = [waveform[: self.spec.samples] for waveform in waveforms]
+        parts = [self.hear(clips[i : i + BATCH])[0] for i in range(0, len(clips), BATCH)]
         return np.concatenate(parts) if parts else np.zeros((0, len(self.spec.labels)), np.float32)
 
     def over_time(self, waveform: np.ndarray, hop: float) -> tuple[np.ndarray, np.ndarray]:
@@ -98,8 +117,9 @@ class Scorer:
 
     def _decode(self, path: str, name: str, seconds: float) -> np.ndarray:
         try:
-            return decode(path, 0.0, None, rate=self.spec.sample_rate, seconds=seconds).waveform
-        except DecodeError as error:
+            with _DECODING:
+                return guarded_decode(path, 0.0, None, rate=self.spec.sample_rate, seconds=seconds).waveform
+        except (DecodeError, MachineError) as error:
             raise UserError(f"{name}: {error}") from error
 
     def hear(self, waveforms: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -76,7 +76,7 @@ def _waveform(scorer: Scorer, row: dict[str, Any]) -> np.ndarray:
         if given[0] == "audio" or error.__cause__ is None:
             raise
         # The decoder's reason may quote what a file holds that is no audio, which is not everybody's to read.
-        raise UserError(f"{value}: {str(error).removeprefix(f'{value}: ').partition(':')[0]}") from error
+        raise UserError(f"{row['path']}: {str(error.__cause__).partition(':')[0]}") from error
 
 
 def _resampled(scorer: Scorer, samples: Any, rate: Any) -> np.ndarray:

@@ -5,138 +5,189 @@ Out: a frozen, checked `PretrainRecipe` or `FinetuneRecipe`; `pipeline/recipes.p
 A default stands here and nowhere else: CRAFT-base on AudioSet, as the paper has it. YAML files
 under configs/ hold only what differs. `ds.json` owns what DeepSpeed owns (ZeRO stage, precision,
 offload); `pipeline.engine.setup` reconciles the two.
+
+Each setting states its effect, and nothing else decides what a run directory may be used for again
+(`pipeline.launch`), which finished folds and ablations count, and what an ablation's identity is made of:
+
+    result    changes the numbers of the run; a run directory keeps it from its first checkpoint on
+    course    changes them too, but only from here on: a run that goes on may be longer, or be evaluated more often
+    neutral   where, how fast, what is kept and shown: no number of the run depends on it
 """
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Effect = Literal["result", "course", "neutral"]
+
+
+def result(default: Any, **about: Any) -> Any:
+    """A setting that changes the numbers of a run; arguments as of pydantic's `Field`."""
+    return _setting("result", default, about)
+
+
+def course(default: Any, **about: Any) -> Any:
+    """A setting that changes the numbers of a run from here on; likewise."""
+    return _setting("course", default, about)
+
+
+def neutral(default: Any, **about: Any) -> Any:
+    """A setting that changes no number of a run; likewise."""
+    return _setting("neutral", default, about)
+
+
+def _setting(effect: Effect, default: Any, about: dict[str, Any]) -> Any:
+    return Field(default, json_schema_extra={"effect": effect}, **about)
+
+
+def _expand(text: str) -> str:
+    """`~` and `~name` at the beginning are home directories: in `run.dir=~/x` no shell expands them."""
+    if "\0" in text:
+        raise ValueError("holds a NUL character; give a path")
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError as error:
+        raise ValueError(f"{error} write the directory out") from error
+
+
+# A local path, or a URL where the setting allows one; empty: the setting's own default.
+UserPath = Annotated[str, AfterValidator(_expand)]
 
 
 class Section(BaseModel):
-    """A group of settings; an unknown key or a wrong type is an error."""
+    """A group of settings; an unknown key, a wrong type or a number that is not finite is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
     """The run itself."""
 
-    dir: str = Field("", description="run directory; empty: runs/<kind>-<name>")
-    name: str = Field("", description="run name in MLflow; empty: BatchSize-Pretrain-Finetune")
-    seed: int = Field(0, ge=0, description="seed of weights, sample order, masks and augmentation")
-    resume: Literal["auto", "never"] = Field(
+    dir: UserPath = neutral("", description="run directory; empty: runs/<kind>-<name>")
+    name: str = neutral("", description="run name in MLflow; empty: BatchSize-Pretrain-Finetune")
+    seed: int = result(0, ge=0, lt=2**63, description="seed of weights, sample order, masks and augmentation")
+    resume: Literal["auto", "never"] = neutral(
         "auto", description="auto: go on from the newest complete checkpoint of run.dir; never: refuse to"
     )
-    timeout: float = Field(1800.0, gt=0, description="seconds a collective may take before the run aborts")
+    timeout: float = neutral(1800.0, gt=0, description="seconds a collective may take before the run aborts")
 
 
 class DataConfig(Section):
     """Which clips, in which order."""
 
-    shards: str = Field("", description="directory or URL that holds manifest.json")
-    train_split: str = Field("train", description="split to train on")
-    eval_split: str = Field("eval", description="split to evaluate on, where no fold is held out")
-    fold: int = Field(0, ge=0, description="held-out fold: train on the others, evaluate on it; 0: none")
-    frames: int = Field(0, ge=0, description="T; 0: 102.4 a second, rounded up to 16 (1024 for 10 s)")
-    mean: float | None = Field(None, description="fbank mean; null: the manifest's, of the training split")
-    std: float | None = Field(None, gt=0, description="fbank deviation; null: the manifest's")
-    fbank: Literal["auto", "stored", "online"] = Field(
+    shards: UserPath = neutral("", description="directory or URL that holds manifest.json")
+    train_split: str = result("train", description="split to train on")
+    eval_split: str = result("eval", description="split to evaluate on, where no fold is held out; empty: none")
+    fold: int = result(0, ge=0, description="held-out fold: train on the others, evaluate on it; 0: none")
+    frames: int = result(0, ge=0, description="T; 0: 102.4 a second, rounded up to 16 (1024 for 10 s)")
+    mean: float | None = result(None, description="fbank mean; null: the manifest's, of the training split")
+    std: float | None = result(None, gt=0, description="fbank deviation; null: the manifest's")
+    fbank: Literal["auto", "stored", "online"] = result(
         "auto", description="auto: computed on the device where augmentation changes the waveform, else read"
     )
-    sampler: Literal["shuffle", "balanced"] = Field("shuffle", description="balanced: rare classes more often")
-    replacement: bool = Field(True, description="balanced: draw with replacement (SSAST) or without (PaSST)")
-    epoch_clips: int = Field(0, ge=0, description="balanced: clips drawn an epoch (PaSST: 100000); 0: n")
-    streams: int = Field(64, ge=1, description="S: streams of shards; halved where the clips do not fill S windows")
-    window: int = Field(2048, ge=1, description="clips of the shuffle window of one stream")
-    workers: int = Field(2, ge=0, description="reader processes per rank; 0: the training process reads")
-    prefetch: int = Field(4, ge=1, description="batches in flight per rank")
-    on_error: Literal["skip", "raise"] = Field("skip", description="a corrupt sample is replaced, or ends the run")
-    max_bad: int = Field(1000, ge=0, description="corrupt samples of one epoch, over all ranks, that end the run")
-    cache: str = Field("", description="of shards behind a URL, on the node; empty: CRAFT_CACHE, else ~/.cache/craft")
-    cache_gb: float = Field(0.0, ge=0, description="most GB in the cache; 0: until its disk is nine tenths full")
-    fetch_ahead: int = Field(256, ge=0, description="shards behind a URL: batches whose shards are fetched in advance")
+    sampler: Literal["shuffle", "balanced"] = result("shuffle", description="balanced: rare classes more often")
+    replacement: bool = result(True, description="balanced: draw with replacement (SSAST) or without (PaSST)")
+    epoch_clips: int = result(0, ge=0, description="balanced: clips drawn an epoch (PaSST: 100000); 0: n")
+    streams: int = result(64, ge=1, description="S: streams of shards; halved where the clips do not fill S windows")
+    window: int = result(2048, ge=1, description="clips of the shuffle window of one stream")
+    workers: int = neutral(2, ge=0, description="reader processes per rank; 0: the training process reads")
+    prefetch: int = neutral(4, ge=1, description="batches in flight per rank")
+    on_error: Literal["skip", "raise"] = neutral("skip", description="a corrupt sample is replaced, or ends the run")
+    max_bad: int = neutral(1000, ge=0, description="corrupt samples of one epoch, over all ranks, that end the run")
+    cache: UserPath = neutral(
+        "", description="of shards behind a URL, on the node; empty: CRAFT_CACHE, else ~/.cache/craft"
+    )
+    cache_gb: float = neutral(0.0, ge=0, description="most GB in the cache; 0: until its disk is nine tenths full")
+    fetch_ahead: int = neutral(
+        256, ge=0, description="shards behind a URL: batches whose shards are fetched in advance"
+    )
 
 
 class AugmentConfig(Section):
     """Augmentation of training clips (PAPER_SPEC 5); all zero in pretraining."""
 
-    mixup: float = Field(0.0, ge=0, le=1, description="share of clips mixed with another one, on the waveform")
-    mixup_alpha: float = Field(10.0, gt=0, description="lambda ~ Beta(alpha, alpha)")
-    freq_mask: int = Field(0, ge=0, description="SpecAugment: widest masked band, in mel bins")
-    time_mask: int = Field(0, ge=0, description="SpecAugment: longest masked span, in frames")
-    noise: float = Field(0.0, ge=0, description="white noise, at most this share of the clip's peak")
-    roll: float = Field(0.0, ge=0, description="circular time shift, at most this many seconds either way")
-    mask_map: bool = Field(False, description="SpecAugment on the MSAE map too: the same span and band as the fbank")
+    mixup: float = result(0.0, ge=0, le=1, description="share of clips mixed with another one, on the waveform")
+    mixup_alpha: float = result(10.0, gt=0, description="lambda ~ Beta(alpha, alpha)")
+    freq_mask: int = result(0, ge=0, description="SpecAugment: widest masked band, in mel bins")
+    time_mask: int = result(0, ge=0, description="SpecAugment: longest masked span, in frames")
+    noise: float = result(0.0, ge=0, description="white noise, at most this share of the clip's peak")
+    roll: float = result(0.0, ge=0, description="circular time shift, at most this many seconds either way")
+    mask_map: bool = result(False, description="SpecAugment on the MSAE map too: the same span and band as the fbank")
 
 
 class ModelConfig(Section):
     """The network (PAPER_SPEC 1-3)."""
 
-    size: Literal["micro", "tiny", "small", "base"] = Field("base", description="width, depth and heads")
-    init: str = Field("", description="run directory or checkpoint file to start from; empty: random")
-    patch: int = Field(16, ge=1, description="patch side, mel bins = frames")
-    stride: int = Field(16, ge=1, description="patch stride; smaller than the patch: overlap (SSAST finetuning: 10)")
-    kernels: tuple[int, ...] = Field((11, 51, 101), description="MSAE: convolution kernels, one per scale")
-    kernel_strides: tuple[int, ...] = Field((1, 5, 10), description="MSAE: strides of those convolutions")
-    channels: tuple[int, ...] = Field(
+    size: Literal["micro", "tiny", "small", "base"] = result("base", description="width, depth and heads")
+    init: UserPath = neutral("", description="run directory or checkpoint file to start from; empty: random")
+    init_classifier: Literal["auto", "keep"] = result(
+        "auto", description="of model.init; auto: kept where its labels are known to be the shards', else a fresh one; "
+        "keep: they are the shards', though nothing says so"
+    )
+    patch: int = result(16, ge=1, description="patch side, mel bins = frames")
+    stride: int = result(16, ge=1, description="patch stride; smaller than the patch: overlap (SSAST finetuning: 10)")
+    kernels: tuple[int, ...] = result((11, 51, 101), description="MSAE: convolution kernels, one per scale")
+    kernel_strides: tuple[int, ...] = result((1, 5, 10), description="MSAE: strides of those convolutions")
+    channels: tuple[int, ...] = result(
         (43, 43, 42), description="MSAE: channels per scale; they sum to the mel bins, or (32, 32, 32) to a lower grid"
     )
-    activation: Literal["relu", "gelu", "none"] = Field("relu", description="MSAE before pooling; none: literal Eq. 1")
-    norm: Literal["group", "none"] = Field("group", description="MSAE: after each convolution")
-    shared_patch: bool = Field(False, description="one patch embedding for both representations")
-    modality_embedding: bool = Field(False, description="add a learned vector per representation")
-    checkpoint_activations: bool = Field(False, description="recompute MSAE and blocks in backward to save memory")
+    activation: Literal["relu", "gelu", "none"] = result("relu", description="MSAE before pooling; none: literal Eq. 1")
+    norm: Literal["group", "none"] = result("group", description="MSAE: after each convolution")
+    shared_patch: bool = result(False, description="one patch embedding for both representations")
+    modality_embedding: bool = result(False, description="add a learned vector per representation")
+    checkpoint_activations: bool = neutral(False, description="recompute MSAE and blocks in backward to save memory")
 
 
 class OptimConfig(Section):
     """Optimiser and learning rate."""
 
-    name: Literal["adam", "adamw"] = Field("adam", description="adam: L2 in the gradient, as SSAST")
-    lr: float = Field(5e-4, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field((0.95, 0.999), description="Adam's decay rates")
-    weight_decay: float = Field(5e-7, ge=0, description="L2 (adam) or decoupled (adamw) decay")
-    clip: float = Field(0.0, ge=0, description="largest gradient norm; 0: no clipping")
-    warmup: int = Field(1000, ge=0, description="steps of linear warm-up")
-    schedule: Literal["plateau", "step", "cosine", "constant"] = Field("plateau", description="after the warm-up")
-    factor: float = Field(0.5, gt=0, lt=1, description="plateau, step: the rate is multiplied by this")
-    patience: int = Field(2, ge=0, description="plateau: evaluations without improvement before a cut")
-    layer_decay: float = Field(
+    name: Literal["adam", "adamw"] = result("adam", description="adam: L2 in the gradient, as SSAST")
+    lr: float = result(5e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = result((0.95, 0.999), description="Adam's decay rates")
+    weight_decay: float = result(5e-7, ge=0, description="L2 (adam) or decoupled (adamw) decay")
+    clip: float = result(0.0, ge=0, description="largest gradient norm; 0: no clipping")
+    warmup: int = result(1000, ge=0, description="steps of linear warm-up")
+    schedule: Literal["plateau", "step", "cosine", "constant"] = result("plateau", description="after the warm-up")
+    factor: float = result(0.5, gt=0, lt=1, description="plateau, step: the rate is multiplied by this")
+    patience: int = result(2, ge=0, description="plateau: evaluations without improvement before a cut")
+    layer_decay: float = result(
         1.0, gt=0, le=1, description="each block's rate is this share of the next one's; embeddings lowest; 1: off"
     )
-    milestones: tuple[float, ...] = Field((), description="step: epochs after which the rate is cut")
+    milestones: tuple[float, ...] = result((), description="step: epochs after which the rate is cut")
 
 
 class TrainConfig(Section):
     """How long, and how large a batch."""
 
-    batch_size: int = Field(180, ge=1, description="G: clips of the global batch, over all ranks")
-    micro_batch: int = Field(0, ge=0, description="clips per rank and forward; 0: G / ranks, or ds.json's")
-    epochs: float = Field(10.0, gt=0, description="passes over the training split")
-    steps: int = Field(0, ge=0, description="optimiser steps; 0: from epochs")
-    max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row that end the run")
+    batch_size: int = result(180, ge=1, description="G: clips of the global batch, over all ranks")
+    micro_batch: int = neutral(0, ge=0, description="clips per rank and forward; 0: G / ranks, or ds.json's")
+    epochs: float = course(10.0, gt=0, description="passes over the training split")
+    steps: int = course(0, ge=0, description="optimiser steps; 0: from epochs")
+    max_bad_steps: int = neutral(10, ge=1, description="non-finite steps in a row that end the run")
 
 
 class EvalConfig(Section):
     """Held-out evaluation."""
 
-    every: int = Field(0, ge=0, description="steps between evaluations; 0: see every_clips, every_epochs")
-    every_clips: int = Field(96000, ge=0, description="training clips between evaluations; 0: off")
-    every_epochs: float = Field(0.0, ge=0, description="epochs between evaluations; 0: off")
-    clips: int = Field(0, ge=0, description="evaluate on the first this many held-out clips; 0: all")
-    batch_size: int = Field(0, ge=0, description="clips per step over all ranks; 0: train.batch_size")
+    every: int = course(0, ge=0, description="steps between evaluations; 0: see every_clips, every_epochs")
+    every_clips: int = course(96000, ge=0, description="training clips between evaluations; 0: off")
+    every_epochs: float = course(0.0, ge=0, description="epochs between evaluations; 0: off")
+    clips: int = course(0, ge=0, description="evaluate on the first this many held-out clips; 0: all")
+    batch_size: int = course(0, ge=0, description="clips per step over all ranks; 0: train.batch_size")
 
 
 class CheckpointConfig(Section):
     """What is kept of the run."""
 
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: at every evaluation and the end")
-    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
-    keep_best: int = Field(1, ge=0, description="best checkpoints by the watched metric that are kept besides")
-    keep_every: int = Field(0, ge=0, description="checkpoints at multiples of this many steps are kept; 0: none")
-    keep_at: tuple[float, ...] = Field((), description="checkpoints at these shares of the run are made and kept")
-    average: tuple[int, int] = Field((0, 0), description="first and last epoch whose weights are averaged; 0, 0: off")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay per step of an exponential average of weights; 0: off")
-    ema_every: int = Field(32, ge=1, description="steps between its updates, each with decay ema^ema_every")
+    every: int = neutral(0, ge=0, description="steps between checkpoints; 0: at every evaluation and the end")
+    keep: int = neutral(2, ge=1, description="newest checkpoints that are kept")
+    keep_best: int = neutral(1, ge=0, description="best checkpoints by the watched metric that are kept besides")
+    keep_every: int = neutral(0, ge=0, description="checkpoints at multiples of this many steps are kept; 0: none")
+    keep_at: tuple[float, ...] = neutral((), description="checkpoints at these shares of the run are made and kept")
+    average: tuple[int, int] = result((0, 0), description="first and last epoch whose weights are averaged; 0, 0: off")
+    ema: float = result(0.0, ge=0, lt=1, description="decay per step of an exponential average of weights; 0: off")
+    ema_every: int = result(32, ge=1, description="steps between its updates, each with decay ema^ema_every")
 
     @field_validator("keep_at")
     @classmethod
@@ -155,22 +206,30 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """Records of progress."""
 
-    every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl and MLflow")
-    peak_tflops: float | None = Field(
+    every: int = neutral(10, ge=1, description="steps between lines of metrics.jsonl and MLflow")
+    peak_tflops: float | None = neutral(
         0.0, ge=0, description="of a GPU's matmuls, for the MFU; 0: measured at the start; null: no MFU"
     )
-    stragglers: int = Field(100, ge=0, description="steps between reports of the slowest rank; 0: none")
-    profile: tuple[int, int] = Field((0, 0), description="first and last step that torch's profiler records; 0, 0: off")
-    profile_flops: int = Field(0, ge=0, description="step that DeepSpeed's FLOPS profiler reports; 0: off")
-    mlflow: bool = Field(True, description="track the run in MLflow")
-    uri: str = Field("", description="MLflow tracking URI; empty: MLFLOW_TRACKING_URI, else sqlite beside run.dir")
-    experiment: str = Field("craft", description="MLflow experiment")
-    finish_wait: float = Field(30.0, ge=0, description="at the end: seconds to wait since the server last answered")
-    system_every: float = Field(30.0, ge=0, description="seconds between samples of each node's CPU, GPU, ...; 0: off")
-    tags: dict[str, str] = Field({}, description="further tags of the MLflow run")
-    pictures: int = Field(4, ge=0, description="pretraining: evaluations that leave pictures of masked reconstructions")
-    model: bool = Field(True, description="finetuning: the final model becomes an artifact that `mlflow models` serves")
-    register_as: str = Field("", description="finetuning: name in MLflow's registry for the final model; empty: none")
+    stragglers: int = neutral(100, ge=0, description="steps between reports of the slowest rank; 0: none")
+    profile: tuple[int, int] = neutral(
+        (0, 0), description="first and last step that torch's profiler records; 0, 0: off"
+    )
+    profile_flops: int = neutral(0, ge=0, description="step that DeepSpeed's FLOPS profiler reports; 0: off")
+    mlflow: bool = neutral(True, description="track the run in MLflow")
+    uri: str = neutral("", description="MLflow tracking URI; empty: MLFLOW_TRACKING_URI, else sqlite beside run.dir")
+    experiment: str = neutral("craft", description="MLflow experiment")
+    finish_wait: float = neutral(30.0, ge=0, description="at the end: seconds to wait since the server last answered")
+    system_every: float = neutral(
+        30.0, ge=0, description="seconds between samples of each node's CPU, GPU, ...; 0: off"
+    )
+    tags: dict[str, str] = neutral({}, description="further tags of the MLflow run")
+    pictures: int = neutral(
+        4, ge=0, description="pretraining: evaluations that leave pictures of masked reconstructions"
+    )
+    model: bool = neutral(
+        True, description="finetuning: the final model becomes an artifact that `mlflow models` serves"
+    )
+    register_as: str = neutral("", description="finetuning: name in MLflow's registry for the final model; empty: none")
 
     @field_validator("profile")
     @classmethod
@@ -183,24 +242,28 @@ class LogConfig(Section):
 class PretrainConfig(Section):
     """Self-supervised objectives (PAPER_SPEC 4)."""
 
-    method: Literal["ssast", "wapt", "swapt", "swacl", "pswacl"] = Field("pswacl", description="paper, Table 2")
-    mask_patches: int = Field(400, ge=1, description="K of N = 512 patches; scaled where the grid is smaller")
-    clusters: tuple[int, ...] = Field((3, 4, 5), description="sides of the square clusters of masked patches")
-    ssast_compat: bool = Field(False, description="masks as SSAST's code draws them: biased, the first never masked")
-    two_pass: bool = Field(False, description="InfoNCE and reconstruction each with a mask and pass of its own (SSAST)")
-    r_g: float = Field(10.0, ge=0, description="weight of the reconstruction (Eq. 2)")
-    r_w: float = Field(1.0, ge=0, description="weight of the waveform's masked-patch losses (Eq. 3)")
-    r_cl: float = Field(0.01, ge=0, description="weight of the contrastive loss (Eq. 4b)")
-    contrast: Literal["cosine", "raw"] = Field("cosine", description="normalised with temperature, or Eq. 4a literally")
-    temperature: float = Field(0.07, gt=0, description="of the cosine contrast")
-    level: Literal["clip", "token"] = Field(
+    method: Literal["ssast", "wapt", "swapt", "swacl", "pswacl"] = result("pswacl", description="paper, Table 2")
+    mask_patches: int = result(400, ge=1, description="K of N = 512 patches; scaled where the grid is smaller")
+    clusters: tuple[int, ...] = result((3, 4, 5), description="sides of the square clusters of masked patches")
+    ssast_compat: bool = result(False, description="masks as SSAST's code draws them: biased, the first never masked")
+    two_pass: bool = result(
+        False, description="InfoNCE and reconstruction each with a mask and pass of its own (SSAST)"
+    )
+    r_g: float = result(10.0, ge=0, description="weight of the reconstruction (Eq. 2)")
+    r_w: float = result(1.0, ge=0, description="weight of the waveform's masked-patch losses (Eq. 3)")
+    r_cl: float = result(0.01, ge=0, description="weight of the contrastive loss (Eq. 4b)")
+    contrast: Literal["cosine", "raw"] = result(
+        "cosine", description="normalised with temperature, or Eq. 4a literally"
+    )
+    temperature: float = result(0.07, gt=0, description="of the cosine contrast")
+    level: Literal["clip", "token"] = result(
         "clip", description="contrast clips of the global batch, or the patches within a clip (N of Eq. 7)"
     )
-    projection: Literal["none", "mlp"] = Field("none", description="head before the contrast")
-    symmetric: bool = Field(False, description="add the spectrogram -> waveform direction")
-    mask_waveform: bool = Field(False, description="pswacl: mask the contrast's waveform tokens too")
-    clean_spectrogram: bool = Field(False, description="pswacl: contrast an extra unmasked spectrogram pass")
-    softmax: Literal["paper", "ssast"] = Field("paper", description="InfoNCE over targets (Eq. 7a) or predictions")
+    projection: Literal["none", "mlp"] = result("none", description="head before the contrast")
+    symmetric: bool = result(False, description="add the spectrogram -> waveform direction")
+    mask_waveform: bool = result(False, description="pswacl: mask the contrast's waveform tokens too")
+    clean_spectrogram: bool = result(False, description="pswacl: contrast an extra unmasked spectrogram pass")
+    softmax: Literal["paper", "ssast"] = result("paper", description="InfoNCE over targets (Eq. 7a) or predictions")
 
     @field_validator("clusters")
     @classmethod
@@ -213,13 +276,13 @@ class PretrainConfig(Section):
 class FinetuneConfig(Section):
     """Supervised finetuning (PAPER_SPEC 5)."""
 
-    method: Literal["ast", "wast", "swast", "swab"] = Field("swab", description="paper, Table 2")
-    bottlenecks: int = Field(64, ge=0, description="F: fusion bottleneck tokens (swab)")
-    fusion_layer: int = Field(-1, ge=-1, description="first fusing layer, 0-based; -1: a third of the depth (4 of 12)")
-    head: Literal["concat", "mean_pool", "mean_logits"] = Field("concat", description="swast, swab: how streams meet")
-    pool: Literal["mean", "cls"] = Field("mean", description="mean of patch tokens (SSAST), or of cls and dist (AST)")
-    loss: Literal["auto", "bce", "ce"] = Field("auto", description="auto: ce where every clip has one label, else bce")
-    folds: Literal["all"] | tuple[int, ...] = Field(
+    method: Literal["ast", "wast", "swast", "swab"] = result("swab", description="paper, Table 2")
+    bottlenecks: int = result(64, ge=0, description="F: fusion bottleneck tokens (swab)")
+    fusion_layer: int = result(-1, ge=-1, description="first fusing layer, 0-based; -1: a third of the depth (4 of 12)")
+    head: Literal["concat", "mean_pool", "mean_logits"] = result("concat", description="swast, swab: how streams meet")
+    pool: Literal["mean", "cls"] = result("mean", description="mean of patch tokens (SSAST), or of cls and dist (AST)")
+    loss: Literal["auto", "bce", "ce"] = result("auto", description="auto: ce where every clip has one label, else bce")
+    folds: Literal["all"] | tuple[int, ...] = result(
         (), description="cross-validation: all, or a list of folds, each held out in turn; empty: data.fold alone"
     )
 

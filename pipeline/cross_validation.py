@@ -21,21 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from pipeline import distributed
 from pipeline.config import FinetuneRecipe
 from pipeline.data.manifest import Manifest, load_index, load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
+from pipeline.engine.checkpoint import complete_checkpoints
 from pipeline.engine.evaluation import write_results
 from pipeline.engine.job import Job
 from pipeline.engine.setup import reconcile
 from pipeline.errors import UserError
-from pipeline.files import write_json
+from pipeline.files import check_output_directory, read_json, write_json
 from pipeline.jobs import finetuning_name
-from pipeline.launch import Launch, open_run, tracked
-from pipeline.recipes import changes_result, flatten
+from pipeline.launch import Launch, check_run, open_run, tracked, write_record
+from pipeline.recipes import differences, read_run
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +59,10 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World, run_fold: RunFo
     folds = choose_folds(recipe, manifest)
     run_dir = Path(recipe.run.dir or f"runs/finetune-{name}")
     parts = {fold: fold_launch(launch, run_dir, name, fold) for fold in folds}
-    done = distributed.broadcast(_finished(parts, manifest.digest) if world.is_main else None)
-    if isinstance(done, str):
-        raise UserError(done)
+    spec = DataSpec.of(manifest, recipe.data)
+    done = distributed.decide(lambda: _check(launch, ds, spec, run_dir, name, parts))
     with (
-        _opened(launch, ds, run_dir, world, manifest),
+        _opened(launch, ds, spec, run_dir, world),
         tracked(launch, run_dir, name, "cross-validation", world, manifest) as tracker,
     ):
         for number, (fold, part) in enumerate(parts.items(), start=1):
@@ -90,12 +89,11 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World, run_fold: RunFo
 
 @contextmanager
 def _opened(
-    launch: Launch[FinetuneRecipe], ds: dict[str, Any], run_dir: Path, world: World, manifest: Manifest
+    launch: Launch[FinetuneRecipe], ds: dict[str, Any], spec: DataSpec, run_dir: Path, world: World
 ) -> Iterator[None]:
     """The directory of the whole, with what each fold's directory holds of settings and data."""
-    with open_run(launch.recipe, ds, run_dir, world):
-        if world.is_main:
-            DataSpec.of(manifest, launch.recipe.data).save(run_dir)
+    with open_run(run_dir, world):
+        distributed.decide(lambda: write_record(run_dir, launch.recipe, ds, spec))
         yield
 
 
@@ -142,7 +140,7 @@ def fold_launch(launch: Launch[FinetuneRecipe], run_dir: Path, name: str, fold: 
 
 def read_fold(run_dir: Path) -> dict[str, Any]:
     """`fold.json` of a finished fold."""
-    content: dict[str, Any] = json.loads((run_dir / "fold.json").read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json(run_dir / "fold.json", "delete it to finish that fold again")
     return content
 
 
@@ -193,22 +191,39 @@ def _note(job: Job, fold: int) -> None:
     write_json(job.run_dir / "fold.json", {"fold": fold, **kept, "epochs": epochs})
 
 
-def _finished(parts: dict[int, Launch[FinetuneRecipe]], digest: str) -> list[int] | str:
-    """The folds that are done; or why one of them cannot count."""
+def _check(
+    launch: Launch[FinetuneRecipe], ds: dict[str, Any], spec: DataSpec, run_dir: Path, name: str,
+    parts: dict[int, Launch[FinetuneRecipe]],
+) -> list[int]:  # fmt: skip
+    """The folds that are done; writes nothing. For rank 0.
+
+    Raises:
+        UserError: the directory holds a single run, or folds of other settings or data, or cannot be written.
+    """
+    if complete_checkpoints(run_dir) or ((run_dir / "results.json").exists() and not _is_whole(run_dir)):
+        raise UserError(f"run.dir = {run_dir} holds a single run, this is a cross-validation; give another run.dir")
+    check_output_directory(run_dir, "run.dir")
+    found = {int(file.parent.name.removeprefix("fold-")) for file in run_dir.glob("fold-*/config.yaml")
+             if file.parent.name.removeprefix("fold-").isdecimal()}  # fmt: skip
+    others = {fold: fold_launch(launch, run_dir, name, fold) for fold in found - parts.keys()}  # they would count too
     done = []
-    for fold, part in parts.items():
-        run_dir = Path(part.recipe.run.dir)
-        if not (run_dir / "fold.json").exists():
+    for fold, part in sorted({**parts, **others}.items()):
+        folder = Path(part.recipe.run.dir)
+        if not (folder / "fold.json").exists():
+            check_run(folder, part.recipe, ds, spec)
             continue
-        was = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-        before, now = flatten(FinetuneRecipe.model_validate(was)), flatten(part.recipe)
-        keys = [k for k in now if before[k] != now[k] and (changes_result(k) or k == "model.init")]
-        if keys:
-            return (
-                f"{run_dir} is done with {keys[0]} = {before[keys[0]]}, not {now[keys[0]]}; folds of different "
-                "settings do not compare: go on with that, or give another run.dir"
+        for key, (before, now) in differences(read_run(folder), part.recipe).items():
+            raise UserError(
+                f"{folder} is done with {key} = {before}, not {now}; folds of different settings do not compare: go on "
+                "with that, or give another run.dir"
             )
-        if read_fold(run_dir)["shards_digest"] != digest:
-            return f"{run_dir} is done on other shards than {part.recipe.data.shards}; give another run.dir"
+        if read_fold(folder)["shards_digest"] != spec.digest:
+            raise UserError(f"{folder} is done on other shards than {part.recipe.data.shards}; give another run.dir")
         done.append(fold)
     return done
+
+
+def _is_whole(run_dir: Path) -> bool:
+    """The directory of a cross-validation."""
+    recipe = read_run(run_dir)
+    return isinstance(recipe, FinetuneRecipe) and bool(recipe.finetune.folds)

@@ -10,12 +10,12 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch._C._distributed_c10d import TCPStore
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True)
@@ -269,6 +270,27 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def decide(check: Callable[[], ValueT]) -> ValueT:
+    """What `check` returns on rank 0, where alone it runs, on every rank; a collective.
+
+    So that what is read from a disk is read once, and all ranks go the same way.
+
+    Raises:
+        UserError: `check` raised it on rank 0; on every rank.
+    """
+    value: Any = None
+    refusal: str | None = None
+    if rank() == 0:
+        try:
+            value = check()
+        except UserError as error:
+            refusal = str(error)
+    value, refusal = broadcast((value, refusal))
+    if refusal is not None:
+        raise UserError(refusal)
+    return value  # type: ignore[no-any-return]
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

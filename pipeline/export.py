@@ -30,12 +30,13 @@ from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
 from pipeline.files import check_output_file, check_replaced_directory, new_directory, new_file, write_json
-from pipeline.jobs import load_finetuned, run_config
+from pipeline.jobs import load_finetuned
 from pipeline.model.craft import SIZES
 from pipeline.model.encoder import LAYER_NORM_EPS
 from pipeline.model.foreign import to_hf
 from pipeline.model.heads import stream_means
 from pipeline.model.weights import load_weights, weights_file
+from pipeline.recipes import read_run
 from pipeline.tasks import FinetuneTask, PretrainTask
 
 EXPORTS = "export"  # directory in the run's
@@ -69,12 +70,12 @@ def open_exported(run_dir: Path, average: bool = True) -> Exported:
     Raises:
         UserError: no such run, or damaged files.
     """
-    content = run_config(run_dir)
+    recipe = read_run(run_dir)
     file = weights_file(run_dir, average)
-    if "finetune" in content:
+    if isinstance(recipe, FinetuneRecipe):
         task, spec = load_finetuned(run_dir, file, torch.device("cpu"))
-        return Exported(FinetuneRecipe.model_validate(content), spec, task)
-    recipe, spec = PretrainRecipe.model_validate(content), DataSpec.load(run_dir)
+        return Exported(recipe, spec, task)
+    spec = DataSpec.load(run_dir)
     pretrained = PretrainTask(recipe, spec.mel_bins, spec.frames)
     report = load_weights(pretrained, file)
     if report.fresh or report.dropped:

@@ -170,6 +170,20 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path, remedy: str) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON (damaged); with the remedy.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {_reason(error)}; {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); {remedy}") from error
+
+
 def sync(path: Path) -> None:
     """Waits until a file's content, or a directory's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

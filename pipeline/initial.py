@@ -4,65 +4,120 @@ In: a task, its recipe and data. Out: filled weights. `init.json` in the run dir
 was loaded, resized, initialised afresh or dropped.
 """
 
-import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from pipeline.config import Recipe
 from pipeline.data.spec import DataSpec
-from pipeline.distributed import World
-from pipeline.engine import checkpoint
+from pipeline.errors import UserError
+from pipeline.files import read_json
 from pipeline.model.weights import load_weights, weights_file
 from pipeline.tasks import FinetuneTask, PretrainTask
+from pipeline.tracking import run_of
 
 log = logging.getLogger(__name__)
 
 
-def initialise(
-    task: PretrainTask | FinetuneTask, recipe: Recipe, spec: DataSpec, run_dir: Path, world: World
-) -> None:
-    """Loads `model.init`, unless a checkpoint of the run will overwrite it anyhow.
+def initialise(task: PretrainTask | FinetuneTask, recipe: Recipe, spec: DataSpec) -> dict[str, Any]:
+    """Loads `model.init`; returns the content of `init.json`.
 
-    A classifier is taken over only from a run with the same labels in the same order, or from weights
-    of others, which do not say what their labels are.
+    A classifier is taken over only where its labels are known to be those of `spec`, in their order, or
+    `model.init_classifier=keep` says so; else it begins afresh.
 
     Raises:
-        UserError: the weights cannot be read or do not fit.
+        UserError: the weights cannot be read or do not fit, or the classifier that shall be kept has other labels.
     """
-    if not recipe.model.init or checkpoint.complete_checkpoints(run_dir):
-        return
     source = Path(recipe.model.init)
     file = weights_file(source)
-    before = _data(source)
-    other_labels = "labels" in before and [label["id"] for label in before["labels"]] != [x.id for x in spec.labels]
-    report = load_weights(task, file, skip=("classifier.",) if other_labels else ())
+    about = _about(source, file)
+    reason = _reason_against(about, spec)
+    if recipe.model.init_classifier == "keep":
+        if about.labels and reason:
+            raise UserError(f"model.init_classifier = keep, but {reason} ({file}); leave it at auto")
+        reason = ""
+    report = load_weights(task, file, skip=("classifier.",) if reason else ())
     log.info("%s: %s", file, report)
-    if report.origin != "CRAFT" and any(name.startswith("classifier.") for name in report.loaded):
-        log.info(
-            "its classifier is taken over: its %d labels must be those of the shards, in their order, and "
-            "finetune.pool what it was trained with (AST and HF: cls, SSAST: mean)",
-            len(spec.labels),
+    if recipe.model.init_classifier == "keep" and any(name.startswith("classifier.") for name in report.fresh):
+        raise UserError(
+            f"model.init_classifier = keep, but {file} has none of {len(spec.labels)} classes; leave it at auto"
         )
-    if "mean" in before and not _near((before["mean"], before["std"]), (spec.mean, spec.std)):
+    if any(name.startswith("classifier.") for name in report.dropped) and reason:
+        log.info("its classifier is not taken over, it begins afresh: %s", reason)
+    if report.origin != "CRAFT" and any(name.startswith("classifier.") for name in report.loaded):
+        log.info("its classifier is taken over; finetune.pool must be what it came with (AST and HF: cls, SSAST: mean)")
+    if about.normalisation and not _near(about.normalisation, (spec.mean, spec.std)):
         log.info(
             "its inputs were normalised with mean %.4f and std %.4f, this run's are with %.4f and %.4f; "
             "data.mean and data.std set others",
-            *(before["mean"], before["std"], spec.mean, spec.std),
+            *(*about.normalisation, spec.mean, spec.std),
         )
-    if world.is_main:
-        content = {"source": str(file), **asdict(report)}
-        (run_dir / "init.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return {"source": str(file), **asdict(report)}
 
 
-def _data(source: Path) -> dict[str, Any]:
-    """What the source says of its data: our `data.json`, or Hugging Face's `preprocessor_config.json`."""
-    for name in ("data.json", "preprocessor_config.json"):
-        if (source / name).is_file():
-            content: dict[str, Any] = json.loads((source / name).read_text(encoding="utf-8"))
-            return content
-    return {}
+@dataclass(frozen=True)
+class _About:
+    """What weights say of the data that they were trained on.
+
+    Attributes:
+        labels: Ids, or names where `named`, in the order of the classes; empty: nothing is known.
+        named: `labels` are names.
+        normalisation: Mean and deviation of their inputs; None: nothing is known.
+    """
+
+    labels: tuple[str, ...] = ()
+    named: bool = False
+    normalisation: tuple[float, float] | None = None
+
+
+def _about(source: Path, file: Path) -> _About:
+    """From an export's own metadata, the `data.json` of the run that the file belongs to, or Hugging Face's files."""
+    ours = _metadata(file).get("data")
+    homes = [source] if source.is_dir() else []
+    homes += [file.parent, run_of(str(file.parent))]
+    spec = DataSpec.model_validate_json(ours) if ours else next(
+        (DataSpec.load(home) for home in homes if (home / "data.json").is_file()), None)  # fmt: skip
+    if spec:
+        return _About(tuple(label.id for label in spec.labels), False, (spec.mean, spec.std))
+    names: dict[str, str] = {}
+    normalisation = None
+    remedy = "the model's directory is damaged"
+    if (config := file.with_name("config.json")).is_file():
+        names = read_json(config, remedy).get("id2label") or {}
+    if (config := file.with_name("preprocessor_config.json")).is_file():
+        content = read_json(config, remedy)
+        normalisation = (content["mean"], content["std"]) if "mean" in content and "std" in content else None
+    try:
+        return _About(tuple(names[key] for key in sorted(names, key=int)), True, normalisation)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file.with_name('config.json')}: id2label: {error}; {remedy}") from error
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    """Of a safetensors file."""
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+    except (OSError, SafetensorError):  # `load_weights` says what is wrong with it
+        return {}
+
+
+def _reason_against(about: _About, spec: DataSpec) -> str:
+    """Why a classifier of these labels is none for the shards; empty: it is."""
+    if not about.labels:
+        return "nothing says what its labels are; model.init_classifier=keep if they are those of the shards, in order"
+    wanted = tuple(label.name if about.named else label.id for label in spec.labels)
+    if about.labels == wanted:
+        return ""
+    if len(about.labels) != len(wanted):
+        return f"it has {len(about.labels)} labels, the shards have {len(wanted)}"
+    number = next(i for i, (one, other) in enumerate(zip(about.labels, wanted, strict=True)) if one != other)
+    return f"its label {number} is '{about.labels[number]}', that of the shards is '{wanted[number]}'"
 
 
 def _near(first: tuple[float, float], second: tuple[float, float]) -> bool:

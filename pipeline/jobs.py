@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from pipeline import distributed
 from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe
@@ -21,7 +20,6 @@ from pipeline.data.loader import Loader, Needs, Place, build_loader
 from pipeline.data.manifest import load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
-from pipeline.engine import checkpoint
 from pipeline.engine.evaluation import (
     evaluate_task,
     metric_name,
@@ -31,13 +29,14 @@ from pipeline.engine.evaluation import (
     write_results,
 )
 from pipeline.engine.inference import Scores, mean_losses, score
-from pipeline.engine.job import Job
+from pipeline.engine.job import Job, total_steps
 from pipeline.engine.setup import Batches, reconcile
 from pipeline.errors import UserError
 from pipeline.initial import initialise
-from pipeline.launch import Launch, open_run, tracked
+from pipeline.launch import Launch, check_held_out, check_run, open_run, tracked, write_record
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.model.weights import load_weights, weights_file
+from pipeline.recipes import finetuned_recipe, read_run
 from pipeline.tasks import FinetuneTask, PretrainTask
 from pipeline.tracking import figures, run_of
 from pipeline.tracking.pictures import Pictures
@@ -59,12 +58,11 @@ def pretrain_job(launch: Launch[PretrainRecipe], world: World) -> Iterator[Job]:
     run_dir = Path(recipe.run.dir or f"runs/pretrain-{name}")
     needs = Needs(waveform=method.wav, fbank=method.spec)
     with (
-        _opened(recipe, ds, batches, method.label, run_dir, world) as identity,
+        _opened(recipe, ds, run_dir, world) as (spec, step),
         _loaders(recipe, needs, world) as (train_loader, eval_loader),
     ):
-        spec = _remember(train_loader, recipe, run_dir, world)
         task = PretrainTask(recipe, spec.mel_bins, spec.frames)
-        initialise(task, recipe, spec, run_dir, world)
+        _begin(task, recipe, ds, batches, train_loader, spec, step, run_dir)
         names = ("spec_accuracy", "wav_accuracy", "contrast_accuracy")
         watched = (method.masked_spec, method.masked_wav, method.contrast)
         metric = "eval_" + next(name for name, used in zip(names, watched, strict=True) if used)
@@ -80,7 +78,7 @@ def pretrain_job(launch: Launch[PretrainRecipe], world: World) -> Iterator[Job]:
                 return {f"eval_{key}": value for key, value in losses.items()}
 
             held_out = evaluate if eval_loader else None
-            job = Job(recipe, ds, batches, task, train_loader, held_out, metric, run_dir, tracker, identity)
+            job = Job(recipe, ds, batches, task, train_loader, held_out, metric, run_dir, tracker)
             yield job
 
 
@@ -98,16 +96,15 @@ def finetune_job(launch: Launch[FinetuneRecipe], world: World) -> Iterator[Job]:
     run_dir = Path(recipe.run.dir or f"runs/finetune-{name}")
     needs = Needs(waveform=method.wav, fbank=method.spec)
     with (
-        _opened(recipe, ds, batches, method.label, run_dir, world) as identity,
+        _opened(recipe, ds, run_dir, world) as (spec, step),
         _loaders(recipe, needs, world) as (train_loader, eval_loader),
     ):
-        spec = _remember(train_loader, recipe, run_dir, world)
         task = FinetuneTask(recipe, spec.mel_bins, spec.frames, len(spec.labels), spec.single_label)
-        initialise(task, recipe, spec, run_dir, world)
+        _begin(task, recipe, ds, batches, train_loader, spec, step, run_dir)
         evaluate = partial(evaluate_task, loader=eval_loader, single_label=spec.single_label) if eval_loader else None
         metric = f"eval_{metric_name(spec.single_label)}"
         with tracked(launch, run_dir, name, "finetune", world, train_loader.manifest) as tracker:
-            yield Job(recipe, ds, batches, task, train_loader, evaluate, metric, run_dir, tracker, identity)
+            yield Job(recipe, ds, batches, task, train_loader, evaluate, metric, run_dir, tracker)
 
 
 def finish_finetuning(job: Job, world: World) -> None:
@@ -217,11 +214,7 @@ def load_finetuned(run_dir: Path, file: Path, device: torch.device) -> tuple[Fin
     Raises:
         UserError: `run_dir` is no finetuned run, or its files are damaged.
     """
-    content = run_config(run_dir)
-    if "finetune" not in content:
-        raise UserError(f"{run_dir}: not a finetuned run (its config.yaml has no finetune section); run finetune.py")
-    recipe = FinetuneRecipe.model_validate(content)
-    spec = DataSpec.load(run_dir)
+    recipe, spec = finetuned_recipe(run_dir), DataSpec.load(run_dir)
     task = FinetuneTask(recipe, spec.mel_bins, spec.frames, len(spec.labels), spec.single_label)
     report = load_weights(task, file)
     if report.fresh or report.dropped:
@@ -242,7 +235,8 @@ def _loaders(recipe: Recipe, needs: Needs, world: World) -> Iterator[tuple[Loade
         place=_place(world),
     ) as train_loader:
         if not recipe.data.fold and recipe.data.eval_split not in train_loader.manifest.splits:
-            log.warning("data.eval_split = '%s' is not in the shards: nothing is held out", recipe.data.eval_split)
+            if recipe.data.eval_split:
+                log.warning("data.eval_split = '%s' is not in the shards: nothing is held out", recipe.data.eval_split)
             yield train_loader, None
             return
         size = _eval_size(recipe.eval.batch_size or recipe.train.batch_size, world)
@@ -261,21 +255,35 @@ def _loaders(recipe: Recipe, needs: Needs, world: World) -> Iterator[tuple[Loade
 
 
 @contextmanager
-def _opened(
-    recipe: Recipe, ds: dict[str, Any], batches: Batches, method: str, run_dir: Path, world: World
-) -> Iterator[dict[str, Any]]:
-    """Opens the run directory, unless another run lives there; gives the run's identity."""
-    identity = {
-        "data.shards digest": load_manifest(recipe.data.shards).digest,
-        "train.batch_size": batches.total,
-        "model.size": recipe.model.size,
-        "run.seed": recipe.run.seed,
-        "method": method,
-    }
-    checkpoint.refuse_other_run(run_dir, identity, recipe.run.resume)
-    distributed.barrier()  # every rank has read the directory before rank 0 writes to it
-    with open_run(recipe, ds, run_dir, world):
-        yield identity
+def _opened(recipe: Recipe, ds: dict[str, Any], run_dir: Path, world: World) -> Iterator[tuple[DataSpec, int]]:
+    """Opens the run directory, unless another run lives there; gives what its data is and the step it goes on from."""
+    manifest = load_manifest(recipe.data.shards)
+    spec = DataSpec.of(manifest, recipe.data)
+    check_held_out(recipe.data, manifest)
+    step, changed = distributed.decide(lambda: check_run(run_dir, recipe, ds, spec))
+    with open_run(run_dir, world):
+        for line in changed:
+            log.info("from step %d on: %s", step, line)
+        yield spec, step
+
+
+def _begin(
+    task: PretrainTask | FinetuneTask, recipe: Recipe, ds: dict[str, Any], batches: Batches, loader: Loader,
+    spec: DataSpec, step: int, run_dir: Path,
+) -> None:  # fmt: skip
+    """The last checks, the initial weights, and then the run's record: from here on the directory is this run's.
+
+    Raises:
+        UserError: the run would end before the step it goes on from, or `model.init` does not fit.
+    """
+    log.info("%d training clips, %d classes, T = %d", loader.clips, len(spec.labels), spec.frames)
+    if (total := total_steps(recipe, loader.clips, batches)) < step:
+        raise UserError(
+            f"run.dir = {run_dir} was trained for {step} steps, and train.steps or train.epochs now ends at {total}; "
+            "give as many or more, or another run.dir"
+        )
+    init = initialise(task, recipe, spec) if recipe.model.init and not step else None
+    distributed.decide(lambda: write_record(run_dir, recipe, ds, spec, init))
 
 
 def _normalisation(loader: Loader, recipe: Recipe) -> dict[str, float]:
@@ -292,30 +300,6 @@ def _eval_size(size: int, world: World) -> int:
     return max(1, size // world.size) * world.size
 
 
-def _remember(loader: Loader, recipe: Recipe, run_dir: Path, world: World) -> DataSpec:
-    spec = DataSpec.of(loader.manifest, recipe.data)
-    if world.is_main:
-        spec.save(run_dir)
-    log.info("%d training clips, %d classes, T = %d", loader.clips, len(spec.labels), spec.frames)
-    return spec
-
-
-def run_config(run_dir: Path) -> dict[str, Any]:
-    """Content of a run's `config.yaml`.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    path = run_dir / "config.yaml"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a run directory of pretrain.py or finetune.py") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no settings; the run directory is damaged")
-    return content
-
-
 def finetuning_name(recipe: FinetuneRecipe) -> str:
     """Of the run: `run.name`, or BatchSize-Pretrain-Finetune as the paper writes it."""
     return recipe.run.name or f"{_pretraining_name(recipe)}-{FINETUNE[recipe.finetune.method].label}"
@@ -327,6 +311,7 @@ def _pretraining_name(recipe: FinetuneRecipe) -> str:
     config = source / "config.yaml"
     if not recipe.model.init or not config.is_file():
         return f"{recipe.train.batch_size}-Scratch" if not recipe.model.init else source.stem
-    content = run_config(config.parent)
-    method = content.get("pretrain", {}).get("method")
-    return f"{content['train']['batch_size']}-{PRETRAIN[method].label}" if method else source.name
+    before = read_run(source)
+    if isinstance(before, PretrainRecipe):
+        return f"{before.train.batch_size}-{PRETRAIN[before.pretrain.method].label}"
+    return source.name

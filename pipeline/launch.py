@@ -1,11 +1,13 @@
 """From a command line to a job: what pretrain.py and finetune.py share.
 
 In: `--deepspeed_config`, `--config`, `key=value` words. Out: a resolved recipe and DeepSpeed
-configuration, a run directory with `config.yaml` and `ds.json`, logging and tracking.
+configuration, a run directory with `config.yaml`, `ds.json` and `data.json`, logging and tracking.
+
+A run directory is for one run. Before anything is written there, `check_run` compares the command with what is
+trained there already; what may differ is what `pipeline.config` says of each setting.
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -15,11 +17,15 @@ from pathlib import Path
 from typing import Any, Generic, Literal
 
 from pipeline import distributed
+from pipeline.config import DataConfig, Recipe
 from pipeline.data.manifest import Manifest
+from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
-from pipeline.engine.setup import read_deepspeed_config
+from pipeline.engine import checkpoint
+from pipeline.engine.setup import numeric_differences, read_deepspeed_config
 from pipeline.errors import UserError
-from pipeline.recipes import RecipeT, describe, dump_recipe, flatten, load_recipe
+from pipeline.files import check_output_directory, read_json, write_json, write_text
+from pipeline.recipes import RecipeT, describe, differences, dump_recipe, effect, flatten, load_recipe, read_run
 from pipeline.tracking import DatasetNote, Tracker, facts, figures, open_tracker
 
 
@@ -82,15 +88,108 @@ def parse(kind: type[RecipeT], description: str | None, argv: list[str] | None =
     return Launch(recipe, read_deepspeed_config(args.deepspeed_config), max(0, args.max_restarts))
 
 
+def check_run(run_dir: Path, recipe: Recipe, ds: dict[str, Any], spec: DataSpec) -> tuple[int, list[str]]:
+    """Refuses a run directory that holds another run or cannot be written; writes nothing. For rank 0.
+
+    Another run: its newest checkpoint, or its results, were made with another value of a setting whose effect is
+    "result", from other weights, on other data, or in another precision. Without either, nothing is lost.
+
+    Args:
+        run_dir: Run directory; need not exist.
+        recipe: Resolved settings.
+        ds: Reconciled DeepSpeed configuration.
+        spec: What the run will remember of its data.
+
+    Returns:
+        Step of the checkpoint that the run goes on from (0: none), and a line for each setting of effect "course"
+        that is another one from there on.
+
+    Raises:
+        UserError: see above; or a checkpoint is there, and `run.resume` is "never" or none is whole.
+    """
+    saved, state = checkpoint.complete_checkpoints(run_dir), checkpoint.read_state(run_dir)
+    lines = []
+    if saved and recipe.run.resume == "never":
+        raise UserError(f"run.resume = never, but {run_dir} holds a checkpoint; give another run.dir")
+    if saved and state is None:
+        raise UserError(
+            f"{run_dir}: none of its checkpoints is whole; delete {run_dir / 'checkpoints'} to train from the start, "
+            "or give another run.dir"
+        )
+    if saved or (run_dir / "results.json").exists():
+        made = run_dir / "checkpoints" / f"step-{state['step']:08d}" if state else run_dir
+        made = made if (made / "config.yaml").exists() else run_dir
+        before = read_run(made)
+        if type(before) is not type(recipe):
+            raise UserError(f"run.dir = {run_dir} holds {_kind(before)}, this is {_kind(recipe)}; give another run.dir")
+        found = differences(before, recipe)
+        lines = [f"{key} = {now}, no longer {was}" for key, (was, now) in found.items() if _may_change(key)]
+        fixed = {key: pair for key, pair in found.items() if not _may_change(key)}
+        if (made / "ds.json").exists():
+            was = read_json(made / "ds.json", "the run directory is damaged; give another run.dir")
+            fixed |= {f"ds.json's {key}": pair for key, pair in numeric_differences(was, ds).items()}
+        if (made / "data.json").exists():
+            digest = DataSpec.load(made).digest
+            fixed |= {"data.shards digest": (digest[:16], spec.digest[:16])} if digest != spec.digest else {}
+        for key, (was, now) in fixed.items():
+            raise UserError(
+                f"run.dir = {run_dir} was trained with {key} = {was}, not {now}; repeat that command, or give another "
+                "run.dir"
+            )
+    check_output_directory(run_dir, "run.dir")
+    return state["step"] if state else 0, lines
+
+
+def check_held_out(data: DataConfig, manifest: Manifest) -> None:
+    """Refuses an `eval_split` that was named and is not there; the default may be missing.
+
+    Raises:
+        UserError: see above.
+    """
+    default = DataConfig.model_fields["eval_split"].default
+    if not data.fold and data.eval_split not in (default, "") and data.eval_split not in manifest.splits:
+        raise UserError(
+            f"data.eval_split = '{data.eval_split}' is not in {data.shards}, which has {', '.join(manifest.splits)}; "
+            "name one of these, or leave it empty to hold out nothing"
+        )
+
+
+def write_record(
+    run_dir: Path, recipe: Recipe, ds: dict[str, Any], spec: DataSpec, init: dict[str, Any] | None = None
+) -> None:
+    """Writes what the run is: `config.yaml`, `ds.json`, `data.json`, and `init.json` of one that begins. For rank 0.
+
+    Raises:
+        UserError: the disk does not take them.
+    """
+    try:
+        write_text(run_dir / "config.yaml", dump_recipe(recipe))
+        write_json(run_dir / "ds.json", ds)
+        spec.save(run_dir)
+        if init:
+            write_json(run_dir / "init.json", init)
+    except OSError as error:
+        raise UserError(f"run.dir = {run_dir}: {error.strerror}: {error.filename}") from error
+
+
 @contextmanager
-def open_run(recipe: RecipeT, ds: dict[str, Any], run_dir: Path, world: World) -> Iterator[None]:
-    """Makes the run directory, writes the resolved configuration, and keeps the logs while it is open.
+def open_run(run_dir: Path, world: World) -> Iterator[None]:
+    """Makes the run directory and keeps the logs while it is open.
 
     Logs: rank 0 to stderr, every rank to `logs/rank-N.log`. Those of a run around it are silent meanwhile.
+
+    Raises:
+        UserError: this rank cannot write there.
     """
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     form = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
-    handlers: list[logging.Handler] = [logging.FileHandler(run_dir / "logs" / f"rank-{world.rank}.log")]
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        handlers: list[logging.Handler] = [logging.FileHandler(run_dir / "logs" / f"rank-{world.rank}.log")]
+    except OSError as error:
+        raise UserError(
+            f"rank {world.rank}: run.dir = {run_dir}: {error.strerror}: {error.filename}; every host must be able to "
+            "write there", local=True
+        ) from error  # fmt: skip
     if world.is_main:
         handlers.append(logging.StreamHandler())
     root = logging.getLogger("pipeline")
@@ -99,9 +198,6 @@ def open_run(recipe: RecipeT, ds: dict[str, Any], run_dir: Path, world: World) -
         handler.setFormatter(form)
     root.handlers, root.propagate = handlers, False
     root.setLevel(logging.INFO)
-    if world.is_main:
-        (run_dir / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        (run_dir / "ds.json").write_text(json.dumps(ds, indent=1), encoding="utf-8")
     try:
         yield
     finally:
@@ -147,3 +243,12 @@ def tracked(
         if world.is_main and figures.curves(run_dir / "metrics.jsonl", run_dir / "curves.png"):
             tracker.artifact(run_dir / "curves.png")
         tracker.finish(status)
+
+
+def _may_change(key: str) -> bool:
+    """A setting that a run which goes on need not keep."""
+    return key != "model.init" and effect(key) == "course"
+
+
+def _kind(recipe: Recipe) -> str:
+    return "a finetuning" if "finetune" in type(recipe).model_fields else "a pretraining"

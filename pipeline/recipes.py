@@ -4,25 +4,23 @@ In: files of nested overrides, words of the command line. Out: a checked recipe;
 """
 
 import difflib
+import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe, Section
+from pipeline.config import Effect, FinetuneRecipe, PretrainRecipe, Recipe, Section
 from pipeline.errors import UserError
+from pipeline.files import user_path
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
-# Settings that change no result: where, how fast, and what is kept. Those of log.* are of the same kind.
-WITHOUT_EFFECT = frozenset({
-    "run.dir", "run.name", "run.resume", "run.timeout", "data.shards", "data.workers", "data.prefetch",
-    "data.on_error", "data.max_bad", "model.init", "model.checkpoint_activations", "train.micro_batch",
-    "train.max_bad_steps", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
-    "checkpoint.keep_every", "checkpoint.keep_at",
-})  # fmt: skip
+LARGEST_YAML = 100_000  # nodes of a document, aliases followed: a recipe has two hundred
 
 
 def load_recipe(kind: type[RecipeT], files: Sequence[str | Path] = (), words: Sequence[str] = ()) -> RecipeT:
@@ -30,7 +28,7 @@ def load_recipe(kind: type[RecipeT], files: Sequence[str | Path] = (), words: Se
 
     Args:
         kind: `PretrainRecipe` or `FinetuneRecipe`.
-        files: YAML files of nested overrides.
+        files: YAML files of nested overrides; `~` is the home directory.
         words: `section.key=value`; the value is read as YAML, that of a text setting as it stands, also empty.
 
     Raises:
@@ -38,15 +36,15 @@ def load_recipe(kind: type[RecipeT], files: Sequence[str | Path] = (), words: Se
     """
     merged: dict[str, Any] = {}
     for file in files:
-        _merge(merged, _read_sections(Path(file)))
+        _merge(merged, _read_sections(user_path(file, "--config")))
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise UserError(f"'{word}' is not key=value; write for instance train.steps=100")
         try:
             value: Any = text if _is_text(kind, key) else _read_value(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"{key}: '{text}' is not a YAML value; quote it") from error
+        except ValueError as error:
+            raise UserError(f"{key}: '{text:.100}' is not a YAML value ({error}); quote it") from error
         for part in reversed(key.split(".")):
             value = {part: value}
         _merge(merged, value)
@@ -72,9 +70,58 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def effect(key: str) -> Effect:
+    """What the setting `section.key` states of itself; see `pipeline.config`."""
+    return _EFFECTS[key]
+
+
 def changes_result(key: str) -> bool:
     """A setting that can change a run's numbers."""
-    return key not in WITHOUT_EFFECT and not key.startswith("log.")
+    return effect(key) != "neutral"
+
+
+def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ and can change a run's numbers, `model.init` among them: key -> (before, now).
+
+    A run's initial weights may have moved together with the run: the same place seen from both run directories
+    is no difference.
+    """
+    one, two = flatten(before), flatten(now)
+    found = {key: (one[key], two[key]) for key in two if one[key] != two[key] and changes_result(key)}
+    inits = [_seen_from(recipe.model.init, recipe.run.dir) for recipe in (before, now)]
+    if before.model.init != now.model.init and not inits[0] & inits[1]:
+        found["model.init"] = (before.model.init, now.model.init)
+    return found
+
+
+def read_run(run_dir: Path) -> PretrainRecipe | FinetuneRecipe:
+    """The settings that a run directory, or one of its checkpoints, was made with.
+
+    Raises:
+        UserError: its config.yaml is missing, damaged, or of a version that has other settings.
+    """
+    path = run_dir / "config.yaml"
+    content = read_yaml(path, "give a run directory of pretrain.py or finetune.py")
+    kinds = [kind for kind, section in ((PretrainRecipe, "pretrain"), (FinetuneRecipe, "finetune"))
+             if isinstance(content, dict) and section in content]  # fmt: skip
+    if len(kinds) != 1:
+        raise UserError(f"{path}: holds the settings of no run; give a run directory of pretrain.py or finetune.py")
+    try:
+        return kinds[0].model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(kinds[0], error)} (damaged, or written by another version)") from error
+
+
+def finetuned_recipe(run_dir: Path) -> FinetuneRecipe:
+    """Settings of a finetuned run.
+
+    Raises:
+        UserError: `run_dir` is no finetuned run, or its config.yaml is damaged.
+    """
+    recipe = read_run(run_dir)
+    if not isinstance(recipe, FinetuneRecipe):
+        raise UserError(f"{run_dir}: not a finetuned run (its config.yaml has no finetune section); run finetune.py")
+    return recipe
 
 
 def describe(kind: type[Recipe]) -> str:
@@ -90,13 +137,43 @@ def describe(kind: type[Recipe]) -> str:
 
 
 def _read_value(text: str) -> Any:
-    value = yaml.safe_load(text)
+    value = _parse(text)
     if isinstance(value, str):  # YAML 1.1 reads 5e-4 (no dot) as a string; users mean the number
         try:
             return float(value) if value.lower().lstrip("+-")[:1].isdigit() else value
         except ValueError:
             return value
     return value
+
+
+def _parse(text: str) -> Any:
+    """One YAML document of bounded size.
+
+    Raises:
+        ValueError: it is not YAML, or too large once its aliases are followed, or nested too deeply.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded(node, {}) > LARGEST_YAML:
+            raise ValueError(f"more than {LARGEST_YAML} values, with what its aliases repeat")
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _expanded(node: yaml.Node, known: dict[int, float]) -> float:
+    """Nodes below `node`, those behind an alias counted each time; infinite where one holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        below = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else (
+            node.value if isinstance(node, yaml.SequenceNode) else [])  # fmt: skip
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in below)
+    return known[id(node)]
 
 
 def _is_text(kind: type[Recipe], key: str) -> bool:
@@ -114,10 +191,10 @@ def read_yaml(file: Path, remedy: str) -> Any:
         UserError: it cannot be read (with the remedy), or is not YAML.
     """
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        return _parse(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; {remedy}") from error
-    except yaml.YAMLError as error:
+    except ValueError as error:  # an encoding too
         raise UserError(f"{file}: not YAML: {error}") from error
 
 
@@ -140,13 +217,44 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
 
 def _explain(kind: type[Recipe], error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] != "extra_forbidden":
-        return f"{where} = {first['input']!r}: {first['msg']}"
-    known = [f"{s}.{k}" for s, v in kind().model_dump().items() for k in v]
-    near = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else "; --help lists all keys"
-    return f"unknown setting {where} = {first['input']!r}{hint}"
+    where = ".".join(str(part) for part in first["loc"][:2])
+    field = _field(kind, where)
+    if field is None:
+        known = [f"{s}.{k}" for s, v in kind().model_dump().items() for k in v]
+        near = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else "; --help lists all keys"
+        return f"unknown setting {where} = {first['input']!r:.100}{hint}"
+    text = f"{where} = {first['input']!r:.100}: {first['msg'].removeprefix('Value error, ')}"
+    lists = [part for part in (field.annotation, *get_args(field.annotation)) if get_origin(part) is tuple]
+    if not lists or first["type"] == "value_error":
+        return text
+    return f"{text.replace('a valid tuple', 'a list')}; write it as {_example(lists[0], flatten(kind())[where])}"
+
+
+def _field(kind: type[Recipe], key: str) -> FieldInfo | None:
+    """The setting `section.key`, or the section; None: no such."""
+    section, _, name = key.partition(".")
+    field = kind.model_fields.get(section)
+    return getattr(field.annotation, "model_fields", {}).get(name) if field and name else field
+
+
+def _example(kind: Any, default: Any) -> str:
+    """A list that a setting of this type takes, as a user writes it: its default, or something short."""
+    parts = default if any(default) else [1, 2] if int in get_args(kind) else [0.5, 0.75]
+    return f"[{','.join(map(str, parts))}]"
+
+
+def _seen_from(init: str, run_dir: str) -> set[str]:
+    """The names that say where initial weights lie: as they stand, and relative to the run directory."""
+    return {os.path.abspath(init), os.path.relpath(init, run_dir or ".")} if init else {""}
+
+
+_EFFECTS: dict[str, Effect] = {
+    f"{section}.{key}": field.json_schema_extra["effect"]
+    for recipe in (PretrainRecipe(), FinetuneRecipe())
+    for section, values in recipe
+    for key, field in type(values).model_fields.items()
+}
 
 
 if __name__ == "__main__":  # python -m pipeline.recipes: every setting and its default

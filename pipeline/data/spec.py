@@ -11,6 +11,7 @@ from pipeline.config import DataConfig
 from pipeline.data.fbank import padded_frames
 from pipeline.data.manifest import Label, Manifest
 from pipeline.errors import UserError
+from pipeline.files import write_text
 
 SAMPLE_RATE = 16000  # MSAE pools 160 samples, the 10 ms hop of the fbank, to a frame
 
@@ -74,7 +75,7 @@ class DataSpec(BaseModel):
 
     def save(self, run_dir: Path) -> None:
         """Writes `data.json`."""
-        (run_dir / "data.json").write_text(self.model_dump_json(indent=1), encoding="utf-8")
+        write_text(run_dir / "data.json", self.model_dump_json(indent=1))
 
     @staticmethod
     def load(run_dir: Path) -> "DataSpec":
@@ -90,3 +91,5 @@ class DataSpec(BaseModel):
             raise UserError(f"{path}: {error.strerror}; --checkpoint takes a run directory of finetune.py") from error
         except ValidationError as error:
             raise UserError(f"{path}: {error.errors()[0]['msg']}; the run directory is damaged") from error
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; the run directory is damaged") from error

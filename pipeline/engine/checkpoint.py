@@ -6,7 +6,7 @@ In: the engine and the trainer's state. Out: `checkpoints/step-XXXXXXXX/`:
     average.safetensors             averaged weights, where there are some
     optimizer-I-of-R.safetensors    Adam's moments, float32, each rank's share of the parameters
     random-I-of-R.safetensors       state of each rank's random generators
-    state.json                      step, reader position, learning-rate rule, MLflow run, manifest digest
+    state.json                      step, reader position, learning-rate rule, MLflow run
     config.yaml, ds.json, data.json what the run was
     complete                        sizes of the files above; written last
 
@@ -209,33 +209,17 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 def read_state(run_dir: Path) -> dict[str, Any] | None:
     """`state.json` of the newest checkpoint whose files have their sizes; None where there is none."""
     for folder in reversed(complete_checkpoints(run_dir)):
-        sizes = json.loads((folder / "complete").read_text(encoding="utf-8"))
-        wrong = [name for name, size in sizes.items() if not _is_size(folder / name, size)]
-        if wrong:
-            log.warning("%s: %s is not as it was written; going on from the checkpoint before", folder, wrong[0])
-            continue
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return state
+        try:
+            sizes = json.loads((folder / "complete").read_text(encoding="utf-8"))
+            wrong = next((name for name, size in sizes.items() if not _is_size(folder / name, size)), "")
+            state: dict[str, Any] = {} if wrong else json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if state.get("step") == int(folder.name.removeprefix("step-")):
+                return state
+            wrong = wrong or "state.json"
+        except (ValueError, AttributeError, RecursionError):
+            wrong = "complete or state.json"
+        log.warning("%s: %s is not as it was written; going on from the checkpoint before", folder, wrong)
     return None
-
-
-def refuse_other_run(run_dir: Path, identity: dict[str, Any], resume: str) -> None:
-    """Checks, before anything is written, that a checkpoint in `run_dir` is of this very run.
-
-    Raises:
-        UserError: it is another run's, or `run.resume` is "never".
-    """
-    state = read_state(run_dir)
-    if state is None:
-        return
-    if resume == "never":
-        raise UserError(f"run.resume = never, but {run_dir} holds a checkpoint; give another run.dir")
-    for key, value in identity.items():
-        if state["identity"][key] != value:
-            raise UserError(
-                f"{run_dir} holds a run with {key} = {state['identity'][key]}, not {value}; go on with that, or give "
-                "another run.dir"
-            )
 
 
 def read_weights(run_dir: Path, state: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -307,7 +291,10 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _metric(folder: Path) -> float | None:
-    metric = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("metric")
+    try:
+        metric = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("metric")
+    except (OSError, ValueError):  # damaged since: `read_state` passes it over
+        return None
     return None if metric is None or math.isnan(metric) else float(metric)
 
 

@@ -3,7 +3,6 @@
 In: a task and its evaluation loader. Out: a dictionary, the same on any number of ranks.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from pipeline.data.manifest import Label
 from pipeline.engine.bootstrap import interval
 from pipeline.engine.inference import Scores, score
 from pipeline.engine.metrics import auc, average_precision, evaluate_multilabel, evaluate_single
+from pipeline.files import new_file, write_json
 from pipeline.flow import Batch, Losses
 
 
@@ -78,7 +78,7 @@ def results(scores: Scores, labels: list[Label], single_label: bool, about: dict
 def write_results(content: dict[str, Any], path: Path) -> None:
     """Writes `results.json`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 def read_predictions(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -104,6 +104,5 @@ def write_predictions(scores: Scores, keys: list[str], path: Path) -> None:
             "logits": pa.FixedSizeListArray.from_arrays(logits, classes),
         }
     )
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")

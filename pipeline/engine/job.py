@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import FinetuneRecipe, PretrainRecipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe
 from pipeline.data.loader import Loader
 from pipeline.engine.schedule import Plateau
 from pipeline.engine.setup import Batches
@@ -18,6 +18,11 @@ from pipeline.tasks import FinetuneTask, PretrainTask
 from pipeline.tracking import Tracker
 
 Forward = Callable[[Batch], Losses]
+
+
+def total_steps(recipe: Recipe, clips: int, batches: Batches) -> int:
+    """Optimiser steps that `train.steps`, else `train.epochs` over so many training clips, come to."""
+    return recipe.train.steps or math.ceil(recipe.train.epochs * clips / batches.total)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,6 @@ class Job:
         metric: The metric that must grow: the plateau rule and the best checkpoint go by it.
         run_dir: Where the run lives.
         tracker: MLflow.
-        identity: What the run may not change on the way, by name: it would be another run.
     """
 
     recipe: PretrainRecipe | FinetuneRecipe
@@ -46,12 +50,11 @@ class Job:
     metric: str
     run_dir: Path
     tracker: Tracker
-    identity: dict[str, Any]
 
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the run."""
-        return self.recipe.train.steps or math.ceil(self.recipe.train.epochs * self.loader.clips / self.batches.total)
+        return total_steps(self.recipe, self.loader.clips, self.batches)
 
     @property
     def kept_steps(self) -> frozenset[int]:

@@ -322,7 +322,6 @@ def _save(run: _Run) -> None:
     state = asdict(progress) | {
         "position": progress.step * job.batches.total,
         "mlflow_run_id": job.tracker.run_id,
-        "identity": job.identity,
     }
     posted = run.agreement.take()  # before this save: its word on writing is about another checkpoint
     run.signum = run.signum or (posted[0] if posted else 0)

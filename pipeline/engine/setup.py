@@ -16,6 +16,7 @@ from torch import nn
 from pipeline.config import OptimConfig, Recipe
 from pipeline.distributed import World
 from pipeline.errors import UserError
+from pipeline.files import user_path
 from pipeline.tasks import FinetuneTask, PretrainTask
 
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
@@ -38,6 +39,12 @@ KNOWN_KEYS = frozenset(
 )
 
 BUCKET = 50_000_000  # elements; DeepSpeed's 5e8 would reserve 1 to 4 GB, five times the largest model's gradients
+
+# What else of it changes numbers; batch and clipping are the recipe's, ZeRO, offload and compile keep the arithmetic.
+NUMERIC_KEYS = (
+    "bf16", "fp16", "torch_autocast", "communication_data_type", "data_types", "prescale_gradients",
+    "gradient_predivide_factor", "weight_quantization", "compression_training", "data_efficiency",
+)  # fmt: skip
 
 # Sections whose content the recipe owns.
 OWNED = {
@@ -68,7 +75,7 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     Raises:
         UserError: no such file, or not a JSON object.
     """
-    path = Path(name)
+    path = user_path(name, "--deepspeed_config")
     if not path.exists() and path.name == name:
         path = DEEPSPEED_CONFIGS / name
     try:
@@ -76,11 +83,24 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     except OSError as error:
         shipped = ", ".join(sorted(file.name for file in DEEPSPEED_CONFIGS.glob("*.json")))
         raise UserError(f"--deepspeed_config {name}: {error.strerror}; give a path, or one of {shipped}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--deepspeed_config {path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--deepspeed_config {path}: holds no JSON object")
     return content
+
+
+def numeric_differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys of two reconciled configurations that change a run's numbers and differ: key -> (before, now).
+
+    A section that is off is one that is not there.
+    """
+
+    def value(ds: dict[str, Any], key: str) -> Any:
+        found = ds.get(key)
+        return None if isinstance(found, dict) and found.get("enabled") is False else found
+
+    return {key: pair for key in NUMERIC_KEYS if (pair := (value(before, key), value(now, key)))[0] != pair[1]}
 
 
 def plan_batches(recipe: Recipe, ds: dict[str, Any], ranks: int) -> Batches:

@@ -34,8 +34,8 @@ class LoadReport:
         origin: Whose weights the source holds.
         loaded: Taken as they are.
         resized: Positions, fitted to another patch grid.
-        fresh: Not in the source, or of other classes: they keep their initialisation.
-        dropped: In the source, without a place in the module.
+        fresh: Not in the source, or not wanted from it: they keep their initialisation.
+        dropped: In the source, without a place in the module, or not wanted.
     """
 
     origin: str = "CRAFT"
@@ -114,7 +114,7 @@ def load_weights(module: nn.Module, file: Path, skip: tuple[str, ...] = ()) -> L
     problem = mismatch(_Sides.of(source), _Sides.of(own))
     if problem:
         raise UserError(f"model.init: {file}: {problem}")
-    report = LoadReport(origin, dropped=[name for name in source if name not in own])
+    report = LoadReport(origin, dropped=[name for name in source if name not in own or name.startswith(skip)])
     for name, target in own.items():
         if name not in source or name.startswith(skip):
             report.fresh.append(name)

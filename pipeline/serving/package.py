@@ -17,7 +17,7 @@ from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
 from pipeline.files import check_replaced_directory, new_directory
 from pipeline.model.weights import weights_file
-from pipeline.recipes import read_yaml
+from pipeline.recipes import finetuned_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = Path(__file__).with_name("pyfunc_model.py")
@@ -112,9 +112,7 @@ def model_card(run_dir: Path, spec: DataSpec) -> str:
     Raises:
         UserError: no finetuned run, or its results.json is damaged.
     """
-    config = read_yaml(run_dir / "config.yaml", "give a run directory of finetune.py")
-    if not isinstance(config, dict) or "finetune" not in config:
-        raise UserError(f"{run_dir}: not a finetuned run; a served model needs a classifier")
+    recipe = finetuned_recipe(run_dir)
     results_file = run_dir / "results.json"
     evaluation = "not evaluated"
     if results_file.exists():
@@ -125,7 +123,7 @@ def model_card(run_dir: Path, spec: DataSpec) -> str:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{results_file}: damaged ({error}); write it anew with evaluate.py --out") from error
     names = ", ".join(label.name for label in spec.labels[:20]) + (", ..." if len(spec.labels) > 20 else "")
-    return f"""# {config["finetune"]["method"]} ({config["model"]["size"]}), {len(spec.labels)} classes
+    return f"""# {recipe.finetune.method} ({recipe.model.size}), {len(spec.labels)} classes
 
 Labels of {spec.samples / spec.sample_rate:g} s of audio: fill one column of a row, `path` (a file that the
 server sees), `audio` (the bytes of a file, base64 in JSON) or `samples` (floats in [-1, 1], with `rate` in Hz).
@@ -134,9 +132,9 @@ chooses how many labels come back.
 
 - Scores: {"softmax over the classes" if spec.single_label else "a sigmoid for each class"}.
 - Evaluation: {evaluation}.
-- Training data: `{config["data"]["shards"]}`, manifest {spec.digest[:16]}, split `{config["data"]["train_split"]}`,
-  held-out fold {config["data"]["fold"] or "none"}.
-- Pretrained from: `{config["model"]["init"] or "nothing (random weights)"}`.
+- Training data: `{recipe.data.shards}`, manifest {spec.digest[:16]}, split `{recipe.data.train_split}`,
+  held-out fold {recipe.data.fold or "none"}.
+- Pretrained from: `{recipe.model.init or "nothing (random weights)"}`.
 - Classes: {names}.
 - Limits: trained on that data alone; scores of other recordings, microphones and levels are not calibrated.
 """

@@ -4,10 +4,12 @@ In: words of a command line or a setting. Out: paths as they were meant; a place
 before the work, not after it.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -118,6 +120,24 @@ def check_replaced_directory(path: Path, what: str, names: frozenset[str], ours:
             "away, or name a new or empty directory"
         )
     return path
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """A descriptor to read a regular file from; a link to one is followed.
+
+    A FIFO that nobody writes to, or a device, would hold a plain `open` up for ever.
+
+    Raises:
+        OSError: it is not there, cannot be read, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        raise OSError(errno.EINVAL, "a FIFO, device or socket, no regular file", os.fspath(path))
+    return descriptor
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.data.fbank import FRAME_MS, HOP_MS, frame_count
-from pipeline.data.manifest import FORMAT, INDEX_SCHEMA, VERSION, Manifest
-from pipeline.data.storage import file_system, is_remote, join, local
+from pipeline.data.manifest import FORMAT, INDEX_SCHEMA, VERSION, Manifest, open_checked
+from pipeline.data.storage import Location, join
+from pipeline.errors import UserError
 from shard_tools.catalogs import Catalog
 from shard_tools.plan import BuildOptions, SplitPlan
 from shard_tools.store import Store, sha256
@@ -208,15 +209,19 @@ def _earlier_failures(store: Store, earlier: Manifest) -> Iterator[bytes]:
 
 
 def _earlier_rows(store: Store, earlier: Manifest) -> Iterator[pa.Table]:
-    for table in index_groups(store.location):
+    for table in index_groups(store.location, earlier):
         yield table.filter(pc.is_in(table["split"].cast(pa.string()), pa.array(list(earlier.splits))))
 
 
-def index_groups(location: Any) -> Iterator[pa.Table]:
-    """Row groups of an index.parquet, one at a time."""
-    where = join(location, "index.parquet")
-    system, path = file_system(where) if is_remote(location) else (None, "")
-    source: str | BinaryIO = system.open(path, "rb") if system is not None else str(local(where))
-    with pq.ParquetFile(source) as file:
-        for number in range(file.num_row_groups):
-            yield file.read_row_group(number)
+def index_groups(location: Location, manifest: Manifest) -> Iterator[pa.Table]:
+    """Row groups of the index.parquet that the manifest lists, one at a time, without dictionaries (PLAIN).
+
+    Raises:
+        UserError: it is another one, damaged, or no index.
+    """
+    try:
+        with pq.ParquetFile(open_checked(location, "index.parquet", manifest.index)) as file:
+            for number in range(file.num_row_groups):
+                yield file.read_row_group(number).cast(PLAIN)
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: other columns
+        raise UserError(f"{join(location, 'index.parquet')}: {error}; build the shards again") from error

@@ -47,7 +47,8 @@ def main() -> int:
             raise UserError(f"--{name} {getattr(args, name)} is negative; give 0 or more")
     try:
         if args.key is not None:
-            manifest, sounds = load_manifest(args.directory), find(args.directory, args.key)
+            manifest = load_manifest(args.directory)
+            sounds = find(args.directory, manifest, args.key)
             lines, page = list(clip_lines(manifest, sounds)), clip_page(args.directory, manifest, sounds)
         else:
             found = survey(args.directory, args.sample, args.seed, args.examples)
@@ -135,12 +136,12 @@ def clip_lines(manifest: Manifest, sounds: list[Sound]) -> Iterator[str]:
         level = measure(sound, manifest.audio.sample_rate)
         row = sound.row
         yield f"{row['split']}/{row['key']} in {row['shard']}, waveform at byte {row['waveform_offset']}"
-        yield f"  labels: {', '.join(sound.about['label_names'])}"
+        yield f"  labels: {', '.join(sound.about.label_names)}"
         yield (
             f"  rms {level.rms:.1f} dBFS, peak {level.peak:.1f} dBFS, {'clipped' if level.clipped else 'not clipped'}, "
             f"quiet {level.quiet:.1%} of the time"
         )
-        yield from (f"  {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in sound.about.items())
+        yield from (f"  {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in sound.json.items())
 
 
 if __name__ == "__main__":

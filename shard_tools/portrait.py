@@ -170,11 +170,11 @@ def _clip(sound: Sound, manifest: Manifest) -> dict[str, str]:
     row = sound.row
     return {
         "title": f"{row['split']}/{row['key']}",
-        "labels": ", ".join(sound.about["label_names"]),
+        "labels": ", ".join(sound.about.label_names),
         "level": _level_words(level),
         "picture": _clip_picture(sound, manifest),
         "sound": _uri("audio/wav", _wav(sound, manifest.audio.sample_rate)),
-        "json": json.dumps(sound.about, indent=1, ensure_ascii=False),
+        "json": json.dumps(sound.json, indent=1, ensure_ascii=False),
     }
 
 

@@ -23,7 +23,7 @@ from pipeline.data.manifest import INDEX_SCHEMA, FileRecord, Manifest, load_mani
 from pipeline.data.storage import Location, is_remote, join
 from pipeline.flow import Clip
 from shard_tools.distribute import each
-from shard_tools.finish import PLAIN, IndexWriter, index_groups, render
+from shard_tools.finish import IndexWriter, index_groups, render
 from shard_tools.store import Store, local_copies, sha256
 from shard_tools.verify_shards import Findings, shards_with_rows
 from shard_tools.write import BLOCK, EXTENSIONS, MEMBERS, AudioOptions, ShardPlan, write_tar
@@ -52,7 +52,7 @@ def repair(directory: Location, found: Findings, root: str, workers: int) -> Ite
         yield _repair_index(directory, manifest)
         return
     hashes = {shard.name: shard.sha256 for shard in manifest.shards}
-    plans = (_plan(directory, manifest, *table, root) for table in _tables(directory, found.shards))
+    plans = (_plan(directory, manifest, *table, root) for table in _tables(directory, manifest, found.shards))
     yield from each(partial(repair_shard, hashes=hashes), plans, min(workers, len(found.shards)))
 
 
@@ -111,13 +111,12 @@ def compare_shard(task: tuple[ShardPlan, pa.Table]) -> list[str]:
     return found
 
 
-def _tables(directory: Location, names: set[str]) -> Iterator[tuple[str, pa.Table]]:
+def _tables(directory: Location, manifest: Manifest, names: set[str]) -> Iterator[tuple[str, pa.Table]]:
     """Index rows of some shards."""
     parts: dict[str, list[pa.Table]] = {name: [] for name in sorted(names)}
-    for group in index_groups(directory):
-        shard = group["shard"].cast(pa.string())
-        for name in names.intersection(pc.unique(shard).to_pylist()):
-            parts[name].append(group.filter(pc.equal(shard, name)).cast(PLAIN))
+    for group in index_groups(directory, manifest):
+        for name in names.intersection(pc.unique(group["shard"]).to_pylist()):
+            parts[name].append(group.filter(pc.equal(group["shard"], name)))
     yield from ((name, pa.concat_tables(tables)) for name, tables in parts.items())
 
 

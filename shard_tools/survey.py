@@ -14,24 +14,25 @@ Of the real part of a waveform (its padding left out):
     quiet: the share of whole 25 ms frames whose level is below -60 dBFS.
 """
 
-import io
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xxhash
+from pydantic import BaseModel, Field, ValidationError
 
-from pipeline.data.manifest import Manifest, load_manifest
-from pipeline.data.storage import Location, attempt, file_system, is_remote, join, local, read_bytes
+from pipeline.data.manifest import IndexFile, Manifest, load_manifest, open_checked
+from pipeline.data.npy import decode
+from pipeline.data.storage import Location, attempt, file_system, is_remote, join, local
 from pipeline.errors import UserError
+from pipeline.files import open_regular
 
 BINS = 50  # of histograms
 LOUD, FLAT_RUN = 10 ** (-1 / 20), 3
@@ -42,23 +43,43 @@ COLUMNS = ["key", "split", "shard", "labels", "seconds"]
 COLUMNS += [f"{member}_{what}" for member in ("waveform", "json") for what in ("offset", "size", "xxh3")]
 
 
+class About(BaseModel):
+    """What is used of a clip's json."""
+
+    label_names: list[str]
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    decoder: str
+    original_sample_rate: int
+
+
+class FailureLine(BaseModel):
+    """What is used of a line of failures.jsonl."""
+
+    id: str
+    path: str
+    reason: str
+    split: str
+
+
 @dataclass(frozen=True)
 class Sound:
     """One clip as it is stored.
 
     Attributes:
         row: Its row of the index: COLUMNS.
-        about: Its json member.
+        json: Its json member.
+        about: What is used of that.
         waveform: int16 [L], padding included.
     """
 
     row: dict[str, Any]
-    about: dict[str, Any]
+    json: dict[str, Any]
+    about: About
     waveform: np.ndarray
 
     def real(self, rate: int) -> np.ndarray:
         """float64 in [-1, 1], padding left out: at least one sample."""
-        count = max(1, round(self.about["seconds"] * rate))
+        count = max(1, round(self.about.seconds * rate))
         return self.waveform[:count].astype(np.float64) / 32768
 
 
@@ -106,7 +127,7 @@ def survey(directory: Location, sample: int, seed: int, keep: int) -> Survey:
         keep: Clips whose samples are kept for listening.
 
     Raises:
-        UserError: no usable manifest.
+        UserError: no usable manifest, or files that are not those it lists.
         OSError: something cannot be read.
     """
     manifest = load_manifest(directory)
@@ -118,28 +139,27 @@ def survey(directory: Location, sample: int, seed: int, keep: int) -> Survey:
     padded = dict.fromkeys(manifest.splits, 0)
     rows: list[tuple[int, dict[str, Any]]] = []
     first = 0
-    with _index(directory) as index:
-        for number in range(index.num_row_groups):
-            count = index.metadata.row_group(number).num_rows
-            wanted = chosen[(chosen >= first) & (chosen < first + count)]
-            table = index.read_row_group(number, COLUMNS if len(wanted) else ["split", "seconds"])
-            names = table["split"].cast(pa.string())
-            for name in pc.unique(names).to_pylist():
-                seconds = table.filter(pc.equal(names, name))["seconds"].to_numpy()
-                durations[name] += np.histogram(np.minimum(seconds, length), BINS, (0.0, length))[0]
-                padded[name] += int((seconds < length - 1e-4).sum())
-            if len(wanted):
-                taken = table.take(pa.array(wanted - first)).to_pylist()
-                rows += zip(wanted.tolist(), taken, strict=True)
-            first += count
+    index = IndexFile(directory, manifest)
+    for number, count in enumerate(index.sizes):
+        wanted = chosen[(chosen >= first) & (chosen < first + count)]
+        table = index.check(index.read(COLUMNS if len(wanted) else ["split", "shard", "seconds"], number))
+        names = table["split"].cast(pa.string())
+        for name in pc.unique(names).to_pylist():
+            seconds = table.filter(pc.equal(names, name))["seconds"].to_numpy()
+            durations[name] += np.histogram(np.minimum(seconds, length), BINS, (0.0, length))[0]
+            padded[name] += int((seconds < length - 1e-4).sum())
+        if len(wanted):
+            taken = table.take(pa.array(wanted - first)).to_pylist()
+            rows += zip(wanted.tolist(), taken, strict=True)
+        first += count
     listen = set(draw[:keep].tolist())
     levels, sounds = [], []
     decoders: Counter[str] = Counter()
     rates: Counter[int] = Counter()
-    for (number, _), sound in zip(rows, _sounds(directory, [row for _, row in rows]), strict=True):
+    for (number, _), sound in zip(rows, _sounds(directory, manifest, [row for _, row in rows]), strict=True):
         levels.append(measure(sound, manifest.audio.sample_rate))
-        decoders[sound.about["decoder"]] += 1
-        rates[sound.about["original_sample_rate"]] += 1
+        decoders[sound.about.decoder] += 1
+        rates[sound.about.original_sample_rate] += 1
         if number in listen:
             sounds.append(sound)
     return Survey(manifest, durations, padded, _failures(directory, manifest), levels, sounds, decoders, rates)
@@ -163,41 +183,33 @@ def measure(sound: Sound, rate: int) -> Level:
     )
 
 
-def find(directory: Location, key: str) -> list[Sound]:
+def find(directory: Location, manifest: Manifest, key: str) -> list[Sound]:
     """The clips of a key, one for each split that has it.
 
     Raises:
         UserError: there is none; says whether it failed.
     """
     rows: list[dict[str, Any]] = []
-    with _index(directory) as index:
-        for number in range(index.num_row_groups):
-            here = pc.equal(index.read_row_group(number, ["key"])["key"], key)
-            if pc.any(here).as_py():
-                rows += index.read_row_group(number, COLUMNS).filter(here).to_pylist()
+    index = IndexFile(directory, manifest)
+    for number in range(len(index.sizes)):
+        here = pc.equal(index.read(["key"], number)["key"], key)
+        if pc.any(here).as_py():
+            rows += index.check(index.read(COLUMNS, number).filter(here)).to_pylist()
     if not rows:
-        line = next((line for line in _failure_lines(directory) if key in (line["id"], line["path"])), None)
-        why = f"it is not in the shards: {line['reason']}" if line else "no such key; index.parquet lists all"
+        line = next((line for line in _failure_lines(directory, manifest) if key in (line.id, line.path)), None)
+        why = f"it is not in the shards: {line.reason}" if line else "no such key; index.parquet lists all"
         raise UserError(f"{directory}: clip '{key}': {why}")
-    return list(_sounds(directory, rows))
+    return list(_sounds(directory, manifest, rows))
 
 
-@contextmanager
-def _index(directory: Location) -> Iterator[pq.ParquetFile]:
-    where = join(directory, "index.parquet")
-    # Whole where it is remote, as for loaders: a plain web server cannot serve ranges of columns.
-    with pq.ParquetFile(pa.BufferReader(read_bytes(where)) if is_remote(where) else str(local(where))) as file:
-        yield file
-
-
-def _sounds(directory: Location, rows: list[dict[str, Any]]) -> Iterator[Sound]:
+def _sounds(directory: Location, manifest: Manifest, rows: list[dict[str, Any]]) -> Iterator[Sound]:
     """Clips of index rows, in their order, a few read ahead."""
     with ThreadPoolExecutor(READERS) as pool:
         for first in range(0, len(rows), 2 * READERS):
-            yield from pool.map(lambda row: _sound(directory, row), rows[first : first + 2 * READERS])
+            yield from pool.map(lambda row: _sound(directory, manifest, row), rows[first : first + 2 * READERS])
 
 
-def _sound(directory: Location, row: dict[str, Any]) -> Sound:
+def _sound(directory: Location, manifest: Manifest, row: dict[str, Any]) -> Sound:
     parts = []
     for member in ("waveform", "json"):
         start, size = row[f"{member}_offset"], row[f"{member}_size"]
@@ -205,7 +217,14 @@ def _sound(directory: Location, row: dict[str, Any]) -> Sound:
         if xxhash.xxh3_64_intdigest(content) != row[f"{member}_xxh3"]:
             raise OSError(f"{row['shard']}: {member} of '{row['key']}' is not what the index says")
         parts.append(content)
-    return Sound(row, json.loads(parts[1]), np.load(io.BytesIO(parts[0]), allow_pickle=False))
+    where = f"{row['shard']}: '{row['key']}'"
+    try:
+        waveform, content = decode(parts[0], manifest.audio.array), json.loads(parts[1])
+        return Sound(row, content, About.model_validate(content), waveform)
+    except ValidationError as error:
+        raise ValueError(f"{where}: json: {_first(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _read(where: str, start: int, size: int) -> bytes:
@@ -213,7 +232,7 @@ def _read(where: str, start: int, size: int) -> bytes:
         system, path = file_system(where)
         content: bytes = attempt(lambda: system.cat_file(path, start=start, end=start + size), where)
     else:
-        with local(where).open("rb") as file:
+        with os.fdopen(open_regular(local(where)), "rb") as file:
             file.seek(start)
             content = file.read(size)
     if len(content) != size:
@@ -221,17 +240,26 @@ def _read(where: str, start: int, size: int) -> bytes:
     return content
 
 
-def _failure_lines(directory: Location) -> Iterator[dict[str, Any]]:
-    where = join(directory, "failures.jsonl")
-    file: BinaryIO = io.BytesIO(read_bytes(where)) if is_remote(where) else local(where).open("rb")
-    with file:
-        yield from map(json.loads, file)
+def _failure_lines(directory: Location, manifest: Manifest) -> Iterator[FailureLine]:
+    with open_checked(directory, "failures.jsonl", manifest.failures) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield FailureLine.model_validate(json.loads(line))
+            except ValidationError as error:
+                raise ValueError(f"failures.jsonl:{number}: {_first(error)}") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"failures.jsonl:{number}: {error}") from error
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _failures(directory: Location, manifest: Manifest) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = {name: Counter() for name in manifest.splits}
-    for line in _failure_lines(directory):
-        found.setdefault(line["split"], Counter())[line["reason"].split(":")[0]] += 1
+    for line in _failure_lines(directory, manifest):
+        found.setdefault(line.split, Counter())[line.reason.split(":")[0]] += 1
     return found
 
 

@@ -19,7 +19,6 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import islice
 from typing import Any, BinaryIO
 
@@ -31,6 +30,7 @@ import xxhash
 
 from pipeline.data.fbank import fbank
 from pipeline.data.manifest import INDEX_SCHEMA, Label
+from pipeline.data.npy import Array, header
 from pipeline.data.storage import Location
 from pipeline.flow import Clip
 from shard_tools.columns import Failure, relative
@@ -225,14 +225,7 @@ def moments(stored: np.ndarray) -> tuple[int, float, float]:
 
 def npy(array: np.ndarray) -> list[bytes | memoryview]:
     """The two parts of a .npy file, header and data (a view of the array); never a pickle."""
-    return [_npy_header(array.dtype.str, array.shape), np.ascontiguousarray(array).data.cast("B")]
-
-
-@lru_cache(maxsize=16)
-def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    out = io.BytesIO()
-    np.lib.format.write_array_header_1_0(out, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return out.getvalue()
+    return [header(Array(array.dtype.str, array.shape)), np.ascontiguousarray(array).data.cast("B")]
 
 
 def read_record(store: Store, name: str) -> tuple[pa.Table, dict[str, Any]]:

@@ -1,7 +1,12 @@
 """Small shards for tests, made by the real builder from generated audio."""
 
 import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
 
 from shard_tools import catalogs
 from shard_tools.build import Summary, build
@@ -22,6 +27,25 @@ def options(seconds: float = 0.5, per_shard: int = 8) -> BuildOptions:
 def synth_shards(out: Path, clips: int = 80, seconds: float = 0.5, per_shard: int = 8, workers: int = 1) -> Summary:
     catalog = synth_catalog(out / "source", clips, seconds)
     return build(catalog, out, options(seconds, per_shard), workers, engine="process" if workers > 1 else "inline")
+
+
+def edit_manifest(out: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes manifest.json; its digest fits the new content, and its record of the index the index that is there."""
+    content = json.loads((out / "manifest.json").read_text())
+    if (out / "index.parquet").exists():
+        index = (out / "index.parquet").read_bytes()
+        content["index"] = {"size": len(index), "sha256": hashlib.sha256(index).hexdigest()}
+    change(content)
+    del content["digest"]
+    words = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    content["digest"] = hashlib.sha256(words.encode()).hexdigest()
+    (out / "manifest.json").write_text(json.dumps(content))
+
+
+def write_index(out: Path, table: Any, **options: Any) -> None:
+    """Another index, which the manifest lists."""
+    pq.write_table(table, out / "index.parquet", **options)
+    edit_manifest(out, lambda content: None)
 
 
 def digests(out: Path) -> dict[str, str]:

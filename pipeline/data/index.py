@@ -1,9 +1,9 @@
 """The shard index: where the members of a clip lie, and what its labels are, for the shards in use.
 
 In: shards and needs. Out: `ShardIndex`. The manifest alone says which rows a shard has; `index.parquet` is read
-shard by shard, when a batch first asks for a clip of it. So opening grows with the shards, not the clips (a whole
-loader: 0.14 s for 2 M clips in 4,000 shards, 0.4 s for 10 M in 20,000; class weights, which need every label, bring
-that to 0.34 and 2.4 s: tests/benchmarks/bench_growth.py), and memory holds the rows of the `ROWS_KEPT` clips whose
+shard by shard, when a batch first asks for a clip of it, once its hash was compared. So opening costs one pass over the
+file and grows with the shards (a whole loader: 0.17 s for 2 M clips in 4,000 shards; class weights, which need each
+label, bring that to 0.48 s: tests/benchmarks/bench_growth.py), and memory holds the rows of the `ROWS_KEPT` clips whose
 shards were used last (40 bytes a clip and member). Reads of a batch are vectorised: no Python loop over clips.
 """
 
@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import IndexFile, Manifest
 from pipeline.data.order import LabelTable, Part
 from pipeline.data.reader import JOB, Needs
-from pipeline.data.storage import is_remote, join, read_bytes
 from pipeline.errors import UserError
 
 ROWS_KEPT = 1 << 19  # three times the shards that 64 streams with windows of 2048 clips have open
@@ -48,7 +46,7 @@ class ShardIndex:
         shard_names: By shard number.
 
     Raises:
-        UserError: the index cannot be read, or is one of another build.
+        UserError: the index cannot be read, or is not the one that the manifest lists.
     """
 
     def __init__(self, directory: str, manifest: Manifest, needs: Needs, rows_kept: int = ROWS_KEPT) -> None:
@@ -59,19 +57,8 @@ class ShardIndex:
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         members = [member for member in ("waveform", "fbank") if getattr(needs, member)]
         self._columns = [f"{member}_{what}" for member in members for what in WHAT]
-        path = join(directory, "index.parquet")
-        try:
-            # Whole, and tried again where the store fails: a plain web server cannot serve ranges of a file.
-            self._file = pq.ParquetFile(pa.BufferReader(read_bytes(path)) if is_remote(directory) else path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path}: {error}; run verify_shards.py") from error
-        if self._file.metadata.num_rows != len(self):
-            raise UserError(
-                f"{path}: {self._file.metadata.num_rows} rows, manifest.json counts {len(self)}: one of another "
-                "build; run verify_shards.py"
-            )
-        groups = [self._file.metadata.row_group(number).num_rows for number in range(self._file.num_row_groups)]
-        self._groups = np.concatenate([[0], np.cumsum(groups)]).astype(np.int64)
+        self._file = IndexFile(directory, manifest)
+        self._groups = np.concatenate([[0], np.cumsum(self._file.sizes)]).astype(np.int64)
         self._decoded: dict[tuple[str, ...], tuple[int, pa.Table]] = {}
         self._kept = _Kept(self._columns, sizes, rows_kept)
 
@@ -102,7 +89,7 @@ class ShardIndex:
             return Part(starts, None, int(begins[0]), name)
         rows = np.concatenate([np.arange(b, b + n) for b, n in zip(begins, sizes, strict=True)] or [np.empty(0, int)])
         if fold:
-            folds = self._file.read(columns=["fold"])["fold"].to_numpy()[rows]
+            folds = self._file.check(self._file.read(["fold"]))["fold"].to_numpy()[rows]
             if fold not in folds:
                 raise UserError(f"data.fold = {fold}: split '{split}' has folds {sorted(set(folds.tolist()))}")
             rows = rows[(folds == fold) == held_out]
@@ -117,7 +104,7 @@ class ShardIndex:
 
     def label_columns(self) -> LabelTable:
         """Labels of all rows, for class weights; 12 bytes a clip of two labels."""
-        column = self._file.read(columns=["labels"])["labels"].combine_chunks()
+        column = self._file.check(self._file.read(["labels"]))["labels"].combine_chunks()
         labels = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
         return LabelTable(np.asarray(labels.offsets), np.asarray(labels.values))
 
@@ -151,7 +138,7 @@ class ShardIndex:
 
     def _read(self, shard: int) -> pa.Table:
         start, stop = int(self._starts[shard]), int(self._starts[shard + 1])
-        table = self._rows(start, stop, ("shard", "labels", *self._columns))
+        table = self._file.check(self._rows(start, stop, ("shard", "split", "labels", *self._columns)))
         named = table["shard"].combine_chunks().unique().to_pylist()
         if named != [self.shard_names[shard]]:
             raise UserError(
@@ -167,7 +154,7 @@ class ShardIndex:
         while start < stop:
             kept = self._decoded.get(columns)
             if kept is None or kept[0] != group:
-                kept = group, self._file.read_row_group(group, columns=list(columns), use_threads=False)
+                kept = group, self._file.read(columns, group)
                 self._decoded[columns] = kept
             begin, end = int(self._groups[group]), min(stop, int(self._groups[group + 1]))
             parts.append(kept[1].slice(start - begin, end - start))

@@ -7,22 +7,37 @@ Object stores have no rename and no directories: an object appears whole or not 
 and endpoints are the store's own (for S3 AWS_PROFILE, AWS_ENDPOINT_URL, ...).
 """
 
+import errno
+import io
+import os
 import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
+from fsspec.callbacks import Callback
 
 from pipeline.errors import UserError
+from pipeline.files import open_regular
 
 Location = str | Path
 Result = TypeVar("Result")
 
 TRIES = 5
 FIRST_WAIT = 0.5  # seconds; doubled after each try, with jitter so that many nodes do not come back at once
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # another try changes nothing
+
+
+class LongerError(OSError):
+    """A file has more bytes than it may have."""
+
+    def __init__(self, size: str, limit: int) -> None:
+        super().__init__(errno.EFBIG, f"{size} bytes, at most {limit} were expected")
+
+
+# Another try changes nothing.
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, LongerError)
 
 
 def is_remote(location: Location) -> bool:
@@ -77,17 +92,73 @@ def attempt(call: Callable[[], Result], what: str, tries: int = TRIES) -> Result
     raise AssertionError("unreachable")
 
 
-def read_bytes(location: Location) -> bytes:
-    """A whole file.
+class _Bound(Callback):  # type: ignore[misc]
+    """Ends a transfer that goes beyond `limit` bytes; at most one block more was written."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = self._left = limit
+
+    def relative_update(self, inc: int = 1) -> None:
+        self._left -= inc
+        if self._left < 0:
+            raise LongerError("more", self._limit)
+
+
+def fetch(system: Any, path: str, target: str | BinaryIO, limit: int) -> None:
+    """Copies a remote file of at most `limit` bytes.
+
+    A store knows the size of an object, so one that is larger is not even begun; a web server may send without end.
+
+    Args:
+        system: fsspec file system.
+        path: Within it.
+        target: Local path, or a file to write to.
+        limit: Bytes.
 
     Raises:
-        OSError: it cannot be read.
+        LongerError: it is larger. What a web server had sent by then, a little more than `limit`, is in `target`.
+        Exception: what the store raises.
+    """
+    if "http" in system.protocol:
+        system.get_file(path, target, callback=_Bound(limit))
+        return
+    size = int(system.info(path)["size"] or 0)
+    if size > limit:
+        raise LongerError(str(size), limit)
+    if isinstance(target, str):
+        system.get_file(path, target)
+    else:
+        target.write(system.cat_file(path))
+
+
+def read_bytes(location: Location, limit: int | None = None) -> bytes:
+    """A whole file.
+
+    Args:
+        location: Of the file.
+        limit: A larger one is not read.
+
+    Raises:
+        OSError: it cannot be read, or is larger.
     """
     if not is_remote(location):
-        return local(location).read_bytes()
+        with os.fdopen(open_regular(local(location)), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if limit is not None and size > limit:
+                raise LongerError(str(size), limit)
+            return file.read()
     system, path = file_system(location)
-    content: bytes = attempt(lambda: system.cat_file(path), str(location))
-    return content
+
+    def read() -> bytes:
+        if limit is None:
+            whole: bytes = system.cat_file(path)
+            return whole
+        out = io.BytesIO()
+        fetch(system, path, out, limit)
+        return out.getvalue()
+
+    return attempt(read, str(location))
 
 
 def sizes(location: Location, below: str = "") -> dict[str, int]:

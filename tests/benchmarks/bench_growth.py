@@ -63,9 +63,11 @@ def generate(out: Path, source: Path, clips: int) -> Path:
             columns["shard"] = pa.array([name] * count).dictionary_encode()
             columns["labels"] = pa.array(list(pairs), pa.list_(pa.int32()))
             writer.write(pa.table(columns, schema=INDEX_SCHEMA))
-            shards.append({"name": name, "split": "train", "clips": count, "size": 0, "sha256": "0" * 64})
+            record = {"size": tar.stat().st_size, "sha256": "0" * 64}
+            shards.append({"name": name, "split": "train", "clips": count, **record})
     content = manifest.model_dump(mode="json")
-    content["splits"] = {"train": content["splits"]["train"] | {"clips": clips, "shards": len(shards)}}
+    totals = {"clips": clips, "shards": len(shards), "silent": 0, "class_clips": [], "class_listed": []}
+    content["splits"] = {"train": content["splits"]["train"] | totals}
     content["labels"] = [{"id": f"/m/{number}", "name": f"class {number}"} for number in range(CLASSES)]
     file = out / "index.parquet"
     with file.open("rb") as opened:

@@ -1,14 +1,17 @@
 """The index in memory: read shard by shard, the rows that one read of the whole file would give."""
 
+import os
+
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 import pytest
 
 from pipeline.data import index as module
 from pipeline.data.index import ShardIndex
-from pipeline.data.manifest import load_index, load_manifest
+from pipeline.data.manifest import INDEX_SCHEMA, load_index, load_manifest
 from pipeline.data.reader import Needs
 from pipeline.errors import UserError
+from tests.helpers import write_index
 
 BOTH = Needs(waveform=True, fbank=True)
 
@@ -39,16 +42,16 @@ def test_any_rows_in_any_order_are_the_file_s(shards, kept):
 
 def test_row_groups_that_cut_through_shards(shards, tmp_path):
     (tmp_path / "manifest.json").write_bytes((shards / "manifest.json").read_bytes())
-    pq.write_table(load_index(shards), tmp_path / "index.parquet", row_group_size=5)
+    write_index(tmp_path, load_index(shards), row_group_size=5)
     whole = load_index(shards).to_pylist()
-    check(ShardIndex(str(tmp_path), load_manifest(shards), BOTH), whole, np.arange(len(whole))[::-1])
+    check(ShardIndex(str(tmp_path), load_manifest(tmp_path), BOTH), whole, np.arange(len(whole))[::-1])
 
 
 def test_an_index_in_another_order_is_refused(shards, tmp_path):
     (tmp_path / "manifest.json").write_bytes((shards / "manifest.json").read_bytes())
     table = load_index(shards)
-    pq.write_table(table.take(np.arange(len(table))[::-1]), tmp_path / "index.parquet")
-    index = ShardIndex(str(tmp_path), load_manifest(shards), BOTH)
+    write_index(tmp_path, table.take(np.arange(len(table))[::-1]))
+    index = ShardIndex(str(tmp_path), load_manifest(tmp_path), BOTH)
     with pytest.raises(UserError, match="one of another build"):
         index.find(np.array([0]))
 
@@ -74,3 +77,72 @@ def test_parts_are_the_rows_of_split_and_fold(shards, fold, held_out, limit):
         assert rows.tolist() == (expected[:limit] if limit else expected)
         for number in range(len(part.starts) - 1):
             assert len(np.unique(index.shards(part.shard(number)))) == 1
+
+
+def rewritten(shards, out, change):
+    """An index of other rows, whose hash the manifest lists."""
+    (out / "manifest.json").write_bytes((shards / "manifest.json").read_bytes())
+    rows = load_index(shards).to_pylist()
+    change(rows)
+    write_index(out, pa.Table.from_pylist(rows, INDEX_SCHEMA))
+    return ShardIndex(str(out), load_manifest(out), BOTH)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: rows[3].update(labels=[13]), "labels: 13 of 13 classes"),
+        (lambda rows: rows[3].update(labels=[-1]), "labels: -1 of 13 classes"),
+        (lambda rows: rows[3].update(labels=[1, None]), "labels: empty"),
+        (lambda rows: rows[3].update(labels=None), "labels: empty"),
+        (lambda rows: rows[3].update(shard="../x.tar"), "shard: '../x.tar', which manifest.json does not have"),
+        (lambda rows: rows[3].update(shard=None), "shard: empty"),
+        (lambda rows: rows[3].update(split="eval"), "split: eval, its shard train-000000.tar is of train"),
+        (lambda rows: rows[3].update(waveform_offset=1 << 40), "waveform_offset: 1099511627776"),
+        (lambda rows: rows[3].update(fbank_offset=-512), "fbank_offset: -512"),
+        (lambda rows: rows[3].update(fbank_offset=(1 << 63) - 1), "fbank_offset: 9223372036854775807"),
+        (lambda rows: rows[3].update(waveform_size=1 << 40), "waveform_size: 1099511627776"),
+        (lambda rows: rows[3].update(waveform_size=16000), "waveform_size: 16000"),
+        (lambda rows: rows[3].update(fbank_size=-1), "fbank_size: -1"),
+        (lambda rows: rows[3].update(fbank_size=None), "fbank_size: empty"),
+    ],
+)
+def test_rows_that_cannot_be_are_one_line(shards, tmp_path, change, said):
+    """Their hash is that of the manifest: the index was written so."""
+    index = rewritten(shards, tmp_path, change)
+    with pytest.raises(UserError) as error:
+        index.find(np.arange(8))
+    assert f"{tmp_path}/index.parquet: {said}" in str(error.value)
+
+
+def test_labels_and_folds_that_cannot_be_are_refused_where_all_are_read(shards, tmp_path):
+    index = rewritten(shards, tmp_path, lambda rows: rows[9].update(labels=[99], fold=-1))
+    with pytest.raises(UserError, match="labels: 99 of 13 classes"):
+        index.label_columns()
+    with pytest.raises(UserError, match="fold: -1"):
+        index.part("train", 2, False, 0, "name")
+    with pytest.raises(UserError, match="fold: -1"):
+        load_index(tmp_path, columns=["fold"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda table: table.drop_columns(["labels"]), "labels: a column that is not there"),
+        (lambda table: table.set_column(2, "fold", table["fold"].cast(pa.string())), "fold: a column that is string"),
+    ],
+)
+def test_columns_of_other_types_are_refused(shards, tmp_path, change, said):
+    (tmp_path / "manifest.json").write_bytes((shards / "manifest.json").read_bytes())
+    write_index(tmp_path, change(load_index(shards)))
+    with pytest.raises(UserError, match=said):
+        ShardIndex(str(tmp_path), load_manifest(tmp_path), BOTH)
+
+
+def test_an_index_that_is_no_regular_file_is_refused_and_not_waited_for(shards, tmp_path):
+    os.mkfifo(tmp_path / "index.parquet")
+    with pytest.raises(UserError, match="no regular file"):
+        ShardIndex(str(tmp_path), load_manifest(shards), BOTH)
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(UserError, match="no regular file"):
+        load_manifest(tmp_path)

@@ -4,7 +4,6 @@ import io
 import shutil
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,7 +13,7 @@ from pipeline.data.fbank import fbank
 from pipeline.data.loader import Needs, Place, build_loader, pad_frames
 from pipeline.data.manifest import load_index
 from pipeline.errors import UserError
-from tests.helpers import synth_shards
+from tests.helpers import synth_shards, write_index
 from tests.reference.augment import mix
 
 BATCH = 12
@@ -224,7 +223,7 @@ def test_a_bad_clip_is_not_scored_twice(damaged, shards):
 
 def test_an_index_of_another_build_is_refused(damaged):
     copy, _ = damaged
-    pq.write_table(load_index(copy).slice(0, 20), copy / "index.parquet")
+    write_index(copy, load_index(copy).slice(0, 20))
     with pytest.raises(UserError, match=r"index.parquet: 20 rows, manifest.json counts"):
         loader(copy)
 

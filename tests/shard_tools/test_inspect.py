@@ -99,7 +99,8 @@ def test_the_page_opens_without_a_network_and_its_sound_is_the_clips(shards, tmp
     assert len(pictures) == 3 + 4  # durations, classes, levels; each clip
     for picture in pictures:
         assert len(np.unique(np.asarray(Image.open(io.BytesIO(picture)).convert("L")))) > 20
-    stored = {sound.row["key"]: sound.waveform for key in ("tone", "half") for sound in find(shards, key)}
+    manifest = load_manifest(shards)
+    stored = {sound.row["key"]: sound.waveform for key in ("tone", "half") for sound in find(shards, manifest, key)}
     heard = [soundfile.read(io.BytesIO(wav), dtype="int16") for wav in embedded(page, "audio/wav")]
     assert len(heard) == 4
     assert {rate for _, rate in heard} == {RATE}
@@ -113,9 +114,9 @@ def test_one_clip_and_none(shards, tmp_path):
     assert "labels: <b>&" in done.stdout
     assert '"decoder": ' in (tmp_path / "one.html").read_text().replace("&#34;", '"')
     with pytest.raises(UserError, match=r"clip 'text\.wav': it is not in the shards: undecodable"):
-        find(shards, "text.wav")
+        find(shards, load_manifest(shards), "text.wav")
     with pytest.raises(UserError, match="no such key"):
-        find(shards, "nothing")
+        find(shards, load_manifest(shards), "nothing")
 
 
 def test_a_flipped_bit_is_an_error_that_names_the_clip(shards, tmp_path):
@@ -150,7 +151,7 @@ def test_s3_gives_the_same_words_page_and_sound(shards, s3, tmp_path):
     assert done.stdout.replace(url, str(shards)).startswith("\n".join(text(shards, found, 1)) + "\n")
     assert page.read_text("utf-8").replace(url, str(shards)) == whole_page(shards, found, 1)
     assert len(embedded(page.read_text("utf-8"), "audio/wav")) == 2
-    (here,), (there,) = find(shards, "tone"), find(url, "tone")
+    (here,), (there,) = find(shards, load_manifest(shards), "tone"), find(url, load_manifest(url), "tone")
     assert (here.row, here.about) == (there.row, there.about)
     assert np.array_equal(here.waveform, there.waveform)
     assert clip_page(url, found.manifest, [there]).replace(url, str(shards)) == clip_page(

@@ -129,8 +129,10 @@ def test_what_is_not_in_the_files_is_named(copy):
         file.write(b"more")
     (copy / "train-000099.tar").touch()
     (copy / "failures.jsonl").unlink()
-    labels = load_manifest(copy).labels
-    edit_manifest(copy, labels=labels[:5])
+    manifest = load_manifest(copy)
+    counts = {"class_clips": [], "class_listed": []}
+    splits = {name: split.model_copy(update=counts) for name, split in manifest.splits.items()}
+    edit_manifest(copy, labels=manifest.labels[:5], splits=splits)
     problems = "\n".join(verify(copy, workers=1))
     for said in ("train-000000.tar: missing", "train-000001.tar: ", "train-000099.tar: not in the manifest",
                  "failures.jsonl: missing", "the vocabulary has 5"):  # fmt: skip

@@ -1,4 +1,5 @@
-# make help lists the targets. Variables: DATA=synth|esc50, ESC50=path, RANKS, DEMO_DIR, JOBS (of fast tests), PYTHON.
+# make help lists the targets. Variables: DATA=synth|esc50, ESC50=path, RANKS, DEMO_DIR, JOBS (of fast tests), PYTHON,
+# SYSTEM=skip (no Debian package is installed; tests that need a program that is missing are left out).
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,6 +12,7 @@ ESC50 ?=
 RANKS ?= 2
 DEMO_DIR ?= demo_run
 JOBS ?= 2
+export SYSTEM
 # DeepSpeed's compiled kernel stays with the environment: two environments sharing a cache compile in turns.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -30,7 +32,7 @@ HELD_OUT :=
 CHANCE := the mean share of a class, about 0.10
 endif
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test lint clean compiler programs
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,7 +40,13 @@ help:  ## List the targets
 
 install: $(STAMP)  ## Make .venv and install everything into it
 
-$(STAMP): requirements.txt pyproject.toml
+compiler:
+	@$(PYTHON) tests/system_packages.py demo
+
+programs:
+	@$(PYTHON) tests/system_packages.py test
+
+$(STAMP): requirements.txt pyproject.toml | compiler
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
@@ -72,7 +80,8 @@ lint: $(TESTED)  ## ruff and mypy
 	ruff check .
 	mypy --strict pipeline shard_tools
 
-test: lint  ## Everything a developer must pass: ruff, mypy --strict, pytest with real 2-rank launches
+test: programs  ## Everything a developer must pass: ruff, mypy --strict, pytest with real 2-rank launches
+	@$(MAKE) --no-print-directory lint
 	pytest -m "not slow" --numprocesses $(JOBS) --dist worksteal
 	pytest -m slow  # one at a time: most of them start several ranks or servers
 

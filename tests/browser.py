@@ -1,7 +1,6 @@
 """Headless Chromium, as the tests of pages use it."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,9 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+from tests.system_packages import program
+
+PROGRAMS = ("chromium", "chromedriver")
 PATIENCE = 120  # seconds; the machine may be busy
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -70,23 +72,21 @@ class Page:
 
 @contextmanager
 def browser(profile: Path, headers: dict[str, str] | None = None, microphone: Path | None = None) -> Iterator[Page]:
-    """Debian's Chromium with an empty profile.
+    """Chromium, or Chrome, with an empty profile.
 
     Args:
         profile: Directory that is not there yet.
         headers: Sent with every request, such as a password.
         microphone: WAV file that is heard again and again where a page records.
     """
-    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    assert chromium and chromedriver, "Debian's packages are needed: apt-get install chromium chromium-driver"  # noqa: PT018
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = program("chromium")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     heard = ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
              f"--use-file-for-fake-audio-capture={microphone}"] if microphone else []  # fmt: skip
     for flag in (*FLAGS, *heard, f"--user-data-dir={profile}"):
         options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=Service(chromedriver))
+    driver = webdriver.Chrome(options=options, service=Service(program("chromedriver")))
     try:
         driver.set_page_load_timeout(PATIENCE)
         if headers:

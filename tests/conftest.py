@@ -1,4 +1,9 @@
-"""What all rooms share: the path to real audio, and real DeepSpeed launches."""
+"""What all rooms share: the path to real audio, real DeepSpeed launches, and programs that a machine may lack.
+
+A test says what it starts with `@pytest.mark.needs("chromium", "chromedriver")`, names of `system_packages.py`, and a
+fixture with `need(...)`. Where one is missing the test is left out, named at the end and counted in the last line; in
+CI it fails.
+"""
 
 import os
 import signal
@@ -6,24 +11,57 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from tests import lab
-from tests.helpers import synth_shards
+from tests import lab, system_packages
 from tests.ranks import ROOT, free_port
-from tests.slurm import Slurm, slurm_cluster
-from tests.stores import s3_server
+from tests.slurm import SLURM_PROGRAMS, Slurm, slurm_cluster
 
 # A shell starts what it puts in the background (a CI runner, nohup) with SIGINT ignored, and children inherit
 # that: tests of Ctrl-C need it as it is at a terminal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LEFT_OUT = "left out"
+
+
+def leave_out(reason: str) -> NoReturn:
+    if os.environ.get("CI"):
+        pytest.fail(f"{reason}, and CI leaves no test out", pytrace=False)
+    pytest.skip(reason)
+
+
+def need(*programs: str) -> None:
+    missing = [system_packages.reason(name) for name in programs if not system_packages.find(name)]
+    if missing:
+        leave_out("; ".join(missing))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        need(*mark.args)
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    if report.skipped and isinstance(report.longrepr, tuple) and report.longrepr[2].startswith("Skipped: needs "):
+        return LEFT_OUT, "n", "LEFT OUT"
+    return None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for report in terminalreporter.stats.get(LEFT_OUT, []):
+        terminalreporter.write_line(f"LEFT OUT {report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real audio and metadata; set CRAFT_SHARED where they lie elsewhere."""
-    return Path(os.environ.get("CRAFT_SHARED", ROOT.parent / "shared")).resolve()
+    path = Path(os.environ.get("CRAFT_SHARED", ROOT.parent / "shared")).resolve()
+    if not (path / "data").is_dir():
+        leave_out(f"needs real recordings in {path}/data; CRAFT_SHARED names another place")
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +87,8 @@ def deepspeed_run() -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 clips of half a second in 10 or more shards, splits train and eval, 13 classes, 5 folds."""
+    from tests.helpers import synth_shards  # torch, which half of the tests do without
+
     out = tmp_path_factory.mktemp("shards")
     synth_shards(out)
     return out
@@ -57,6 +97,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """Endpoint of moto's S3 server; the environment points clients and child processes at it."""
+    from tests.stores import s3_server  # moto
+
     with s3_server() as endpoint:
         yield endpoint
 
@@ -64,6 +106,7 @@ def s3() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """A cluster of one node; the environment points sbatch and child processes at it."""
+    need(*SLURM_PROGRAMS)
     with slurm_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
 
@@ -71,6 +114,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[lab.Chain]:
     """The lab's servers, and through them a pretraining (interrupted once) with two finetunings by ablate.py."""
+    need(*lab.PROGRAMS)
     folder = tmp_path_factory.mktemp("lab")
     with lab.lab_servers(folder) as servers:
         yield lab.run_chain(servers, folder, shards)

@@ -1,6 +1,6 @@
 """A lab's servers without containers: PostgreSQL, an S3 store, an MLflow server with passwords.
 
-The same parts as docker/compose.yaml: Debian's PostgreSQL, moto's S3 server, `mlflow server` with basic
+The same parts as docker/compose.yaml: the system's PostgreSQL, moto's S3 server, `mlflow server` with basic
 authentication. Each is a process on a free port of localhost, ended with its context.
 """
 
@@ -22,8 +22,11 @@ from pathlib import Path
 
 import boto3
 
+from tests.system_packages import program
+
 ROOT = Path(__file__).resolve().parents[1]
 
+PROGRAMS = ("initdb", "pg_ctl")
 ADMIN, PASSWORD = "admin", "a-long-password"
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "craft", "AWS_SECRET_ACCESS_KEY": "craft-secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -112,19 +115,19 @@ def process(command: list[str], log: Path, ready: str = "", env: dict[str, str] 
 
 @contextmanager
 def postgres() -> Iterator[str]:
-    """PostgreSQL with an empty database; as root it runs as the user postgres, as it must."""
-    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-    assert binaries, "Debian's package postgresql is needed: apt-get install postgresql"
+    """PostgreSQL with an empty database; as root it runs as the user postgres, or nobody: it refuses to be root's."""
+    initdb, pg_ctl = map(program, PROGRAMS)
     folder = Path(tempfile.mkdtemp(prefix="craft-postgres-", dir="/tmp"))
     user = []
     if os.geteuid() == 0:
-        account = pwd.getpwnam("postgres")
+        names = {account.pw_name: account for account in pwd.getpwall()}
+        account = names.get("postgres") or names["nobody"]
         os.chown(folder, account.pw_uid, account.pw_gid)
-        user = ["runuser", "-u", "postgres", "--"]
+        user = ["runuser", "-u", account.pw_name, "--"]
     port = free_port()
-    ctl = [*user, str(binaries[-1] / "pg_ctl"), "-D", str(folder / "data"), "-w", "-t", "120"]
+    ctl = [*user, pg_ctl, "-D", str(folder / "data"), "-w", "-t", "120"]
     try:
-        subprocess.run([*user, binaries[-1] / "initdb", "-D", folder / "data", "-A", "trust", "-U", "mlflow", "-N"],
+        subprocess.run([*user, initdb, "-D", folder / "data", "-A", "trust", "-U", "mlflow", "-N"],
                        check=True, capture_output=True, cwd=folder)  # fmt: skip
         options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
         subprocess.run([*ctl, "-l", folder / "log", "-o", options, "start"], check=True, stdout=subprocess.DEVNULL,

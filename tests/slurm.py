@@ -7,7 +7,6 @@ of `main`, which get their `--signal` first and then GraceTime seconds to leave.
 import os
 import pwd
 import secrets
-import shutil
 import socket
 import subprocess
 import time
@@ -17,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.ranks import free_port
+from tests.system_packages import program
 
+SLURM_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 PATIENCE = 120.0
 CONF = """\
 ClusterName=craft
@@ -118,10 +119,9 @@ def slurm_cluster(folder: Path) -> Iterator[Slurm]:
 
 @contextmanager
 def _daemon(folder: Path, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    path = shutil.which(command[0], path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    assert path, f"no {command[0]}; install Debian's munge, slurmctld, slurmd and slurm-client"
-    with (folder / f"{command[0]}.out.log").open("wb") as output:
-        process = subprocess.Popen([path, *command[1:]], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+    command = [program(command[0]), *command[1:]]
+    with (folder / f"{Path(command[0]).name}.out.log").open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
     try:
         yield process
     finally:

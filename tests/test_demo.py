@@ -14,8 +14,7 @@ from pipeline.config import FinetuneRecipe
 from pipeline.errors import UserError
 from pipeline.serving import demo
 from pipeline.serving.scorer import load_scorer
-from tests import lab
-from tests.browser import Page, browser
+from tests import browser, lab
 from tests.ranks import ROOT, free_port
 from tests.test_export import make_run
 
@@ -57,11 +56,12 @@ def test_an_address_that_cannot_be_had_is_one_line():
                 check_address(host, number)
 
 
-def labels(page: Page) -> str:
+def labels(page: browser.Page) -> str:
     return page.first("#labels").text
 
 
 @pytest.mark.slow
+@pytest.mark.needs(*browser.PROGRAMS)
 def test_the_page_hears_a_file_a_recording_and_asks_nobody_else(chain, shared, tmp_path):
     scorer = load_scorer(chain.run_dir(FINETUNED))
     clip = sorted((shared / "data" / "esc50" / "audio").glob("*.flac"))[0]
@@ -78,7 +78,7 @@ def test_the_page_hears_a_file_a_recording_and_asks_nobody_else(chain, shared, t
                str(chain.run_dir(FINETUNED)), "--port", str(port)]  # fmt: skip
     with (
         lab.process(command, tmp_path / "demo.log", address),
-        browser(tmp_path / "profile", microphone=voice) as page,
+        browser.browser(tmp_path / "profile", microphone=voice) as page,
     ):
         page.driver.get(address)
         page.first("#audio input[type=file]").send_keys(str(clip))

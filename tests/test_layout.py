@@ -54,6 +54,7 @@ def test_only_distributed_calls_a_collective():
     assert callers == {"distributed.py"}
 
 
+@pytest.mark.needs("git")
 def test_top_level_holds_what_it_should():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     top = {line.split("/")[0] for line in tracked.splitlines()}

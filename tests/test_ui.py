@@ -5,11 +5,11 @@ import base64
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.browser import browser
+from tests import browser
 from tests.lab import ADMIN, PASSWORD
 from tests.mlflow_ui import MlflowUi
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.needs(*browser.PROGRAMS)]
 
 
 def test_the_runs_of_an_ablation_compare_in_the_ui(chain, tmp_path, monkeypatch):
@@ -27,7 +27,7 @@ def test_the_runs_of_an_ablation_compare_in_the_ui(chain, tmp_path, monkeypatch)
         return {name: [(point.step, point.value) for point in points] for name, points in histories.items()}
 
     password = base64.b64encode(f"{ADMIN}:{PASSWORD}".encode()).decode()
-    with browser(tmp_path / "profile", {"Authorization": f"Basic {password}"}) as page:
+    with browser.browser(tmp_path / "profile", {"Authorization": f"Basic {password}"}) as page:
         ui = MlflowUi(page, chain.lab.uri)
         assert ui.rank(experiment, search, "final_mAP", len(runs)) == names
         ui.select(run.info.run_id for run in runs)

@@ -14,6 +14,7 @@ import pytest
 from pipeline.engine.checkpoint import read_state
 from tests.distributed.conftest import STEPS, losses
 from tests.ranks import ROOT
+from tests.system_packages import NAMESPACES
 
 PATIENCE = 240.0
 # Run on the first host. The launcher's ssh notices a host that is gone; ranks over there compile nothing anew.
@@ -43,6 +44,7 @@ def link(state: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.needs("ip", "ssh", "ssh-keygen", "sshd", "pdsh", NAMESPACES)
 def test_two_hosts_train_like_one_and_a_cut_link_is_named_and_mended(shared, pretrained, pretraining, tmp_path):
     run_dir, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     words = [*pretraining, f"run.dir={run_dir}", "checkpoint.every=1", "run.timeout=20", "log.mlflow=false"]

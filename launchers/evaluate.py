@@ -21,6 +21,7 @@ from pipeline.engine.evaluation import results, write_predictions, write_results
 from pipeline.engine.metrics import precision_recall
 from pipeline.ensemble import score_averaged_weights, score_ensemble
 from pipeline.errors import UserError, run_cli
+from pipeline.files import check_output_directory, check_output_file, user_path
 from pipeline.jobs import Scored, score_run
 from pipeline.model.weights import weights_file
 from pipeline.recipes import load_recipe
@@ -31,19 +32,47 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     make = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = make.add_argument
-    add("--checkpoint", required=True, nargs="+", type=Path, metavar="RUN_DIR", help="finetuned runs (no default)")
+    add("--checkpoint", required=True, nargs="+", metavar="RUN_DIR", help="finetuned runs (no default)")
     add("--combine", choices=("scores", "weights"), default="scores",
         help="several runs: average their probabilities or their weights (default: scores)")  # fmt: skip
     add("--shards", required=True, metavar="DIR", help="directory or URL of shards (no default)")
     add("--split", metavar="NAME", help="split to score (default: what the run held out)")
-    add("--out", type=Path, metavar="JSON", help="write results.json here (default: only print)")
-    add("--predictions", type=Path, metavar="PARQUET", help="write each clip's key, labels, scores (default: nowhere)")
-    add("--plots", type=Path, metavar="DIR", help="per-class table, PR curves, confusion matrix (default: nowhere)")
+    add("--out", metavar="JSON", help="write results.json here (default: only print)")
+    add("--predictions", metavar="PARQUET", help="write each clip's key, labels, scores (default: nowhere)")
+    add("--plots", metavar="DIR", help="per-class table, PR curves, confusion matrix (default: nowhere)")
     add("--last", action="store_true", help="the last weights, not the averaged ones (default: off)")
     add("--batch-size", type=int, default=32, metavar="N", help="clips per forward over all ranks (default: 32)")
     add("--workers", type=int, default=2, metavar="N", help="reader processes per rank (default: 2)")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return make
+
+
+def check(args: argparse.Namespace) -> None:
+    """Reads the options' paths.
+
+    Raises:
+        UserError: one is no path, or two outputs are one file.
+    """
+    args.checkpoint = [user_path(name, "--checkpoint") for name in args.checkpoint]
+    for name in ("out", "predictions", "plots"):
+        if getattr(args, name) is not None:
+            setattr(args, name, user_path(getattr(args, name), f"--{name}"))
+    if args.out and args.predictions and args.out.resolve() == args.predictions.resolve():
+        raise UserError(f"--out and --predictions are both {args.out}; name two files")
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Tries the places that will be written, before anything is scored.
+
+    Raises:
+        UserError: one cannot be written.
+    """
+    if args.out:
+        check_output_file(args.out, "--out")
+    if args.predictions:
+        check_output_file(args.predictions, "--predictions")
+    if args.plots:
+        check_output_directory(args.plots, "--plots")
 
 
 def show(content: dict[str, Any]) -> None:
@@ -73,6 +102,7 @@ def plot(scored: Scored, content: dict[str, Any], folder: Path) -> None:
 def main() -> None:
     """Parses, scores, reports."""
     args = parser().parse_args()
+    check(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     runs = [(run_dir, weights_file(run_dir, average=not args.last)) for run_dir in args.checkpoint]
     words = [f"data.shards={args.shards}", f"eval.batch_size={args.batch_size}", f"data.workers={args.workers}"]
@@ -83,6 +113,8 @@ def main() -> None:
         raise UserError(f"--checkpoint {args.checkpoint[0]}: holds no config.yaml; give a run directory of finetune.py")
     recipe = load_recipe(FinetuneRecipe, [config], words)
     with session(recipe.run.timeout, recipe.run.seed) as world:
+        if world.is_main:
+            check_outputs(args)
         if len(runs) == 1:
             scored = score_run(*runs[0], recipe, world)
         else:

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from scipy.special import expit
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from launchers.evaluate import main
 from pipeline.config import FinetuneRecipe
 from pipeline.data.manifest import load_manifest
 from pipeline.data.spec import DataSpec
+from pipeline.errors import UserError
 from pipeline.recipes import dump_recipe, load_recipe
 from pipeline.report.significance import Predictions
 from pipeline.tasks import FinetuneTask
@@ -128,3 +130,20 @@ def test_a_directory_that_is_no_run_is_one_line(shards, tmp_path):
     assert done.returncode == 2
     assert str(tmp_path) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_places_are_tried_before_anything_is_scored(runs, shards, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    for words, message in (
+        (["--out", "/proc/nowhere/r.json"], "--out /proc/nowhere/r.json: "),
+        (["--out", tmp_path], "is a directory"),
+        (["--predictions", tmp_path], "--predictions .*is a directory"),
+        (["--plots", tmp_path / "file"], "--plots .*file is no directory"),
+        (["--out", tmp_path / "x", "--predictions", tmp_path / "x"], "name two files"),
+        (["--out", ""], "--out = '' names no path"),
+    ):
+        command = ["evaluate.py", "--checkpoint", runs[0], "--shards", shards, "--workers", 0, *words]
+        monkeypatch.setattr(sys, "argv", [*map(str, command)])
+        with pytest.raises(UserError, match=message):
+            main()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

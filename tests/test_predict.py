@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -119,6 +120,17 @@ def test_events_are_runs_of_stretches_as_exact_as_the_hop():
     assert [(e.start, e.end) for e in events(again, LABELS, 2.0, 0.5)] == [(0, 2), (8, 10)]
     assert whole(found, LABELS, 2) == [(LABELS[0], pytest.approx(0.5)), (LABELS[1], pytest.approx(0.35))]
     assert [clock(s) for s in (0, 59.96, 61.25, 3661)] == ["0:00.0", "1:00.0", "1:01.2", "1:01:01.0"]
+
+
+def test_events_of_hours_take_no_more_memory_than_their_scores():
+    count = 8000
+    found = heard([[0.0, 1.0]] * count, [0.1 * i for i in range(count)], 0.1 * count + 10)
+    tracemalloc.start()
+    (event,) = events(found, LABELS, 10.0, 0.5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (event.start, event.end) == pytest.approx((0, 0.1 * (count - 1) + 10))
+    assert peak < 10e6
 
 
 def test_folders_are_all_audio_below(tmp_path):

@@ -37,10 +37,14 @@ def stretches(heard: Heard, window: float) -> tuple[np.ndarray, np.ndarray]:
     """Edges [m + 1] in seconds, and probabilities [m, C] between them: the mean of the windows over each."""
     ends = heard.ends(window)
     edges = np.unique(np.concatenate([heard.starts, ends]).round(6))
-    covered = (heard.starts[None] < edges[1:, None] - 1e-6) & (ends[None] > edges[:-1, None] + 1e-6)  # (m, n)
-    counts = covered.sum(axis=1, keepdims=True)
-    # A gap between windows (a hop longer than a clip) is covered by none: nothing was heard there.
-    return edges, covered.astype(np.float32) @ heard.scores / np.maximum(counts, 1)
+    # Both starts and ends ascend, so the windows over a stretch are neighbours.
+    first = np.searchsorted(ends, edges[:-1] + 1e-6, side="right")
+    last = np.searchsorted(heard.starts, edges[1:] - 1e-6, side="left")
+    scores = np.zeros((len(first), heard.scores.shape[1]), np.float32)
+    for stretch, (i, j) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
+        if i < j:  # a gap between windows (a hop longer than a clip) is covered by none: nothing was heard there
+            scores[stretch] = heard.scores[i:j].mean(axis=0)
+    return edges, scores
 
 
 def events(heard: Heard, labels: Sequence[Label], window: float, threshold: float) -> list[Event]:

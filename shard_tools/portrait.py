@@ -127,7 +127,8 @@ def _class_picture(names: list[str], splits: dict[str, Any]) -> str:
         axis.bar(places, listed[order], width=0.85 if named else 1.0, color=PALE, label="listed")
         axis.bar(places, counts[order], width=0.85 if named else 1.0, color=BAR, label="in the shards")
         if named:
-            axis.set_xticks(places, [names[number][:24] for number in order], rotation=60, ha="right", fontsize=7)
+            shown = [names[number][:24] for number in order]
+            axis.set_xticks(places, shown, rotation=60, ha="right", fontsize=7, parse_math=False)
         elif counts.max() > 20 * max(1, np.median(counts)):
             axis.set_yscale("symlog", linthresh=10)
         axis.margins(x=0.005)

@@ -207,7 +207,8 @@ def draw(content: dict[str, Any], batch: dict[str, np.ndarray], file: Path) -> N
         wave, spectrum = grid[2 * (i // across), i % across], grid[2 * (i // across) + 1, i % across]
         labels = ", ".join(f"{name} {weight:.2f}" if weight < 1 else name for name, weight in clip["labels"].items())
         lines = [f"{clip['position']}: {clip['key']}", *textwrap.wrap(labels, WRAP)]
-        wave.set_title("\n".join([*lines, *textwrap.wrap(_words(clip["augmentation"]), WRAP)]), fontsize=6)
+        lines += textwrap.wrap(_words(clip["augmentation"]), WRAP)
+        wave.set_title("\n".join(lines), fontsize=6, parse_math=False)
         wave.plot(batch["waveform"][i], linewidth=0.3)
         wave.set(xlim=(0, batch["waveform"].shape[1]), xticks=[])
         spectrum.imshow(batch["fbank"][i].T, origin="lower", aspect="auto", vmin=-2, vmax=2, interpolation="nearest")

@@ -242,8 +242,8 @@ def check_outputs(args: argparse.Namespace, names: list[str]) -> dict[str, Path]
         check_output_file(args.out, "--out")
     if args.embeddings:
         check_output_file(args.embeddings, "--embeddings")
-    recordings = {os.path.realpath(name) for name in names}
     outputs = [path for path in (*(tracks.values() or [args.out]), args.embeddings) if path]
+    recordings = {os.path.realpath(name) for name in names} if outputs else set()
     for path in outputs:
         if os.path.realpath(path) in recordings:
             raise UserError(f"{path}: is one of the recordings, and would be written over; name another place")

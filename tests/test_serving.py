@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
@@ -19,9 +20,11 @@ from pipeline.config import FinetuneRecipe
 from pipeline.data.manifest import load_index
 from pipeline.engine.evaluation import read_predictions
 from pipeline.errors import UserError
+from pipeline.recipes import load_recipe
 from pipeline.serving.__main__ import check_register
 from pipeline.serving.listen import listen
 from pipeline.serving.package import PACKAGE, check_place, save_model
+from pipeline.serving.publish import check_publishable
 from pipeline.serving.pyfunc_model import CraftModel
 from pipeline.serving.scorer import MAX_BYTES, load_scorer
 from pipeline.tracking.spool import Spool
@@ -199,6 +202,13 @@ def test_a_package_of_ours_is_replaced_as_a_whole(tmp_path):
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"such as notes\.txt"):
         check_place(run, out, "--out")
+    (run / "model").mkdir()
+    (run / "model" / "notes.txt").write_text("mine")
+    job = SimpleNamespace(run_dir=run, recipe=load_recipe(FinetuneRecipe))
+    with pytest.raises(UserError, match=r"^log\.model .*such as notes\.txt"):  # before the training
+        check_publishable(job)
+    job.recipe = load_recipe(FinetuneRecipe, [], ["log.model=false"])
+    check_publishable(job)
 
 
 def test_a_model_that_strangers_ask(tmp_path):

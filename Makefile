@@ -1,4 +1,4 @@
-# make help lists the targets. Variables: DATA=synth|esc50, ESC50=path, RANKS, DEMO_DIR, JOBS (of fast tests), PYTHON,
+# make help lists the targets. Variables: DATA=synth|esc50, ESC50=path, RANKS, DEMO_DIR, JOBS (processes of tests), PYTHON,
 # SYSTEM=skip (no Debian package is installed; tests that need a program that is missing are left out).
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -51,9 +51,10 @@ $(STAMP): requirements.txt pyproject.toml | compiler
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-$(TESTED): $(STAMP) pyproject.toml
+$(TESTED): requirements.txt pyproject.toml | compiler
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
-	touch $@
+	touch $(STAMP) $@
 
 demo: install  ## Audio -> shards -> pretraining -> finetuning -> metric, in under 8 minutes on 2 cores
 	@if [ "$(DATA)" = esc50 ] && [ ! -d "$(ESC50)/audio" ]; then \
@@ -82,8 +83,7 @@ lint: $(TESTED)  ## ruff and mypy
 
 test: programs  ## Everything a developer must pass: ruff, mypy --strict, pytest with real 2-rank launches
 	@$(MAKE) --no-print-directory lint
-	pytest -m "not slow" --numprocesses $(JOBS) --dist worksteal
-	pytest -m slow  # one at a time: most of them start several ranks or servers
+	pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 clean:  ## Remove the demo's products and caches, not .venv
 	rm -rf $(DEMO_DIR) .mypy_cache .ruff_cache .pytest_cache

@@ -25,6 +25,29 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 LEFT_OUT = "left out"
+# Fixtures that take minutes -> what their tests are called as a group, which one process runs.
+GROUPS = {"pretrained": "runs", "slurm": "runs", "chain": "lab"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Divides the tests among the processes of `--dist loadgroup`: a module, or a group, is the work of one.
+
+    The longest come first, those of seconds fill up at the end. Without several processes the order stays.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    names = {item: _group(item) for item in items}
+    slow = {names[item] for item in items if item.get_closest_marker("slow")}
+    order = {name: place for place, name in enumerate(GROUPS.values())}
+    items.sort(key=lambda item: (order.get(names[item], len(order)), names[item] not in slow))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(names[item]))
+
+
+def _group(item: pytest.Item) -> str:
+    fixtures = getattr(item, "fixturenames", ())
+    return next((group for fixture, group in GROUPS.items() if fixture in fixtures), str(item.path.relative_to(ROOT)))
 
 
 def leave_out(reason: str) -> NoReturn:
@@ -52,7 +75,8 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for report in terminalreporter.stats.get(LEFT_OUT, []):
-        terminalreporter.write_line(f"LEFT OUT {report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")
+        name, reason = report.nodeid.split("@")[0], report.longrepr[2].removeprefix("Skipped: ")
+        terminalreporter.write_line(f"LEFT OUT {name}: {reason}")
 
 
 @pytest.fixture(scope="session")

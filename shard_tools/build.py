@@ -6,38 +6,46 @@ The plan is a pure function of the catalog and the options (plan.py) and each sh
 its plan (write.py). A finished shard has a record in `.build/`; a build that was killed goes on with
 the shards that have none, or whose tar is not what the record says. The same holds for the parts of a
 build cut by `Slice`, on any machines, which `merge` completes. Memory is that of the catalog (columns.py).
+
+What is there is looked at first, and refused before anything is written. Of other splits nothing changes, and no file
+that no build made is touched.
 """
 
 import io
 import json
 import logging
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import pyarrow.parquet as pq
+import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline.data.manifest import Manifest, load_manifest
-from pipeline.data.storage import Location
+from pipeline.data.manifest import Manifest, ShardRecord, load_manifest
+from pipeline.data.storage import Location, is_remote, join, local
 from pipeline.errors import UserError
+from pipeline.files import check_name, check_output_directory
 from shard_tools.catalogs import Catalog
-from shard_tools.distribute import run
+from shard_tools.distribute import each, run
 from shard_tools.ffmpeg_codecs import available
-from shard_tools.finish import finish, reasons
+from shard_tools.finish import PRODUCTS, SWITCH, damage, finish, reasons, settle
 from shard_tools.lock import owner, slice_owner
 from shard_tools.plan import BuildOptions, Slice, SplitPlan
-from shard_tools.stamps import Change, Sources
-from shard_tools.store import Store
-from shard_tools.write import record_name, shard_name
+from shard_tools.stamps import Change, Sources, Stamp, stamp
+from shard_tools.store import Store, local_copies, seal, sha256, unseal
+from shard_tools.verify_shards import Findings, shards_with_rows
+from shard_tools.write import ShardPlan, moments, read_record, record_name, shard_name, write_record
 
 log = logging.getLogger(__name__)
 
 RECORD_THREADS = 16  # records are small; from an object store the waiting is what costs
+TAR = re.compile(r"(.+)-\d{6,}\.tar")
 
 
 @dataclass(slots=True)
@@ -64,6 +72,7 @@ class _Work:
 
     Attributes:
         store: Where.
+        retry: Shards with failures are written again.
         earlier: Of the splits that are finished.
         plans: Of those that are not.
         mine: Of each plan the shards to be written by us.
@@ -72,6 +81,7 @@ class _Work:
     """
 
     store: Store
+    retry: bool
     earlier: Manifest | None
     plans: list[SplitPlan]
     mine: list[list[int]]
@@ -86,36 +96,59 @@ def build(
     workers: int,
     overwrite: bool = False,
     engine: str = "process",
+    retry: bool = False,
 ) -> Summary:
     """Builds all splits of the catalog into `out`, going on where an earlier attempt stopped.
 
     Splits that `out` already holds stay; a split built before with the same options is not built again, and its sources
     are not looked at: the stamps go with the records, as shards outlive their sources (repair.py: `compare`).
 
+    Args:
+        catalog: What to build.
+        out: Where to.
+        options: How.
+        workers: Processes.
+        overwrite: The catalog's splits are built anew; others stay.
+        engine: See `distribute.run`.
+        retry: Shards in which clips failed are written again, of finished splits too; those keep their shards until
+            the new ones are all there. That reads the split's other shards once.
+
     Raises:
-        UserError: `out` holds shards of another format, vocabulary or options, or is being built.
+        UserError: `out` holds shards of another format, vocabulary or options, damaged ones, or files that no build
+            made under a name that is needed; or is being built; or no clip of a split could be stored.
         OSError: something could not be written.
     """
-    with owner(out, shared=False):
+    plans = [SplitPlan(catalog, split, out, options) for split in catalog.splits]
+    with _held(catalog, out, options, plans, overwrite, retry) as store:
         if overwrite:
-            _erase(Store(out))
-        work = _begin(catalog, out, options)
-        work.store.clean()
+            _erase(catalog, store, options)
+        work = _begin(catalog, store, options, plans, retry)
+        store.clean({*PRODUCTS, *(plan.name(number) for plan in plans for number in range(len(plan)))})
+        _adopt(work, workers)
         _look(work)
         _write(work, workers, engine)
+        _look_again(work)
         return _finish(catalog, options, work)
 
 
 def build_slice(
-    catalog: Catalog, out: Location, options: BuildOptions, workers: int, part: Slice, engine: str = "process"
+    catalog: Catalog,
+    out: Location,
+    options: BuildOptions,
+    workers: int,
+    part: Slice,
+    engine: str = "process",
+    retry: bool = False,
 ) -> int:
     """Writes one slice's shards and no index; returns how many shards the slice has. `merge` completes the build.
 
     Raises:
         UserError, OSError: as `build`.
     """
-    with owner(out, shared=True):
-        work = _begin(catalog, out, options)
+    plans = [SplitPlan(catalog, split, out, options) for split in catalog.splits]
+    with _held(catalog, out, options, plans, shared=True) as store:
+        work = _begin(catalog, store, options, plans, retry=False)
+        work.retry = retry
         first, taken = 0, []
         for place, plan in enumerate(work.plans):
             work.mine[place] = [
@@ -124,8 +157,12 @@ def build_slice(
             taken += [first + number for number in work.mine[place]]
             first += len(plan)
         with slice_owner(out, part, taken):
+            store.clean(_names(work.plans, work.mine))
             _look(work)
             _write(work, workers, engine)
+            _look_again(work)
+        for plan in work.plans:  # in an object store another one may have begun in the same moment
+            _open(store, plan)
         return len(taken)
 
 
@@ -135,8 +172,9 @@ def merge(catalog: Catalog, out: Location, options: BuildOptions) -> Summary:
     Raises:
         UserError: shards are still missing, or hold sources that have changed since they were decoded.
     """
-    with owner(out, shared=False):
-        work = _begin(catalog, out, options)
+    plans = [SplitPlan(catalog, split, out, options) for split in catalog.splits]
+    with _held(catalog, out, options, plans) as store:
+        work = _begin(catalog, store, options, plans, retry=False)
         _look(work, merging=True)
         if work.changed:
             raise UserError(
@@ -151,44 +189,126 @@ def merge(catalog: Catalog, out: Location, options: BuildOptions) -> Summary:
                 f"{out}: {len(lacking)} of {total} shards are not written yet, such as {lacking[0]}; run (again) the "
                 "slices that did not end, then --merge"
             )
-        work.store.clean()
+        store.clean({*PRODUCTS, *_names(work.plans, work.mine)})
         return _finish(catalog, options, work)
 
 
-def _begin(catalog: Catalog, out: Location, options: BuildOptions) -> _Work:
-    """Checks that the build fits what is there, and finds the shards that are not."""
+@contextmanager
+def _held(
+    catalog: Catalog,
+    out: Location,
+    options: BuildOptions,
+    plans: Sequence[SplitPlan],
+    overwrite: bool = False,
+    retry: bool = False,
+    shared: bool = False,
+) -> Iterator[Store]:
+    """The directory for us alone, or for slices; nothing is written where it can be refused without the lock."""
     repeat = catalog.clips.repeat()
     if repeat is not None:
         raise UserError(
             f"{repeat[0].path} and {repeat[1].path} get the same key '{repeat[0].key}'; give them a key column"
         )
-    store = Store(out)
-    earlier = _earlier(catalog, store, options)
-    work = _Work(store, earlier, [], [])
     for split in catalog.splits:
-        plan = SplitPlan(catalog, split, out, options)
-        identity = plan.identity()
-        if earlier is not None and split in earlier.splits:
-            _compare(store, split, earlier.options.get(split, {}), identity)
+        check_name(split, "split")
+    for label in catalog.labels:
+        try:
+            f"{label.id}{label.name}".encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"label {label.name!r}: the name is not UTF-8; rename its folder, or correct the table"
+            ) from error
+    store = Store(out)
+    if not is_remote(out):
+        check_output_directory(local(out), "--out")
+        if not (local(out) / ".build").exists():  # nobody is at work here
+            _replaced(catalog, store, options) if overwrite else _compared(catalog, store, options, plans, retry)
+    with owner(out, shared):
+        if not shared:
+            settle(store)
+        yield store
+
+
+def _begin(
+    catalog: Catalog, store: Store, options: BuildOptions, plans: Sequence[SplitPlan], retry: bool
+) -> _Work:
+    """Checks that the build fits what is there, and writes down what it is."""
+    earlier, new = _compared(catalog, store, options, plans, retry)
+    for plan in new:
+        _open(store, plan)
+    for split in catalog.splits:
+        if all(split != plan.split for plan in new):
             log.info("split '%s' is finished: nothing to do (have files changed? verify_shards.py --sources)", split)
+    return _Work(store, retry, earlier, new, [list(range(len(plan))) for plan in new])
+
+
+def _compared(
+    catalog: Catalog, store: Store, options: BuildOptions, plans: Sequence[SplitPlan], retry: bool
+) -> tuple[Manifest | None, list[SplitPlan]]:
+    """What is finished, and the plans of what is not; writes nothing.
+
+    Raises:
+        UserError: what is there is of another build, of none, or damaged.
+    """
+    earlier = _earlier(catalog, store, options)
+    there = store.sizes()
+    new = []
+    for plan in plans:
+        if earlier is not None and plan.split in earlier.splits:
+            _compare(store, plan.split, earlier.options.get(plan.split, {}), plan.identity)
+            clips = {shard.name: shard.clips for shard in earlier.shards}
+            lacking = [n for n in range(len(plan)) if clips.get(plan.name(n), 0) != len(plan.rows(n))]
+            plan.staged = frozenset(lacking if retry else ())
+            if plan.staged:
+                new.append(plan)
             continue
-        name = f".build/{split}/plan.json"
-        if "plan.json" in store.sizes(f".build/{split}"):
-            begun = json.loads(store.read(name))
-            _compare(store, split, begun, identity)
-            plan.decoder = _same_decoder(store, split, begun.get("decoder", ""))
+        new.append(plan)
+        begun = _begun(store, plan.split)
+        if begun:
+            _compare(store, plan.split, begun["identity"], plan.identity)
+        elif begun is None:
+            names = {plan.name(number) for number in range(len(plan))} | set(PRODUCTS if earlier is None else ())
+            foreign = sorted(names & there.keys())
+            if foreign:
+                raise UserError(
+                    f"{store.location}: holds {foreign[0]}, of which no manifest and no unfinished build knows; use "
+                    "another --out, move it away, or --overwrite"
+                )
+    return earlier, new
+
+
+def _begun(store: Store, split: str) -> dict[str, Any] | None:
+    """What an unfinished build is; None: there is none; empty: the file is damaged, or an earlier version's."""
+    names = store.sizes(f".build/{split}")
+    if "plan" not in names:
+        return {} if "plan.json" in names else None
+    try:
+        content: dict[str, Any] = json.loads(unseal(store.read(f".build/{split}/plan")))
+    except ValueError:
+        return {}
+    return content
+
+
+def _open(store: Store, plan: SplitPlan) -> None:
+    """Writes down what the build of a split is, or finds that it is the one that was begun; sets the decoder."""
+    begun = _begun(store, plan.split)
+    if not begun:
+        name = f".build/{plan.split}/plan"
+        content = seal(json.dumps({"identity": plan.identity, "decoder": available()}).encode())
+        if begun is None:
+            store.create(name, content)
         else:
-            plan.decoder = available()
-            store.write(name, json.dumps(identity | {"decoder": plan.decoder}).encode())
-        work.plans.append(plan)
-    work.mine = [list(range(len(plan))) for plan in work.plans]
-    return work
+            log.warning("%s: damaged, or of an earlier version: shards that do not fit this command are written again",
+                        join(store.location, name))  # fmt: skip
+            store.write(name, content)
+        begun = _begun(store, plan.split) or {}
+    _compare(store, plan.split, begun["identity"], plan.identity)
+    plan.decoder = _same_decoder(store, plan.split, begun["decoder"])
 
 
 def _same_decoder(store: Store, split: str, begun: str) -> str:
     """The decoder that the build was begun with: another gives other bytes."""
     here = available()
-    begun = begun or here  # an earlier version did not say
     if begun == "torchcodec" and here != begun:
         raise UserError(
             f"{store.location}: split '{split}' was begun with torchcodec, which does not work here; install it "
@@ -200,19 +320,64 @@ def _same_decoder(store: Store, split: str, begun: str) -> str:
     return begun
 
 
+def _adopt(work: _Work, workers: int) -> None:
+    """Records of the finished shards that stay where others of their split are written again."""
+    plans = {plan.split: plan for plan in work.plans if plan.staged}
+    if not plans or work.earlier is None:
+        return
+    for place, plan in enumerate(work.plans):
+        work.mine[place] = sorted(plan.staged) if plan.staged else work.mine[place]
+
+    def tasks(earlier: Manifest) -> Iterator[tuple[ShardPlan, ShardRecord, pa.Table]]:
+        for shard, rows in shards_with_rows(work.store.location, earlier, Findings()):
+            if shard.split in plans and rows is not None:
+                number = int(shard.name.removesuffix(".tar").rpartition("-")[2])
+                if number not in plans[shard.split].staged:
+                    yield replace(plans[shard.split].shard(number), clips=()), shard, rows
+
+    for problem in filter(None, each(adopt, tasks(work.earlier), workers)):
+        raise UserError(f"{work.store.location}: {problem}; verify_shards.py --repair mends it")
+
+
+def adopt(task: tuple[ShardPlan, ShardRecord, pa.Table]) -> str | None:
+    """Writes the record of one finished shard, read from its tar; or says what is wrong with it."""
+    plan, shard, rows = task
+    where, store = join(plan.out, plan.name), Store(plan.out)
+    sums, silent = np.zeros(3), 0
+    if plan.record.rpartition("/")[2] in store.sizes(f".build/{plan.split}"):
+        with suppress(ValueError):  # of an attempt that was stopped
+            if read_record(store, plan.split, plan.number)[1]["build"] == plan.build:
+                return None
+    for copy in local_copies([where]):
+        if isinstance(copy, OSError):
+            return f"{plan.name}: unreadable: {copy}"
+        with open(copy, "rb") as file:
+            if sha256(file) != shard.sha256:
+                return f"{plan.name}: damaged: its sha256 is not the manifest's"
+            for row in rows.to_pylist():
+                file.seek(row["fbank_offset"])
+                sums += moments(np.load(io.BytesIO(file.read(row["fbank_size"])), allow_pickle=False))
+                file.seek(row["json_offset"])
+                silent += bool(json.loads(file.read(row["json_size"]))["silent"])
+    facts = {"clips": shard.clips, "size": shard.size, "sha256": shard.sha256, "sums": sums.tolist(), "silent": silent,
+             "failures": [], "sources": None, "stamp": stamp(where)}  # fmt: skip
+    write_record(store, plan, rows.to_pylist(), facts)
+    return None
+
+
 def _look(work: _Work, merging: bool = False) -> None:
-    """Finds which of our shards are still to be written: no record, a tar of another length, or changed sources.
+    """Finds which of our shards are still to be written: no record, another tar than its record's, or changed sources.
 
     Sources are changed where their stamps differ from those when they were decoded (stamps.py). The machine that
     merges may hold copies of other times: there a file of the same size and another time is a warning.
     """
-    tars = work.store.sizes()
+    tars = work.store.stamps()
     for plan, mine in zip(work.plans, work.mine, strict=True):
-        records = work.store.sizes(f".build/{plan.split}")
-        there = [number for number in mine if f"{number:06d}.parquet" in records]
+        records = work.store.stamps(f".build/{plan.split}")
+        there = [number for number in mine if f"{number:06d}.record" in records]
         count = sum(len(plan.rows(number)) for number in there)
         with Sources(plan.catalog.root, count) as sources, ThreadPoolExecutor(RECORD_THREADS) as pool:
-            states = pool.map(partial(_state, work.store, plan, tars, sources), there)
+            states = pool.map(partial(_state, work, plan, tars, records, sources), there)
             found = dict(zip(there, states, strict=True))
         changes = {number: change for number, (_, change) in found.items() if change}
         changed = {number: change for number, change in changes.items() if not (merging and change.time_only)}
@@ -230,16 +395,64 @@ def _look(work: _Work, merging: bool = False) -> None:
 
 
 def _state(
-    store: Store, plan: SplitPlan, tars: dict[str, int], sources: Sources, number: int
+    work: _Work, plan: SplitPlan, tars: dict[str, Stamp], aside: dict[str, Stamp], sources: Sources, number: int
 ) -> tuple[bool, Change | None]:
-    """Whether the tar of a shard that has a record is whole, and the worst change of its sources."""
-    record = store.read(record_name(plan.split, number))
-    facts = json.loads(pq.read_schema(io.BytesIO(record)).metadata[b"craft"])
-    if "sources" not in facts or (facts["clips"] and tars.get(shard_name(plan.split, number)) != facts["size"]):
+    """Whether a shard that has a record is whole and of this build, and the worst change of its sources."""
+    try:
+        _, facts = read_record(work.store, plan.split, number)
+    except ValueError as error:
+        log.warning("%s: %s: its shard is written again",
+                    join(work.store.location, record_name(plan.split, number)), error)  # fmt: skip
         return False, None
+    if facts["build"] != plan.digest or (work.retry and facts["failures"] and not plan.staged):
+        return False, None
+    if facts["clips"]:
+        staged, name = number in plan.staged, shard_name(plan.split, number)
+        now = (aside if staged else tars).get(name)
+        where = join(work.store.location, f".build/{plan.split}/{name}" if staged else name)
+        if now is None or now[0] != facts["size"] or (now != facts["stamp"] and _hash(where) != facts["sha256"]):
+            return False, None
+    return True, _changed(plan, number, facts, sources)
+
+
+def _hash(where: str) -> str:
+    """sha256 of a file that has another time than when it was written."""
+    for copy in local_copies([where]):
+        if isinstance(copy, OSError):
+            raise copy
+        with open(copy, "rb") as file:
+            return sha256(file)
+    raise AssertionError("unreachable")
+
+
+def _changed(plan: SplitPlan, number: int, facts: dict[str, Any], sources: Sources) -> Change | None:
+    """The worst change of a shard's sources since they were decoded."""
+    if facts["sources"] is None:  # adopted
+        return None
     paths = [plan.catalog.clips[row].path for row in plan.rows(number).tolist()]
     changes = sources.changed(paths, facts["sources"])
-    return True, min(changes, key=lambda change: change.time_only, default=None)
+    return min(changes, key=lambda change: change.time_only, default=None)
+
+
+def _look_again(work: _Work) -> None:
+    """Says which sources changed while they were being decoded: which of the two contents a shard holds is open."""
+    for plan, numbers in zip(work.plans, work.todo, strict=True):
+        count = sum(len(plan.rows(number)) for number in numbers)
+        with Sources(plan.catalog.root, count) as sources, ThreadPoolExecutor(RECORD_THREADS) as pool:
+
+            def look(number: int, plan: SplitPlan = plan, sources: Sources = sources) -> Change | None:
+                return _changed(plan, number, read_record(work.store, plan.split, number)[1], sources)
+
+            try:
+                changes = list(filter(None, pool.map(look, numbers)))
+            except UserError as error:
+                log.warning("split '%s': whether files changed meanwhile is not known: %s", plan.split, error)
+                continue
+        if changes:
+            named = ", ".join(map(str, changes[:3]))
+            log.warning("split '%s': files of %d shards changed while they were read, such as %s; what the shards hold "
+                        "may be old or new: when the files are at rest, build with --overwrite",
+                        plan.split, len(changes), named)  # fmt: skip
 
 
 def _write(work: _Work, workers: int, engine: str) -> None:
@@ -257,37 +470,80 @@ def _write(work: _Work, workers: int, engine: str) -> None:
         ):
             for shard in done:
                 bar.update(len(shard.clips))
-    except BaseException:  # Ctrl-C too: its workers are gone, and their half-written shards go after them
-        work.store.clean({shard_name(p.split, n) for p, numbers in zip(plans, todo, strict=True) for n in numbers})
-        raise
+    finally:  # of workers that were killed; on Ctrl-C, of all
+        work.store.clean(_names(plans, todo))
+
+
+def _names(plans: Sequence[SplitPlan], numbers: Sequence[Sequence[int]]) -> set[str]:
+    """Of the tars of some shards of each plan."""
+    return {plan.name(number) for plan, some in zip(plans, numbers, strict=True) for number in some}
 
 
 def _finish(catalog: Catalog, options: BuildOptions, work: _Work) -> Summary:
-    manifest = work.earlier
-    if work.plans or manifest is None:
-        manifest = finish(catalog, work.store, options, work.plans, work.earlier)
-    work.store.remove_tree(".build")
-    return Summary(manifest, reasons(work.store, catalog.splits))
+    store, there = work.store, work.store.sizes()
+    full: list[SplitPlan] = []
+    empty: list[SplitPlan] = []
+    for plan in work.plans:
+        tars = there | store.sizes(f".build/{plan.split}")
+        (full if any(plan.name(number) in tars for number in range(len(plan))) else empty).append(plan)
+    manifest = finish(catalog, store, options, full, work.earlier) if full else work.earlier
+    for split in catalog.splits:
+        if all(split != plan.split for plan in empty):
+            store.remove_tree(f".build/{split}")
+    store.remove_tree(SWITCH)
+    if empty or manifest is None:
+        raise UserError("; ".join(_why_empty(catalog, store, plan) for plan in empty))
+    return Summary(manifest, reasons(store, catalog.splits))
+
+
+def _why_empty(catalog: Catalog, store: Store, plan: SplitPlan) -> str:
+    """Why nothing of a split is stored."""
+    failures = [catalog.missing[row] for row in catalog.missing.rows(plan.split).tolist()]
+    counts = Counter(failure.reason.split(":")[0] for failure in failures)
+    example = f"{failures[0].id}: {failures[0].reason}" if failures else ""
+    for number in range(len(plan)):
+        for failure in read_record(store, plan.split, number)[1]["failures"]:
+            counts[failure["reason"].split(":")[0]] += 1
+            example = f"{failure['path']}: {failure['reason']}"
+    told = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(3))
+    return (
+        f"{store.location}: split '{plan.split}': none of its {catalog.listed(plan.split)} listed clips could be "
+        f"stored ({told}), such as {example}; mend files or paths, then run the same command with --retry-failures"
+    )
 
 
 def _earlier(catalog: Catalog, store: Store, options: BuildOptions) -> Manifest | None:
-    """The finished shards that are there already, checked to agree with the new ones."""
+    """The finished shards that are there already, checked to be whole and to agree with the new ones."""
     if "manifest.json" not in store.sizes():
         return None
     manifest = load_manifest(store.location)
+    other = _other_format(catalog, manifest, options)
+    if other is not None:
+        raise UserError(f"{store.location}: holds shards with {other}; use another --out, or --overwrite")
+    _refuse_damage(store, manifest)
+    return manifest
+
+
+def _other_format(catalog: Catalog, manifest: Manifest, options: BuildOptions) -> str | None:
+    """What keeps the catalog's shards from lying in one directory with those of a manifest."""
     audio = options.audio
     wanted = {
         "--sample-rate": (manifest.audio.sample_rate, audio.sample_rate),
         "--seconds": (manifest.audio.seconds, audio.seconds),
         "--mel-bins": (manifest.fbank.mel_bins, audio.mel_bins),
-        "label vocabulary": (_names(manifest.labels), _names(catalog.labels)),
+        "label vocabulary": ([label.id for label in manifest.labels], [label.id for label in catalog.labels]),
     }
-    for name, (old, new) in wanted.items():
-        if old != new:
-            raise UserError(
-                f"{store.location}: holds shards with {name} {old}, not {new}; use another --out, or --overwrite"
-            )
-    return manifest
+    return next((f"{name} {old}, not {new}" for name, (old, new) in wanted.items() if old != new), None)
+
+
+def _refuse_damage(store: Store, manifest: Manifest) -> None:
+    found = damage(store.location, manifest)
+    if found:
+        name, how = next(iter(found.items()))
+        raise UserError(
+            f"{store.location}: {len(found)} files of finished splits are damaged, such as {name}: {how}; mend them "
+            f"with verify_shards.py {store.location} --repair --audio-root DIR, or build the splits with --overwrite"
+        )
 
 
 def _compare(store: Store, split: str, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -301,13 +557,55 @@ def _compare(store: Store, split: str, old: dict[str, Any], new: dict[str, Any])
             )
 
 
-def _erase(store: Store) -> None:
-    """Deletes the products of builds, the manifest first: what is left is never taken for whole."""
-    names = store.sizes()
-    store.remove(name for name in ("manifest.json", "index.parquet", "failures.jsonl") if name in names)
-    store.remove(name for name in names if name.endswith(".tar"))
-    store.remove_tree(".build")
+def _replaced(catalog: Catalog, store: Store, options: BuildOptions) -> tuple[Manifest | None, list[str]]:
+    """What of the finished splits stays when the catalog's are built anew (None: none), and which files go.
+
+    Raises:
+        UserError: other splits would be lost.
+    """
+    there, mine = store.sizes(), set(catalog.splits)
+    found = {name: tar[1] for name in there if (tar := TAR.fullmatch(name))}
+    if "manifest.json" not in there:
+        return None, [name for name, split in found.items() if split in mine]
+    try:
+        manifest = load_manifest(store.location)
+    except UserError as error:
+        others = sorted(set(found.values()) - mine)
+        if others:
+            raise UserError(
+                f"{error}; --overwrite would lose its split '{others[0]}', which this command does not build; use "
+                "another --out"
+            ) from error
+        return None, [*PRODUCTS, *(name for name, split in found.items() if split in mine)]
+    # Of a split that is not finished, what an unfinished build wrote; of a finished one, what is listed.
+    names = [name for name, split in found.items() if split in mine and split not in manifest.splits]
+    names += [shard.name for shard in manifest.shards if shard.split in mine]
+    others = [split for split in manifest.splits if split not in mine]
+    if not others:
+        return None, [*PRODUCTS, *names]
+    other = _other_format(catalog, manifest, options)
+    if other is not None:
+        raise UserError(
+            f"{store.location}: holds split '{others[0]}', which this command does not build, with {other}; use "
+            "another --out"
+        )
+    stays = {
+        "splits": {name: record for name, record in manifest.splits.items() if name not in mine},
+        "options": {name: record for name, record in manifest.options.items() if name not in mine},
+        "shards": [shard for shard in manifest.shards if shard.split not in mine],
+    }
+    rest = manifest.model_copy(update=stays)
+    _refuse_damage(store, rest)
+    return rest, names
 
 
-def _names(labels: Sequence[Any]) -> list[str]:
-    return [label.id for label in labels]
+def _erase(catalog: Catalog, store: Store, options: BuildOptions) -> None:
+    """Takes the catalog's splits out of the manifest, or the manifest away, before their shards: none is missed."""
+    stays, names = _replaced(catalog, store, options)
+    if stays is not None:
+        finish(catalog, store, options, [], stays)
+        store.remove_tree(SWITCH)
+    store.remove(name for name in reversed(PRODUCTS) if name in names)
+    store.remove(name for name in names if name not in PRODUCTS)
+    for split in catalog.splits:
+        store.remove_tree(f".build/{split}")

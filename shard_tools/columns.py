@@ -24,12 +24,27 @@ TRIMMED = {None: -1, False: 0, True: 1}
 
 @dataclass(frozen=True)
 class Failure:
-    """A listed clip that is not in the shards."""
+    """A listed clip that is not in the shards: a line of `failures.jsonl`.
+
+    Attributes:
+        id: The data set's own name for it.
+        path: Of its file, relative to the audio root.
+        reason: Its kind, a colon, and more.
+        split: Name of the split.
+        key: Of the sample that it would be; "": it has none.
+        row: Line of the table that lists it, or its number in the catalog where there is no table; None: not known.
+        start: First second of the segment.
+        end: Last second; None: the end of the file.
+    """
 
     id: str
     path: str
     reason: str
     split: str
+    key: str = ""
+    row: int | None = None
+    start: float = 0.0
+    end: float | None = None
 
 
 class Strings:
@@ -212,8 +227,9 @@ class Failures(Sequence[Failure]):
     """Failures of a catalog; behaves as a sequence of `Failure` that can be appended to."""
 
     def __init__(self) -> None:
-        self._id, self._path = Strings(), Strings()
+        self._id, self._path, self._key = Strings(), Strings(), Strings()
         self._reason, self._split = Names(), Names()
+        self._row, self._start, self._end = array("q"), array("d"), array("d")  # row: -1, end: NaN are None
 
     def __len__(self) -> int:
         return len(self._id)
@@ -227,7 +243,17 @@ class Failures(Sequence[Failure]):
             return [self[number] for number in range(*row.indices(len(self)))]
         if not 0 <= row < len(self):
             raise IndexError(row)
-        return Failure(self._id[row], self._path[row], self._reason[row], self._split[row])
+        end = self._end[row]
+        return Failure(
+            id=self._id[row],
+            path=self._path[row],
+            reason=self._reason[row],
+            split=self._split[row],
+            key=self._key[row],
+            row=None if self._row[row] < 0 else self._row[row],
+            start=self._start[row],
+            end=None if end != end else end,
+        )
 
     def __iter__(self) -> Iterator[Failure]:
         return (self[row] for row in range(len(self)))
@@ -238,6 +264,10 @@ class Failures(Sequence[Failure]):
         self._path.append(failure.path)
         self._reason.append(failure.reason)
         self._split.append(failure.split)
+        self._key.append(failure.key)
+        self._row.append(-1 if failure.row is None else failure.row)
+        self._start.append(failure.start)
+        self._end.append(float("nan") if failure.end is None else failure.end)
 
     @property
     def splits(self) -> list[str]:

@@ -3,19 +3,20 @@
 In: plans, taken lazily. Out: finished shards, in any order; each is independent, so the bytes do not
 depend on it. A bounded number of plans is in flight, so memory is flat in the number of shards.
 
-A process that dies takes one attempt at one shard with it: the shard is tried again with every decode
-in a process of its own, and the clip that kills it becomes a failure. Slices need no engine: plan.py.
+A process that dies takes one attempt at one shard with it, and the shard is tried again; so it is after trouble of
+the machine (a store, the network or the scratch disk that is away), some times with longer and longer waits. What goes
+on for longer ends the build, with nothing recorded of the shard. Slices need no engine: plan.py.
 """
 
 import logging
 import multiprocessing
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -23,12 +24,16 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline.errors import UserError
+from shard_tools.segment import MachineError
 from shard_tools.write import ShardPlan, write_shard
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 ENGINES = ("process", "ray", "inline")
+WAITS = (1.0, 5.0, 20.0)  # seconds before a shard is tried again after trouble of the machine
+DEATHS = 2  # of workers at one shard that end the build
+RAY_DEATHS = 5  # nodes of a cluster come and go
 # BLAS and OMP threads left unset double a worker's CPU time: one thread each.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
@@ -43,7 +48,8 @@ def run(plans: Iterable[ShardPlan], workers: int, engine: str = "process") -> Ge
 
     Raises:
         OSError: a shard could not be written.
-        UserError: workers were killed again and again (out of memory?), or Ray is not there.
+        UserError: workers were killed again and again (out of memory?), the machine's trouble goes on, or Ray is not
+            there.
     """
     if engine == "inline":
         return _run_inline(plans)
@@ -52,8 +58,28 @@ def run(plans: Iterable[ShardPlan], workers: int, engine: str = "process") -> Ge
 
 def _run_inline(plans: Iterable[ShardPlan]) -> Generator[ShardPlan, None, None]:
     for plan in plans:
-        write_shard(plan)
+        write_patiently(plan)
         yield plan
+
+
+def write_patiently(plan: ShardPlan) -> None:
+    """`write_shard`, tried again after trouble of the machine.
+
+    Raises:
+        UserError: the trouble goes on.
+        OSError: as `write_shard`.
+    """
+    for pause in (*WAITS, None):
+        try:
+            write_shard(plan)
+            return
+        except MachineError as error:
+            if pause is None:
+                raise UserError(
+                    f"{plan.name}: {error} (tried {len(WAITS) + 1} times); that is trouble of this machine, its disks "
+                    "or its network, and nothing is recorded of it: when it is over, run the same command to go on"
+                ) from error
+            time.sleep(pause)
 
 
 def _run_processes(plans: Iterable[ShardPlan], workers: int) -> Generator[ShardPlan, None, None]:
@@ -62,7 +88,7 @@ def _run_processes(plans: Iterable[ShardPlan], workers: int) -> Generator[ShardP
     queue = iter(plans)
     # Workers hold the reading end: when this process stops, or is killed, they see the end of the pipe.
     reader, writer = multiprocessing.Pipe(duplex=False)
-    running: dict[Future[None], tuple[int, ShardPlan]] = {}
+    running: dict[Future[None], tuple[int, ShardPlan, int]] = {}  # worker, plan, deaths at it
     # One pool for each worker: a death breaks a pool, and must be told which shard it was.
     pools = {number: _pool(reader) for number in range(workers)}
     idle = list(pools)
@@ -71,19 +97,20 @@ def _run_processes(plans: Iterable[ShardPlan], workers: int) -> Generator[ShardP
         while True:
             while idle and (plan := next(queue, None)) is not None:
                 number = idle.pop()
-                running[pools[number].submit(write_shard, plan)] = number, plan
+                running[pools[number].submit(write_patiently, plan)] = number, plan, 0
             if not running:
                 whole = True
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                number, plan = running.pop(future)
+                number, plan, deaths = running.pop(future)
                 try:
                     future.result()
                 except BrokenProcessPool as error:
                     pools.pop(number).shutdown()
                     pools[number] = _pool(reader)
-                    running[pools[number].submit(write_shard, _again(plan, error))] = number, plan
+                    _check_deaths(plan, deaths + 1, DEATHS, error)
+                    running[pools[number].submit(write_patiently, plan)] = number, plan, deaths + 1
                     continue
                 idle.append(number)
                 yield plan
@@ -147,13 +174,12 @@ def _begin_worker(reader: Connection) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _again(plan: ShardPlan, error: BaseException) -> ShardPlan:
-    if plan.careful:
+def _check_deaths(plan: ShardPlan, deaths: int, most: int, error: BaseException) -> None:
+    if deaths >= most:
         raise UserError(
-            f"a worker process was killed twice while it wrote {plan.name} (out of memory?); finished shards are kept: "
-            "run the same command again, with fewer --workers"
+            f"{most} worker processes were killed while they wrote {plan.name} (out of memory?); finished shards are "
+            "kept: run the same command again, with fewer --workers"
         ) from error
-    return replace(plan, careful=True)
 
 
 def _run_ray(plans: Iterable[ShardPlan], workers: int) -> Generator[ShardPlan, None, None]:
@@ -171,28 +197,28 @@ def _run_ray(plans: Iterable[ShardPlan], workers: int) -> Generator[ShardPlan, N
             ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env={"env_vars": ONE_THREAD})
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"--distributor ray: {error}; check RAY_ADDRESS") from error
-    task: Callable[[ShardPlan], Any] = ray.remote(num_cpus=1, max_retries=1)(_write_alone).remote
+    task: Callable[[ShardPlan], Any] = ray.remote(num_cpus=1, max_retries=0)(_write_alone).remote
     queue = iter(plans)
-    running: dict[Any, ShardPlan] = {}
+    running: dict[Any, tuple[ShardPlan, int]] = {}  # plan, deaths at it
     try:
         while True:
             # Twice the cluster's processors, asked for anew as clusters grow and shrink: no node waits for the driver.
             processors = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
             room = min(workers, 2 * max(1, processors))
             while len(running) < room and (plan := next(queue, None)) is not None:
-                running[task(plan)] = plan
+                running[task(plan)] = plan, 0
             if not running:
                 return
             done, _ = ray.wait(list(running))
             for future in done:
-                plan = running.pop(future)
+                plan, deaths = running.pop(future)
                 try:
                     ray.get(future)
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None
-                except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-                    again = _again(plan, error)
-                    running[task(again)] = again
+                except ray.exceptions.RayError as error:  # the worker, its node or what it gave back is gone
+                    _check_deaths(plan, deaths + 1, RAY_DEATHS, error)
+                    running[task(plan)] = plan, deaths + 1
                     continue
                 yield plan
     finally:
@@ -204,4 +230,4 @@ def _run_ray(plans: Iterable[ShardPlan], workers: int) -> Generator[ShardPlan, N
 
 def _write_alone(plan: ShardPlan) -> None:
     torch.set_num_threads(1)
-    write_shard(plan)
+    write_patiently(plan)

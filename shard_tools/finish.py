@@ -2,12 +2,16 @@
 
 In: the plans whose shards are all written, and the manifest of what was there before. Out: a `Manifest`.
 
-Done again after a kill it gives the same bytes: of the files that are there only the rows of the
-earlier manifest's splits are taken over. Rows pass through one row group at a time.
+The three are written aside first and then take the places of the earlier three, the manifest last (`switch`). Until
+the new manifest is written aside nothing of what is there has changed; from then on a kill leaves a switch that the
+next build completes (`settle`). So a split that is finished stays so while another one is built, whatever happens.
+Done again it gives the same bytes. Rows pass through one row group at a time.
 """
 
+import hashlib
 import io
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,16 +22,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from pipeline.data.fbank import FRAME_MS, HOP_MS, frame_count
 from pipeline.data.manifest import FORMAT, INDEX_SCHEMA, VERSION, Manifest, open_checked
-from pipeline.data.storage import Location, join
+from pipeline.data.storage import Location, join, read_bytes, sizes
 from pipeline.errors import UserError
 from shard_tools.catalogs import Catalog
 from shard_tools.plan import BuildOptions, SplitPlan
 from shard_tools.store import Store, sha256
-from shard_tools.write import read_record, record_name, shard_name
+from shard_tools.write import read_record, shard_name
 
+log = logging.getLogger(__name__)
+
+PRODUCTS = ("failures.jsonl", "index.parquet", "manifest.json")  # in the order in which they are replaced
+SWITCH = ".build/.switch"  # no name of a split begins with a dot
 ROW_GROUP = 1 << 12  # rows that a loader decodes to get at a shard's
 READ_AHEAD = 16  # records in flight; from an object store the waiting is what costs
 
@@ -35,39 +44,122 @@ READ_AHEAD = 16  # records in flight; from an object store the waiting is what c
 def finish(
     catalog: Catalog, store: Store, options: BuildOptions, plans: Sequence[SplitPlan], earlier: Manifest | None
 ) -> Manifest:
-    """Writes the three files and returns the manifest."""
+    """Writes the three files and returns the manifest.
+
+    Args:
+        catalog: Of the splits of `plans`.
+        store: Of the shards.
+        options: Of the build.
+        plans: Splits whose shards are all written; one that `earlier` has too takes its place.
+        earlier: What stays.
+    """
     content = _beginning(catalog, options, earlier)
+    new = {plan.split: plan for plan in plans}
     totals = _Totals(plans, len(catalog.labels))
-    with store.temporary("index.parquet") as index, store.temporary("failures.jsonl") as failures:
+    order = list(dict.fromkeys([*content["splits"], *new]))
+    earlier_shards = content["shards"]
+    content["shards"] = []
+    with (
+        store.temporary(f"{SWITCH}/index.parquet") as index,
+        store.temporary(f"{SWITCH}/failures.jsonl") as failures,
+    ):
         with failures.open("wb") as lines, IndexWriter(index) as rows:
-            if earlier is not None:
-                for line in _earlier_failures(store, earlier):
-                    lines.write(line)
-                for table in _earlier_rows(store, earlier):
-                    rows.write(table)
-            for plan in plans:
-                for row in catalog.missing.rows(plan.split).tolist():
+            for split in order:
+                if split not in new:
+                    lines.writelines(_earlier_failures(store, split))
+                    for table in _earlier_rows(store, earlier, split) if earlier else ():
+                        rows.write(table)
+                        totals.see(table)
+                    content["shards"] += [shard for shard in earlier_shards if shard["split"] == split]
+                    continue
+                plan = new[split]
+                for row in catalog.missing.rows(split).tolist():
                     lines.write(_line(asdict(catalog.missing[row])))
-            for plan, number, (table, facts) in _records(store, plans):
-                rows.write(table)
-                for failure in facts["failures"]:
-                    lines.write(_line(failure))
-                totals.add(plan, number, table, facts)
-        content["single_label"] &= totals.single_label
-        content["shards"] += totals.shards
+                for number, (table, facts) in enumerate(_records(store, plan)):
+                    rows.write(table)
+                    for failure in facts["failures"]:
+                        lines.write(_line(failure))
+                    totals.add(plan, number, table, facts)
+                content["shards"] += [shard for shard in totals.shards if shard["split"] == split]
+        content["single_label"] = totals.single_label
         for name, path in (("index", index), ("failures", failures)):
             with path.open("rb") as file:
                 content[name] = {"size": path.stat().st_size, "sha256": sha256(file)}
-        store.commit(failures, "failures.jsonl")
-        store.commit(index, "index.parquet")
+        store.commit(failures, f"{SWITCH}/failures.jsonl")
+        store.commit(index, f"{SWITCH}/index.parquet")
     for plan in plans:
         totals_of_split = totals.split(plan.split, catalog.listed(plan.split))
         content["splits"][plan.split] = totals_of_split | {"class_listed": catalog.class_listed(plan.split)}
-        content["options"][plan.split] = plan.identity()
+        content["options"][plan.split] = plan.identity
     draft = Manifest.model_validate({**content, "digest": ""})
     manifest = draft.model_copy(update={"digest": draft.computed_digest()})
-    store.write("manifest.json", render(manifest))
+    store.write(f"{SWITCH}/manifest.json", render(manifest))
+    switch(store, manifest, [] if earlier is None else [shard.name for shard in earlier.shards])
     return manifest
+
+
+def switch(store: Store, manifest: Manifest, earlier: Sequence[str]) -> None:
+    """Puts what was written aside into its place; done again after a kill it completes it.
+
+    Args:
+        store: Of the shards.
+        manifest: What will be there.
+        earlier: Names of the shards that were there.
+    """
+    names = {shard.name for shard in manifest.shards}
+    for split in manifest.splits:
+        for name in sorted(names.intersection(store.sizes(f".build/{split}"))):
+            store.move(f".build/{split}/{name}", name)
+    store.remove(name for name in earlier if name not in names)
+    waiting = store.sizes(SWITCH)
+    for name in PRODUCTS:
+        if name in waiting:
+            store.move(f"{SWITCH}/{name}", name)
+
+
+def settle(store: Store) -> None:
+    """Completes a switch that a kill interrupted; nothing else may be at work in the directory.
+
+    Raises:
+        OSError: something could not be written.
+    """
+    if "manifest.json" not in store.sizes(SWITCH):
+        return
+    manifest, there = _parse(store, f"{SWITCH}/manifest.json"), None
+    if manifest is None:
+        log.warning("%s: damaged: not used", join(store.location, f"{SWITCH}/manifest.json"))
+    else:
+        log.warning("%s: a build was stopped while it replaced index and manifest: completed now", store.location)
+        there = _parse(store, "manifest.json") if "manifest.json" in store.sizes() else None
+        switch(store, manifest, [] if there is None else [shard.name for shard in there.shards])
+    store.remove_tree(SWITCH)
+
+
+def _parse(store: Store, name: str) -> Manifest | None:
+    """A manifest whose index may be elsewhere; None: damaged."""
+    try:
+        manifest = Manifest.model_validate_json(store.read(name))
+    except ValidationError:
+        return None
+    return manifest if manifest.digest == manifest.computed_digest() else None
+
+
+def damage(directory: Location, manifest: Manifest) -> dict[str, str]:
+    """Files of finished shards that are not what the manifest lists, and how: by one listing and two small hashes.
+
+    The content of the tars is not read; verify_shards.py does that.
+    """
+    there = sizes(directory)
+    small = {"index.parquet": manifest.index, "failures.jsonl": manifest.failures}
+    found = {}
+    for name, record in {**small, **{shard.name: shard for shard in manifest.shards}}.items():
+        if name not in there:
+            found[name] = "missing"
+        elif there[name] != record.size:
+            found[name] = f"{there[name]} bytes, the manifest says {record.size}"
+        elif name in small and hashlib.sha256(read_bytes(join(directory, name))).hexdigest() != record.sha256:
+            found[name] = "damaged: its sha256 is not the manifest's"
+    return found
 
 
 def render(manifest: Manifest) -> bytes:
@@ -121,7 +213,7 @@ class _Totals:
 
     def __init__(self, plans: Sequence[SplitPlan], classes: int) -> None:
         self.shards: list[dict[str, Any]] = []
-        self.single_label = True
+        self.single_label = True  # as far as was seen
         self._sums = {plan.split: np.zeros(3) for plan in plans}
         self._seconds = {plan.split: 0.0 for plan in plans}
         self._silent = {plan.split: 0 for plan in plans}
@@ -134,10 +226,14 @@ class _Totals:
         labels = table["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         counts = self._classes[plan.split]
         counts += np.bincount(labels, minlength=len(counts))
-        self.single_label &= bool(pc.all(pc.equal(pc.list_value_length(table["labels"]), 1)).as_py() in (True, None))
+        self.see(table)
         if facts["clips"]:
             shard = {name: facts[name] for name in ("clips", "size", "sha256")}
             self.shards.append({"name": shard_name(plan.split, number), "split": plan.split, **shard})
+
+    def see(self, table: pa.Table) -> None:
+        """Rows of a split that stays."""
+        self.single_label &= bool(pc.all(pc.equal(pc.list_value_length(table["labels"]), 1)).as_py() in (True, None))
 
     def split(self, name: str, listed: int) -> dict[str, Any]:
         count, total, square = self._sums[name]
@@ -175,7 +271,6 @@ def _beginning(catalog: Catalog, options: BuildOptions, earlier: Manifest | None
             "hop_ms": HOP_MS,
             "encoding": "float16.npy",
         },
-        "single_label": before is None or before["single_label"],
         "labels": [label.model_dump() for label in catalog.labels],
         "splits": before["splits"] if before else {},
         "shards": before["shards"] if before else [],
@@ -183,17 +278,12 @@ def _beginning(catalog: Catalog, options: BuildOptions, earlier: Manifest | None
     }
 
 
-def _records(
-    store: Store, plans: Sequence[SplitPlan]
-) -> Iterator[tuple[SplitPlan, int, tuple[pa.Table, dict[str, Any]]]]:
+def _records(store: Store, plan: SplitPlan) -> Iterator[tuple[pa.Table, dict[str, Any]]]:
     """Every shard's record, in order, a few read ahead."""
     with ThreadPoolExecutor(READ_AHEAD) as pool:
-        for plan in plans:
-            for first in range(0, len(plan), READ_AHEAD):
-                numbers = range(first, min(first + READ_AHEAD, len(plan)))
-                names = [record_name(plan.split, number) for number in numbers]
-                for number, record in zip(numbers, pool.map(lambda name: read_record(store, name), names), strict=True):
-                    yield plan, number, record
+        for first in range(0, len(plan), READ_AHEAD):
+            numbers = range(first, min(first + READ_AHEAD, len(plan)))
+            yield from pool.map(lambda number: read_record(store, plan.split, number), numbers)
 
 
 def _line(failure: dict[str, Any]) -> bytes:
@@ -201,16 +291,16 @@ def _line(failure: dict[str, Any]) -> bytes:
     return (json.dumps(failure, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def _earlier_failures(store: Store, earlier: Manifest) -> Iterator[bytes]:
+def _earlier_failures(store: Store, split: str) -> Iterator[bytes]:
     with io.BytesIO(store.read("failures.jsonl")) as file:
         for line in file:
-            if json.loads(line)["split"] in earlier.splits:
+            if json.loads(line)["split"] == split:
                 yield line
 
 
-def _earlier_rows(store: Store, earlier: Manifest) -> Iterator[pa.Table]:
+def _earlier_rows(store: Store, earlier: Manifest, split: str) -> Iterator[pa.Table]:
     for table in index_groups(store.location, earlier):
-        yield table.filter(pc.is_in(table["split"].cast(pa.string()), pa.array(list(earlier.splits))))
+        yield table.filter(pc.equal(table["split"], split))
 
 
 def index_groups(location: Location, manifest: Manifest) -> Iterator[pa.Table]:

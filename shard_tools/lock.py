@@ -2,13 +2,17 @@
 
 In: a directory. Out: locks that end with the process, however it ends.
 
-In an object store nothing is locked: files appear whole there, and two builds write the same bytes.
+In an object store nothing is locked: files appear whole there, and two builds write the same bytes; of two of
+different options, one finds the other's plan, and no record of one is taken for the other's (build.py).
 """
 
+import errno
 import fcntl
 import logging
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from pipeline.data import storage
 from pipeline.data.storage import Location, is_remote, join
@@ -17,7 +21,7 @@ from shard_tools.plan import Slice
 
 log = logging.getLogger(__name__)
 
-LOCKS = ("lock", "slices.lock")
+LOCKS = (".lock", ".slices")  # no name of a split begins with a dot
 
 
 @contextmanager
@@ -25,27 +29,66 @@ def owner(out: Location, shared: bool) -> Iterator[None]:
     """One build, or any number of slices (`shared`), at a time in a local directory.
 
     Raises:
-        UserError: another is at work.
+        UserError: another is at work, or `.build` is a link to elsewhere.
+        OSError: the directory cannot be written.
     """
     if is_remote(out):
         yield
         return
     folder = storage.local(join(out, ".build"))
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCKS[0]).open("w") as lock:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder}: is no directory of a build; move it away")
+    lock = _locked(out, folder, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        _tidy(folder, lock)
+        os.close(lock)
+
+
+def _locked(out: Location, folder: Path, how: int) -> int:
+    """A descriptor of the lock file that is in the directory now: who ended may have removed the one we waited at."""
+    path = folder / LOCKS[0]
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            # For both ways: NFS asks for reading of a shared lock, for writing of an exclusive one.
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            os.close(lock)
             raise UserError(f"{out}: another process is building here; wait for it, or stop it") from error
         except OSError as error:
-            log.warning("%s: no locks on this file system (%s): do not run two builds here at once", out, error)
-        try:
-            yield
-        finally:
-            if not any(path.name not in LOCKS for path in folder.iterdir()) if folder.is_dir() else False:
-                for name in LOCKS:
-                    (folder / name).unlink(missing_ok=True)
-                folder.rmdir()
+            log.warning("%s: no locks on this file system (%s): whether another build runs here cannot be known; do "
+                        "not start two", out, error)  # fmt: skip
+            return lock
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.stat(path)):
+                return lock
+        os.close(lock)
+
+
+def _tidy(folder: Path, lock: int) -> None:
+    """Removes a directory that holds nothing but locks, if they are ours alone."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return  # other slices are at work
+    except OSError:
+        pass
+    try:
+        if all(path.name in LOCKS for path in folder.iterdir()):
+            for name in LOCKS:
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:  # NFS keeps an open file under another name; another began just now
+            raise
 
 
 @contextmanager

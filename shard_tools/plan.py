@@ -6,22 +6,28 @@ A seeded permutation of a split's clips, cut into shards of equal planned size. 
 workers, engine, slice or what is there already, so all of them give the same bytes. Memory: one int64 a clip.
 """
 
+import io
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from pipeline.data.storage import Location, join
+from pipeline.errors import UserError
 from shard_tools.catalogs import Catalog
 from shard_tools.columns import digest
 from shard_tools.store import Store
 from shard_tools.write import AudioOptions, ShardPlan, shard_name
 
 PLAN_ROWS = 1 << 16  # at a time
+PROBES = 8  # files that are looked at where one is gone: is it the file, or the disk or store?
 PLAN_SCHEMA = pa.schema(
     [
         ("split", pa.string()),
@@ -65,8 +71,14 @@ class Slice:
 
 
 def write_plan(catalog: Catalog, out: Location, options: BuildOptions) -> Iterator[str]:
-    """Writes plan.parquet, which clip goes into which shard, and sums up what a build would do, a line a split."""
+    """Writes plan.parquet, which clip goes into which shard, and sums up what a build would do, a line a split.
+
+    Raises:
+        UserError: a plan.parquet of another kind is there.
+    """
     store, audio = Store(out), options.audio
+    if "plan.parquet" in store.sizes() and not _is_plan(store):
+        raise UserError(f"{join(out, 'plan.parquet')}: no build made it; move it away, or use another --out")
     each = audio.samples * 2 + round(audio.seconds * 100) * audio.mel_bins * 2 + 3072
     with store.temporary("plan.parquet") as path:
         with pq.ParquetWriter(path, PLAN_SCHEMA, compression="zstd") as writer:
@@ -101,6 +113,7 @@ class SplitPlan:
     def __init__(self, catalog: Catalog, split: str, out: Location, options: BuildOptions) -> None:
         self.catalog, self.split, self.out, self.options = catalog, split, out, options
         self.decoder = ""  # of what libsndfile does not read; "": the best there is
+        self.staged: Collection[int] = ()  # shards that are written aside: the finished split keeps its own until then
         rows = catalog.clips.rows(split)
         self.order = rows[np.random.default_rng([options.seed]).permutation(len(rows))]
 
@@ -118,21 +131,37 @@ class SplitPlan:
 
     def shard(self, number: int) -> ShardPlan:
         """What one shard is made of."""
+        rows = self.rows(number).tolist()
         return ShardPlan(
             split=self.split,
             number=number,
-            clips=[self.catalog.clips[row] for row in self.rows(number).tolist()],
+            clips=[self.catalog.clips[row] for row in rows],
             labels=self.catalog.labels,
             root=str(self.catalog.root),
             out=self.out,
             audio=self.options.audio,
             decoder=self.decoder,
+            rows=rows,
+            probes=self._probes,
+            build=self.digest,
+            staged=number in self.staged,
         )
+
+    @cached_property
+    def _probes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.catalog.clips[row].path for row in self.order[:PROBES].tolist()))
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that decides what the shards hold; `decoder` must be set before."""
+        content = json.dumps(self.identity | {"decoder": self.decoder}, sort_keys=True)
+        return xxhash.xxh3_128_hexdigest(content.encode())
 
     def shards(self, numbers: list[int]) -> Iterator[ShardPlan]:
         """Shards one after another; only those asked for exist at a time."""
         return (self.shard(number) for number in numbers)
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What must be equal for a build to be the same build; the names are those an error message uses."""
         catalog, split = self.catalog, self.split
@@ -155,3 +184,10 @@ class SplitPlan:
             "folds of the clips": digest(clips, ["fold"]),
             "missing clips": digest(catalog.missing.table(missing), ["id", "path"]),
         }
+
+
+def _is_plan(store: Store) -> bool:
+    try:
+        return bool(pq.read_schema(io.BytesIO(store.read("plan.parquet"))).equals(PLAN_SCHEMA))
+    except pa.ArrowInvalid:
+        return False

@@ -7,10 +7,12 @@ each clip's json holds all that is in its row; where another version of Parquet'
 bytes for the same rows, the manifest's record of the index is renewed with it.
 """
 
+import hashlib
 import json
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,13 +21,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from pipeline.data.manifest import INDEX_SCHEMA, FileRecord, Manifest, load_manifest
+from pipeline.data.manifest import INDEX_SCHEMA, FileRecord, Manifest
 from pipeline.data.storage import Location, is_remote, join
 from pipeline.flow import Clip
 from shard_tools.distribute import each
 from shard_tools.finish import IndexWriter, index_groups, render
+from shard_tools.segment import MachineError
 from shard_tools.store import Store, local_copies, sha256
-from shard_tools.verify_shards import Findings, shards_with_rows
+from shard_tools.verify_shards import Findings, checked_manifest, shards_with_rows
 from shard_tools.write import BLOCK, EXTENSIONS, MEMBERS, AudioOptions, ShardPlan, write_tar
 
 # The manifest does not say which decoder read what libsndfile could not: the best there is first; the hashes decide.
@@ -41,7 +44,11 @@ def repair(directory: Location, found: Findings, root: str, workers: int) -> Ite
         root: Directory or URL of the sources.
         workers: Processes.
     """
-    manifest = load_manifest(directory)
+    manifest = checked_manifest(directory)
+    Store(directory).clean({"index.parquet", "failures.jsonl", "manifest.json", *found.shards})
+    if found.failures:
+        yield _repair_failures(directory, manifest)
+        manifest = checked_manifest(directory)
     if found.index and found.shards:
         yield (
             f"index.parquet and {len(found.shards)} tars, such as {min(found.shards)}, are damaged: one is made from "
@@ -50,6 +57,7 @@ def repair(directory: Location, found: Findings, root: str, workers: int) -> Ite
         return
     if found.index:
         yield _repair_index(directory, manifest)
+    if not found.shards:
         return
     hashes = {shard.name: shard.sha256 for shard in manifest.shards}
     plans = (_plan(directory, manifest, *table, root) for table in _tables(directory, manifest, found.shards))
@@ -61,7 +69,10 @@ def repair_shard(plan: ShardPlan, hashes: dict[str, str]) -> str:
     store = Store(plan.out)
     for decoder in DECODERS:
         with store.temporary(plan.name) as path:
-            _, facts = write_tar(replace(plan, decoder=decoder), path)
+            try:
+                _, facts = write_tar(replace(plan, decoder=decoder), path)
+            except MachineError as error:
+                return f"{plan.name}: left as it is: {error}"
             if facts["sha256"] == hashes[plan.name]:
                 store.commit(path, plan.name)
                 return f"{plan.name}: built again, as it was"
@@ -81,7 +92,7 @@ def compare(directory: Location, root: str, workers: int) -> Iterator[str]:
         root: Directory or URL of the sources.
         workers: Processes.
     """
-    manifest = load_manifest(directory)
+    manifest = checked_manifest(directory)
     tasks = (
         (_plan(directory, manifest, shard.name, rows, root), rows)
         for shard, rows in shards_with_rows(directory, manifest, Findings())
@@ -97,7 +108,10 @@ def compare_shard(task: tuple[ShardPlan, pa.Table]) -> list[str]:
     kept = {row["key"]: row for row in rows.to_pylist()}
     found: list[str] = []
     for decoder in DECODERS:
-        now, facts = write_tar(replace(plan, decoder=decoder), os.devnull)
+        try:
+            now, facts = write_tar(replace(plan, decoder=decoder), os.devnull)
+        except MachineError as error:
+            return [f"{plan.name}: cannot be compared: {error}"]
         other = [
             f"{plan.name}: {row['key']}: its source {row['source']} gives another {member} now"
             for row in now
@@ -126,7 +140,7 @@ def _plan(directory: Location, manifest: Manifest, name: str, rows: pa.Table, ro
     clips = [
         Clip(
             key=row["key"],
-            path=row["source"] if is_remote(row["source"]) else join(root, row["source"]),
+            path=_source(row["source"], root),
             start=row["start"],
             end=row["end"],
             labels=tuple(row["labels"]),
@@ -138,6 +152,32 @@ def _plan(directory: Location, manifest: Manifest, name: str, rows: pa.Table, ro
     ]
     split, _, number = name.removesuffix(".tar").rpartition("-")
     return ShardPlan(split, int(number), clips, manifest.labels, root, directory, audio)
+
+
+def _source(source: str, root: str) -> str:
+    """Where a source is; one that lies beside the root is recorded by its way from the root's name, not its target."""
+    if is_remote(source):
+        return source
+    return join(root, source) if is_remote(root) else os.path.normpath(join(root, source))
+
+
+def _repair_failures(directory: Location, manifest: Manifest) -> str:
+    """Keeps the lines that can be read: nothing but a build knows the others."""
+    store, lines = Store(directory), []
+    if "failures.jsonl" in store.sizes():
+        for line in store.read("failures.jsonl").splitlines(keepends=True):
+            with suppress(ValueError, TypeError, KeyError):
+                if line.endswith(b"\n") and json.loads(line)["split"] in manifest.splits:
+                    lines.append(line)
+    content = b"".join(lines)
+    record = FileRecord(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    store.write("failures.jsonl", content)
+    renewed = manifest.model_copy(update={"failures": record})
+    store.write("manifest.json", render(renewed.model_copy(update={"digest": renewed.computed_digest()})))
+    return (
+        f"failures.jsonl: the {len(lines)} lines that can be read are kept; manifest.json renewed with them, and with "
+        "its digest the order of training"
+    )
 
 
 def _repair_index(directory: Location, manifest: Manifest) -> str:

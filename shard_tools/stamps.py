@@ -49,7 +49,7 @@ def stamp(path: str) -> Stamp:
         return [status.st_size, status.st_mtime_ns]
     system, inner = file_system(path)
     try:
-        return _of(attempt(lambda: system.info(inner), path))
+        return stamp_of(attempt(lambda: system.info(inner), path))
     except FINAL:
         return None  # the fetch says what is wrong
 
@@ -129,7 +129,8 @@ def _asked(pair: tuple[str, Stamp]) -> Change:
         raise UserError(f"{error}; files are compared with what was decoded: try again when they answer") from error
 
 
-def _of(info: dict[str, Any]) -> Stamp:
+def stamp_of(info: dict[str, Any]) -> Stamp:
+    """Size and tag out of what a store tells about a file."""
     name = next((name for name in TAGS if info.get(name)), "")
     value = info.get(name, "")
     tag = value.timestamp() if isinstance(value, datetime) else value  # a date's text depends on the time zone
@@ -145,7 +146,7 @@ def _listing(root: str) -> Iterator[tuple[str, Stamp]]:
     system, folder = file_system(root)
     if not hasattr(system, "call_s3"):
         found: dict[str, dict[str, Any]] = attempt(lambda: system.find(folder, detail=True), root)
-        yield from ((join(root, name[len(folder) :].lstrip("/")), _of(info)) for name, info in found.items())
+        yield from ((join(root, name[len(folder) :].lstrip("/")), stamp_of(info)) for name, info in found.items())
         return
     bucket, _, prefix = folder.partition("/")
     prefix = f"{prefix}/" if prefix else ""
@@ -153,7 +154,7 @@ def _listing(root: str) -> Iterator[tuple[str, Stamp]]:
     while True:
         page = attempt(lambda: system.call_s3("list_objects_v2", **words), root)
         for entry in page.get("Contents", []):
-            yield join(root, entry["Key"][len(prefix) :]), _of({"size": entry["Size"], "ETag": entry["ETag"]})
+            yield join(root, entry["Key"][len(prefix) :]), stamp_of({"size": entry["Size"], "ETag": entry["ETag"]})
         if not page.get("IsTruncated"):
             return
         words["ContinuationToken"] = page["NextContinuationToken"]

@@ -7,27 +7,45 @@ Local: temporary name beside the final one, fsync, rename, fsync of the director
 rename but need none, as an object appears when its upload is complete: the file is written to local
 scratch, uploaded (in parts where it is large, each part with the client's own checksum), retried, and
 compared with what the store says it holds: size, and content by the store's hash, or read back where its hash is none.
+
+Scratch is a directory of each process's own in TMPDIR, which a lock marks as in use: a process that is gone holds
+none, whichever host or container it was on.
 """
 
+import atexit
+import fcntl
 import hashlib
+import logging
 import os
+import platform
+import re
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import xxhash
+
 from pipeline.data import storage
-from pipeline.data.storage import Location, attempt, is_remote, join
-from shard_tools.stamps import Stamp, stamp
+from pipeline.data.storage import FINAL, Location, attempt, is_remote, join
+from pipeline.files import sync
+from shard_tools.segment import MachineError
+from shard_tools.stamps import Stamp, stamp, stamp_of
+
+log = logging.getLogger(__name__)
 
 PART_BYTES = 32 << 20  # of a multipart upload; files of at least two parts are sent in parts
 FETCH_THREADS = 4
 FETCH_AHEAD = 8  # remote inputs of one worker in local scratch at a time
+TEMPORARY = re.compile(r"(.+)\.(?:craft-)?[0-9a-f]{8}\.tmp")  # of the file it becomes; earlier versions lack the word
+BUSY = (408, 425, 429)  # HTTP: try again; every other status from 400 to 499 is an answer about the one file
 
 
 class Store:
@@ -49,11 +67,52 @@ class Store:
         """Sizes of the files in a directory, by name."""
         return storage.sizes(self.location, below)
 
+    def stamps(self, below: str = "") -> dict[str, Stamp]:
+        """Stamps (stamps.py) of the files in a directory, by name."""
+        where = join(self.location, below) if below else str(self.location)
+        if not self.remote:
+            return {name: stamp(join(where, name)) for name in storage.sizes(where)}
+        system, path = storage.file_system(where)
+
+        def listing() -> list[dict[str, Any]]:
+            try:
+                found: list[dict[str, Any]] = system.ls(path, detail=True, refresh=True)
+            except FileNotFoundError:
+                return []
+            return found
+
+        entries = attempt(listing, where)
+        return {e["name"].rsplit("/", 1)[-1]: stamp_of(e) for e in entries if e["type"] == "file"}
+
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file."""
         with self.temporary(name) as path:
             path.write_bytes(content)
             self.commit(path, name)
+
+    def create(self, name: str, content: bytes) -> None:
+        """Writes a small file where there is none: of two processes that do so at once, one does.
+
+        Object stores cannot promise it: there a second one may replace the first.
+        """
+        if self.remote:
+            if name.rpartition("/")[2] not in self.sizes(name.rpartition("/")[0]):
+                self.write(name, content)
+            return
+        final = storage.local(join(self.location, name))
+        with self.temporary(name) as path, suppress(FileExistsError):
+            path.write_bytes(content)
+            sync(path)
+            try:
+                final.hardlink_to(path)
+            except FileExistsError:
+                raise
+            except OSError:  # no links on this file system; a file that a crash cuts is found by its checksum
+                with final.open("xb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            sync(final.parent)
 
     @contextmanager
     def temporary(self, name: str) -> Iterator[Path]:
@@ -61,27 +120,43 @@ class Store:
         if self.remote:
             path = _scratch_file(Path(name).suffix)
         else:
-            path = storage.local(join(self.location, f"{name}.{uuid.uuid4().hex[:8]}.tmp"))
+            path = storage.local(join(self.location, f"{name}.craft-{uuid.uuid4().hex[:8]}.tmp"))
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield path
         finally:
             path.unlink(missing_ok=True)
 
-    def commit(self, path: Path, name: str) -> None:
-        """Gives a written temporary file its name.
+    def commit(self, path: Path, name: str) -> Stamp:
+        """Gives a written temporary file its name; returns the stamp it has there.
 
         Raises:
             OSError: it could not be written, or not uploaded as it is.
         """
         if self.remote:
-            attempt(lambda: self._upload(path, name), f"{join(self.location, name)}: upload")
-            return
+            return attempt(lambda: self._upload(path, name), f"{join(self.location, name)}: upload")
         final = storage.local(join(self.location, name))
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
         path.replace(final)
-        _sync_directory(final.parent)
+        sync(final.parent)
+        return stamp(str(final))
+
+    def move(self, name: str, target: str) -> None:
+        """Gives a whole file another name, replacing what has it.
+
+        Raises:
+            OSError: it could not be.
+        """
+        if self.remote:
+            for copy in local_copies([join(self.location, name)]):
+                if isinstance(copy, OSError):
+                    raise copy
+                self.commit(Path(copy), target)
+            self.remove([name])
+            return
+        final = storage.local(join(self.location, target))
+        storage.local(join(self.location, name)).replace(final)
+        sync(final.parent)
 
     def remove(self, names: Iterable[str]) -> None:
         """Deletes files; those that are not there are no error."""
@@ -95,41 +170,54 @@ class Store:
                 attempt(lambda path=path, system=system: system.rm_file(path), where)  # type: ignore[misc]
 
     def remove_tree(self, below: str) -> None:
-        """Deletes a directory and all in it."""
+        """Deletes a directory and all in it; of a link, the link."""
         where = join(self.location, below)
         if not self.remote:
-            shutil.rmtree(storage.local(where), ignore_errors=True)
+            folder = storage.local(where)
+            if folder.is_symlink():
+                folder.unlink()
+            elif folder.is_dir():
+                shutil.rmtree(folder)
             return
         system, path = storage.file_system(where)
         if attempt(lambda: system.exists(path), where):
             attempt(lambda: system.rm(path, recursive=True), where)
 
-    def clean(self, names: Collection[str] | None = None) -> None:
+    def clean(self, names: Collection[str]) -> None:
         """Removes what killed builds left: temporary files, and parts of uploads that were never completed.
 
         Args:
-            names: Files whose leftovers they are; None: any, for the one process that owns the build.
+            names: Files whose leftovers they are; those of any others may be a user's.
         """
         clean_scratch()
         if not self.remote:
-            for leftover in storage.local(self.location).glob("*.tmp"):
-                if names is None or leftover.name.rsplit(".", 2)[0] in names:
-                    leftover.unlink(missing_ok=True)
+            folder = storage.local(self.location)
+            for path in folder.iterdir() if folder.is_dir() else ():
+                found = TEMPORARY.fullmatch(path.name)
+                if found and found[1] in names and (path.is_symlink() or not path.is_dir()):
+                    path.unlink(missing_ok=True)
             return
-        system, path = storage.file_system(self.location)
+        system, inside = storage.file_system(self.location)
         if not hasattr(system, "call_s3"):
             return
-        bucket, _, prefix = path.partition("/")
-        found = attempt(
-            lambda: system.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/"), str(self.location)
-        )
-        for upload in found.get("Uploads", []):
-            if names is not None and upload["Key"].removeprefix(f"{prefix}/") not in names:
-                continue
-            words = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-            attempt(lambda words=words: system.call_s3("abort_multipart_upload", **words), upload["Key"])  # type: ignore[misc]
+        bucket, _, below = inside.partition("/")
+        prefix = f"{below}/" if below else ""
+        words = {"Bucket": bucket, "Prefix": prefix}
+        while True:
+            try:
+                page = attempt(partial(system.call_s3, "list_multipart_uploads", **words), str(self.location))
+            except PermissionError as error:
+                log.warning("%s: uploads that were not completed cannot be listed (%s)", self.location, error)
+                return
+            for upload in page.get("Uploads", []):
+                if upload["Key"].removeprefix(prefix) in names:
+                    one = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                    attempt(partial(system.call_s3, "abort_multipart_upload", **one), upload["Key"])
+            if not page.get("IsTruncated") or not page.get("NextKeyMarker"):
+                return
+            words |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
-    def _upload(self, file: Path, name: str) -> None:
+    def _upload(self, file: Path, name: str) -> Stamp:
         system, path = storage.file_system(join(self.location, name))
         options = {"chunksize": PART_BYTES} if hasattr(system, "call_s3") else {}
         system.put_file(str(file), path, **options)
@@ -138,11 +226,29 @@ class Store:
         if info["size"] != file.stat().st_size:
             raise OSError(f"{info['size']} bytes arrived, {file.stat().st_size} were sent")
         if str(info.get("ETag", "")).strip('"') == _etag(file):
-            return
+            return stamp_of(info)
         # No hash that says something about the content (encrypted by the store, or another kind of store).
         with system.open(path, "rb") as back, file.open("rb") as sent:
             if sha256(back) != sha256(sent):
                 raise OSError("what the store holds differs from what was sent")
+        return stamp_of(info)
+
+
+def seal(content: bytes) -> bytes:
+    """A small file that an unfinished build goes by, its checksum in the first line."""
+    return xxhash.xxh3_128_hexdigest(content).encode() + b"\n" + content
+
+
+def unseal(content: bytes) -> bytes:
+    """What was sealed.
+
+    Raises:
+        ValueError: it is empty, cut or changed, or of an earlier version.
+    """
+    head, _, content = content.partition(b"\n")
+    if head != xxhash.xxh3_128_hexdigest(content).encode():
+        raise ValueError("damaged: its checksum does not fit")
+    return content
 
 
 def sha256(file: BinaryIO) -> str:
@@ -154,21 +260,19 @@ def sha256(file: BinaryIO) -> str:
 
 
 def clean_scratch() -> None:
-    """Removes scratch files of processes that are gone."""
-    for path in _scratch().iterdir():
-        try:
-            os.kill(int(path.name.split("-")[0]), 0)
-        except ProcessLookupError:
-            path.unlink(missing_ok=True)
-        except PermissionError:
-            continue  # alive, another user's
+    """Removes scratch directories of processes of this host and user that are gone."""
+    with suppress(OSError):  # nothing can be cleaned where nothing can be looked at
+        for folder in Path(tempfile.gettempdir()).glob(f"{_scratch_name()}*"):
+            with suppress(FileNotFoundError):  # another process was faster
+                _remove_abandoned(folder)
 
 
 def local_copies(paths: Iterable[str]) -> Iterator[str | OSError]:
     """For each path one that can be opened here: itself, or a copy that lives until the next is asked for.
 
     Remote files are fetched a few ahead, so that decoding does not wait for the network. A file that
-    cannot be fetched is its error, in its place.
+    cannot be fetched is its error, in its place: a `MachineError` where its store, the network or the scratch disk
+    is at fault, another where the store says that this file is not there, or not for us.
     """
     return (copy for copy, _ in _copies(paths, stamped=False))
 
@@ -185,8 +289,10 @@ def _copies(paths: Iterable[str], stamped: bool) -> Iterator[tuple[str | OSError
         try:
             while ahead:
                 copy, now = ahead.pop(0).result()
-                yield copy, now
-                _drop(copy)
+                try:
+                    yield copy, now
+                finally:
+                    _drop(copy)
                 ahead += [pool.submit(_fetch, path, stamped) for path in islice(queue, 1)]
         finally:
             for future in ahead:
@@ -196,8 +302,11 @@ def _copies(paths: Iterable[str], stamped: bool) -> Iterator[tuple[str | OSError
 def _fetch(path: str, stamped: bool) -> tuple[str | OSError, Stamp]:
     if not is_remote(path):
         return path, stamp(path) if stamped else None
-    target = _scratch_file(Path(path.rsplit("/", 1)[-1]).suffix)
     now: Stamp = None
+    try:
+        target = _scratch_file(Path(path.rsplit("/", 1)[-1]).suffix)
+    except MachineError as error:
+        return error, None
     if stamped:
         with suppress(OSError):  # the fetch says what is wrong
             now = stamp(path)  # before the content: of a file that changes in between, a restart sees that it has
@@ -206,7 +315,10 @@ def _fetch(path: str, stamped: bool) -> tuple[str | OSError, Stamp]:
         attempt(lambda: system.get_file(inner, str(target)), path)
     except OSError as error:
         target.unlink(missing_ok=True)
-        return error, now
+        status = getattr(error.__cause__, "status", 0)
+        if isinstance(error, FINAL) or (400 <= status < 500 and status not in BUSY):
+            return error, now
+        return MachineError(str(error)), now
     return str(target), now
 
 
@@ -215,14 +327,75 @@ def _drop(copy: str | OSError) -> None:
         Path(copy).unlink(missing_ok=True)
 
 
+_scratches: dict[int, Path] = {}  # by process: a fork makes its own
+_scratch_lock = threading.Lock()
+
+
 def _scratch() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"craft-scratch-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
+    """The directory of this process for its copies of remote files; removed when it ends.
+
+    Raises:
+        MachineError: TMPDIR is full, or cannot be written.
+    """
+    with _scratch_lock:
+        folder = _scratches.get(os.getpid())
+        if folder is None or not folder.is_dir():  # cleaners of /tmp remove what is old
+            folder = _scratches[os.getpid()] = _new_scratch()
+            atexit.register(_remove_own, os.getpid(), folder)
+        return folder
+
+
+def _scratch_name() -> str:
+    host = re.sub(r"[^A-Za-z0-9_.]", "_", platform.node())
+    return f"craft-scratch-{os.getuid()}-{host}-"
+
+
+def _new_scratch() -> Path:
+    """A directory that nobody can foresee or enter, locked for as long as this process lives."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    try:
+        words = f"{boot.read_text()[:8] if boot.exists() else 'boot'}-{os.getpid()}-"
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=_scratch_name() + words))
+            if _lock_directory(folder, keep=True):  # else another process took it for abandoned in this moment
+                return folder
+    except OSError as error:
+        raise MachineError(f"no scratch directory: {error}; set TMPDIR to a directory of yours with room") from error
+
+
+def _lock_directory(folder: Path, keep: bool) -> bool:
+    """Whether a directory is locked by us now; `keep`: until this process ends, whatever the file system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = os.path.samestat(os.fstat(handle), os.lstat(folder))
+    except (BlockingIOError, FileNotFoundError):
+        ours = False
+    except OSError:  # no locks on this file system: nobody can take it for abandoned
+        ours = keep
+    if not (ours and keep):
+        os.close(handle)
+    return ours
+
+
+def _remove_abandoned(folder: Path) -> None:
+    status = folder.lstat()
+    if folder.is_symlink() or status.st_uid != os.getuid() or folder in _scratches.values():
+        return
+    if _lock_directory(folder, keep=False):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_own(process: int, folder: Path) -> None:
+    if process == os.getpid():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _scratch_file(suffix: str) -> Path:
-    return _scratch() / f"{os.getpid()}-{uuid.uuid4().hex}{suffix}"
+    return _scratch() / f"{uuid.uuid4().hex}{suffix}"
 
 
 def _etag(file: Path) -> str:
@@ -236,10 +409,3 @@ def _etag(file: Path) -> str:
             parts.append(hashlib.md5(chunk, usedforsecurity=False).digest())
     return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
-
-def _sync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,7 @@ labels against the vocabulary and the index; the fbank of every 16th clip agains
 stored waveform; keys used twice; the manifest's totals. So one flipped bit in any file is found and named.
 
 --repair builds damaged or missing tars again from their sources, replaces a tar only by the very bytes
-that the manifest lists, and makes a damaged index.parquet anew from the tars.
+that the manifest lists, makes a damaged index.parquet anew from the tars, and keeps what can be read of failures.jsonl.
 --sources decodes every source again and names the clips that it does not give any more: a finished build that is run
 again does not look at its sources.
 Memory: a row group of the index; tars are mapped, those of a store fetched to local scratch, one a worker.
@@ -19,6 +19,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -35,10 +36,12 @@ from tqdm import tqdm
 
 from pipeline.data.manifest import Manifest, ShardRecord, load_manifest
 from pipeline.data.npy import decode
-from pipeline.data.storage import Location, join, location, read_bytes, sizes
-from pipeline.errors import run_cli
+from pipeline.data.storage import Location, is_remote, join, local, location, read_bytes, sizes
+from pipeline.errors import UserError, run_cli
+from pipeline.files import check_name, check_output_directory
 from shard_tools.distribute import each
-from shard_tools.finish import index_groups, render
+from shard_tools.finish import PRODUCTS, damage, index_groups, render
+from shard_tools.segment import MachineError
 from shard_tools.store import local_copies
 from shard_tools.write import BLOCK, EXTENSIONS, MEMBERS, AudioOptions, stored_fbank
 
@@ -54,11 +57,13 @@ class Findings:
         problems: One line each; empty: sound.
         shards: Names of tars that are missing or damaged.
         index: index.parquet is missing or damaged.
+        failures: failures.jsonl is.
     """
 
     problems: list[str] = field(default_factory=list)
     shards: set[str] = field(default_factory=set)
     index: bool = False
+    failures: bool = False
 
 
 def verify(directory: Location, workers: int) -> list[str]:
@@ -76,7 +81,7 @@ def examine(directory: Location, workers: int) -> Findings:
     Raises:
         UserError: no readable manifest.
     """
-    manifest = load_manifest(directory)
+    manifest = checked_manifest(directory)
     found = Findings()
     if read_bytes(join(directory, "manifest.json")) != render(manifest):
         found.problems.append("manifest.json: damaged: its bytes are not those that were written")
@@ -93,6 +98,23 @@ def examine(directory: Location, workers: int) -> Findings:
     return found
 
 
+def checked_manifest(directory: Location) -> Manifest:
+    """The manifest, if all its names are names of shards: they are joined to the directory, for writing too.
+
+    Raises:
+        UserError: no readable manifest, or one whose names lead elsewhere.
+    """
+    manifest = load_manifest(directory)
+    for shard in manifest.shards:
+        check_name(shard.split, f"{join(directory, 'manifest.json')}: split")
+        if re.fullmatch(rf"{re.escape(shard.split)}-[0-9]{{6,}}\.tar", shard.name) is None:
+            raise UserError(
+                f"{join(directory, 'manifest.json')}: shard '{shard.name[:100]}' is no name of a shard of split "
+                f"'{shard.split}'; it was not written by build_shards.py: get the directory anew"
+            )
+    return manifest
+
+
 def check_shard(
     task: tuple[ShardRecord, pa.Table | None], directory: Location, manifest: Manifest
 ) -> tuple[str, list[str]]:
@@ -100,6 +122,8 @@ def check_shard(
     record, rows = task
     where = join(directory, record.name)
     for copy in local_copies([where]):
+        if isinstance(copy, MachineError):
+            raise copy
         if isinstance(copy, OSError):
             return record.name, [f"{record.name}: unreadable: {copy}"]
         with _mapped(copy) as content:
@@ -176,19 +200,10 @@ def _check_clip(
 def _check_files(directory: Location, manifest: Manifest, found: Findings) -> None:
     """Presence and size of every file, and hashes of the small ones."""
     there = sizes(directory)
-    small = {"index.parquet": manifest.index, "failures.jsonl": manifest.failures}
-    for name, record in {**small, **{shard.name: shard for shard in manifest.shards}}.items():
-        problem = None
-        if name not in there:
-            problem = "missing"
-        elif there[name] != record.size:
-            problem = f"{there[name]} bytes, the manifest says {record.size}"
-        elif name in small and hashlib.sha256(read_bytes(join(directory, name))).hexdigest() != record.sha256:
-            problem = "damaged: its sha256 is not the manifest's"
-        if problem:
-            found.problems.append(f"{name}: {problem}")
-            found.index |= name == "index.parquet"
-            found.shards |= set() if name in small else {name}
+    wrong = damage(directory, manifest)
+    found.problems += [f"{name}: {problem}" for name, problem in wrong.items()]
+    found.index, found.failures = "index.parquet" in wrong, "failures.jsonl" in wrong
+    found.shards |= wrong.keys() - set(PRODUCTS)
     listed = {shard.name for shard in manifest.shards}
     found.problems += [f"{name}: not in the manifest" for name in sorted(there.keys() - listed) if name[-4:] == ".tar"]
 
@@ -251,21 +266,33 @@ def main() -> int:
     parser.add_argument("--sources", action="store_true", help="compare with the sources too (as long as the build)")
     parser.add_argument("--audio-root", metavar="DIR|URL", help="of the sources (default: DIR/source)")
     args = parser.parse_args()
-    found = examine(args.directory, max(1, args.workers))
+    try:
+        return _run(args)
+    except OSError as error:
+        raise UserError(f"{args.directory}: {error}; run it again when it can be read and written") from error
+
+
+def _run(args: argparse.Namespace) -> int:
+    workers = max(1, args.workers)
+    if args.repair and not is_remote(args.directory) and local(args.directory).is_dir():
+        check_output_directory(local(args.directory), "--repair")
+    found = examine(args.directory, workers)
     for problem in found.problems:
         sys.stdout.write(f"{problem}\n")
     from shard_tools.repair import compare, repair  # imports this module
 
     root = args.audio_root or join(args.directory, "source")
-    if args.repair and (found.shards or found.index):
-        for line in repair(args.directory, found, root, max(1, args.workers)):
+    if (args.sources or (args.repair and found.shards)) and not is_remote(root) and not local(root).is_dir():
+        raise UserError(f"{root}: no such directory of the sources; give it with --audio-root")
+    if args.repair and (found.shards or found.index or found.failures):
+        for line in repair(args.directory, found, root, workers):
             sys.stdout.write(f"repair: {line}\n")
-        found = examine(args.directory, max(1, args.workers))
+        found = examine(args.directory, workers)
         for problem in found.problems:
             sys.stdout.write(f"still: {problem}\n")
     if args.sources:
         unknown = ["sources: not compared, as index.parquet is damaged; --repair makes it anew"]
-        lines = unknown if found.index else compare(args.directory, root, max(1, args.workers))
+        lines = unknown if found.index else compare(args.directory, root, workers)
         for line in lines:
             found.problems.append(line)
             sys.stdout.write(f"{line}\n")

@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,18 +32,22 @@ import xxhash
 from pipeline.data.fbank import fbank
 from pipeline.data.manifest import INDEX_SCHEMA, Label
 from pipeline.data.npy import Array, header
-from pipeline.data.storage import Location
+from pipeline.data.storage import Location, is_remote
 from pipeline.flow import Clip
 from shard_tools.columns import Failure, relative
 from shard_tools.decode import Decoded, DecodeError
 from shard_tools.guard import guarded_decode
-from shard_tools.stamps import Stamp
-from shard_tools.store import Store, stamped_copies
+from shard_tools.segment import MachineError
+from shard_tools.stamps import Stamp, stamp
+from shard_tools.store import Store, seal, stamped_copies, unseal
 
 MEMBERS = ("waveform", "fbank", "json")
 EXTENSIONS = {"waveform": "waveform.npy", "fbank": "fbank.npy", "json": "json"}
 BLOCK = 512
 GROUP = 32
+ABSENT = ("vanished", "unreadable")  # reasons that a disk or store that is away gives too
+PROBES = 32  # other files that are looked at then, at most
+ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,}")  # in what libraries say; each time another
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,11 @@ class ShardPlan:
         root: Sources are recorded relative to it.
         out: Where the shards go.
         audio: What is stored.
-        careful: An earlier attempt killed its process; a third is not made.
         decoder: "torchcodec" or "ffmpeg", for what libsndfile does not read; "": the best there is.
+        rows: Of the clips, in the catalog; empty: not known.
+        probes: Files of other shards.
+        build: What the shards of one build agree in (`SplitPlan.digest`).
+        staged: Written aside, in the place of a finished shard that stays until the new index is there.
     """
 
     split: str
@@ -82,13 +90,21 @@ class ShardPlan:
     root: str
     out: Location
     audio: AudioOptions
-    careful: bool = False
     decoder: str = ""
+    rows: Sequence[int] = ()
+    probes: Sequence[str] = ()
+    build: str = ""
+    staged: bool = False
 
     @property
     def name(self) -> str:
         """File name of the tar."""
         return shard_name(self.split, self.number)
+
+    @property
+    def tar(self) -> str:
+        """Where the tar is written, below the output directory."""
+        return f".build/{self.split}/{self.name}" if self.staged else self.name
 
     @property
     def record(self) -> str:
@@ -103,7 +119,7 @@ def shard_name(split: str, number: int) -> str:
 
 def record_name(split: str, number: int) -> str:
     """Name of a shard's record, below the output directory."""
-    return f".build/{split}/{number:06d}.parquet"
+    return f".build/{split}/{number:06d}.record"
 
 
 class TarWriter:
@@ -150,16 +166,34 @@ def write_shard(plan: ShardPlan) -> None:
 
     Raises:
         OSError: the disk is full or not writable, or the store does not take the shard.
+        MachineError: trouble of this machine or its network while sources were read; nothing is recorded.
     """
     store = Store(plan.out)
-    with store.temporary(plan.name) as path:
+    with store.temporary(plan.tar) as path:
         rows, facts = write_tar(plan, path)
         if rows:
-            store.commit(path, plan.name)
-    schema = INDEX_SCHEMA.with_metadata({"craft": json.dumps(facts)})
+            facts["stamp"] = store.commit(path, plan.tar)
+        else:
+            store.remove([plan.tar])  # of an attempt when its sources could be read
+    write_record(store, plan, rows, facts)
+
+
+def write_record(store: Store, plan: ShardPlan, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Writes the record of a finished shard."""
+    schema = INDEX_SCHEMA.with_metadata({"craft": json.dumps(facts | {"build": plan.build})})
     record = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), record)
-    store.write(plan.record, record.getvalue())
+    store.write(plan.record, seal(record.getvalue()))
+
+
+def read_record(store: Store, split: str, number: int) -> tuple[pa.Table, dict[str, Any]]:
+    """Index rows and facts of a finished shard.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    table = pq.read_table(io.BytesIO(unseal(store.read(record_name(split, number)))))
+    return table.replace_schema_metadata(), json.loads(table.schema.metadata[b"craft"])
 
 
 def write_tar(plan: ShardPlan, path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -228,27 +262,69 @@ def npy(array: np.ndarray) -> list[bytes | memoryview]:
     return [header(Array(array.dtype.str, array.shape)), np.ascontiguousarray(array).data.cast("B")]
 
 
-def read_record(store: Store, name: str) -> tuple[pa.Table, dict[str, Any]]:
-    """Index rows and facts of a finished shard."""
-    table = pq.read_table(io.BytesIO(store.read(name)))
-    return table.replace_schema_metadata(), json.loads(table.schema.metadata[b"craft"])
-
-
 def _decode_all(plan: ShardPlan, sources: list[Stamp], failures: list[Failure]) -> Iterator[tuple[Clip, Decoded]]:
     """The clips that can be decoded, one at a time; the others go to `failures`, all stamps to `sources`."""
     copies = stamped_copies(clip.path for clip in plan.clips)
-    for clip, (copy, stamp) in zip(plan.clips, copies, strict=True):
-        sources.append(stamp)
+    for place, (clip, (copy, now)) in enumerate(zip(plan.clips, copies, strict=True)):
+        sources.append(now)
         try:
-            yield clip, _decode(clip, copy, plan)
+            decoded = _decode(clip, copy, plan)
         except DecodeError as error:
-            failures.append(Failure(clip.id or clip.key, clip.path, str(error), clip.split))
+            again = _once_more(clip, plan, error)
+            if isinstance(again, DecodeError):
+                failures.append(_failure(clip, plan, plan.rows[place] if plan.rows else None, str(again)))
+                continue
+            decoded, sources[-1] = again
+        yield clip, decoded
+
+
+def _once_more(clip: Clip, plan: ShardPlan, error: DecodeError) -> DecodeError | tuple[Decoded, Stamp]:
+    """A file that is not there, or not for us, may be one of all whose disk or store is away for a moment.
+
+    Raises:
+        MachineError: none of the others can be looked at either.
+    """
+    if str(error).split(":")[0] not in ABSENT:
+        return error
+    others = dict.fromkeys([*(other.path for other in plan.clips), *plan.probes])
+    others.pop(clip.path, None)
+    if not others:
+        return error
+    try:
+        if not any(map(_readable, list(others)[:PROBES])):
+            raise MachineError(f"{clip.path}: {error}; and so are the others: is their disk or store there?")
+    except OSError as trouble:
+        raise trouble if isinstance(trouble, MachineError) else MachineError(str(trouble)) from error
+    for copy, now in stamped_copies([clip.path]):
+        try:
+            return _decode(clip, copy, plan), now
+        except DecodeError as same:
+            return same
+    raise AssertionError("unreachable")
+
+
+def _readable(path: str) -> bool:
+    return stamp(path) is not None and (is_remote(path) or os.access(path, os.R_OK))
+
+
+def _failure(clip: Clip, plan: ShardPlan, row: int | None, reason: str) -> Failure:
+    """As it is recorded: without what differs between machines, mount points and attempts."""
+    shown = relative(clip.path, plan.root)
+    reason = reason.replace(clip.path, shown)
+    if len(plan.root) > 1:
+        reason = reason.replace(f"{plan.root.rstrip('/')}/", "")
+    reason = ADDRESS.sub("0x", reason)
+    return Failure(clip.id or clip.key, shown, reason, clip.split, clip.key, row, clip.start, clip.end)
 
 
 def _decode(clip: Clip, copy: str | OSError, plan: ShardPlan) -> Decoded:
     audio = plan.audio
+    if isinstance(copy, MachineError):
+        raise copy
     if isinstance(copy, OSError):
-        raise DecodeError(f"unreadable: {copy}") from copy
+        gone = isinstance(copy, FileNotFoundError)
+        reason = "vanished: the file is not there any more" if gone else "unreadable: its store does not give it to us"
+        raise DecodeError(reason) from copy
     try:
         clip.path.encode()
     except UnicodeEncodeError as error:

@@ -75,7 +75,7 @@ def kills(folder: Path, source: Path, seed: int, count: int, split: str | None, 
         if before:
             attempt(source, out, before)
         died = attempt(source, out, split, kill_at=point)
-        records = {f"{path.parent.name}-{path.stem}.tar" for path in (out / ".build").glob("*/0*.parquet")}
+        records = {f"{path.parent.name}-{path.stem}.tar" for path in (out / ".build").glob("*/0*.record")}
         finished = {name: facts for name, facts in state(out).items() if name in records}
         again = attempt(source, out, split, kill_at=rng.randrange(1, calls) if number % 3 == 0 else None)
         if again < 0:

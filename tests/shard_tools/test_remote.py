@@ -1,16 +1,19 @@
 """Shards written to and built from a real S3 server are those of the local disk."""
 
+import io
 import json
 import os
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pytest
+import soundfile
 
 from pipeline.data import storage
 from pipeline.data.manifest import load_index, load_manifest
 from pipeline.errors import UserError
-from shard_tools import catalogs, store
+from shard_tools import catalogs, distribute, store
 from shard_tools.build import build, build_slice, merge
 from shard_tools.plan import Slice
 from shard_tools.store import Store
@@ -130,17 +133,80 @@ def test_an_upload_that_fails_or_lies_is_tried_again(bucket, monkeypatch):
     assert target.sizes() == {"file": 11}
 
 
-def test_a_remote_file_that_is_gone_is_a_failure(bucket):
+@pytest.fixture
+def audio(bucket):
+    """Client, bucket and catalog of 12 WAVs in a store."""
     client, name = bucket
-    folder_catalog = catalogs.Catalog("csv", f"s3://{name}/audio", [])
-    from pipeline.flow import Clip
+    names = [f"{number:02d}.wav" for number in range(12)]
+    for number, file in enumerate(names):
+        content = io.BytesIO()
+        soundfile.write(content, 0.1 * np.sin(np.arange(3200) * (0.1 + 0.01 * number)), 16000, format="WAV")
+        client.put_object(Bucket=name, Key=f"audio/{file}", Body=content.getvalue())
+    table = "path,labels\n" + "".join(f"{file},tone\n" for file in names)
+    client.put_object(Bucket=name, Key="audio/table.csv", Body=table.encode())
+    root = f"s3://{name}/audio"
+    return client, name, catalogs.table(root, f"{root}/table.csv", None, None)
 
-    folder_catalog.clips.append(Clip("gone", f"s3://{name}/audio/gone.wav", 0.0, None, (), "train"))
-    build(folder_catalog, f"s3://{name}/out", options(0.2), 1, engine="inline")
-    lines = client.get_object(Bucket=name, Key="out/failures.jsonl")["Body"].read().splitlines()
-    (failure,) = map(json.loads, lines)
-    assert failure["reason"].startswith("unreadable")
-    assert failure["path"] == f"s3://{name}/audio/gone.wav"
+
+def failures_of(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
+
+
+def test_an_object_that_is_gone_or_private_is_a_failure_of_its_own(audio, tmp_path, monkeypatch):
+    """The others can be read, so the store is there."""
+    client, name, catalog = audio
+    client.delete_object(Bucket=name, Key="audio/03.wav")
+    system, _ = storage.file_system(catalog.root)
+    real = system.get_file
+
+    def get_file(path, target):
+        if path.endswith("05.wav"):
+            raise PermissionError("Access Denied (request 1234-abcd)")
+        real(path, target)
+
+    monkeypatch.setattr(system, "get_file", get_file)
+    build(catalog, tmp_path / "out", options(0.2, 4), 1, engine="inline")
+    found = {failure["path"]: failure for failure in failures_of(tmp_path / "out")}
+    assert {path: failure["reason"] for path, failure in found.items()} == {
+        "03.wav": "vanished: the file is not there any more",
+        "05.wav": "unreadable: its store does not give it to us",
+    }
+    assert (found["05.wav"]["key"], found["05.wav"]["start"], found["05.wav"]["end"]) == ("05", 0.0, None)
+
+
+@pytest.mark.parametrize("error", [PermissionError("ExpiredToken"), ConnectionResetError("the network went away")])
+def test_credentials_or_a_network_that_go_away_are_no_failures_of_clips(audio, tmp_path, monkeypatch, error):
+    """For a while: the shard is tried again. For longer: one line, nothing recorded, and the same command goes on."""
+    _, _, catalog = audio
+    build(catalog, tmp_path / "whole", options(0.2, 4), 1, engine="inline")
+    system, _ = storage.file_system(catalog.root)
+    real, asked = {name: getattr(system, name) for name in ("get_file", "info")}, []
+    away = range(0)
+
+    def through(call):
+        def ask(*words, **options):
+            asked.append(call)
+            if len(asked) in away:
+                raise error
+            return real[call](*words, **options)
+
+        return ask
+
+    for call in real:
+        monkeypatch.setattr(system, call, through(call))
+    monkeypatch.setattr(distribute, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.0)
+    away = range(9, 40)
+    build(catalog, tmp_path / "a while", options(0.2, 4), 1, engine="inline")
+    assert len(asked) > 40
+    assert digests(tmp_path / "a while") == digests(tmp_path / "whole")
+    away = range(len(asked) + 20, len(asked) + 100_000)
+    with pytest.raises(UserError, match=r"train-00000\d\.tar: .* trouble of this machine, its disks or its network"):
+        build(catalog, tmp_path / "longer", options(0.2, 4), 1, engine="inline")
+    assert not (tmp_path / "longer" / "manifest.json").exists()
+    away = range(0)
+    build(catalog, tmp_path / "longer", options(0.2, 4), 1, engine="inline")
+    assert digests(tmp_path / "longer") == digests(tmp_path / "whole")
 
 
 def test_a_store_that_is_not_there_is_one_line(s3):

@@ -3,8 +3,9 @@
 In: AudioSet, ESC-50, a csv, a folder of class folders, or generated audio. Out: in --out, tars of
 waveforms, fbanks and labels, index.parquet, manifest.json and failures.jsonl. Same inputs and
 options give the same bytes, whatever the workers, engine or slices. Run the same command again to go
-on after an interruption. Exit status: 0 done, 1 more than --max-failures clips failed, 2 wrong input,
-130 interrupted.
+on after an interruption. Trouble of the machine, its disks or its network ends the build with nothing recorded;
+only what is a file's own is written to failures.jsonl. Exit status: 0 done, 1 more than --max-failures clips
+failed, 2 wrong input, 130 interrupted.
 
 On many machines: --distributor ray on a Ray cluster, or as many commands with --slice 1/N to N/N as
 there are machines (in a Slurm array: --slice $SLURM_ARRAY_TASK_ID/N), then the same with --merge.
@@ -86,7 +87,9 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="of the order in the shards, and of synth (default: 0)")
     add("--max-failures", type=int, metavar="N", help="exit with 1 if more clips than this fail (default: no limit)")
     add("--require-coverage", type=float, metavar="SHARE", help="fail where fewer listed clips are there (no default)")
-    add("--overwrite", action="store_true", help="throw away what --out holds (default: go on with it)")
+    add("--overwrite", action="store_true", help="build these splits anew; others stay (default: go on with what is "
+        "there)")  # fmt: skip
+    add("--retry-failures", action="store_true", help="try clips that failed again: only their shards are written anew")
     return make
 
 
@@ -199,7 +202,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.slice and (args.merge or args.overwrite):
         other = "--merge" if args.merge else "--overwrite"
         raise UserError(f"--slice {args.slice.number}/{args.slice.count} does not go with {other}; "
-                        "delete --out to start anew, and merge after the last slice")  # fmt: skip
+                        "start anew in another --out, and merge after the last slice")  # fmt: skip
+    if args.merge and (args.overwrite or args.retry_failures):
+        other = "--overwrite" if args.overwrite else "--retry-failures"
+        raise UserError(f"--merge writes no shards; {other} goes with a build without --merge")
     for name, dataset in (("download", "esc50"), ("label_overrides", "audioset")):
         if getattr(args, name) and args.dataset != dataset:
             raise UserError(f"--{name.replace('_', '-')} is of --dataset {dataset}, not {args.dataset}; leave it out")
@@ -216,8 +222,6 @@ def _interrupt(*_: Any) -> None:
 def _run(args: argparse.Namespace, catalog: Catalog) -> Summary | None:
     audio = AudioOptions(args.sample_rate, args.seconds, args.mel_bins)
     options = BuildOptions(audio, args.clips_per_shard, args.seed)
-    if not is_remote(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
     if args.dry_run:
         for line in write_plan(catalog, args.out, options):
             sys.stdout.write(f"{line}\n")
@@ -225,8 +229,8 @@ def _run(args: argparse.Namespace, catalog: Catalog) -> Summary | None:
     if args.merge:
         return merge(catalog, args.out, options)
     if args.slice is None:
-        return build(catalog, args.out, options, args.workers, args.overwrite, args.distributor)
-    count = build_slice(catalog, args.out, options, args.workers, args.slice, args.distributor)
+        return build(catalog, args.out, options, args.workers, args.overwrite, args.distributor, args.retry_failures)
+    count = build_slice(catalog, args.out, options, args.workers, args.slice, args.distributor, args.retry_failures)
     sys.stdout.write(f"slice {args.slice.number}/{args.slice.count}: its {count} shards are written; when all slices "
                      "are, run the same command with --merge instead of --slice\n")  # fmt: skip
     return None

@@ -40,7 +40,7 @@ from shard_tools.plan import BuildOptions, Slice, SplitPlan
 from shard_tools.stamps import Change, Sources, Stamp, stamp
 from shard_tools.store import Store, local_copies, seal, sha256, unseal
 from shard_tools.verify_shards import Findings, shards_with_rows
-from shard_tools.write import ShardPlan, moments, read_record, record_name, shard_name, write_record
+from shard_tools.write import ShardPlan, moments, read_record, record_name, shard_name, shard_number, write_record
 
 log = logging.getLogger(__name__)
 
@@ -331,7 +331,7 @@ def _adopt(work: _Work, workers: int) -> None:
     def tasks(earlier: Manifest) -> Iterator[tuple[ShardPlan, ShardRecord, pa.Table]]:
         for shard, rows in shards_with_rows(work.store.location, earlier, Findings()):
             if shard.split in plans and rows is not None:
-                number = int(shard.name.removesuffix(".tar").rpartition("-")[2])
+                number = shard_number(shard.split, shard.name)
                 if number not in plans[shard.split].staged:
                     yield replace(plans[shard.split].shard(number), clips=()), shard, rows
 

@@ -21,15 +21,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from pipeline.data.manifest import INDEX_SCHEMA, FileRecord, Manifest
+from pipeline.data.manifest import INDEX_SCHEMA, FileRecord, Manifest, load_manifest
 from pipeline.data.storage import Location, is_remote, join
 from pipeline.flow import Clip
 from shard_tools.distribute import each
 from shard_tools.finish import IndexWriter, index_groups, render
 from shard_tools.segment import MachineError
 from shard_tools.store import Store, local_copies, sha256
-from shard_tools.verify_shards import Findings, checked_manifest, shards_with_rows
-from shard_tools.write import BLOCK, EXTENSIONS, MEMBERS, AudioOptions, ShardPlan, write_tar
+from shard_tools.verify_shards import Findings, shards_with_rows
+from shard_tools.write import BLOCK, EXTENSIONS, MEMBERS, AudioOptions, ShardPlan, shard_number, write_tar
 
 # The manifest does not say which decoder read what libsndfile could not: the best there is first; the hashes decide.
 DECODERS = ("", "ffmpeg")
@@ -44,11 +44,11 @@ def repair(directory: Location, found: Findings, root: str, workers: int) -> Ite
         root: Directory or URL of the sources.
         workers: Processes.
     """
-    manifest = checked_manifest(directory)
+    manifest = load_manifest(directory)
     Store(directory).clean({"index.parquet", "failures.jsonl", "manifest.json", *found.shards})
     if found.failures:
         yield _repair_failures(directory, manifest)
-        manifest = checked_manifest(directory)
+        manifest = load_manifest(directory)
     if found.index and found.shards:
         yield (
             f"index.parquet and {len(found.shards)} tars, such as {min(found.shards)}, are damaged: one is made from "
@@ -92,7 +92,7 @@ def compare(directory: Location, root: str, workers: int) -> Iterator[str]:
         root: Directory or URL of the sources.
         workers: Processes.
     """
-    manifest = checked_manifest(directory)
+    manifest = load_manifest(directory)
     tasks = (
         (_plan(directory, manifest, shard.name, rows, root), rows)
         for shard, rows in shards_with_rows(directory, manifest, Findings())
@@ -150,8 +150,8 @@ def _plan(directory: Location, manifest: Manifest, name: str, rows: pa.Table, ro
         )
         for row in rows.to_pylist()
     ]
-    split, _, number = name.removesuffix(".tar").rpartition("-")
-    return ShardPlan(split, int(number), clips, manifest.labels, root, directory, audio)
+    split = rows["split"][0].as_py()
+    return ShardPlan(split, shard_number(split, name), clips, manifest.labels, root, directory, audio)
 
 
 def _source(source: str, root: str) -> str:

@@ -33,6 +33,7 @@ from pipeline.data.fbank import fbank
 from pipeline.data.manifest import INDEX_SCHEMA, Label
 from pipeline.data.npy import Array, header
 from pipeline.data.storage import Location, is_remote
+from pipeline.errors import UserError
 from pipeline.flow import Clip
 from shard_tools.columns import Failure, relative
 from shard_tools.decode import Decoded, DecodeError
@@ -115,6 +116,18 @@ class ShardPlan:
 def shard_name(split: str, number: int) -> str:
     """File name of a tar."""
     return f"{split}-{number:06d}.tar"
+
+
+def shard_number(split: str, name: str) -> int:
+    """Number of a tar of a split.
+
+    Raises:
+        UserError: the name is that of none.
+    """
+    found = re.fullmatch(rf"{re.escape(split)}-([0-9]{{6,9}})\.tar", name)
+    if found is None or shard_name(split, int(found[1])) != name:
+        raise UserError(f"manifest.json: '{name[:100]}' is no shard of split '{split}'; get the directory anew")
+    return int(found[1])
 
 
 def record_name(split: str, number: int) -> str:

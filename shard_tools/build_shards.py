@@ -14,22 +14,26 @@ Inputs and --out may be URLs (s3://bucket/prefix, gs://, ...) where fsspec's pac
 
 import argparse
 import logging
+import math
 import os
 import re
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from pipeline.data.fbank import FRAME_MS, fft_length
 from pipeline.data.storage import Location, is_remote, join, local, location
 from pipeline.errors import UserError, run_cli
+from pipeline.files import check_name, check_output_directory
 from shard_tools import catalogs
 from shard_tools.build import Summary, build, build_slice, merge
 from shard_tools.catalogs import Catalog
 from shard_tools.distribute import ENGINES
 from shard_tools.esc50_archive import SHA256, URL, fetch_esc50
 from shard_tools.plan import BuildOptions, Slice, write_plan
+from shard_tools.splits import split_of_segments
 from shard_tools.synth import write_synth
 from shard_tools.write import AudioOptions
 
@@ -45,11 +49,41 @@ EXAMPLES = """examples:
 """
 
 
+# Options that only some data sets have, by their names as attributes.
+OPTIONS_OF = {
+    "audio_list": ("audioset",),
+    "segments": ("audioset",),
+    "class_labels": ("audioset", "csv"),
+    "label_overrides": ("audioset",),
+    "label_separator": ("audioset", "csv"),
+    "ontology": ("audioset",),
+    "table": ("csv",),
+    "download": ("esc50",),
+    "archive_url": ("esc50",),
+    "sha256": ("esc50",),
+    "accept_any_archive": ("esc50",),
+}
+# What two options together would mean is not said anywhere: the second would be ignored.
+EXCLUDE = (
+    ("slice", "merge"), ("slice", "overwrite"), ("merge", "overwrite"), ("dry_run", "merge"), ("dry_run", "slice"),
+    ("dry_run", "overwrite"), ("merge", "retry_failures"), ("dry_run", "retry_failures"),
+    ("class_labels", "ontology"), ("accept_any_archive", "sha256"),
+)  # fmt: skip
+SAMPLE_RATES = (1000, 768_000)  # Hz
+LONGEST_CLIP = 3600.0  # seconds
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; see --help")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    make = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    make = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = make.add_argument
     add("--dataset", required=True, choices=("audioset", "esc50", "csv", "folder", "synth"), help="what to read")
     add("--out", required=True, type=location, metavar="DIR|URL", help="of the shards")
@@ -72,8 +106,19 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--accept-any-archive", action="store_true", help="use the archive of --download whatever its sha256 is")
     add("--table", type=location, metavar="CSV", help="columns path,labels[,start,end,split,fold,key] (no default)")
-    add("--ontology", type=Path, metavar="JSON", help="audioset: names of labels without --class-labels (no default)")
-    add("--split", metavar="NAME", help="(default: eval for an eval csv, else train; csv: its column)")
+    add(
+        "--label-separator",
+        metavar="TEXT",
+        help="csv, --label-overrides: between several labels in a cell (default: ;)",
+    )
+    add(
+        "--ontology",
+        type=location,
+        metavar="JSON",
+        help="audioset: names of labels without --class-labels (no default)",
+    )
+    add("--split", metavar="NAME", help="(default: eval for an eval csv, else train; csv: its column; folder: by "
+        "Speech Commands' lists, where they are)")  # fmt: skip
     add("--sample-rate", type=int, default=16000, metavar="HZ", help="of the stored waveforms (default: 16000)")
     add("--seconds", type=float, default=10.0, metavar="S", help="clips are cut or zero-padded to this (default: 10)")
     add("--mel-bins", type=int, default=128, metavar="M", help="of the stored fbanks (default: 128)")
@@ -86,7 +131,8 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=int, metavar="N", help="first N clips only; synth: clips to make (default: all; 800)")
     add("--seed", type=int, default=0, metavar="N", help="of the order in the shards, and of synth (default: 0)")
     add("--max-failures", type=int, metavar="N", help="exit with 1 if more clips than this fail (default: no limit)")
-    add("--require-coverage", type=float, metavar="SHARE", help="fail where fewer listed clips are there (no default)")
+    add("--require-coverage", type=float, metavar="SHARE", help="fail where a smaller share of the listed clips is "
+        "there, such as 0.95 (no default)")  # fmt: skip
     add("--overwrite", action="store_true", help="build these splits anew; others stay (default: go on with what is "
         "there)")  # fmt: skip
     add("--retry-failures", action="store_true", help="try clips that failed again: only their shards are written anew")
@@ -99,7 +145,7 @@ def a_slice(text: str) -> Slice:
     Raises:
         ArgumentTypeError: something else.
     """
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise argparse.ArgumentTypeError(f"'{text}' is not I/N with 1 <= I <= N, such as 3/8")
     return Slice(int(found[1]), int(found[2]))
@@ -113,9 +159,16 @@ def read_catalog(args: argparse.Namespace) -> Catalog:
     """
     if args.dataset == "audioset":
         segments = _needed(args, "segments")
-        split = args.split or ("eval" if "eval" in str(segments).rsplit("/", 1)[-1] else "train")
-        catalog = catalogs.audioset(_needed(args, "audio_root"), segments, args.class_labels, args.ontology, split,
-                                    args.audio_list, args.label_overrides)  # fmt: skip
+        catalog = catalogs.audioset(
+            _needed(args, "audio_root"),
+            segments,
+            args.class_labels,
+            args.ontology,
+            args.split or split_of_segments(segments),
+            args.audio_list,
+            args.label_overrides,
+            args.label_separator,
+        )
         if catalog.overrides is not None:
             used, rows = len(catalog.overrides.used), len(catalog.overrides.labels)
             log.info("%s: %d of %d rows applied to the listed clips", args.label_overrides, used, rows)
@@ -123,19 +176,19 @@ def read_catalog(args: argparse.Namespace) -> Catalog:
         root = _download(args) if args.download else _needed(args, "audio_root")
         catalog = catalogs.esc50(root, args.split or "train")
     elif args.dataset == "folder":
-        catalog = catalogs.folder(_needed(args, "audio_root"), args.split or "train")
+        catalog = catalogs.folder(_needed(args, "audio_root"), args.split)
     elif args.dataset == "csv":
         table = _needed(args, "table")
         root = args.audio_root or location(str(table).rpartition("/")[0] or ".")
-        catalog = catalogs.table(root, table, args.class_labels, args.split)
+        catalog = catalogs.table(root, table, args.class_labels, args.split, args.label_separator)
     else:
         root = local(args.audio_root or join(args.out, "source"))
         table = write_synth(root, args.limit or 800, args.seconds, args.sample_rate, args.seed)
         catalog = catalogs.table(root, table, None, args.split)
         catalog.dataset = "synth"
-    if args.limit:
+    if args.limit is not None:
         catalog.clips.truncate(args.limit)
-    if not catalog.clips and not catalog.missing:
+    if not catalog.clips:
         raise UserError(f"--dataset {args.dataset}: lists no clips; check the paths and --split")
     return catalog
 
@@ -149,9 +202,10 @@ def _download(args: argparse.Namespace) -> Path:
 
 def main() -> int:
     """Parses, builds, sums up."""
-    args = parser().parse_args()
+    line = parser()
+    args = line.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    _check(args)
+    _check(args, {name for name, value in vars(args).items() if value != line.get_default(name)})
     begun = time.perf_counter()
     signal.signal(signal.SIGTERM, _interrupt)  # Slurm's time limit, kill: as Ctrl-C
     try:
@@ -191,28 +245,63 @@ def require_coverage(share: float | None, clips: dict[str, tuple[int, int]]) -> 
             )
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuses options that do not fit, before anything is read or written.
+
+    Args:
+        args: The command line; `workers` gets its default here.
+        given: Names of the options that differ from their defaults.
+
+    Raises:
+        UserError: as said.
+    """
     if args.workers is None:
         args.workers = 1 << 16 if args.distributor == "ray" else os.cpu_count() or 1
-    for name in ("sample_rate", "seconds", "mel_bins", "clips_per_shard", "workers"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive; give a larger number")
-    if args.sample_rate * args.seconds < 0.025 * args.sample_rate:
-        raise UserError(f"--seconds {args.seconds} is shorter than one 25 ms frame; give at least 0.025")
-    if args.slice and (args.merge or args.overwrite):
-        other = "--merge" if args.merge else "--overwrite"
-        raise UserError(f"--slice {args.slice.number}/{args.slice.count} does not go with {other}; "
-                        "start anew in another --out, and merge after the last slice")  # fmt: skip
-    if args.merge and (args.overwrite or args.retry_failures):
-        other = "--overwrite" if args.overwrite else "--retry-failures"
-        raise UserError(f"--merge writes no shards; {other} goes with a build without --merge")
-    for name, dataset in (("download", "esc50"), ("label_overrides", "audioset")):
-        if getattr(args, name) and args.dataset != dataset:
-            raise UserError(f"--{name.replace('_', '-')} is of --dataset {dataset}, not {args.dataset}; leave it out")
+    for name, least, most in (
+        ("sample_rate", *SAMPLE_RATES),
+        ("seconds", FRAME_MS / 1000, LONGEST_CLIP),
+        ("mel_bins", 4, None),
+        ("clips_per_shard", 1, 10**9),
+        ("workers", 1, None),
+        ("limit", 1, None),
+        ("seed", 0, 2**63 - 1),
+        ("max_failures", 0, None),
+    ):
+        value = getattr(args, name)
+        if value is not None and not least <= value <= (math.inf if most is None else most):
+            beyond = "" if most is None else f" to {most:g}"
+            raise UserError(
+                f"--{name.replace('_', '-')} {value:g} is out of range; give {least:g}{beyond or ' or more'}"
+            )
+    bins = fft_length(int(args.sample_rate * FRAME_MS / 1000)) // 2
+    if args.mel_bins > bins:
+        raise UserError(
+            f"--mel-bins {args.mel_bins} is more than the {bins} frequencies of a {FRAME_MS:g} ms frame at "
+            f"--sample-rate {args.sample_rate}; give fewer"
+        )
+    if args.require_coverage is not None and not 0 < args.require_coverage <= 1:
+        raise UserError(f"--require-coverage {args.require_coverage:g} is no share of the clips; give one such as 0.95")
+    for name in sorted(given & OPTIONS_OF.keys()):
+        if args.dataset not in OPTIONS_OF[name]:
+            of = " and ".join(OPTIONS_OF[name])
+            raise UserError(f"--{name.replace('_', '-')} is of --dataset {of}, not {args.dataset}; leave it out")
+    for name, other in EXCLUDE:
+        if {name, other} <= given:
+            raise UserError(f"--{name.replace('_', '-')} does not go with --{other.replace('_', '-')}; leave one out")
+    if args.split is not None:
+        check_name(args.split, "--split")
     if args.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", args.sha256):
         raise UserError(f"--sha256 {args.sha256} is not 64 hexadecimal digits; correct it")
+    if args.dataset == "esc50" and not args.download and given & {"archive_url", "sha256", "accept_any_archive"}:
+        raise UserError(
+            "--archive-url, --sha256 and --accept-any-archive are of --download; give it, or leave them out"
+        )
+    if args.label_separator is not None and not args.label_separator.strip(" "):
+        raise UserError("--label-separator is empty; give the text between two labels, such as ,")
     if args.dataset == "synth" and is_remote(args.out) and args.audio_root is None:
         raise UserError(f"--out {args.out}: generated audio needs a local --audio-root; give one")
+    if not is_remote(args.out):
+        check_output_directory(args.out, "--out")
 
 
 def _interrupt(*_: Any) -> None:

@@ -1,32 +1,54 @@
 """A data set on disk -> the list of its clips and its label vocabulary.
 
 In: official csv files, a table, or a folder of folders, on disk or at fsspec URLs. Out: a `Catalog`.
-Nothing is decoded here; a clip whose file is missing is an entry of `missing`, never a silent gap.
+Nothing is decoded here; a clip whose file is missing is an entry of `missing`, never a silent gap. What could be
+understood in two ways is refused, and what was left out is said.
 
 Scale: one pass over the csv and one over the directory tree. Clips are kept as columns (columns.py); the
-largest passing cost is the table of file names, about 0.3 KB a file.
+largest passing costs are the table of file names, about 0.3 KB a file, and that of keys, 0.2 KB a clip.
 """
 
-import csv
 import hashlib
-import io
-import json
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from pipeline.data.manifest import Label
-from pipeline.data.storage import Location, attempt, file_system, is_remote, join, local, read_bytes
+from pipeline.data.storage import Location, is_remote, join, local
 from pipeline.errors import UserError
+from pipeline.files import check_name
 from pipeline.flow import Clip
+from shard_tools.audio_files import (
+    AudioFiles,
+    kind,
+    listed,
+    plain_times,
+    segment_names,
+    split_name,
+    walk,
+    what_is_there,
+)
 from shard_tools.columns import Clips, Failure, Failures, relative
 from shard_tools.overrides import Overrides, read_overrides
+from shard_tools.splits import refuse_split_folders
+from shard_tools.tables import SEPARATOR, Table
+from shard_tools.vocabulary import of_ontology, of_table, read_vocabulary, spellings
+
+log = logging.getLogger(__name__)
 
 KEY_LIMIT = 60  # a tar member name of at most 100 bytes fits one header
+MOST_FOLDS = 32767  # int16 in the index
+LOOK_AROUND = 100_000  # files looked at to say what is there instead of what is missing
+SEGMENT_ID = re.compile(r"[A-Za-z0-9_-]{1,50}")  # part of a sample's key
+HELD_OUT = {"validation_list.txt": "validation", "testing_list.txt": "test"}  # Speech Commands' lists and their splits
+NOISE_FOLDER = "_background_noise_"  # Speech Commands' recordings for mixing
+MISSING = "missing: no such audio file"
 
 
 @dataclass(slots=True)
@@ -56,8 +78,8 @@ class Catalog:
 
     @property
     def splits(self) -> list[str]:
-        """Names of the splits, in order of appearance."""
-        return list(dict.fromkeys([*self.clips.splits, *self.missing.splits]))
+        """Names of the splits that have clips, in order of appearance."""
+        return self.clips.splits
 
     def miss(self, failure: Failure, labels: Iterable[int]) -> None:
         """Adds a listed clip without a file."""
@@ -75,21 +97,26 @@ class Catalog:
         """Clips of the split that the source names, found or not."""
         return len(self.clips.rows(split)) + len(self.missing.rows(split))
 
+    def empty_split(self) -> str | None:
+        """The first split none of whose clips has a file."""
+        return next((name for name in self.missing.splits if not len(self.clips.rows(name))), None)
+
 
 def audioset(
     root: Location,
     segments: Location,
     class_labels: Location | None,
-    ontology: Path | None,
+    ontology: Location | None,
     split: str,
     listing: Location | None = None,
     overrides: Location | None = None,
+    separator: str | None = None,
 ) -> Catalog:
     """AudioSet's official csv and audio files named after YouTube ids, anywhere below `root`.
 
-    Files are found as `YTID.*`, `YTID_START.*` (seconds or milliseconds) or `YYTID.*`. A file with a
-    start in its name is the segment itself; of the others, one that is too short to reach the
-    segment's end is taken for a trimmed segment, a longer one is cut at the segment.
+    Files are found as `YTID.*`, `YTID_START.*` or `YTID_START_END.*`, with a Y before or without, the times as seconds
+    (30, 30.0, 000030) or milliseconds (30000). A file with a start in its name is the segment itself; of the others,
+    `Clip.trimmed` leaves it to the decoder.
 
     Args:
         root: Of the audio.
@@ -99,37 +126,54 @@ def audioset(
         split: Name of the split.
         listing: Paths below `root`, one a line, instead of a walk (hours, for two million files on a network disk).
         overrides: A csv of labels that replace the official ones (overrides.py).
+        separator: Of several labels in a cell of `overrides`; None: `;`.
 
     Raises:
-        UserError: a missing or malformed file, or a label that is not in the vocabulary.
+        UserError: a missing or malformed file, a label that is not in the vocabulary, a segment twice with other
+            labels, or no file at all.
     """
-    labels = _audioset_labels(segments, class_labels, ontology)
+    check_name(split, "--split")
+    source = Table(segments)
+    if class_labels is not None:
+        labels = read_vocabulary(class_labels)
+    elif ontology is not None:
+        labels = of_ontology(ontology, (mid for row in _segments(source) for mid in row[4]))
+    else:
+        raise UserError("--class-labels is missing; give AudioSet's class_labels_indices.csv")
     index = {label.id: number for number, label in enumerate(labels)}
-    files = _files_by_stem(_listed(root, listing) if listing else _walk(root))
+    files = AudioFiles(listed(root, listing) if listing else walk(root), plain_times)
     catalog = Catalog("audioset", root, labels)
-    catalog.overrides = read_overrides(overrides, labels) if overrides else None
-    seen: set[str] = set()
-    for line, ytid, start, end, mids in _segments(segments):
+    catalog.overrides = read_overrides(overrides, labels, separator) if overrides else None
+    seen: dict[str, int] = {}  # key: hash of what its row says
+    doubles: list[int] = []
+    for line, ytid, start, end, mids in _segments(source):
         unknown = [mid for mid in mids if mid not in index]
         if unknown:
-            raise UserError(f"{segments}:{line}: label '{unknown[0]}' is not in the vocabulary; see --class-labels")
-        key = f"{ytid}_{round(start * 1000)}"
-        if key in seen:
+            raise source.problem(line, f"label '{unknown[0]}' is not in the vocabulary", "see --class-labels")
+        key, count, facts = f"{ytid}_{round(start * 1000)}", len(seen), hash((end, frozenset(mids)))
+        if seen.setdefault(key, facts) != facts:
+            raise source.problem(
+                line,
+                f"segment '{ytid}' at {start:g} s came before with another end or other labels",
+                "write all labels of a segment in one row",
+            )
+        if len(seen) == count:
+            doubles.append(line)
             continue
-        seen.add(key)
-        picked = tuple(sorted(index[mid] for mid in mids))
+        picked = tuple(sorted({index[mid] for mid in mids}))
         if catalog.overrides is not None:
             picked = catalog.overrides.of(key, ytid, picked)
-        found = next(((stem, cut) for stem, cut in _audioset_stems(ytid, start, end) if stem in files), None)
+        found = files.find(segment_names(ytid, start, end))
         if found is None:
             failure = Failure(key, "", "missing: no such audio file below --audio-root", split)
             catalog.miss(failure, picked)
             continue
-        stem, is_segment = found
+        stem, path = found
+        is_segment = stem not in (plain_times(ytid), plain_times(f"Y{ytid}"))
         catalog.clips.append(
             Clip(
                 key=key,
-                path=files[stem],
+                path=path,
                 start=0.0 if is_segment else start,
                 end=end - start if is_segment else end,
                 labels=picked,
@@ -138,6 +182,10 @@ def audioset(
                 trimmed=True if is_segment else None,
             )
         )
+    _say_doubles(source, doubles)
+    files.report()
+    _require_files(catalog, lambda: f"{what_is_there(files.endings)}; files are looked for as YTID.wav, YYTID.wav, "
+                   "YTID_30.000.wav, YTID_30000.wav and the like")  # fmt: skip
     return catalog
 
 
@@ -145,27 +193,48 @@ def esc50(root: Location, split: str) -> Catalog:
     """ESC-50: `meta/esc50.csv` and `audio/`, any audio extension; folds 1 to 5.
 
     Raises:
-        UserError: the csv is missing or lacks a column.
+        UserError: the csv is missing, lacks a column or contradicts itself, or no file is there.
     """
-    table = join(root, "meta/esc50.csv")
-    rows = list(_read_csv(table, ("filename", "fold", "target", "category")))
-    names = {int(row["target"]): row["category"] for row in rows}
+    check_name(split, "--split")
+    source = Table(join(root, "meta/esc50.csv"))
+    names: dict[int, str] = {}
+    rows: dict[str, tuple[int, int]] = {}
+    doubles: list[int] = []
+    for line, (name, fold_cell, target_cell, category) in source.records(("filename", "fold", "target", "category")):
+        fold = source.integer(line, "fold", fold_cell, 1, MOST_FOLDS)
+        target = source.integer(line, "target", target_cell)
+        if not name or not category:
+            raise source.problem(line, "an empty filename or category", "complete the row")
+        if names.setdefault(target, category) != category:
+            what = f"target {target} is '{names[target]}' in a row before and '{category}' here"
+            raise source.problem(line, what, "correct one of them")
+        if name in rows:
+            doubles.append(line)
+        if rows.setdefault(name, (fold, target)) != (fold, target):
+            raise source.problem(line, f"'{name}' came before with another fold or target", "keep one of the rows")
+    twice = next((name for name, count in Counter(names.values()).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"{source.path}: category '{twice}' has several targets; correct them")
     catalog = Catalog("esc50", root, [Label(id=names[t], name=names[t].replace("_", " ")) for t in sorted(names)])
     order = {target: number for number, target in enumerate(sorted(names))}
-    files = _files_by_stem(_walk(join(root, "audio")))
-    for row in rows:
-        stem = Path(row["filename"]).stem
-        if stem not in files:
-            failure = Failure(stem, row["filename"], "missing: no such audio file", split)
-            catalog.miss(failure, [order[int(row["target"])]])
+    files = AudioFiles(walk(join(root, "audio")))
+    for name, (fold, target) in rows.items():
+        stem = Path(name).stem
+        found = files.find([stem])
+        if found is None:
+            catalog.miss(Failure(stem, name, MISSING, split), [order[target]])
             continue
-        label = (order[int(row["target"])],)
-        clip = Clip(clean_key(stem), files[stem], 0.0, None, label, split, int(row["fold"]), stem)
-        catalog.clips.append(clip)
+        catalog.clips.append(Clip(clean_key(stem), found[1], 0.0, None, (order[target],), split, fold, stem))
+    _say_doubles(source, doubles)
+    files.report()
+    _require_files(catalog, lambda: f"{what_is_there(files.endings)} in audio/; the names in the csv are matched "
+                   "without their endings")  # fmt: skip
     return catalog
 
 
-def table(root: Location, path: Location, class_labels: Location | None, split: str | None) -> Catalog:
+def table(
+    root: Location, path: Location, class_labels: Location | None, split: str | None, separator: str | None = None
+) -> Catalog:
     """A csv with the columns `path` and `labels` (several: `a;b`), and optionally start, end, split, fold, key.
 
     Args:
@@ -173,54 +242,127 @@ def table(root: Location, path: Location, class_labels: Location | None, split: 
         path: The csv.
         class_labels: Vocabulary csv (index,mid,display_name); None: the labels of the table, sorted.
         split: Take only this split of the `split` column, or name the only one.
+        separator: Of several labels in a cell; None: `;`, and labels that hold a comma are refused where no vocabulary
+            has them.
 
     Raises:
-        UserError: a missing file or column, a bad number, or a label outside the vocabulary.
+        UserError: a missing file or column, a bad number, a label outside the vocabulary, a clip twice with other
+            labels, folds that do not count from 1, or a split without files.
     """
-    rows = list(_read_csv(path, ("path", "labels")))
-    names = sorted({name for row in rows for name in _names(row["labels"])})
-    labels = _vocabulary(class_labels) if class_labels else [Label(id=name, name=name) for name in names]
-    index = {spelling: number for number, label in enumerate(labels) for spelling in (label.name, label.id)}
+    source = Table(path)
+    labels = read_vocabulary(class_labels) if class_labels else of_table(source, separator)
+    index = spellings(labels)
     catalog = Catalog("csv", root, labels)
-    there = set(_walk(root)) if is_remote(root) else None
-    for line, row in enumerate(rows, start=2):
-        own = row.get("split") or split or "train"
-        if split is not None and own != split:
+    if not is_remote(root) and not local(root).is_dir():
+        raise UserError(f"--audio-root {root}: is no directory; give the directory that the paths of {path} begin in")
+    there = set(walk(root)) if is_remote(root) else None
+    seen: dict[str, int] = {}  # split and key: hash of what the row says
+    doubles: list[int] = []
+    in_splits: dict[str, None] = {}
+    shared, unlabelled, first_missing = [], 0, ""
+    folds = _Folds(source)
+    for line, own, key, path_cell, has_key, facts in _table_rows(source, separator, index, split):
+        count, digest = len(seen), hash(facts)
+        if seen.setdefault(f"{own}\0{key}", digest) != digest:
+            earlier = _table_rows(source, separator, index, split)
+            first = next(row for row in earlier if (row[1], row[2]) == (own, key))
+            raise _contradiction(source, line, key, facts, first, separator)
+        if len(seen) == count:
+            doubles.append(line)
             continue
-        unknown = [name for name in _names(row["labels"]) if name not in index]
-        if unknown:
-            raise UserError(f"{path}:{line}: label '{unknown[0]}' is not in {class_labels}; add it there or correct it")
-        file = row["path"] if is_remote(row["path"]) else join(root, row["path"])
+        in_splits[own] = None
+        if not has_key and any(f"{other}\0{key}" in seen for other in in_splits if other != own):
+            shared.append(line)
+        location, start, end, picked, fold = facts
+        file = location if is_remote(location) else join(root, location)
+        unlabelled += not picked
+        folds.add(line, own, fold)
         if file not in there if there is not None else not os.path.isfile(file):
-            failure = Failure(row["path"], row["path"], "missing: no such audio file", own)
-            catalog.miss(failure, {index[name] for name in _names(row["labels"])})
+            catalog.miss(Failure(path_cell, path_cell, MISSING, own), picked)
+            first_missing = first_missing or location
             continue
-        start, end, fold = (_number(path, line, row, name) for name in ("start", "end", "fold"))
-        picked = tuple(sorted({index[name] for name in _names(row["labels"])}))
-        key = row.get("key") or f"{row['path']}" + (f"-{start:g}" if start else "")
-        catalog.clips.append(Clip(clean_key(key), file, start or 0.0, end, picked, own, int(fold or 0), row["path"]))
+        catalog.clips.append(Clip(key, file, start or 0.0, end, picked, own, max(0, fold), path_cell))
+    if not seen:
+        raise UserError(f"{path}: no row of split '{split}'; give a split of its column")
+    folds.check()
+    _say_doubles(source, doubles)
+    if shared:
+        log.warning("%s: %d clips are in several splits, such as line %d: a model is then tested on what it was "
+                    "trained on", path, len(shared), shared[0])  # fmt: skip
+    if unlabelled:
+        log.warning("%s: %d of %d clips have no label", path, unlabelled, len(seen))
+    near = _near(root, first_missing, there) if first_missing else ""
+    if near:
+        log.warning("%s: %d listed files are not there, such as '%s'; %s", path, len(catalog.missing), first_missing,
+                    near)  # fmt: skip
+    _require_files(catalog, lambda: f"such as '{first_missing}'; {near or what_is_there(_endings(root, there))}")
     return catalog
 
 
-def folder(root: Location, split: str) -> Catalog:
-    """One folder per class below `root`; every file in it is a clip of that class.
+def folder(root: Location, split: str | None = None) -> Catalog:
+    """One folder per class below `root`; every file in it that can be audio is a clip of that class.
+
+    Where `root` holds Speech Commands' lists of held-out files, they make the splits `validation` and `test`, and the
+    rest is `train`.
+
+    Args:
+        root: The directory.
+        split: Name of the split; with such lists, the one to take (None: all).
 
     Raises:
-        UserError: no class folder.
+        UserError: no class folder, or folders that are splits or folds and no classes.
     """
+    if split is not None:
+        check_name(split, "--split")
     files: dict[str, list[str]] = {}
-    for path in _walk(root):
+    inner: dict[str, None] = {}  # folders in the class folders
+    stray: list[str] = []
+    left_out: Counter[str] = Counter()
+    for path in walk(root):
         name, _, below = relative(path, str(root)).partition("/")
-        if below:
-            files.setdefault(name, []).append(path)
+        if not below:
+            stray.append(name)
+            continue
+        if kind(split_name(path)[1]) is None:
+            left_out[split_name(path)[1]] += 1
+            continue
+        files.setdefault(name, []).append(path)
+        if "/" in below:
+            inner.setdefault(below.partition("/")[0])
+    noise = files.pop(NOISE_FOLDER, None)
     classes = sorted(files)
     if not classes:
-        raise UserError(f"--audio-root {root}: holds no folders; a folder data set has one folder per class")
+        raise UserError(
+            f"--audio-root {root}: holds no folders of audio ({what_is_there(left_out + _count(stray))}); a folder "
+            "data set has one folder per class"
+        )
+    refuse_split_folders(root, classes, list(inner))
+    if noise is not None:
+        log.warning("%s: %s (%d files) is no class and is left out", root, NOISE_FOLDER, len(noise))
+    if left_out:
+        log.warning("%s: left out as no audio, by their endings: %s", root, what_is_there(left_out).partition(": ")[2])
+    outside = [name for name in stray if kind(split_name(name)[1]) == 0]
+    if outside:
+        log.warning("%s: %d audio files are in no class folder and are left out, such as %s", root, len(outside),
+                    outside[0])  # fmt: skip
+    if len(classes) == 1:
+        log.warning("%s: one class only, '%s'; is this the folder that holds the class folders?", root, classes[0])
+    held_out = _held_out(root, stray)
+    if held_out and split not in (None, "train", *HELD_OUT.values()):
+        raise UserError(f"--split {split}: the lists of {root} make the splits train, {', '.join(HELD_OUT.values())}; "
+                        "give one of them, or leave it out for all")  # fmt: skip
     catalog = Catalog("folder", root, [Label(id=name, name=name) for name in classes])
     for number, name in enumerate(classes):
         for path in sorted(files[name]):
             inside = relative(path, str(root))
-            catalog.clips.append(Clip(clean_key(inside), path, 0.0, None, (number,), split, 0, inside))
+            own = held_out.pop(inside, "train") if held_out is not None else split or "train"
+            if split in (None, own):
+                catalog.clips.append(Clip(clean_key(inside), path, 0.0, None, (number,), own, 0, inside))
+    for inside, own in (held_out or {}).items():
+        if split in (None, own):
+            name = inside.partition("/")[0]
+            catalog.miss(Failure(inside, inside, MISSING, own), [classes.index(name)] if name in files else [])
+    _require_files(catalog, lambda: "see its list of held-out files")
     return catalog
 
 
@@ -233,117 +375,174 @@ def clean_key(name: str) -> str:
     return f"{key}-{hashlib.blake2b(name.encode('utf-8', 'surrogateescape'), digest_size=5).hexdigest()}"
 
 
-def _segments(path: Location) -> Iterator[tuple[int, str, float, float, list[str]]]:
+def _segments(source: Table) -> Iterator[tuple[int, str, float, float, list[str]]]:
     """(line, id, start, end, label ids) of an official segments csv."""
-    with _open(path) as file:
-        reader = csv.reader(file, skipinitialspace=True)
-        for row in reader:
-            if not row or row[0].startswith("#"):
-                continue
-            try:
-                ytid, start, end, mids = row[0], float(row[1]), float(row[2]), row[3].split(",")
-            except (IndexError, ValueError) as error:
-                raise UserError(
-                    f"{path}:{reader.line_num}: '{','.join(row)}' is not 'YTID, start, end, \"labels\"'; "
-                    "give an official AudioSet segments csv"
-                ) from error
-            yield reader.line_num, ytid, start, end, mids
-
-
-def _audioset_labels(segments: Location, class_labels: Location | None, ontology: Path | None) -> list[Label]:
-    if class_labels is not None:
-        return _vocabulary(class_labels)
-    if ontology is None:
-        raise UserError("--class-labels is missing; give AudioSet's class_labels_indices.csv")
-    try:
-        names = {node["id"]: node["name"] for node in json.loads(ontology.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--ontology {ontology}: {error}; give AudioSet's ontology.json") from error
-    mids = {mid for row in _segments(segments) for mid in row[4]}
-    return [Label(id=mid, name=names.get(mid, mid)) for mid in sorted(mids)]
-
-
-def _vocabulary(path: Location) -> list[Label]:
-    rows = sorted(_read_csv(path, ("index", "mid", "display_name")), key=lambda row: int(row["index"]))
-    return [Label(id=row["mid"], name=row["display_name"]) for row in rows]
-
-
-def _audioset_stems(ytid: str, start: float, end: float) -> Iterator[tuple[str, bool]]:
-    """Names a clip's file may have, and whether the name says that it is the segment itself."""
-    starts = dict.fromkeys([f"{start:g}", f"{start:.3f}", f"{start:.1f}", f"{round(start * 1000)}"])
-    for name in (ytid, f"Y{ytid}"):
-        for text in starts:
-            yield f"{name}_{text}", True
-            yield f"{name}_{text}_{end:g}", True
-            yield f"{name}_{text}_{end:.3f}", True
-            yield f"{name}_{text}_{round(end * 1000)}", True
-        yield name, False
-
-
-def _files_by_stem(paths: Iterator[str]) -> dict[str, str]:
-    """Path of each stem; of several files of one stem the first in the order of the alphabet."""
-    files: dict[str, str] = {}
-    for path in paths:
-        stem = os.path.splitext(os.path.basename(path))[0]
-        if path < files.get(stem, "\U0010ffff"):
-            files[stem] = path
-    return files
-
-
-def _listed(root: Location, listing: Location) -> Iterator[str]:
-    with _open(listing) as file:
-        for line in file:
-            if name := line.rstrip("\r\n").removeprefix("./"):
-                yield join(root, name)
-
-
-def _walk(root: Location) -> Iterator[str]:
-    """Paths of all files below `root` but hidden ones, each folder's in the order of the alphabet."""
-    if is_remote(root):
-        system, path = file_system(root)
+    for line, row in source.rows():
         try:
-            found: list[str] = attempt(lambda: system.find(path), str(root))
-        except OSError as error:
-            raise UserError(f"--audio-root {root}: {error}; give the directory that holds the audio") from error
-        yield from (join(root, name[len(path) :].lstrip("/")) for name in found if "/." not in name)
-        return
-    try:
-        os.scandir(root).close()
-    except OSError as error:
-        raise UserError(f"--audio-root {root}: {error.strerror}; give the directory that holds the audio") from error
-    for folder_, directories, names in os.walk(root):
-        directories.sort()
-        yield from (os.path.join(folder_, name) for name in sorted(names) if not name.startswith("."))
+            ytid, start_cell, end_cell, mids_cell = row
+        except ValueError as error:
+            row_text = ",".join(row)[:80]
+            raise source.problem(
+                line, f"'{row_text}' is not 'YTID, start, end, \"labels\"'", "give an official AudioSet segments csv"
+            ) from error
+        if ytid == "YTID":
+            continue  # the header, without its #
+        if SEGMENT_ID.fullmatch(ytid) is None:
+            raise source.problem(line, f"'{ytid[:40]}' is no YouTube id", "give an official AudioSet segments csv")
+        start, end = source.seconds(line, "start", start_cell), source.seconds(line, "end", end_cell)
+        if end <= start:
+            raise source.problem(line, f"end {end:g} is not after start {start:g}", "correct it")
+        mids = [mid.strip() for mid in mids_cell.split(",")]
+        if not all(mids):
+            raise source.problem(line, f"labels '{mids_cell[:40]}' with an empty one", "correct the row, or delete it")
+        yield line, ytid, start, end, mids
 
 
-def _open(path: Location) -> TextIO:
-    try:
-        if not is_remote(path):
-            return local(path).open(encoding="utf-8-sig", newline="")
-        return io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; check the path") from error
+TableRow = tuple[int, str, str, str, bool, tuple[str, float | None, float | None, tuple[int, ...], int]]
 
 
-def _read_csv(path: Location, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    with _open(path) as file:
-        reader = csv.DictReader(file)
-        absent = [column for column in columns if column not in (reader.fieldnames or [])]
-        if absent:
-            raise UserError(
-                f"{path}: no column '{absent[0]}' (has {', '.join(reader.fieldnames or []) or 'none'}); "
-                f"it needs {', '.join(columns)}"
-            )
-        yield from reader
+def _table_rows(source: Table, separator: str | None, index: dict[str, int], split: str | None) -> Iterator[TableRow]:
+    """(line, split, key, path as listed, whether the row has a key, (path, start, end, labels, fold)) of a table.
+
+    A fold is -1 where the cell is empty.
+    """
+    names: set[str] = set()
+    columns = (("path", "labels"), ("start", "end", "split", "fold", "key"))
+    for line, (path, labels, start_cell, end_cell, split_cell, fold_cell, key_cell) in source.records(*columns):
+        own = split_cell.strip() or split or "train"
+        if own not in names:
+            names.add(check_name(own, f"{source.path}:{line}: split" if split_cell.strip() else "--split"))
+        if split is not None and own != split:
+            continue
+        if not path:
+            raise source.problem(line, "an empty path", "name the file, or delete the row")
+        start = source.seconds(line, "start", start_cell) if start_cell.strip() else None
+        end = source.seconds(line, "end", end_cell) if end_cell.strip() else None
+        if end is not None and end <= (start or 0.0):
+            raise source.problem(line, f"end {end:g} is not after start {start or 0:g}", "correct it")
+        fold = source.integer(line, "fold", fold_cell, 0, MOST_FOLDS) if fold_cell.strip() else -1
+        picked = tuple(sorted({index[name] for name in source.labels(line, labels, separator, index)}))
+        key = clean_key(key_cell or path + (f"-{start:g}" if start else ""))
+        yield line, own, key, path, bool(key_cell), (path, start, end, picked, fold)
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(";") if name.strip()]
+def _contradiction(
+    source: Table, line: int, key: str, facts: tuple[Any, ...], first: TableRow, separator: str | None
+) -> UserError:
+    """How a row differs from the first one of its key."""
+    names = ("path", "start", "end", "labels", "fold")
+    differs = next((name for name, old, new in zip(names, first[5], facts, strict=True) if old != new), "row")
+    if differs == "path":
+        what = f"'{facts[0]}' gets the same key '{key}' as '{first[3]}' in line {first[0]}"
+    else:
+        other = "other labels" if differs == "labels" else f"another {differs}"
+        what = f"'{facts[0]}' came before with {other}, in line {first[0]}"
+    remedies = {
+        "labels": f"write all labels of a clip in one row, such as dog{separator or SEPARATOR}bark",
+        "fold": "keep one of the rows",
+    }
+    return source.problem(line, what, remedies.get(differs, "tell them apart by a column key"))
 
 
-def _number(path: Location, line: int, row: dict[str, str], name: str) -> float | None:
-    text = row.get(name) or ""
-    try:
-        return float(text) if text else None
-    except ValueError as error:
-        raise UserError(f"{path}:{line}: {name} = '{text}' is not a number; correct it or leave it empty") from error
+class _Folds:
+    """Looks at a column of folds as a whole: 1 to K, for every clip of a split or for none."""
+
+    def __init__(self, source: Table) -> None:
+        self._source = source
+        self._zero = 0  # line
+        self._count: Counter[tuple[str, bool]] = Counter()
+        self._first_without: dict[str, int] = {}
+
+    def add(self, line: int, split: str, fold: int) -> None:
+        """A row; a fold of -1 is an empty cell."""
+        self._zero = self._zero or (line if fold == 0 else 0)
+        self._count[split, fold > 0] += 1
+        if fold <= 0:
+            self._first_without.setdefault(split, line)
+
+    def check(self) -> None:
+        """Refuses fold 0 beside others, and says where a split's clips have folds only in part.
+
+        Raises:
+            UserError: as said.
+        """
+        some = any(has for _, has in self._count)
+        if self._zero and some:
+            what = "fold 0 beside others: folds count from 1, and 0 would be in every training set"
+            raise self._source.problem(self._zero, what, "add 1 to the whole column")
+        for split, line in self._first_without.items():
+            if self._count[split, True]:
+                log.warning("%s:%d: %d clips of split '%s' have no fold and %d have one: those without are in every "
+                            "training set", self._source.path, line, self._count[split, False], split,
+                            self._count[split, True])  # fmt: skip
+
+
+def _held_out(root: Location, names: Sequence[str]) -> dict[str, str] | None:
+    """Split of each file in Speech Commands' lists, by its path below the root; None: there are no lists."""
+    lists = [name for name in HELD_OUT if name in names]
+    found: dict[str, str] = {}
+    for name in lists:
+        source = Table(join(root, name))
+        for line, text in enumerate(source.lines(), start=1):
+            inside = text.strip().removeprefix("./")
+            if inside and found.setdefault(inside, HELD_OUT[name]) != HELD_OUT[name]:
+                raise source.problem(line, f"'{inside[:80]}' is in {next(iter(HELD_OUT))} too", "keep it in one list")
+    if lists:
+        log.info("%s: splits by %s; the rest is train", root, " and ".join(lists))
+    return found if lists else None
+
+
+def _require_files(catalog: Catalog, said: Callable[[], str]) -> None:
+    """Refuses a split none of whose clips has a file.
+
+    Args:
+        catalog: All that was listed.
+        said: Makes the words on what is there instead.
+
+    Raises:
+        UserError: there is one.
+    """
+    empty = catalog.empty_split()
+    if empty is not None:
+        count = len(catalog.missing.rows(empty))
+        raise UserError(
+            f"--audio-root {catalog.root}: 0 of {count} listed clips of split '{empty}' have a file: {said()}"
+        )
+
+
+def _say_doubles(source: Table, doubles: Sequence[int]) -> None:
+    if doubles:
+        log.warning("%s: %d rows repeat an earlier one and count once, such as line %d", source.path, len(doubles),
+                    doubles[0])  # fmt: skip
+
+
+def _near(root: Location, path: str, there: set[str] | None) -> str:
+    """What a listed path that is not there may have meant."""
+    straight = path.replace("\\", "/")
+    folder_ = os.path.dirname(join(root, straight))
+    if there is not None:
+        names = [name.rpartition("/")[2] for name in there if name.rpartition("/")[0] == folder_]
+    else:
+        try:
+            names = [entry.name for entry in islice(os.scandir(folder_), LOOK_AROUND)]
+        except OSError:
+            names = []
+    wanted = straight.rpartition("/")[2].strip().lower()
+    same = sorted(
+        (name for name in names if wanted in (name.lower(), split_name(name)[0].lower())
+         or (split_name(name)[0].lower() == split_name(wanted)[0] and kind(split_name(name)[1]) == 0)),
+        key=lambda name: (name.lower() != wanted, kind(split_name(name)[1]) != 0, name),
+    )  # fmt: skip
+    if not same:
+        return ""
+    why = "paths with backslashes are of Windows: write /, and " if "\\" in path else ""
+    why = why or ("names lack their endings; " if not split_name(wanted)[1] else "")
+    return f"{why}did you mean '{(straight.rpartition('/')[0] + '/').lstrip('/')}{same[0]}'?"
+
+
+def _endings(root: Location, there: set[str] | None) -> Counter[str]:
+    return _count(islice(walk(root) if there is None else iter(there), LOOK_AROUND))
+
+
+def _count(paths: Iterable[str]) -> Counter[str]:
+    return Counter(split_name(path)[1] for path in paths)

@@ -7,22 +7,29 @@ the place where it appears with one rename. Its makers publish no sha256, and th
 it, so none is built in: what came is hashed, the hash is said, and the caller confirms it.
 """
 
+import errno
+import http.client
 import logging
 import os
 import shutil
 import stat
-import urllib.error
+import struct
+import tempfile
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from pipeline.errors import UserError
+from pipeline.files import check_output_directory
 from shard_tools.store import sha256 as digest
 
 log = logging.getLogger(__name__)
 
 URL = "https://github.com/karolpiczak/ESC-50/archive/master.zip"
 SHA256: str | None = None  # of the archive at URL; None: not known
+ARCHIVE = "esc50-download.zip"  # its name here; none that a user's own copy would have
 SILENCE_LIMIT = 60.0  # seconds without a byte
 PIECE = 1 << 20
 LARGEST = 8 << 30  # bytes unpacked; ESC-50 has under 1 GB
@@ -38,55 +45,87 @@ def fetch_esc50(root: Path, url: str, sha256: str | None, unchecked: bool) -> Pa
         unchecked: Take it whatever its hash is.
 
     Raises:
-        UserError: it cannot be fetched, is cut, is not the archive, has another hash or none to compare with.
+        UserError: it cannot be fetched, is cut, is not the archive, has another hash or none to compare with; or
+            `root` cannot be written, or holds another `esc50`.
     """
     target = root / "esc50"
     if (target / "meta" / "esc50.csv").is_file():
         log.info("%s is there: nothing is fetched", target)
         return target
-    root.mkdir(parents=True, exist_ok=True)
-    archive = root / "esc50.zip"
-    if not archive.exists():
-        _fetch(url, archive)
-    with archive.open("rb") as file:
-        found = digest(file)
-    log.info("%s: sha256 %s", archive, found)
-    if sha256 is not None and found != sha256.lower():
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target}: is there and holds no meta/esc50.csv; move it away, or give another --root")
+    check_output_directory(root, "--root")
+    archive = root / ARCHIVE
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        fetched = not archive.exists()
+        if fetched:
+            _fetch(url, archive)
+        with archive.open("rb") as file:
+            found = digest(file)
+        log.info("%s: sha256 %s", archive, found)
+        if sha256 is not None and found != sha256.lower():
+            if not fetched:
+                raise UserError(
+                    f"{archive}: sha256 {found}, not {sha256}; delete it to fetch it again, or correct --sha256"
+                )
+            archive.unlink()
+            raise UserError(
+                f"{url}: sha256 {found}, not {sha256}; what came was deleted: try again, or correct --sha256"
+            )
+        if sha256 is None and not unchecked:
+            raise UserError(
+                f"{archive}: sha256 {found}, and none to compare it with; compare it with a source you trust, then "
+                f"give --sha256 {found}, or --accept-any-archive"
+            )
+        _unpack(archive, target)
         archive.unlink()
-        raise UserError(f"{url}: sha256 {found}, not {sha256}; the file was deleted: try again, or correct --sha256")
-    if sha256 is None and not unchecked:
-        raise UserError(
-            f"{archive}: sha256 {found}, and none to compare it with; compare it with a source you trust, then "
-            f"give --sha256 {found}, or --accept-any-archive"
-        )
-    _unpack(archive, target)
-    archive.unlink()
+    except OSError as error:
+        raise UserError(f"{root}: {error}; free the disk or the path, then run the same command") from error
     return target
 
 
 def _fetch(url: str, archive: Path) -> None:
-    partial = archive.with_name(f"{archive.name}.{os.getpid()}.tmp")
     if not url.startswith(("http://", "https://")):
         raise UserError(f"--archive-url {url}: is no http(s) URL; a copy at hand goes to --root")
+    handle, name = tempfile.mkstemp(prefix=f"{archive.name}.", suffix=".tmp", dir=archive.parent)
+    partial = Path(name)
     try:
-        with urllib.request.urlopen(url, timeout=SILENCE_LIMIT) as reply, partial.open("wb") as file:
-            shutil.copyfileobj(reply, file, PIECE)
-            promised = reply.headers.get("Content-Length")
+        with os.fdopen(handle, "wb") as file:
+            try:
+                promised = _download(url, file)
+            except (http.client.HTTPException, ValueError, OSError) as error:
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    raise
+                raise UserError(f"{url}: {error}; try again, or give a copy at hand with --root") from error
             file.flush()
             os.fsync(file.fileno())
         got = partial.stat().st_size
-        if promised is not None and got != int(promised):
+        if promised is not None and str(got) != promised.strip():
             raise UserError(f"{url}: {got} of {promised} bytes came; run the same command to try again")
         partial.replace(archive)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise UserError(f"{url}: {error}; try again, or give a copy at hand with --root") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
+def _download(url: str, file: BinaryIO) -> str | None:
+    """Writes what a URL gives; returns the length that the server promised, if it did."""
+    got = 0
+    with urllib.request.urlopen(url, timeout=SILENCE_LIMIT) as reply:
+        while piece := reply.read(PIECE):
+            got += len(piece)
+            if got > LARGEST:
+                raise UserError(
+                    f"{url}: gives more than {LARGEST} bytes, far more than ESC-50 has; correct --archive-url"
+                )
+            file.write(piece)
+        promised: str | None = reply.headers.get("Content-Length")
+    return promised
+
+
 def _unpack(archive: Path, target: Path) -> None:
     """Into a directory beside `target`, which becomes it when all of it is there."""
-    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         with zipfile.ZipFile(archive) as whole:
             _check(archive, whole.infolist())
@@ -94,9 +133,8 @@ def _unpack(archive: Path, target: Path) -> None:
         table = next(iter(sorted(partial.glob("*/meta/esc50.csv"))), None)
         if table is None:
             raise UserError(f"{archive}: holds no meta/esc50.csv; delete it, and give the URL of ESC-50's archive")
-        shutil.rmtree(target, ignore_errors=True)
-        table.parent.parent.replace(target)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        table.parent.parent.replace(target)  # an empty directory gives way, another one does not
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, struct.error) as error:
         raise UserError(f"{archive}: {error}; delete it and fetch it again") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

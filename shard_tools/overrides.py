@@ -7,8 +7,6 @@ They are applied while the catalog is read, to missing clips too, so that counts
 Memory: about 0.2 KB a row.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +16,8 @@ import xxhash
 from pipeline.data.manifest import Label
 from pipeline.data.storage import Location, read_bytes
 from pipeline.errors import UserError
+from shard_tools.tables import Table
+from shard_tools.vocabulary import spellings
 
 
 @dataclass(slots=True)
@@ -50,33 +50,33 @@ class Overrides:
                 "rows applied": len(self.used)}  # fmt: skip
 
 
-def read_overrides(path: Location, vocabulary: Sequence[Label]) -> Overrides:
+def read_overrides(path: Location, vocabulary: Sequence[Label], separator: str | None = None) -> Overrides:
     """Reads and checks the csv.
+
+    Args:
+        path: Of the csv.
+        vocabulary: Classes by their index.
+        separator: Of several labels in a cell; None: `;`.
 
     Raises:
         UserError: it is not there, or a row has no labels, unknown ones, or an id that came before.
     """
     try:
         content = read_bytes(path)
-        text = content.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--label-overrides {path}: {error}; give a csv with the columns id,labels") from error
-    index = {spelling: number for number, label in enumerate(vocabulary) for spelling in (label.name, label.id)}
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--label-overrides {path}: {reason}; give a csv with the columns id,labels") from error
+    source = Table(path, content)
+    index = spellings(vocabulary)
     found: dict[str, tuple[int, ...]] = {}
     same: dict[tuple[int, ...], tuple[int, ...]] = {}  # few sets of labels are distinct
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    if not {"id", "labels"} <= set(reader.fieldnames or []):
-        raise UserError(f"--label-overrides {path}: columns {reader.fieldnames}; it needs id,labels")
-    for row in reader:
-        where, name = f"--label-overrides {path}:{reader.line_num}", row["id"]
-        names = [part.strip() for part in (row["labels"] or "").split(";") if part.strip()]
-        unknown = next((part for part in names if part not in index), None)
+    for line, (id_cell, cell) in source.records(("id", "labels")):
+        name, names = id_cell.strip(), source.labels(line, cell, separator, index)
         if not name or not names:
-            raise UserError(f"{where}: '{name}' has no {'labels' if name else 'id'}; delete the row, or complete it")
-        if unknown is not None:
-            raise UserError(f"{where}: label '{unknown}' of '{name}' is not in the vocabulary; see --class-labels")
+            what = f"'{name}' has no {'labels' if name else 'id'}"
+            raise source.problem(line, what, "delete the row, or complete it")
         if name in found:
-            raise UserError(f"{where}: '{name}' came before; keep one of its rows")
+            raise source.problem(line, f"'{name}' came before", "keep one of its rows")
         labels = tuple(sorted({index[part] for part in names}))
         found[name] = same.setdefault(labels, labels)
     return Overrides(str(path), xxhash.xxh3_128_hexdigest(content), found)

@@ -9,6 +9,9 @@ the same harmonics with random phases, clicks of one polarity against the other,
 """
 
 import csv
+import io
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,9 @@ from typing import Any
 import numpy as np
 import soundfile
 from scipy.signal import butter, chirp, sosfilt
+
+from pipeline.errors import UserError
+from shard_tools.tables import Table
 
 Synthesiser = Callable[[np.random.Generator, np.ndarray, int], Any]
 
@@ -97,34 +103,68 @@ CLASSES: dict[str, Synthesiser] = {
 
 EVAL_SHARE = 0.25
 FOLDS = 5
+LOWEST_RATE = 8000  # Hz: the high noise begins at 3 kHz
+COLUMNS = ("path", "labels", "split", "fold")
+GENERATED = re.compile(r"audio/clip[0-9]{5,}\.flac,")
 
 
 def write_synth(out: Path, clips: int, seconds: float, rate: int, seed: int) -> Path:
-    """Renders the data set; the same arguments give the same bytes.
+    """Renders the data set; the same arguments give the same bytes, and files that hold them already stay as they are.
 
     Every fourth clip is of the split "eval", the others of "train"; folds 1 to 5 run through both. A
     clip holds one class, or (one in three) a mixture of two, at random levels with a noise floor.
 
     Returns:
         The table: columns path, labels, split, fold.
+
+    Raises:
+        UserError: the sample rate is too low for the sounds, or `out` holds a table that is not this function's.
     """
-    (out / "audio").mkdir(parents=True, exist_ok=True)
+    if rate < LOWEST_RATE:
+        raise UserError(f"--sample-rate {rate}: generated audio needs at least {LOWEST_RATE}; give more")
     names = list(CLASSES)
     table = out / "table.csv"
-    with table.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "labels", "split", "fold"])
-        for number in range(clips):
-            rng = np.random.default_rng([seed, number])
-            chosen = [number % len(names)]
-            if rng.uniform() < 1 / 3:
-                chosen.append(int((chosen[0] + rng.integers(1, len(names))) % len(names)))
-            path = f"audio/clip{number:05d}.flac"
-            soundfile.write(out / path, render([names[c] for c in chosen], seconds, rate, rng), rate)
-            split = "eval" if (number // len(names)) % round(1 / EVAL_SHARE) == 3 else "train"
-            labels = ";".join(names[c] for c in sorted(chosen))
-            writer.writerow([path, labels, split, (number // len(names)) % FOLDS + 1])
+    _refuse_foreign(table)
+    (out / "audio").mkdir(parents=True, exist_ok=True)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    for number in range(clips):
+        rng = np.random.default_rng([seed, number])
+        chosen = [number % len(names)]
+        if rng.uniform() < 1 / 3:
+            chosen.append(int((chosen[0] + rng.integers(1, len(names))) % len(names)))
+        path = f"audio/clip{number:05d}.flac"
+        audio = io.BytesIO()
+        soundfile.write(audio, render([names[c] for c in chosen], seconds, rate, rng), rate, format="FLAC")
+        write_bytes(out / path, audio.getvalue())
+        split = "eval" if (number // len(names)) % round(1 / EVAL_SHARE) == 3 else "train"
+        labels = ";".join(names[c] for c in sorted(chosen))
+        writer.writerow([path, labels, split, (number // len(names)) % FOLDS + 1])
+    write_bytes(table, text.getvalue().encode())
     return table
+
+
+def _refuse_foreign(table: Path) -> None:
+    """Raises UserError where a table is there that was not generated."""
+    if not table.exists():
+        return
+    source = Table(table)
+    lines = (line.rstrip("\r\n") for line in source.lines())
+    if next(lines, "") != ",".join(COLUMNS) or not all(GENERATED.match(line) for line in lines):
+        raise UserError(f"{table}: is there and was not generated; give another --audio-root, or move it away")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file whole; one of the same content stays, with its time: then a build goes on."""
+    if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def render(names: list[str], seconds: float, rate: int, rng: np.random.Generator) -> np.ndarray:

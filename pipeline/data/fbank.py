@@ -58,10 +58,11 @@ def _constants(window: int, mel_bins: int, sample_rate: int, device: torch.devic
     """Taper float32 [window] and mel filters, once for each device: no copy behind a batch."""
     with torch.inference_mode(False):
         taper = torch.hann_window(window, periodic=False)
-        return taper.to(device), mel_matrix(mel_bins, _fft_size(window), sample_rate).to(device, mel)
+        return taper.to(device), mel_matrix(mel_bins, fft_length(window), sample_rate).to(device, mel)
 
 
-def _fft_size(window: int) -> int:
+def fft_length(window: int) -> int:
+    """Points of the spectrum of a window of so many samples: the next power of two."""
     return 1 << (window - 1).bit_length()
 
 
@@ -125,7 +126,7 @@ def _log_mel(frames: torch.Tensor, taper: torch.Tensor, filters: torch.Tensor) -
     """Strided frames [b, n, window] -> [b, n, M]."""
     centred = frames - frames.mean(dim=-1, keepdim=True)
     previous = torch.cat([centred[..., :1], centred[..., :-1]], dim=-1)
-    spectrum = torch.fft.rfft((centred - PREEMPHASIS * previous) * taper, n=_fft_size(len(taper)))
+    spectrum = torch.fft.rfft((centred - PREEMPHASIS * previous) * taper, n=fft_length(len(taper)))
     power = spectrum.real.square() + spectrum.imag.square()
     return torch.matmul(power.to(filters.dtype), filters).clamp(min=EPSILON).log()
 

@@ -48,8 +48,11 @@ INDEX_SCHEMA = pa.schema(
         ("start", pa.float64()),
         ("end", pa.float64()),
         ("trimmed", pa.bool_()),
-        *((f"{member}_{what}", kind) for member in ("waveform", "fbank", "json")
-          for what, kind in (("offset", pa.int64()), ("size", pa.int64()), ("xxh3", pa.uint64()))),
+        *(
+            (f"{member}_{what}", kind)
+            for member in ("waveform", "fbank", "json")
+            for what, kind in (("offset", pa.int64()), ("size", pa.int64()), ("xxh3", pa.uint64()))
+        ),
     ]
 )
 

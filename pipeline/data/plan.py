@@ -81,9 +81,7 @@ class Layout:
 
     PARTS = ("waveform", "partner", "fbank")
 
-    def __init__(
-        self, manifest: Manifest, members: Needs, mixup: bool, clips: int, frames: int, raw: bool
-    ) -> None:
+    def __init__(self, manifest: Manifest, members: Needs, mixup: bool, clips: int, frames: int, raw: bool) -> None:
         self.clips, self.raw = clips, raw
         used = {"waveform": members.waveform, "partner": mixup, "fbank": members.fbank}
         self.used = tuple(name for name in self.PARTS if used[name])

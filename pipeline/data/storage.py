@@ -20,7 +20,7 @@ import fsspec
 from fsspec.callbacks import Callback
 
 from pipeline.errors import UserError
-from pipeline.files import open_regular
+from pipeline.files import open_regular, user_path
 
 Location = str | Path
 Result = TypeVar("Result")
@@ -51,8 +51,12 @@ def local(location: Location) -> Path:
 
 
 def location(text: str) -> Location:
-    """What a command line names: a path, or a URL of a store as it is."""
-    return text if is_remote(text) else local(text)
+    """What a command line names: a path, where `~` is the home directory, or a URL of a store as it is.
+
+    Raises:
+        UserError: it is empty.
+    """
+    return text if is_remote(text) else user_path(local(text) if text else text, "path")
 
 
 def join(location: Location, name: str) -> str:

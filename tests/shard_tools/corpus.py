@@ -216,7 +216,7 @@ def _not_audio(root: Path) -> Iterator[Case]:
         ("playlist.wav", b"#EXTM3U\n#EXTINF:3,\npcm.wav\n#EXT-X-ENDLIST\n", "undecodable: text"),
         ("concat.wav", b"ffconcat version 1.0\nfile pcm.wav\n", "undecodable: text"),
         ("archive.ogg", b"PK\x03\x04" + bytes(5000), "undecodable"),
-        ("pickle.npy", b"\x80\x04\x95" + bytes(200), "undecodable"),
+        ("pickle.bin", b"\x80\x04\x95" + bytes(200), "undecodable"),
     ):
         (root / name).write_bytes(content)
         yield Case(name, fate)

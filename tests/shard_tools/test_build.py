@@ -131,7 +131,7 @@ def test_a_second_split_joins_the_first(tmp_path):
         (["--dataset", "folder", "--audio-root", "/no/such"], "/no/such"),
         (["--dataset", "csv", "--table", "{bad}"], "no column 'labels'"),
         (["--dataset", "csv", "--table", "{unknown}", "--class-labels", "{vocabulary}"], "'dragon'"),
-        (["--dataset", "synth", "--seconds", "0"], "--seconds 0.0"),
+        (["--dataset", "synth", "--seconds", "0"], "--seconds 0 is out of range"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(tmp_path, words, said):

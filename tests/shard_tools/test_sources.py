@@ -90,7 +90,7 @@ def test_download_asks_for_the_hash_then_builds_without_fetching_again(tmp_path)
 def test_a_wrong_hash_a_cut_transfer_and_other_archives_leave_nothing(tmp_path):
     good, root = archive(), tmp_path / "root"
     with server(good) as (url, _):
-        with pytest.raises(UserError, match=f"sha256 {sha256(good)}, not {'0' * 64}; the file was deleted"):
+        with pytest.raises(UserError, match=f"sha256 {sha256(good)}, not {'0' * 64}; what came was deleted"):
             fetch_esc50(root, url, "0" * 64, unchecked=False)
         assert list(root.iterdir()) == []
     with server(good, cut=100) as (url, _):
@@ -105,13 +105,13 @@ def test_a_wrong_hash_a_cut_transfer_and_other_archives_leave_nothing(tmp_path):
         bad = archive(**{name: b"x"})
         with server(bad) as (url, _), pytest.raises(UserError, match="leads outside or is a link"):
             fetch_esc50(root, url, sha256(bad), unchecked=False)
-        assert [path.name for path in root.iterdir()] == ["esc50.zip"]
+        assert [path.name for path in root.iterdir()] == ["esc50-download.zip"]
         assert not list(tmp_path.rglob("outside.txt"))
-        (root / "esc50.zip").unlink()
+        (root / "esc50-download.zip").unlink()
     for content, said in ((b"<html>", "not a zip file"), (good[: len(good) // 2], "not a zip file")):
         with server(content) as (url, _), pytest.raises(UserError, match=said):
             fetch_esc50(root, url, None, unchecked=True)
-        (root / "esc50.zip").unlink()
+        (root / "esc50-download.zip").unlink()
     with server(good) as (url, requests):
         assert fetch_esc50(root, url, None, unchecked=True) == fetch_esc50(root, url, None, unchecked=True)
         assert len(requests) == 1
@@ -165,12 +165,12 @@ def test_better_labels_reach_shards_counts_and_manifest(audioset, tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("id,labels\na,/m/1\nb,dragon\n", "better.csv:3: label 'dragon' of 'b' is not in the vocabulary"),
+        ("id,labels\na,/m/1\nb,dragon\n", "better.csv:3: label 'dragon' is not in the vocabulary"),
         ("id,labels\na,/m/1\na,/m/2\n", "better.csv:3: 'a' came before"),
         ("id,labels\na,\n", "better.csv:2: 'a' has no labels"),
         ("id,labels\n,/m/1\n", "better.csv:2: '' has no id"),
         ("id,label\na,/m/1\n", "it needs id,labels"),
-        ("id,labels\n\xff,/m/1\n", "give a csv"),
+        ("id,labels\n\xff,/m/1\n", "better.csv:2: not UTF-8; save the file as UTF-8"),
     ],
 )
 def test_a_bad_row_is_named(audioset, tmp_path, text, said):

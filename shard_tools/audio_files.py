@@ -1,0 +1,247 @@
+"""The audio files below a directory, on disk or in a store.
+
+In: a root, or a list of paths below it. Out: paths, one after the other; `AudioFiles`, which finds them by their names.
+
+A file's ending says whether it can be a clip's audio: those of audio come first, unknown ones after, and those of
+pictures, tables, texts and unfinished downloads never. Cost: one pass over the tree; about 0.3 KB of memory a file.
+"""
+
+import logging
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+
+from pipeline.data.storage import Location, attempt, file_system, is_remote, join
+from pipeline.errors import UserError
+from shard_tools.segment import AUDIO_ENDINGS
+from shard_tools.tables import Table
+
+log = logging.getLogger(__name__)
+
+YOUTUBE_ID = 11  # characters
+TIMES = re.compile(r"(.*?)((?:_[0-9]+(?:\.[0-9]*)?){1,2})", re.DOTALL)  # one or two times at the end of a name
+
+# Endings of what lies beside audio and is none, in lower case.
+OTHER_ENDINGS = frozenset({
+    # texts and tables
+    ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".html", ".htm", ".md", ".rst", ".yaml", ".yml", ".toml", ".ini",
+    ".cfg", ".log", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".ods", ".odt", ".rtf", ".bib", ".tex", ".description",
+    ".info", ".nfo", ".url", ".srt", ".vtt", ".ass", ".lrc", ".ttml", ".cue", ".m3u", ".m3u8", ".pls", ".mpd",
+    # pictures
+    ".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".svg", ".tif", ".tiff", ".ico", ".heic", ".avif",
+    # arrays, models, databases
+    ".npy", ".npz", ".pt", ".pth", ".ckpt", ".safetensors", ".pkl", ".pickle", ".joblib", ".h5", ".hdf5", ".mat",
+    ".parquet", ".arrow", ".feather", ".orc", ".avro", ".lmdb", ".mdb", ".db", ".sqlite", ".onnx", ".tfrecord",
+    # annotations and projects of sound
+    ".lab", ".jams", ".textgrid", ".eaf", ".trs", ".rttm", ".stm", ".ctm", ".scp", ".mid", ".midi", ".musicxml", ".aup",
+    ".aup3", ".als", ".sfk", ".pek", ".reapeaks", ".asd",
+    # archives
+    ".tar", ".gz", ".tgz", ".zip", ".bz2", ".xz", ".7z", ".rar", ".zst", ".lz4",
+    # unfinished downloads and scratch
+    ".part", ".partial", ".filepart", ".tmp", ".temp", ".crdownload", ".opdownload", ".download", ".incomplete",
+    ".ytdl", ".aria2", ".lock", ".bak", ".swp",
+    # programs and checksums
+    ".py", ".pyc", ".ipynb", ".sh", ".bat", ".exe", ".dll", ".js", ".md5", ".sha1", ".sha256", ".sha512", ".torrent",
+})  # fmt: skip
+
+
+def kind(ending: str) -> int | None:
+    """0: an ending of audio; 1: an unknown one, or none; None: one of something else."""
+    ending = ending.lower()
+    return 0 if ending in AUDIO_ENDINGS else None if ending in OTHER_ENDINGS else 1
+
+
+def split_name(path: str) -> tuple[str, str]:
+    """Stem and ending (with its dot) of a path's last part."""
+    name = path.rpartition("/")[2]
+    stem, dot, ending = name.rpartition(".")
+    return (stem, dot + ending) if stem else (name, "")
+
+
+class AudioFiles:
+    """Audio files by name without ending.
+
+    Args:
+        paths: Of all files that there are.
+        normal: Makes one name of several spellings.
+    """
+
+    def __init__(self, paths: Iterable[str], normal: Callable[[str], str] = str) -> None:
+        self.endings: Counter[str] = Counter()  # of all files that there are
+        self.several = 0  # names asked for that have several files
+        self.example: tuple[str, str] = ("", "")  # the file taken, and another
+        self._files: dict[str, str] = {}
+        self._more: dict[str, list[str]] = {}  # all files of the names that have several
+        for path in paths:
+            stem, ending = split_name(path)
+            self.endings[ending] += 1
+            if ending not in AUDIO_ENDINGS and kind(ending) is None:
+                continue
+            name = normal(stem)
+            first = self._files.setdefault(name, path)
+            if first != path:
+                self._more.setdefault(name, [first]).append(path)
+
+    def find(self, names: Iterable[str]) -> tuple[str, str] | None:
+        """The first of the names that has a file, and that file; an empty file only where there is no other.
+
+        Of several files of a name those with an ending of audio come first, then the alphabet decides.
+        """
+        found = [(name, self._files[name]) for name in dict.fromkeys(names) if name in self._files]
+        if not found or (len(found) == 1 and found[0][0] not in self._more):
+            return found[0] if found else None
+        choices = [(name, path) for name, _ in found for path in self._choices(name)]
+        chosen = next((choice for choice in choices if _size(choice[1])), choices[0])
+        self.several += 1
+        if not self.example[0]:
+            self.example = (chosen[1], next(path for _, path in choices if path != chosen[1]))
+        return chosen
+
+    def report(self) -> None:
+        """Says how many of the names asked for have several files, and which were taken."""
+        if self.several:
+            log.warning(
+                "%d clips have several files, such as %s (taken) and %s: an empty one is not taken, then an ending of "
+                "audio goes before others, then the alphabet decides", self.several, *self.example,
+            )  # fmt: skip
+
+    def _choices(self, name: str) -> list[str]:
+        files = set(self._more.get(name, [self._files[name]]))
+        return sorted(files, key=lambda path: (kind(split_name(path)[1]), path))
+
+
+def what_is_there(endings: Counter[str]) -> str:
+    """Counts of files by ending, in words."""
+    parts = [f"{count} {ending or 'without an ending'}" for ending, count in endings.most_common(4)]
+    rest = endings.total() - sum(count for _, count in endings.most_common(4))
+    return f"files there: {', '.join(parts)}{f', {rest} others' if rest else ''}" if parts else "no files are there"
+
+
+def listed(root: Location, listing: Location) -> Iterator[str]:
+    """Paths of a list of paths below `root`, one a line.
+
+    Raises:
+        UserError: it cannot be read, or is no text.
+    """
+    for line in Table(listing).lines():
+        if name := line.rstrip("\r\n").removeprefix("./"):
+            yield join(root, name)
+
+
+def walk(root: Location) -> Iterator[str]:
+    """Paths of all files below `root` but hidden ones.
+
+    Links to folders are followed, each folder is read once. What is left out is said when the last path was taken.
+
+    Raises:
+        UserError: `root` is no directory that can be read.
+    """
+    if is_remote(root):
+        yield from _walk_store(root)
+        return
+    try:
+        os.scandir(root).close()
+    except OSError as error:
+        raise UserError(f"--audio-root {root}: {error.strerror}; give the directory that holds the audio") from error
+    hidden: list[str] = []
+    again: list[str] = []
+    unreadable: list[OSError] = []
+    # Links to a folder that holds the root lead back to it.
+    seen = {_identity(parent) for parent in _parents(os.path.realpath(root))}
+    tops = [os.fspath(root)]
+    for top in tops:  # grows: what links lead to comes after what lies here
+        for folder, directories, names in os.walk(top, onerror=unreadable.append):
+            identity = _identity(folder)
+            if identity in seen:
+                again.append(folder)
+                directories.clear()
+                continue
+            seen.add(identity)
+            hidden += [os.path.join(folder, name) for name in directories if name.startswith(".")]
+            directories[:] = sorted(name for name in directories if not name.startswith("."))
+            tops += [link for name in directories if os.path.islink(link := os.path.join(folder, name))]
+            for name in sorted(names):
+                if not name.startswith("."):
+                    yield os.path.join(folder, name)
+                elif kind(split_name(name)[1]) == 0:
+                    hidden.append(os.path.join(folder, name))
+    _say(root, "hidden folders and audio files are left out", hidden)
+    _say(root, "folders are reached again by links, and read once", again)
+    closed = [f"{error.filename} ({error.strerror})" for error in unreadable]
+    _say(root, "folders cannot be read, and what they hold is left out", closed)
+
+
+def segment_names(ytid: str, start: float, end: float) -> list[str]:
+    """Names that a segment's file may have, as `plain_times` writes them; those without times hold the whole video."""
+    times = []
+    for scale in (1, 1000):
+        first, last = _plain(f"{start * scale:.3f}"), _plain(f"{end * scale:.3f}")
+        times += [f"_{first}", f"_{first}_{last}"]
+    names = [f"{name}{time}" for name in (ytid, f"Y{ytid}") for time in (*times, "")]
+    # An id may itself end as a time does.
+    return [plain_times(name) for name in names] if ytid[-1].isdigit() and "_" in ytid else names
+
+
+def plain_times(stem: str) -> str:
+    """A file's name without the zeros that times at its end may have: x_000030, x_30.0 and x_30.000 are x_30."""
+    if not stem[-1:].isdigit() or "_" not in stem:
+        return stem
+    bare = len(stem) == YOUTUBE_ID or (len(stem) == YOUTUBE_ID + 1 and stem[0] == "Y")
+    found = None if bare and "." not in stem else TIMES.fullmatch(stem)
+    return stem if found is None else found[1] + "".join(f"_{_plain(time)}" for time in found[2].split("_")[1:])
+
+
+def _walk_store(root: Location) -> Iterator[str]:
+    system, path = file_system(root)
+    try:
+        found: list[str] = attempt(lambda: system.find(path), str(root))
+    except OSError as error:
+        raise UserError(f"--audio-root {root}: {error}; give the directory that holds the audio") from error
+    hidden = []
+    for name in found:
+        inside = name[len(path) :].lstrip("/")
+        if "/." in f"/{inside}":
+            hidden += [join(root, inside)] if kind(split_name(inside)[1]) == 0 else []
+        elif inside and not inside.endswith("/"):  # some stores hold an empty object for a directory
+            yield join(root, inside)
+    _say(root, "hidden audio files are left out", hidden)
+
+
+def _say(root: Location, what: str, paths: list[str]) -> None:
+    if paths:
+        log.warning("%s: %d %s, such as %s", root, len(paths), what, paths[0])
+
+
+def _parents(path: str) -> Iterator[str]:
+    while (parent := os.path.dirname(path)) != path:
+        yield parent
+        path = parent
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _size(path: str) -> int:
+    """Bytes of a file; 0: it is not there, or no file."""
+    try:
+        if is_remote(path):
+            system, name = file_system(path)
+            return int(attempt(lambda: system.size(name), path) or 0)
+        status = os.stat(path)
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        if is_remote(path):
+            raise UserError(f"{path}: {error}; try again") from error
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
+def _plain(time: str) -> str:
+    whole, _, part = time.partition(".")
+    part = part.rstrip("0")
+    return (whole.lstrip("0") or "0") + (f".{part}" if part else "")

@@ -1,0 +1,82 @@
+"""The classes of a data set: which there are, and under which index.
+
+In: a vocabulary csv, the labels of a table, or AudioSet's ontology. Out: `Label`s, whose position is the index used
+everywhere. A spelling that could stand for two classes is refused.
+"""
+
+import json
+import logging
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from pipeline.data.manifest import Label
+from pipeline.data.storage import Location, read_bytes
+from pipeline.errors import UserError
+from shard_tools.tables import Table
+
+log = logging.getLogger(__name__)
+
+
+def spellings(labels: Sequence[Label]) -> dict[str, int]:
+    """Index of each class by its id and by its name."""
+    return {spelling: number for number, label in enumerate(labels) for spelling in (label.name, label.id)}
+
+
+def of_ontology(path: Location, ids: Iterable[str]) -> list[Label]:
+    """Classes by their ids, sorted, with the names of AudioSet's ontology.json.
+
+    Raises:
+        UserError: the file is missing or something else.
+    """
+    try:
+        names = {node["id"]: node["name"] for node in json.loads(read_bytes(path))}
+        return [Label(id=mid, name=names.get(mid, mid)) for mid in sorted(set(ids))]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__} {error}"
+        raise UserError(f"--ontology {path}: {reason:.200}; give AudioSet's ontology.json") from error
+
+
+def read_vocabulary(path: Location) -> list[Label]:
+    """Classes by their index, from a csv index,mid,display_name.
+
+    Raises:
+        UserError: the indices are not 0 to C - 1, each once, or a spelling stands for two classes.
+    """
+    source = Table(path)
+    labels: dict[int, Label] = {}
+    lines: dict[int, int] = {}
+    spelled: dict[str, int] = {}
+    for line, (number_cell, mid_cell, name_cell) in source.records(("index", "mid", "display_name")):
+        number, mid, name = source.integer(line, "index", number_cell), mid_cell.strip(), name_cell.strip()
+        if not mid or not name:
+            raise source.problem(line, "an empty mid or display_name", "complete the row")
+        if number in labels:
+            what = f"index {number} is that of line {lines[number]} too"
+            raise source.problem(line, what, "number the classes 0 to C - 1")
+        for spelling in {mid, name}:
+            if spelled.setdefault(spelling, number) != number:
+                what = f"'{spelling[:80]}' is also a mid or display_name of line {lines[spelled[spelling]]}"
+                raise source.problem(line, what, "give each class its own")
+        labels[number], lines[number] = Label(id=mid, name=name), line
+    gap = next((number for number in range(len(labels)) if number not in labels), None)
+    if gap is not None:
+        beyond = max(labels)
+        what = f"index {beyond}, and no row has index {gap}: {len(labels)} rows must be numbered 0 to {len(labels) - 1}"
+        raise source.problem(lines[beyond], what, "number the classes without gaps, or add the missing rows")
+    return [labels[number] for number in range(len(labels))]
+
+
+def of_table(source: Table, separator: str | None) -> list[Label]:
+    """The labels of a table, sorted."""
+    cells: set[str] = set()  # of few classes many rows
+    names: set[str] = set()
+    for line, (_, cell) in source.records(("path", "labels")):
+        if cell not in cells:
+            cells.add(cell)
+            names.update(source.labels(line, cell, separator))
+    alike: dict[str, str] = {}
+    for name in sorted(names):
+        other = alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
+        if other != name:
+            log.warning("%s: '%s' and '%s' are two classes; are they meant as one?", source.path, other, name)
+    return [Label(id=name, name=name) for name in sorted(names)]

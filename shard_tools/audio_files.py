@@ -114,8 +114,9 @@ class AudioFiles:
 
 def what_is_there(endings: Counter[str]) -> str:
     """Counts of files by ending, in words."""
-    parts = [f"{count} {ending or 'without an ending'}" for ending, count in endings.most_common(4)]
-    rest = endings.total() - sum(count for _, count in endings.most_common(4))
+    ordered = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{count} {ending or 'without an ending'}" for ending, count in ordered[:4]]
+    rest = sum(count for _, count in ordered[4:])
     return f"files there: {', '.join(parts)}{f', {rest} others' if rest else ''}" if parts else "no files are there"
 
 

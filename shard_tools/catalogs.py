@@ -182,6 +182,8 @@ def audioset(
                 trimmed=True if is_segment else None,
             )
         )
+    if not seen:
+        raise UserError(f"{segments}: holds no segments; give an official AudioSet segments csv")
     _say_doubles(source, doubles)
     files.report()
     _require_files(catalog, lambda: f"{what_is_there(files.endings)}; files are looked for as YTID.wav, YYTID.wav, "
@@ -292,10 +294,10 @@ def table(
     if unlabelled:
         log.warning("%s: %d of %d clips have no label", path, unlabelled, len(seen))
     near = _near(root, first_missing, there) if first_missing else ""
+    _require_files(catalog, lambda: f"such as '{first_missing}'; {near or what_is_there(_endings(root, there))}")
     if near:
         log.warning("%s: %d listed files are not there, such as '%s'; %s", path, len(catalog.missing), first_missing,
                     near)  # fmt: skip
-    _require_files(catalog, lambda: f"such as '{first_missing}'; {near or what_is_there(_endings(root, there))}")
     return catalog
 
 
@@ -370,7 +372,7 @@ def clean_key(name: str) -> str:
     """A sample key out of any name: [A-Za-z0-9_-], no dot, short; a changed name gets a hash to stay unique."""
     stem = name.rsplit(".", 1)[0] if "." in name else name
     key = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_")[:KEY_LIMIT]
-    if key == name or (key == stem and "/" not in name and len(name) - len(stem) <= 5):
+    if key and (key == name or (key == stem and "/" not in name and len(name) - len(stem) <= 5)):
         return key
     return f"{key}-{hashlib.blake2b(name.encode('utf-8', 'surrogateescape'), digest_size=5).hexdigest()}"
 

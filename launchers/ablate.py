@@ -9,20 +9,22 @@ kept, failed ones tried again, interrupted ones resumed. Exit status: 0 all done
 
 import argparse
 import fcntl
-import json
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from pipeline.ablation.campaign import Campaign, Outcome
 from pipeline.ablation.executors import Executor, LocalExecutor, SlurmExecutor
 from pipeline.ablation.grid import ROOT, build_grid
 from pipeline.config import LogConfig
+from pipeline.engine.setup import read_deepspeed_config
 from pipeline.errors import UserError, run_cli
+from pipeline.files import check_output_directory, read_json, user_path, write_json
 from pipeline.tracking import tracking_uri
 
 
@@ -30,8 +32,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     make = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = make.add_argument
-    add("tables", nargs="+", type=Path, metavar="TABLE.yaml", help="files of configs/ablation/")
-    add("--out", type=Path, metavar="DIR", help="of the run directories (default: runs/ablation-SCALE)")
+    add("tables", nargs="+", type=partial(user_path, what="TABLE.yaml"), metavar="TABLE.yaml",
+        help="files of configs/ablation/")  # fmt: skip
+    add("--out", type=partial(user_path, what="--out"), metavar="DIR",
+        help="of the run directories (default: runs/ablation-SCALE)")  # fmt: skip
     add("--scale", default="paper", metavar="NAME", help="configs/ablation/scale/NAME.yaml, or a file (default: paper)")
     add("--shards", action="append", default=[], metavar="NAME=DIR", help="a data set of the scale (default: its own)")
     add("--seeds", nargs="+", type=int, default=[], metavar="N", help="of the finetunings (default: the table's)")
@@ -50,28 +54,48 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Parses, plans, runs."""
     args = parser().parse_args()
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs} is not positive; give 1 or more")
+    for name, least in (("jobs", 1), ("nodes", 1), ("ranks", 0), ("retries", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: give {least} or more")
     out = args.out or Path("runs") / f"ablation-{Path(args.scale).stem}"
     out = out.resolve()  # recipes name it, and launchers may run elsewhere
+    if args.scale.endswith(".yaml"):
+        args.scale = str(user_path(args.scale, "--scale").resolve())
     grid = build_grid(args.tables, args.scale, _pairs(args.shards, "--shards"), args.seeds)
     campaign = Campaign(grid, out)
     if args.dry_run:
         _print_plan(campaign)
         return 0
+    read_deepspeed_config(args.deepspeed_config)
+    check_output_directory(out, "--out")
+    check_scale(out, args.scale)
+    executor = _executor(args, out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with _alone(out):
-        about = {"scale": args.scale, "shards": _pairs(args.shards, "--shards"), "seeds": args.seeds}
-        (out / "ablation.json").write_text(json.dumps(about), encoding="utf-8")
         try:
             _build_shards(campaign)
             campaign.check_data()
+            about = {"scale": args.scale, "shards": _pairs(args.shards, "--shards"), "seeds": args.seeds}
+            write_json(out / "ablation.json", about)
             _make_store(out)
-            outcome = campaign.execute(_executor(args, out), args.deepspeed_config, args.retries, _say)
+            outcome = campaign.execute(executor, args.deepspeed_config, args.retries, _say)
         except KeyboardInterrupt:
             _say("the same command goes on from here")
             return 130
     return _sum_up(outcome, args.tables, out)
+
+
+def check_scale(out: Path, scale: str) -> None:
+    """An ablation keeps its scale: the report finds its runs by it.
+
+    Raises:
+        UserError: the directory is that of another one.
+    """
+    if not (out / "ablation.json").exists():
+        return
+    was = read_json(out / "ablation.json", "delete it, and repeat the command with the scale that it had")["scale"]
+    if Path(was).name != Path(scale).name:
+        raise UserError(f"--out {out} holds an ablation of scale {was}, not {scale}; give another --out")
 
 
 def _executor(args: argparse.Namespace, out: Path) -> Executor:

@@ -12,9 +12,11 @@ scores; with --plots, tables and pictures. Each clip is scored exactly once.
 import argparse
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline import distributed
 from pipeline.config import FinetuneRecipe
 from pipeline.distributed import session
 from pipeline.engine.evaluation import results, write_predictions, write_results
@@ -24,22 +26,27 @@ from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, check_output_file, user_path
 from pipeline.jobs import Scored, score_run
 from pipeline.model.weights import weights_file
-from pipeline.recipes import load_recipe
+from pipeline.recipes import finetuned_recipe, load_recipe
 from pipeline.tracking import figures
+
+RECORDS = ("config.yaml", "ds.json", "data.json", "init.json", "fold.json", "done.json", "metrics.jsonl", "tracking.json")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     make = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = make.add_argument
-    add("--checkpoint", required=True, nargs="+", metavar="RUN_DIR", help="finetuned runs (no default)")
+    add("--checkpoint", required=True, nargs="+", type=_path("--checkpoint"), metavar="RUN_DIR",
+        help="finetuned runs (no default)")  # fmt: skip
     add("--combine", choices=("scores", "weights"), default="scores",
         help="several runs: average their probabilities or their weights (default: scores)")  # fmt: skip
     add("--shards", required=True, metavar="DIR", help="directory or URL of shards (no default)")
     add("--split", metavar="NAME", help="split to score (default: what the run held out)")
-    add("--out", metavar="JSON", help="write results.json here (default: only print)")
-    add("--predictions", metavar="PARQUET", help="write each clip's key, labels, scores (default: nowhere)")
-    add("--plots", metavar="DIR", help="per-class table, PR curves, confusion matrix (default: nowhere)")
+    add("--out", type=_path("--out"), metavar="JSON", help="write results.json here (default: only print)")
+    add("--predictions", type=_path("--predictions"), metavar="PARQUET",
+        help="write each clip's key, labels, scores (default: nowhere)")  # fmt: skip
+    add("--plots", type=_path("--plots"), metavar="DIR",
+        help="per-class table, PR curves, confusion matrix (default: nowhere)")  # fmt: skip
     add("--last", action="store_true", help="the last weights, not the averaged ones (default: off)")
     add("--batch-size", type=int, default=32, metavar="N", help="clips per forward over all ranks (default: 32)")
     add("--workers", type=int, default=2, metavar="N", help="reader processes per rank (default: 2)")
@@ -47,25 +54,15 @@ def parser() -> argparse.ArgumentParser:
     return make
 
 
-def check(args: argparse.Namespace) -> None:
-    """Reads the options' paths.
+def _path(option: str) -> partial[Path]:
+    return partial(user_path, what=option)
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """Tries where the results shall go; nothing is left there.
 
     Raises:
-        UserError: one is no path, or two outputs are one file.
-    """
-    args.checkpoint = [user_path(name, "--checkpoint") for name in args.checkpoint]
-    for name in ("out", "predictions", "plots"):
-        if getattr(args, name) is not None:
-            setattr(args, name, user_path(getattr(args, name), f"--{name}"))
-    if args.out and args.predictions and args.out.resolve() == args.predictions.resolve():
-        raise UserError(f"--out and --predictions are both {args.out}; name two files")
-
-
-def check_outputs(args: argparse.Namespace) -> None:
-    """Tries the places that will be written, before anything is scored.
-
-    Raises:
-        UserError: one cannot be written.
+        UserError: a place that cannot be written, two results for one place, or a file that a run consists of.
     """
     if args.out:
         check_output_file(args.out, "--out")
@@ -73,6 +70,12 @@ def check_outputs(args: argparse.Namespace) -> None:
         check_output_file(args.predictions, "--predictions")
     if args.plots:
         check_output_directory(args.plots, "--plots")
+    places = [place.resolve() for place in (args.out, args.predictions, args.plots) if place]
+    if len(set(places)) < len(places):
+        raise UserError("--out, --predictions and --plots: two name the same place; name others")
+    for place in places:
+        if place.parent.name.startswith("step-") or (place.name in RECORDS and (place.parent / "config.yaml").exists()):
+            raise UserError(f"{place} is what a run consists of; name another file")
 
 
 def show(content: dict[str, Any]) -> None:
@@ -102,19 +105,20 @@ def plot(scored: Scored, content: dict[str, Any], folder: Path) -> None:
 def main() -> None:
     """Parses, scores, reports."""
     args = parser().parse_args()
-    check(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not args.shards:
+        raise UserError("--shards '' names no shards; give the --out of shard_tools/build_shards.py, or its URL")
+    if args.batch_size < 1 or args.workers < 0:
+        raise UserError(f"--batch-size {args.batch_size} --workers {args.workers}: at least 1, and at least 0")
+    for run_dir in args.checkpoint:
+        finetuned_recipe(run_dir)
     runs = [(run_dir, weights_file(run_dir, average=not args.last)) for run_dir in args.checkpoint]
     words = [f"data.shards={args.shards}", f"eval.batch_size={args.batch_size}", f"data.workers={args.workers}"]
     if args.split:
         words += [f"data.eval_split={args.split}", "data.fold=0"]
-    config = args.checkpoint[0] / "config.yaml"
-    if not config.is_file():
-        raise UserError(f"--checkpoint {args.checkpoint[0]}: holds no config.yaml; give a run directory of finetune.py")
-    recipe = load_recipe(FinetuneRecipe, [config], words)
+    recipe = load_recipe(FinetuneRecipe, [args.checkpoint[0] / "config.yaml"], words)
     with session(recipe.run.timeout, recipe.run.seed) as world:
-        if world.is_main:
-            check_outputs(args)
+        distributed.decide(lambda: check_places(args))
         if len(runs) == 1:
             scored = score_run(*runs[0], recipe, world)
         else:
@@ -123,14 +127,17 @@ def main() -> None:
             return
         content = results(scored.scores, scored.spec.labels, scored.spec.single_label, scored.about)
         show(content)
-        if args.predictions:
-            args.predictions.parent.mkdir(parents=True, exist_ok=True)
-            write_predictions(scored.scores, scored.keys, args.predictions)
-        if args.plots:
-            plot(scored, content, args.plots)
-        if args.out:
-            write_results(content, args.out)
-            sys.stdout.write(f"written to {args.out}\n")
+        try:
+            if args.predictions:
+                args.predictions.parent.mkdir(parents=True, exist_ok=True)
+                write_predictions(scored.scores, scored.keys, args.predictions)
+            if args.plots:
+                plot(scored, content, args.plots)
+            if args.out:
+                write_results(content, args.out)
+                sys.stdout.write(f"written to {args.out}\n")
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}; the metrics above are all that is left") from error
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ those of the code. Throughput is measured (--clips-per-second, or --run of an ea
 
 import argparse
 import json
-from pathlib import Path
+import math
+from functools import partial
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.manifest import load_manifest
@@ -17,6 +18,7 @@ from pipeline.engine import plan
 from pipeline.engine.plan import Cost, Shape
 from pipeline.engine.setup import nearest_batches, plan_batches
 from pipeline.errors import UserError, run_cli
+from pipeline.files import read_json, user_path
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.recipes import load_recipe
 
@@ -67,7 +69,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--finetune", action="store_true", help="plan finetune.py (default: pretrain.py)")
     parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="(default: bf16)")
     parser.add_argument("--clips-per-second", type=float, metavar="X", help="measured, of one GPU (default: assumed)")
-    parser.add_argument("--run", type=Path, metavar="RUN_DIR", help="take it from this run (default: assumed)")
+    parser.add_argument("--run", type=partial(user_path, what="--run"), metavar="RUN_DIR",
+                        help="take it from this run (default: assumed)")  # fmt: skip
     parser.add_argument("--tflops", type=float, default=312.0, metavar="X", help="a GPU at its peak (default: 312)")
     parser.add_argument("--mfu", type=float, default=0.3, metavar="X", help="share of it, assumed (default: 0.3)")
     parser.add_argument("--config", action="append", default=[], metavar="YAML", help="overrides (default: none)")
@@ -75,6 +78,10 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_intermixed_args()
     if min(args.gpus, args.nodes) < 1 or args.gpus % args.nodes:
         raise UserError(f"--gpus {args.gpus} --nodes {args.nodes}: give equally many GPUs on each node")
+    for name in ("gpu_memory", "clips_per_second", "tflops", "mfu"):
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number above 0")
     return args
 
 
@@ -131,16 +138,18 @@ def _rate(args: argparse.Namespace, cost: Cost) -> float:
     if args.run:
         try:
             lines = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
-            ds = json.loads((args.run / "ds.json").read_text())
+            rates = sorted(float(line["clips_per_second"]) for line in lines if "clips_per_second" in line)
         except OSError as error:
             raise UserError(f"--run {args.run}: {error.strerror}: {error.filename}; give a run directory") from error
-        rates = sorted(line["clips_per_second"] for line in lines if "clips_per_second" in line)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--run {args.run}: metrics.jsonl: {error}; give another run") from error
+        ds = read_json(args.run / "ds.json", "give a run directory")
         if not rates:
             raise UserError(f"--run {args.run}: its metrics.jsonl has no clips_per_second yet")
         share = ds["train_micro_batch_size_per_gpu"] * ds["gradient_accumulation_steps"]
         size = ds["train_batch_size"] // share
         print(f"\nrate       {rates[len(rates) // 2] / size:.2f} clips/s a GPU: the median of {args.run} on {size}")
-        return float(rates[len(rates) // 2]) / size
+        return rates[len(rates) // 2] / size
     rate = args.tflops * 1e12 * args.mfu / cost.flops
     print(f"\nrate       {rate:.1f} clips/s a GPU, assumed: {args.mfu:.0%} of {args.tflops:g} TFLOP/s")
     return float(rate)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from scipy.special import expit, softmax
 
 from pipeline.config import Recipe
+from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.jobs import Scored, score_run
@@ -34,17 +35,33 @@ def score_ensemble(runs: Sequence[tuple[Path, Path]], recipe: Recipe, world: Wor
     Raises:
         UserError: a run has other labels, or was held out other clips.
     """
+    _check_labels(runs)
     first = score_run(*runs[0], recipe, world)
-    squash = (lambda logits: softmax(logits, axis=1)) if first.spec.single_label else expit
-    total = squash(first.scores.logits.astype(np.float64))
+    logits = [first.scores.logits]
     for run_dir, file in runs[1:]:
         other = score_run(run_dir, file, recipe, world)
         if other.keys != first.keys:
             raise UserError(f"{run_dir}: scored other clips than {runs[0][0]}; name the same --split for both")
-        total += squash(other.scores.logits.astype(np.float64))
-    scores = replace(first.scores, logits=(total / len(runs)).astype(np.float32))
+        logits.append(other.scores.logits)
+    scores = replace(first.scores, logits=mean_probability(logits, first.spec.single_label))
     about = first.about | {"ensemble": [str(run_dir) for run_dir, _ in runs]}
     return Scored(scores, first.keys, first.spec, about)
+
+
+def mean_probability(logits: Sequence[np.ndarray], single_label: bool) -> np.ndarray:
+    """What an ensemble says: the mean of its members' probabilities.
+
+    Args:
+        logits: [n, C] of each member, of the same clips in the same order.
+        single_label: Softmax over the classes, else a sigmoid for each.
+
+    Returns:
+        float32 [n, C].
+    """
+    total = np.zeros(logits[0].shape)
+    for member in logits:
+        total += softmax(member.astype(np.float64), axis=1) if single_label else expit(member.astype(np.float64))
+    return (total / len(logits)).astype(np.float32)
 
 
 def score_averaged_weights(runs: Sequence[tuple[Path, Path]], recipe: Recipe, world: World) -> Scored:
@@ -56,8 +73,9 @@ def score_averaged_weights(runs: Sequence[tuple[Path, Path]], recipe: Recipe, wo
         world: Ranks.
 
     Raises:
-        UserError: the weights are not of one architecture.
+        UserError: a run has other labels, or the weights are not of one architecture.
     """
+    _check_labels(runs)
     mean: dict[str, torch.Tensor] = {}
     for number, (_, file) in enumerate(runs, start=1):
         weights = read_weights(file)
@@ -71,3 +89,15 @@ def score_averaged_weights(runs: Sequence[tuple[Path, Path]], recipe: Recipe, wo
         save_file({name: tensor.float().contiguous() for name, tensor in mean.items()}, file)
         scored = score_run(runs[0][0], file, recipe, world)
     return replace(scored, about=scored.about | {"averaged": [str(run_dir) for run_dir, _ in runs]})
+
+
+def _check_labels(runs: Sequence[tuple[Path, Path]]) -> None:
+    """Before anything is scored.
+
+    Raises:
+        UserError: a run has other labels than the first, or the same in another order.
+    """
+    specs = [DataSpec.load(run_dir) for run_dir, _ in runs]
+    for (run_dir, _), spec in zip(runs, specs, strict=True):
+        if (spec.labels, spec.single_label) != (specs[0].labels, specs[0].single_label):
+            raise UserError(f"{run_dir}: trained on other labels than {runs[0][0]}; name runs of one task")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launchers.ablate import main
 from pipeline.ablation.campaign import Campaign
 from pipeline.ablation.executors import LocalExecutor, SlurmExecutor
 from pipeline.ablation.grid import build_grid
@@ -275,6 +276,37 @@ def test_options_that_cannot_be_are_one_line(tmp_path):
     assert done.returncode == 2
     assert "--jobs 0" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_an_ablation_checks_before_it_writes(tmp_path, monkeypatch):
+    """A place, a scale, a DeepSpeed configuration or shards that will not do: one line, and nothing is made."""
+    table = ROOT / "configs/ablation/table5b.yaml"
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "ablation.json").write_text('{"scale": "paper", "shards": {}, "seeds": []}')
+    none = ["--shards", f"synth={tmp_path}/none"]
+    for words, said in (
+        (["--out", tmp_path / "file"], "--out"),
+        (["--out", tmp_path / "file" / "below"], "--out"),
+        (["--out", ""], "--out"),
+        (["--out", tmp_path / "new", "--deepspeed_config", tmp_path / "no.json"], r"no\.json"),
+        (["--out", tmp_path / "old"], "holds an ablation of scale paper, not micro"),
+        (["--out", tmp_path / "other", *none], r"none/manifest\.json"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["ablate.py", str(table), "--scale", "micro", *map(str, words)])
+        with pytest.raises(UserError, match=said):
+            main()
+    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.glob("other/*.json"))
+    assert "paper" in (tmp_path / "old" / "ablation.json").read_text()
+
+
+def test_only_a_leading_out_stands_for_the_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for place, meant in (("/data/OUTPUT/esc", "/data/OUTPUT/esc"), ("OUT/esc", f"{tmp_path}/esc"), ("OUTER", "OUTER"),
+                         ("s3://b/OUT/x", "s3://b/OUT/x"), ("~/OUT", "/home/me/OUT")):  # fmt: skip
+        campaign = Campaign(build_grid([ROOT / "configs/ablation/table5b.yaml"], "micro", {"synth": place}), tmp_path)
+        assert campaign.shards("synth") == meant
 
 
 def test_gpus_are_split_between_the_jobs():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,14 +12,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from scipy.special import expit
+from scipy.special import expit, softmax
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from launchers.evaluate import main
-from pipeline.config import FinetuneRecipe
+from launchers.evaluate import check_places, main, parser
+from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.manifest import load_manifest
 from pipeline.data.spec import DataSpec
+from pipeline.distributed import World
+from pipeline.ensemble import mean_probability, score_averaged_weights, score_ensemble
 from pipeline.errors import UserError
+from pipeline.model.weights import weights_file
 from pipeline.recipes import dump_recipe, load_recipe
 from pipeline.report.significance import Predictions
 from pipeline.tasks import FinetuneTask
@@ -139,7 +143,7 @@ def test_places_are_tried_before_anything_is_scored(runs, shards, tmp_path, monk
         (["--out", tmp_path], "is a directory"),
         (["--predictions", tmp_path], "--predictions .*is a directory"),
         (["--plots", tmp_path / "file"], "--plots .*file is no directory"),
-        (["--out", tmp_path / "x", "--predictions", tmp_path / "x"], "name two files"),
+        (["--out", tmp_path / "x", "--predictions", tmp_path / "x"], "same place"),
         (["--out", ""], "--out = '' names no path"),
     ):
         command = ["evaluate.py", "--checkpoint", runs[0], "--shards", shards, "--workers", 0, *words]
@@ -147,3 +151,65 @@ def test_places_are_tried_before_anything_is_scored(runs, shards, tmp_path, monk
         with pytest.raises(UserError, match=message):
             main()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def words(runs, shards):
+    return ["--checkpoint", str(runs[0]), "--shards", str(shards)]
+
+
+def test_what_a_run_consists_of_is_no_place_for_results(words, runs, tmp_path):
+    step = runs[0] / "checkpoints" / "step-00000001"
+    for option, place in (("--out", runs[0] / "config.yaml"), ("--predictions", runs[1] / "data.json"),
+                          ("--out", step / "weights.safetensors")):  # fmt: skip
+        with pytest.raises(UserError, match=f"{place} is what a run consists of"):
+            check_places(parser().parse_args([*words, option, str(place)]))
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "again.json").touch()
+    for place in (runs[0] / "results.json", tmp_path / "again.json", tmp_path / "new" / "r.json"):
+        check_places(parser().parse_args([*words, "--out", str(place)]))
+    assert not (tmp_path / "new").exists()
+
+
+def test_home_directories_are_expanded(words, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = parser().parse_args([*words, "--out=~/r.json", "--predictions=~/p", "--plots=~/plots"])
+    assert (args.out, args.predictions, args.plots) == (tmp_path / "r.json", tmp_path / "p", tmp_path / "plots")
+    with pytest.raises(UserError, match="--out"):
+        parser().parse_args([*words, "--out", ""])
+
+
+def test_runs_that_cannot_be_evaluated_are_one_line(runs, shards, tmp_path, monkeypatch):
+    pretrained, unknown, other = (tmp_path / name for name in ("pretrained", "unknown", "other"))
+    for folder in (pretrained, unknown, other):
+        shutil.copytree(runs[0], folder)
+    recipe = load_recipe(PretrainRecipe, [], [f"data.shards={shards}", "model.size=micro"])
+    (pretrained / "config.yaml").write_text(dump_recipe(recipe))
+    config = (unknown / "config.yaml").read_text()
+    (unknown / "config.yaml").write_text(config.replace("finetune:", "finetune:\n  dropout: 0.1"))
+    for run_dirs, more, said in (
+        ([pretrained], [], "not a finetuned run"),
+        ([runs[0], pretrained], [], "not a finetuned run"),
+        ([unknown], [], r"config\.yaml: unknown setting finetune\.dropout"),
+        ([runs[0]], ["--batch-size", "0"], "--batch-size 0"),
+        ([tmp_path], [], str(tmp_path)),
+    ):
+        command = ["evaluate.py", "--checkpoint", *map(str, run_dirs), "--shards", str(shards), *more]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(UserError, match=said):
+            main()
+    labels = json.loads((other / "data.json").read_text())
+    labels["labels"][0], labels["labels"][1] = labels["labels"][1], labels["labels"][0]
+    (other / "data.json").write_text(json.dumps(labels))
+    pair = [(run_dir, weights_file(run_dir)) for run_dir in (runs[0], other)]
+    for combine in (score_ensemble, score_averaged_weights):  # averaged, the classes of one would be another's
+        with pytest.raises(UserError, match="trained on other labels"):
+            combine(pair, load_recipe(FinetuneRecipe, [runs[0] / "config.yaml"]), World())
+
+
+def test_an_ensemble_of_single_label_data_averages_softmaxes():
+    logits = [np.random.default_rng(seed).normal(0, 4, (50, 5)).astype(np.float32) for seed in range(3)]
+    single = np.mean([softmax(part.astype(np.float64), axis=1) for part in logits], axis=0)
+    np.testing.assert_allclose(mean_probability(logits, True), single, atol=1e-7)
+    np.testing.assert_allclose(mean_probability(logits, False), np.mean([expit(p) for p in logits], axis=0), atol=1e-6)
+    assert (mean_probability(logits, True).argmax(1) != mean_probability(logits, False).argmax(1)).any()

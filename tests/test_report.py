@@ -1,8 +1,10 @@
 """The report: its statistics against slow twins, its honesty about what was not run."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +13,15 @@ from sklearn.metrics import average_precision_score
 
 from pipeline.ablation.campaign import Campaign
 from pipeline.ablation.grid import build_grid
+from pipeline.data.manifest import Label
 from pipeline.engine.bootstrap import interval, weighted_metric
 from pipeline.engine.evaluation import results, write_predictions, write_results
 from pipeline.engine.inference import Scores
+from pipeline.ensemble import mean_probability
+from pipeline.errors import UserError
+from pipeline.files import write_json
 from pipeline.report import render
-from pipeline.report.__main__ import write
+from pipeline.report.__main__ import main, write
 from pipeline.report.collect import collect
 from pipeline.report.significance import Predictions, paired_bootstrap
 from tests.conftest import ROOT
@@ -161,3 +167,65 @@ def test_without_any_run_the_paper_stands_alone(tmp_path):
     wrong = report("--runs", tmp_path)
     assert wrong.returncode == 2
     assert "ablation.json" in wrong.stderr
+
+
+def leave(folder: Path, run: Predictions, metric: str) -> None:
+    """What a finished finetuning leaves, of these scores."""
+    folder.mkdir(parents=True)
+    scores = Scores(np.arange(len(run.keys)), run.scores, run.targets.astype(np.float32))
+    labels = [Label(id=str(i), name=str(i)) for i in range(run.scores.shape[1])]
+    about = {"weights": "weights", "split": "eval", "fold": 0, "shards_digest": "D"}
+    write_results(results(scores, labels, metric == "accuracy", about), folder / "results.json")
+    write_predictions(scores, run.keys, folder / "predictions.parquet")
+    write_json(folder / "done.json", {"manifest_digest": "D"})
+
+
+@pytest.mark.parametrize("metric", ["mAP", "accuracy"])
+def test_an_ensemble_s_number_is_the_one_that_evaluate_gives(tmp_path, metric):
+    """evaluate.py scores the mean of the members' probabilities; folds of equal size are not mixed with each other."""
+    row = {"name": "E", "ensemble": True, "seeds": [0, 1], "paper": {"esc50": None}}
+    table = {"title": "T", "columns": ["esc50"], "rows": [row, {"name": "one", "paper": {"esc50": None}}]}
+    write_json(tmp_path / "table.yaml", table)
+    campaign = Campaign(build_grid([tmp_path / "table.yaml"], "micro", {}), tmp_path)
+    (cells,) = [row.cells["esc50"] for row in campaign.grid.tables[0].rows if row.spec.ensemble]
+    folds = sorted({run.recipe.data.fold for run in cells})
+    assert len(folds) == 2
+    assert len(cells) == 4
+    logits: dict[int, list[np.ndarray]] = {fold: [] for fold in folds}
+    for number, run in enumerate(cells):
+        fold = run.recipe.data.fold
+        noise = np.random.default_rng(number).normal(0, 4, (80, 5)).astype(np.float32)
+        targets = np.eye(5, dtype=bool)[(np.arange(80) * (fold + 1)) % 5]
+        if metric == "mAP":
+            targets[:, 0] = np.arange(80) % 3 == 0
+        leave(campaign.run_dir(run), Predictions([f"f{fold}-{i:03d}" for i in range(80)], targets, noise), metric)
+        logits[fold].append(noise)
+    expected = []
+    for fold in folds:
+        targets = Predictions.read(campaign.run_dir(next(r for r in cells if r.recipe.data.fold == fold)) /
+                                   "predictions.parquet").targets.astype(np.float32)  # fmt: skip
+        scores = Scores(np.arange(80), mean_probability(logits[fold], metric == "accuracy"), targets)
+        expected.append(100 * results(scores, [Label(id="", name="")] * 5, metric == "accuracy", {})["value"])
+    part = collect(campaign.grid.tables[0], campaign)
+    assert part.results["E", "esc50"].mean == pytest.approx(np.mean(expected), abs=1e-9)
+    other = campaign.run_dir(cells[0])
+    shutil.rmtree(other)
+    leave(other, Predictions([f"x{i:03d}" for i in range(80)], targets > 0, noise), metric)
+    with pytest.raises(UserError, match="scored other clips"):
+        collect(campaign.grid.tables[0], campaign)
+    (other / "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"results\.json: not JSON"):
+        collect(campaign.grid.tables[0], campaign)
+
+
+def test_places_and_damaged_records_are_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "ablation.json").write_text("{")
+    table = str(ROOT / "configs/ablation/table1.yaml")
+    for words, said in ((["--out", str(tmp_path / "file")], "--out .*file"), (["--out", ""], "--out"),
+                        (["--runs", f"{tmp_path}/runs", "--out", f"{tmp_path}/new"], r"ablation\.json")):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["report", table, *words])
+        with pytest.raises(UserError, match=said):
+            main()
+    assert not (tmp_path / "new").exists()

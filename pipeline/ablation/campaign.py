@@ -10,7 +10,6 @@ In: a `Grid`, a directory, an executor. Out: finished run directories, each with
 again, and the launcher goes on from its newest checkpoint; so a crash at any moment loses nothing.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -25,10 +24,12 @@ from pipeline.ablation.grid import Grid, Run
 from pipeline.data.manifest import load_manifest
 from pipeline.engine.checkpoint import complete_checkpoints
 from pipeline.errors import UserError
+from pipeline.files import read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+DAMAGED = "that run is damaged; delete its directory to run it again"
 # Of the runs' lines in MLflow's charts; its own choice gives neighbours the same one.
 COLOURS = ("#1f6f8b", "#e07a3f", "#6a4c93", "#3a8f5c", "#b23a48", "#c9a227", "#2b59c3", "#d1495b", "#00798c", "#8d5524",
            "#7a9e1f", "#c74bb0")  # fmt: skip
@@ -72,7 +73,8 @@ class Campaign:
 
     def shards(self, name: str) -> str:
         """Directory of a data set."""
-        return self.grid.scale.data[name].shards.replace("OUT", str(self.out), 1)
+        place = self.grid.scale.data[name].shards
+        return f"{self.out}{place.removeprefix('OUT')}" if place == "OUT" or place.startswith("OUT/") else place
 
     def check_data(self) -> None:
         """A finished run must be of the data that the others will see.
@@ -84,7 +86,7 @@ class Campaign:
         for run in self.grid.runs:
             file = self.run_dir(run) / "done.json"
             if file.exists():
-                was = json.loads(file.read_text(encoding="utf-8"))["manifest_digest"]
+                was = read_json(file, DAMAGED)["manifest_digest"]
                 if was != digests[run.data]:
                     raise UserError(
                         f"{file}: its shards had the digest {was[:12]}, those of {self.shards(run.data)} have "
@@ -175,7 +177,7 @@ class Campaign:
         if run.init:
             content["model"]["init"] = str(self._initial(run, run.init))
         content["log"]["experiment"] = "ablation"
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        write_text(folder / "recipe.yaml", yaml.safe_dump(content, sort_keys=False))
         return ["--deepspeed_config", ds, "--config", str(folder / "recipe.yaml")]
 
     def _initial(self, run: Run, init: Run) -> Path:
@@ -202,23 +204,21 @@ class Campaign:
         folder = self.run_dir(run)
         note: dict[str, Any] = {
             "digest": run.digest,
-            "manifest_digest": json.loads((folder / "data.json").read_text(encoding="utf-8"))["digest"],
+            "manifest_digest": read_json(folder / "data.json", DAMAGED)["digest"],
             "seconds": round(seconds, 1),
         }
         said = f"{run.folder} ({run.about}) in {seconds:.0f} s"
         results = folder / "results.json"
         if run.kind == "finetune" and results.exists():
-            content = json.loads(results.read_text(encoding="utf-8"))
+            content = read_json(results, DAMAGED)
             note |= {"metric": content["metric"], "value": content["value"]}
             said += f", {content['metric']} {content['value']:.4f}"
-        temporary = folder / "done.tmp"
-        temporary.write_text(json.dumps(note, indent=1), encoding="utf-8")
-        temporary.replace(folder / "done.json")
+        write_json(folder / "done.json", note)
         return said
 
     def _note_failure(self, run: Run, status: int) -> None:
         content = {"status": status, "output": str(self.run_dir(run) / "output.log")}
-        (self.run_dir(run) / "failed.json").write_text(json.dumps(content), encoding="utf-8")
+        write_json(self.run_dir(run) / "failed.json", content)
 
     def _last_words(self, run: Run) -> str:
         """The last lines of a run's output, indented."""

@@ -18,8 +18,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe, UserPath
 from pipeline.errors import UserError
+from pipeline.files import user_path
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.recipes import changes_result, flatten, load_recipe, read_yaml
 
@@ -66,7 +67,7 @@ class TableSpec(Spec):
 class DataSet(Spec):
     """Shards by name."""
 
-    shards: str = Field(description="directory; OUT stands for --out")
+    shards: UserPath = Field(description="directory; OUT stands for --out")
     build: str = Field("", description="options of build_shards.py that make them where they are missing")
 
 
@@ -168,7 +169,7 @@ def build_grid(files: Sequence[Path], scale: str, shards: dict[str, str], seeds:
     Raises:
         UserError: a file that cannot be read, a key, column or setting that is unknown.
     """
-    path = SCALES / f"{scale}.yaml" if not scale.endswith(".yaml") else Path(scale)
+    path = SCALES / f"{scale}.yaml" if not scale.endswith(".yaml") else user_path(scale, "--scale")
     spec = _read(ScaleSpec, path)
     for name in shards:
         if name not in spec.data:

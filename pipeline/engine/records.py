@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.distributed import World
 from pipeline.engine.stragglers import Stragglers
+from pipeline.files import write_text
 from pipeline.flow import Batch
 from pipeline.tracking import Tracker
 
@@ -112,10 +113,10 @@ class Records:
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except ValueError:  # a line cut short by a kill, and of the lost attempt
+            except (ValueError, TypeError, KeyError):  # a line cut short by a kill, and of the lost attempt
                 log.warning("%s: dropped a broken line: %.60s", self._path, line)
-        self._path.write_text("".join(kept), encoding="utf-8")
+        write_text(self._path, "".join(kept))

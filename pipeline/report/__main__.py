@@ -7,10 +7,10 @@ numbers.json; the same in MLflow, beside the runs. Cells that were not run are e
 """
 
 import argparse
-import json
 import logging
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipeline.ablation.campaign import Campaign
 from pipeline.ablation.grid import build_grid
 from pipeline.config import LogConfig
 from pipeline.errors import UserError, run_cli
+from pipeline.files import check_output_directory, read_json, user_path, write_json, write_text
 from pipeline.report import figures, render
 from pipeline.report.collect import Collected, collect
 from pipeline.tracking import tracking_uri
@@ -29,18 +30,22 @@ def main() -> int:
     """Parses, collects, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("tables", nargs="+", type=Path, metavar="TABLE.yaml", help="files of configs/ablation/")
-    add("--runs", type=Path, metavar="DIR", help="--out of ablate.py (default: the only runs/ablation-*, else -paper)")
-    add("--out", type=Path, default=Path("report"), metavar="DIR", help="(default: report/)")
+    add("tables", nargs="+", type=partial(user_path, what="TABLE.yaml"), metavar="TABLE.yaml",
+        help="files of configs/ablation/")  # fmt: skip
+    add("--runs", type=partial(user_path, what="--runs"), metavar="DIR",
+        help="--out of ablate.py (default: the only runs/ablation-*, else -paper)")  # fmt: skip
+    add("--out", type=partial(user_path, what="--out"), default=Path("report"), metavar="DIR",
+        help="(default: report/)")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[], metavar="N", help="as given to ablate.py (default: the tables')")
     add("--no-mlflow", action="store_true", help="do not log the report to MLflow (default: log it)")
     args = parser.parse_args()
+    check_output_directory(args.out, "--out")
     runs = args.runs or _only_runs()
     if args.runs and not (runs / "ablation.json").exists():
         raise UserError(f"--runs {runs}: no ablation.json in it; give the --out of ablate.py")
     about: dict[str, Any] = {"scale": "paper", "shards": {}, "seeds": []}
     if (runs / "ablation.json").exists():
-        about |= json.loads((runs / "ablation.json").read_text(encoding="utf-8"))
+        about |= read_json(runs / "ablation.json", "repeat the ablate.py command, which writes it anew")
     grid = build_grid(args.tables, about["scale"], about["shards"], args.seeds or about["seeds"])
     campaign = Campaign(grid, runs.resolve())
     parts = [collect(table, campaign) for table in grid.tables]
@@ -57,8 +62,8 @@ def write(parts: list[Collected], out: Path) -> list[Path]:
     """Writes the report's files into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     title = parts[0].table.spec.title if len(parts) == 1 else "CRAFT: the paper's numbers and ours"
-    (out / "report.md").write_text(render.markdown(title, parts), encoding="utf-8")
-    (out / "report.html").write_text(render.html(title, parts), encoding="utf-8")
+    write_text(out / "report.md", render.markdown(title, parts))
+    write_text(out / "report.html", render.html(title, parts))
     numbers = {
         part.table.file.stem: {
             row: {c: asdict(part.results[row, c]) for c in part.table.spec.columns}
@@ -66,7 +71,7 @@ def write(parts: list[Collected], out: Path) -> list[Path]:
         }
         for part in parts
     }
-    (out / "numbers.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    write_json(out / "numbers.json", numbers)
     pictures = [out / f"{part.table.file.stem}.png" for part in parts]
     for part, picture in zip(parts, pictures, strict=True):
         figures.draw(part, picture)

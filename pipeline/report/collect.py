@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.ablation.campaign import Campaign
+from pipeline.ablation.campaign import DAMAGED, Campaign
 from pipeline.ablation.grid import Row, Run, Table
 from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.engine.evaluation import metric_name
 from pipeline.engine.metrics import evaluate_multilabel, evaluate_single
+from pipeline.ensemble import mean_probability
 from pipeline.errors import UserError
+from pipeline.files import read_json
 from pipeline.report.significance import Difference, Predictions, paired_bootstrap
 
 # What the paper evaluates on: name of the data set, classes, listed clips. Anything else is said in the caption.
@@ -119,7 +122,7 @@ class _Reader:
         if run.folder not in self._results:
             file = self.campaign.run_dir(run) / "results.json"
             done = self.campaign.state(run) == "done" and file.exists()
-            self._results[run.folder] = json.loads(file.read_text(encoding="utf-8")) if done else None
+            self._results[run.folder] = read_json(file, DAMAGED) if done else None
         return self._results[run.folder]
 
     def predictions(self, run: Run) -> Predictions:
@@ -212,11 +215,27 @@ class _Reader:
         return notes
 
     def _ensemble(self, runs: list[Run], metric: str) -> float:
-        """The metric of the runs' mean probabilities."""
-        predictions = [self.predictions(run) for run in runs]
-        scores = np.mean([1 / (1 + np.exp(-p.scores.astype(np.float64))) for p in predictions], axis=0)
-        evaluate = evaluate_single if metric == "accuracy" else evaluate_multilabel
-        return evaluate(scores, predictions[0].targets)[metric]
+        """The metric of the runs' mean probabilities: over folds, the mean of each fold's.
+
+        Raises:
+            UserError: members of one fold were scored on other clips.
+        """
+        members: dict[int, list[Run]] = {}
+        for run in runs:
+            members.setdefault(run.recipe.data.fold, []).append(run)
+        single = metric == metric_name(single_label=True)
+        values = []
+        for folded in members.values():
+            predictions = [self.predictions(run) for run in folded]
+            for run, part in zip(folded, predictions, strict=True):
+                if part.keys != predictions[0].keys or not np.array_equal(part.targets, predictions[0].targets):
+                    raise UserError(
+                        f"{self.campaign.run_dir(run)}: scored other clips than {self.campaign.run_dir(folded[0])}; an "
+                        "ensemble needs the same for all its members"
+                    )
+            scores = mean_probability([part.scores for part in predictions], single)
+            values.append((evaluate_single if single else evaluate_multilabel)(scores, predictions[0].targets)[metric])
+        return float(np.mean(values))
 
     def _listed(self, run: Run, content: dict[str, Any]) -> int:
         manifest = self.manifest(run.data)

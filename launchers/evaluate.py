@@ -29,7 +29,7 @@ from pipeline.model.weights import weights_file
 from pipeline.recipes import finetuned_recipe, load_recipe
 from pipeline.tracking import figures
 
-RECORDS = ("config.yaml", "ds.json", "data.json", "init.json", "fold.json", "done.json", "metrics.jsonl", "tracking.json")
+RECORDS = ("config.yaml", "ds.json", "data.json", "init.json", "fold.json", "done.json", "metrics.jsonl")  # of a run
 
 
 def parser() -> argparse.ArgumentParser:

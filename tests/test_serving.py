@@ -3,9 +3,11 @@
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.request
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.recipes import load_recipe
 from pipeline.serving.__main__ import check_register
 from pipeline.serving.listen import listen
-from pipeline.serving.package import PACKAGE, check_place, save_model
+from pipeline.serving.package import PACKAGE, REQUIREMENTS, check_place, save_model
 from pipeline.serving.publish import check_publishable
 from pipeline.serving.pyfunc_model import CraftModel
 from pipeline.serving.scorer import MAX_BYTES, load_scorer
@@ -260,3 +262,18 @@ def test_a_model_that_strangers_ask(tmp_path):
     for top in (0, -1, 2.5, "all"):
         with pytest.raises(ValueError, match="params: top"):
             ask(given[0], top=top)
+
+
+def test_a_package_names_all_that_it_imports(tmp_path):
+    """Its environment is made of `REQUIREMENTS` alone."""
+    run = tmp_path / "run"
+    make_run(run, FinetuneRecipe, "finetune.method=swab")
+    code = "import sys; from pathlib import Path; import pipeline.serving.pyfunc_model as model; " \
+        "model.load_scorer(Path(sys.argv[1])); print(*{name.partition('.')[0] for name in sys.modules})"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, str(run)], cwd=ROOT, capture_output=True, text=True, check=True)
+    sources = [file.read_text() for room in ("pipeline", "shard_tools") for file in (ROOT / room).rglob("*.py")]
+    written = {name for text in sources for name in re.findall(r"^\s*(?:import|from) (\w+)", text, re.MULTILINE)}
+    used = set(done.stdout.split()) & written - sys.stdlib_module_names - {"pipeline", "shard_tools"}
+    assert {"torch", "numpy", "mlflow"} <= used
+    owners = packages_distributions()  # MLflow comes in several parts
+    assert [name for name in used if not {part.lower() for part in owners[name]} & set(REQUIREMENTS)] == []

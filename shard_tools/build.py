@@ -221,6 +221,9 @@ def _held(
     store = Store(out)
     if not is_remote(out):
         check_output_directory(local(out), "--out")
+        for split in catalog.splits:
+            if (local(out) / ".build" / split).is_symlink():
+                raise UserError(f"{local(out) / '.build' / split}: is a link to elsewhere; move it away")
         if not (local(out) / ".build").exists():  # nobody is at work here
             _replaced(catalog, store, options) if overwrite else _compared(catalog, store, options, plans, retry)
     with owner(out, shared):

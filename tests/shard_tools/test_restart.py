@@ -18,23 +18,29 @@ from tests.shard_tools import kills
 
 
 @pytest.mark.slow
-def test_killed_at_28_random_points_it_goes_on_to_the_same_bytes(tmp_path):
+def test_stopped_at_54_random_points_it_goes_on_to_the_same_bytes_and_loses_nothing(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tests.shard_tools.kills", tmp_path],
         cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    points = found["fresh"] + found["second split"]
-    assert len(points) == 28
+    again, full = found["failures tried again"], found["full disk in the second split"]
+    points = found["fresh"] + found["second split"] + again + full
+    assert len(points) == 54
     for point in points:
-        assert point["died"] == -signal.SIGKILL, point
+        if point in full:  # or it was the progress bar's write that failed
+            assert point["died"] == -100 - kills.FULL_DISK or point["died"] > 0, point
+        else:
+            assert point["died"] == -signal.SIGKILL, point
+        assert point["finished splits"] in (("none",) if point in found["fresh"] else ("whole", "switching")), point
         assert point["identical"], point
         assert point["untouched"], point
         assert not point["leftovers"], point
     assert len({point["finished"] for point in points}) >= 6  # killed at all stages, not in one
-    full = found["full disk"]
-    assert full == {"failed": -100 - kills.FULL_DISK, "leftovers": [], "identical": True}
+    assert found["retry is as new"]
+    assert sum(point["finished splits"] == "whole" for point in full + found["second split"] + again) > 20
+    assert found["full disk"] == {"failed": -100 - kills.FULL_DISK, "leftovers": [], "identical": True}
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ Shape legend, used by every docstring of the project:
 Imports nothing but torch, so every room may import it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ class Clip:
         fold: Cross-validation fold, 1-based; 0 where the data set has none.
         id: The data set's own name for the clip (YouTube id, file name), for `failures.jsonl`.
         trimmed: The file is the segment itself; None: it is where it is too short to hold the segment.
+        line: Of the table that lists the clip, for `failures.jsonl`; 0: there is no table.
     """
 
     key: str
@@ -48,6 +49,7 @@ class Clip:
     fold: int = 0
     id: str = ""
     trimmed: bool | None = None
+    line: int = field(default=0, compare=False)
 
 
 @dataclass(slots=True)

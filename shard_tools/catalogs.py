@@ -165,8 +165,8 @@ def audioset(
             picked = catalog.overrides.of(key, ytid, picked)
         found = files.find(segment_names(ytid, start, end))
         if found is None:
-            failure = Failure(key, "", "missing: no such audio file below --audio-root", split)
-            catalog.miss(failure, picked)
+            reason = "missing: no such audio file below --audio-root"
+            catalog.miss(Failure(key, "", reason, split, key, line, start, end), picked)
             continue
         stem, path = found
         is_segment = stem not in (plain_times(ytid), plain_times(f"Y{ytid}"))
@@ -180,6 +180,7 @@ def audioset(
                 split=split,
                 id=ytid,
                 trimmed=True if is_segment else None,
+                line=line,
             )
         )
     if not seen:
@@ -201,6 +202,7 @@ def esc50(root: Location, split: str) -> Catalog:
     source = Table(join(root, "meta/esc50.csv"))
     names: dict[int, str] = {}
     rows: dict[str, tuple[int, int]] = {}
+    lines: dict[str, int] = {}
     doubles: list[int] = []
     for line, (name, fold_cell, target_cell, category) in source.records(("filename", "fold", "target", "category")):
         fold = source.integer(line, "fold", fold_cell, 1, MOST_FOLDS)
@@ -210,7 +212,7 @@ def esc50(root: Location, split: str) -> Catalog:
         if names.setdefault(target, category) != category:
             what = f"target {target} is '{names[target]}' in a row before and '{category}' here"
             raise source.problem(line, what, "correct one of them")
-        if name in rows:
+        if lines.setdefault(name, line) != line:
             doubles.append(line)
         if rows.setdefault(name, (fold, target)) != (fold, target):
             raise source.problem(line, f"'{name}' came before with another fold or target", "keep one of the rows")
@@ -224,9 +226,10 @@ def esc50(root: Location, split: str) -> Catalog:
         stem = Path(name).stem
         found = files.find([stem])
         if found is None:
-            catalog.miss(Failure(stem, name, MISSING, split), [order[target]])
+            catalog.miss(Failure(stem, name, MISSING, split, clean_key(stem), lines[name]), [order[target]])
             continue
-        catalog.clips.append(Clip(clean_key(stem), found[1], 0.0, None, (order[target],), split, fold, stem))
+        label = (order[target],)
+        catalog.clips.append(Clip(clean_key(stem), found[1], 0.0, None, label, split, fold, stem, line=lines[name]))
     _say_doubles(source, doubles)
     files.report()
     _require_files(catalog, lambda: f"{what_is_there(files.endings)} in audio/; the names in the csv are matched "
@@ -280,10 +283,11 @@ def table(
         unlabelled += not picked
         folds.add(line, own, fold)
         if file not in there if there is not None else not os.path.isfile(file):
-            catalog.miss(Failure(path_cell, path_cell, MISSING, own), picked)
+            catalog.miss(Failure(path_cell, path_cell, MISSING, own, key, line, start or 0.0, end), picked)
             first_missing = first_missing or location
             continue
-        catalog.clips.append(Clip(key, file, start or 0.0, end, picked, own, max(0, fold), path_cell))
+        clip = Clip(key, file, start or 0.0, end, picked, own, max(0, fold), path_cell, line=line)
+        catalog.clips.append(clip)
     if not seen:
         raise UserError(f"{path}: no row of split '{split}'; give a split of its column")
     folds.check()

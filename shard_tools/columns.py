@@ -113,7 +113,7 @@ class Clips(Sequence[Clip]):
         self._split = Names()
         self._start, self._end = array("d"), array("d")  # end: NaN is None
         self._labels, self._label_offsets = array("i"), array("q", [0])
-        self._fold, self._trimmed = array("h"), array("b")
+        self._fold, self._trimmed, self._line = array("h"), array("b"), array("i")
         self._hash = array("Q")
 
     def __len__(self) -> int:
@@ -141,6 +141,7 @@ class Clips(Sequence[Clip]):
             fold=self._fold[row],
             id=self._id[row],
             trimmed=None if trimmed < 0 else bool(trimmed),
+            line=self._line[row],
         )
 
     def __iter__(self) -> Iterator[Clip]:
@@ -163,13 +164,14 @@ class Clips(Sequence[Clip]):
         self._label_offsets.append(len(self._labels))
         self._fold.append(clip.fold)
         self._trimmed.append(TRIMMED[clip.trimmed])
+        self._line.append(clip.line)
         self._hash.append(xxhash.xxh3_64_intdigest(f"{clip.split}\0{clip.key}".encode("utf-8", "surrogateescape")))
 
     def truncate(self, rows: int) -> None:
         """Keeps the first rows."""
         for strings in (self._key, self._path, self._id):
             strings.truncate(rows)
-        for column in (self._split.rows, self._start, self._end, self._fold, self._trimmed, self._hash):
+        for column in (self._split.rows, self._start, self._end, self._fold, self._trimmed, self._line, self._hash):
             del column[rows:]
         del self._label_offsets[rows + 1 :]
         del self._labels[self._label_offsets[-1] :]

@@ -285,7 +285,8 @@ def _decode_all(plan: ShardPlan, sources: list[Stamp], failures: list[Failure]) 
         except DecodeError as error:
             again = _once_more(clip, plan, error)
             if isinstance(again, DecodeError):
-                failures.append(_failure(clip, plan, plan.rows[place] if plan.rows else None, str(again)))
+                row = clip.line or (plan.rows[place] if plan.rows else None)
+                failures.append(_failure(clip, plan, row, str(again)))
                 continue
             decoded, sources[-1] = again
         yield clip, decoded

@@ -58,7 +58,7 @@ def test_groups_of_clips_do_not_change_the_bytes(tmp_path, monkeypatch):
         found.append(((tmp_path / "shard.tar").read_bytes(), rows, facts))
     assert found[0] == found[1]
     (failure,) = facts["failures"]
-    assert (failure["path"], failure["row"]) == (str(Path(bad).relative_to(tmp_path / "source")), plan.rows[16])
+    assert (failure["path"], failure["row"]) == (str(Path(bad).relative_to(tmp_path / "source")), plan.clips[16].line)
     assert [row["key"] for row in rows] == [clip.key for clip in plan.clips if clip.path != bad]
     assert len(rows) > 32
 

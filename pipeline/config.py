@@ -95,6 +95,9 @@ class DataConfig(Section):
     prefetch: int = neutral(4, ge=1, description="batches in flight per rank")
     on_error: Literal["skip", "raise"] = neutral("skip", description="a corrupt sample is replaced, or ends the run")
     max_bad: int = neutral(1000, ge=0, description="corrupt samples of one epoch, over all ranks, that end the run")
+    max_bad_share: float = neutral(
+        0.05, ge=0, le=1, description="the same as a share of the epoch's clips; also of those that miss at the start"
+    )
     cache: UserPath = neutral(
         "", description="of shards behind a URL, on the node; empty: CRAFT_CACHE, else ~/.cache/craft"
     )

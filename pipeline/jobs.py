@@ -198,6 +198,7 @@ def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World) -> Scored
         if [label.id for label in manifest.labels] != [label.id for label in spec.labels]:
             raise UserError(f"{data.shards}: its labels are not those that {run_dir} was trained on")
         scores = score(task, loader.eval_batches())
+        loader.bad_clips.check(loader.clips - len(scores.rows))
         keys = loader.keys(scores.rows.tolist())
     about = {
         "weights": file.stem,

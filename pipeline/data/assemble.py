@@ -16,7 +16,8 @@ from pipeline.data.augment import augment_waveform, mask_fbank
 from pipeline.data.convert import INT16_SCALE, normalised_zero
 from pipeline.data.fbank import fbank as compute_fbank
 from pipeline.data.manifest import Manifest
-from pipeline.data.reader import HEADER, Needs
+from pipeline.data.npy import HEADER
+from pipeline.data.reader import Needs
 from pipeline.data.spec import DataSpec
 from pipeline.flow import Batch
 

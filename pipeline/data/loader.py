@@ -9,7 +9,6 @@ batches ahead of it (`pipeline.data.ring`), out of local files or the node's cac
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,8 +20,8 @@ import torch
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data.assemble import Assembler, RawBatch, pad_frames
 from pipeline.data.augment import changes_waveform, plan_mixup
-from pipeline.data.bad import BadClips
-from pipeline.data.cache import Directory, Remote, Shard
+from pipeline.data.bad import BadClips, Limit, look
+from pipeline.data.cache import Directory, Remote, Shard, this_job
 from pipeline.data.feed import Feed, Reading
 from pipeline.data.index import ShardIndex
 from pipeline.data.manifest import load_manifest
@@ -168,14 +167,19 @@ class Loader:
         self._content, self._share = content, share
         self._order = train_order(part, data, share.seed, index.label_columns, len(spec.labels))
         self.clips = len(self._order)
-        self.bad_clips = BadClips(data.shards, index.name, data.on_error, data.max_bad)
+        limit = Limit(data.max_bad, data.max_bad_share, self.clips)
+        self.bad_clips = BadClips(data.shards, index.name, data.on_error, limit)
+        held = np.unique(index.shards(part.at(part.starts[:-1]))).tolist()
+        records = [index.manifest.shards[number] for number in held]
+        missing = look(data.shards, records, np.diff(part.starts), limit)
+        absent = frozenset(number for number, record in zip(held, records, strict=True) if record.name in missing)
         device, raw = share.place.device, share.place.raw
         self._assemble = Assembler(
             index.manifest, spec, content.augment, content.needs, content.online, share.seed, device
         )
         raw = device.type != "cpu" if raw is None else raw
         layout = Layout(index.manifest, content.members, content.augment.mixup > 0, share.clips, spec.frames, raw)
-        reading = _reading(data, spec, index, -(-self._order.streams // share.place.world_size))
+        reading = _reading(data, spec, index, -(-self._order.streams // share.place.world_size), absent)
         self._feed = Feed(index, layout, reading, self.bad_clips, device, len(spec.labels))
 
     @property
@@ -277,7 +281,9 @@ class Loader:
         return Walk(plan, rows_of, shards_ahead, size, -(-size // streams) * streams, self.clips, first, stop)
 
 
-def _reading(data: DataConfig, spec: DataSpec, index: ShardIndex, streams: int) -> Reading:
+def _reading(
+    data: DataConfig, spec: DataSpec, index: ShardIndex, streams: int, absent: frozenset[int]
+) -> Reading:
     """How a rank with so many streams reads these shards."""
     source: Remote | Directory = Directory(str(local(data.shards)), tuple(index.shard_names))
     open_files = OPEN_FILES
@@ -285,8 +291,9 @@ def _reading(data: DataConfig, spec: DataSpec, index: ShardIndex, streams: int) 
         records = {record.name: record for record in index.manifest.shards}
         shards = tuple(Shard(name, records[name].size, records[name].sha256) for name in index.shard_names)
         cache = data.cache or os.environ.get("CRAFT_CACHE", "") or "~/.cache/craft"
-        source = Remote(data.shards.rstrip("/"), shards, cache, int(data.cache_gb * 1e9), time.time())
+        source = Remote(data.shards.rstrip("/"), shards, cache, int(data.cache_gb * 1e9), this_job())
         # What is open stays in the cache: the shards of the window that is read and of the next one.
         open_files = min(OPEN_FILES, 2 * streams + 4)
-    access = Access(source, open_files, spec.mean, spec.std)
+    audio, fbank = index.manifest.audio.array, index.manifest.fbank.array
+    access = Access(source, audio, fbank, open_files, spec.mean, spec.std, absent)
     return Reading(access, data.workers, data.prefetch, data.fetch_ahead)

@@ -12,7 +12,8 @@ import numpy as np
 from pipeline.data.augment import MixupPlan
 from pipeline.data.index import Found, ShardIndex
 from pipeline.data.manifest import Manifest
-from pipeline.data.reader import FBANK, HEADER, RAW, WAVEFORM, Needs
+from pipeline.data.npy import HEADER
+from pipeline.data.reader import FBANK, RAW_FBANK, RAW_WAVEFORM, WAVEFORM, Needs
 from pipeline.data.ring import Ring
 
 ALIGNED = 64  # bytes
@@ -86,7 +87,7 @@ class Layout:
         used = {"waveform": members.waveform, "partner": mixup, "fbank": members.fbank}
         self.used = tuple(name for name in self.PARTS if used[name])
         audio, fbank = manifest.audio, manifest.fbank
-        self._payload = dict.fromkeys(self.PARTS, 2 * audio.samples) | {"fbank": 2 * fbank.frames * fbank.mel_bins}
+        self._payload = dict.fromkeys(self.PARTS, audio.array.size) | {"fbank": fbank.array.size}
         self._shape: dict[str, tuple[int, ...]] = dict.fromkeys(self.PARTS, (audio.samples,))
         self._shape["fbank"] = frames, fbank.mel_bins
         if raw:
@@ -130,7 +131,8 @@ class Layout:
     def _jobs(self, index: ShardIndex, name: str, rows: Found, places: np.ndarray) -> np.ndarray:
         jobs = index.jobs("waveform" if name == "partner" else name, rows)
         jobs["clip"] = self.PARTS.index(name) * self.clips + places
-        jobs["kind"] = RAW if self.raw else FBANK if name == "fbank" else WAVEFORM
+        fbank = name == "fbank"
+        jobs["kind"] = (RAW_FBANK if fbank else RAW_WAVEFORM) if self.raw else (FBANK if fbank else WAVEFORM)
         jobs["length"] = self._payload[name]
         jobs["start"] = self._start[name] + places * self._row[name] + HEADER * self.raw
         jobs["room"] = self._payload[name] if self.raw else self._row[name]

@@ -13,6 +13,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -26,6 +27,7 @@ Location = str | Path
 Result = TypeVar("Result")
 
 TRIES = 5
+BLOCK = 1 << 22
 FIRST_WAIT = 0.5  # seconds; doubled after each try, with jitter so that many nodes do not come back at once
 
 
@@ -112,7 +114,7 @@ class _Bound(Callback):  # type: ignore[misc]
 def fetch(system: Any, path: str, target: str | BinaryIO, limit: int) -> None:
     """Copies a remote file of at most `limit` bytes.
 
-    A store knows the size of an object, so one that is larger is not even begun; a web server may send without end.
+    A store knows the size of an object; a web server may send without end.
 
     Args:
         system: fsspec file system.
@@ -121,7 +123,7 @@ def fetch(system: Any, path: str, target: str | BinaryIO, limit: int) -> None:
         limit: Bytes.
 
     Raises:
-        LongerError: it is larger. What a web server had sent by then, a little more than `limit`, is in `target`.
+        LongerError: it is larger. `target` has its first `limit` bytes, from a web server a little more.
         Exception: what the store raises.
     """
     if "http" in system.protocol:
@@ -129,6 +131,9 @@ def fetch(system: Any, path: str, target: str | BinaryIO, limit: int) -> None:
         return
     size = int(system.info(path)["size"] or 0)
     if size > limit:
+        with system.open(path) as source, open(target, "wb") if isinstance(target, str) else nullcontext(target) as out:
+            for start in range(0, limit, BLOCK):
+                out.write(source.read(min(BLOCK, limit - start)))
         raise LongerError(str(size), limit)
     if isinstance(target, str):
         system.get_file(path, target)
@@ -170,7 +175,10 @@ def sizes(location: Location, below: str = "") -> dict[str, int]:
     where = join(location, below) if below else str(location)
     if not is_remote(where):
         folder = local(where)
-        return {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file()} if folder.is_dir() else {}
+        if not folder.is_dir():
+            return {}
+        with os.scandir(folder) as files:
+            return {file.name: file.stat().st_size for file in files if file.is_file()}
     system, path = file_system(where)
 
     def listing() -> list[dict[str, Any]]:

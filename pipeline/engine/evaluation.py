@@ -36,7 +36,9 @@ def evaluate_task(
     forward: Callable[[Batch], Losses], loader: Loader, single_label: bool
 ) -> dict[str, float]:
     """Held-out metrics named `eval_...`, for the training loop; a collective."""
-    metrics = summarise(score(forward, loader.eval_batches()), single_label)
+    scores = score(forward, loader.eval_batches())
+    loader.bad_clips.check(loader.clips - len(scores.rows))
+    metrics = summarise(scores, single_label)
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 

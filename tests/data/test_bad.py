@@ -1,8 +1,11 @@
 """Bad clips and locality: what stands in, who counts, and which bytes a rank asks for."""
 
+import errno
 import itertools
 import os
 import shutil
+import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -14,6 +17,7 @@ from pipeline.config import DataConfig
 from pipeline.data.bad import stand_ins
 from pipeline.data.loader import Needs, Place, build_loader
 from pipeline.data.manifest import load_index
+from pipeline.data.reader import PASSING
 from pipeline.errors import UserError
 
 BATCH = 12
@@ -21,7 +25,7 @@ FBANK = Needs(waveform=False, fbank=True)
 
 
 def loader(shards, rank=0, ranks=1, batch=BATCH, needs=FBANK, **data):
-    config = DataConfig(shards=str(shards), **{"streams": 4, "window": 8, "workers": 0} | data)
+    config = DataConfig(shards=str(shards), **{"streams": 4, "window": 8, "workers": 0, "max_bad_share": 1} | data)
     place = Place(rank, ranks, torch.device("cpu"))
     return build_loader(config, None, part="train", needs=needs, batch_size=batch, seed=1, place=place)
 
@@ -43,6 +47,98 @@ def lose(copy, keep=0, count=0):
     tars = sorted(copy.glob("train-*.tar"))
     for tar in tars[keep:] if keep else tars[:count]:
         tar.unlink()
+
+
+def wipe(copy, count):
+    """Overwrites `count` training shards; their sizes stay."""
+    for tar in sorted(copy.glob("train-*.tar"))[:count]:
+        tar.write_bytes(bytes(tar.stat().st_size))
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_most_data_gone_is_no_run(copy, part):
+    """Empty tars, missing ones and a FIFO: said at the start, in one line, with the share of the clips."""
+    tars = sorted(copy.glob(f"{part}-*.tar"))
+    os.truncate(tars[0], 0)
+    for tar in tars[1:-1]:
+        tar.unlink()
+    if len(tars) > 2:
+        os.mkfifo(tars[1])
+    config = DataConfig(shards=str(copy), workers=0)
+    place = Place(0, 1, torch.device("cpu"))
+    with pytest.raises(UserError) as error:
+        build_loader(config, None, part=part, needs=FBANK, batch_size=12, seed=1, place=place)
+    said = str(error.value)
+    assert said.startswith(f"{copy}: {len(tars) - 1} of {len(tars)} tars are not as manifest.json says, with ")
+    assert f"{tars[0].name} (0 bytes of " in said
+    assert "data.max_bad_share = 0.05 allows less" in said
+    other = "eval" if part == "train" else "train"  # that is not read here
+    build_loader(config, None, part=other, needs=FBANK, batch_size=12, seed=1, place=place).close()
+
+
+def test_the_share_counts_what_looks_whole_at_the_start(copy):
+    wipe(copy, 5)
+    with loader(copy, max_bad_share=0.05) as own, pytest.raises(
+        UserError, match=r"data.max_bad_share = 0.05: \d+ samples of one epoch .* raise data.max_bad_share$"
+    ):
+        taken(own, 7)
+
+
+def test_a_few_bad_clips_of_a_small_set_end_nothing(copy):
+    rows = load_index(copy, "train").to_pylist()
+    for row in rows[:2] + rows[-1:]:
+        with (copy / row["shard"]).open("r+b") as file:
+            file.seek(row["fbank_offset"] + 300)
+            file.write(b"\x55" * 16)
+    with loader(copy, max_bad_share=DataConfig().max_bad_share) as own:
+        taken(own, 7)
+        assert own.replaced(0) == 3
+
+
+def test_a_shard_that_is_away_for_a_moment_costs_nothing(copy, monkeypatch):
+    """Away at the first open, back at the second try; then stale while it is open."""
+    with loader(copy) as own:
+        expected = taken(own, 6)
+    tar = sorted(copy.glob("train-*.tar"))[0]
+    away = tar.with_suffix(".away")
+    with loader(copy) as own:
+        tar.rename(away)
+        threading.Timer(0.3, lambda: away.rename(tar)).start()
+        found = taken(own, 6)
+        assert not own.bad
+    assert all(torch.equal(one.row, other.row) for one, other in zip(found, expected, strict=True))
+    with loader(copy) as own:
+        batches = own.train_batches(0)
+        found = [next(batches) for _ in range(3)]
+        files = own._feed._rings[0]._reader._files
+        for number, descriptor in list(files._open.items()):
+            stale = os.open(copy, os.O_RDONLY)  # reading it fails, as of a file that a server forgot
+            os.dup2(stale, descriptor)
+            os.close(stale)
+            assert number in files._open
+        monkeypatch.setattr("pipeline.data.reader.PASSING", (*PASSING, errno.EISDIR))
+        found += [next(batches) for _ in range(3)]
+        assert not own.bad
+    assert all(torch.equal(one.row, other.row) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_lost_shard_is_asked_for_again_after_a_while(copy, monkeypatch):
+    tar = sorted(copy.glob("train-*.tar"))[0]
+    away = tar.with_suffix(".away")
+    with loader(copy) as own:
+        epoch = own.clips // BATCH + 1
+        monkeypatch.setattr("pipeline.data.reader.WAITS", ())
+        monkeypatch.setattr("pipeline.data.reader.RETRY_SECONDS", 0.2)
+        tar.rename(away)
+        batches = own.train_batches(0)
+        for _ in range(epoch):
+            next(batches)
+        assert own.replaced(0)
+        away.rename(tar)
+        time.sleep(0.25)
+        for _ in range(3 * epoch):
+            next(batches)
+        assert not own.replaced(3 * epoch)
 
 
 def test_a_lost_shard_is_made_up_for_by_many_clips_and_no_batch_repeats_one(copy):
@@ -93,7 +189,7 @@ def test_ranks_cannot_become_uneven_even_where_all_their_clips_are_lost(copy):
 
 
 def test_the_limit_is_of_an_epoch_not_of_the_run(copy):
-    lose(copy, count=1)
+    wipe(copy, 1)
     with loader(copy) as own:
         epochs = 3 * own.clips // BATCH
         taken(own, epochs)
@@ -212,7 +308,7 @@ def test_evaluation_with_lost_shards_has_equally_many_batches_on_each_rank(copy,
     sorted(copy.glob("eval-*.tar"))[0].unlink()
     counts, scored = [], []
     for rank in range(ranks):
-        config = DataConfig(shards=str(copy), workers=0)
+        config = DataConfig(shards=str(copy), workers=0, max_bad_share=1)
         with build_loader(config, None, part="eval", needs=Needs(waveform=False, fbank=True), batch_size=12, seed=1,
                           place=Place(rank, ranks, torch.device("cpu"))) as own:  # fmt: skip
             batches = list(own.eval_batches())

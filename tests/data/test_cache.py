@@ -1,9 +1,13 @@
 """Remote shards: what comes out is what lies in the store, whatever the network, the disk and other ranks do."""
 
+import contextlib
 import errno
 import fcntl
+import http.server
 import os
 import shutil
+import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -18,14 +22,14 @@ from pipeline.data.cache import FOLDER, Cache, NoRoomError, Remote, Shard
 from pipeline.data.loader import Needs, Place, build_loader
 from pipeline.data.manifest import load_manifest
 from pipeline.errors import UserError
-from tests.stores import FlakyServer
+from tests.stores import FlakyServer, upload
 
 BATCH = 12
 
 
 def batches(url, count=7, **data):
     """The first batches of one rank, as lists of tensors, and the loader's bad clips."""
-    config = DataConfig(shards=str(url), streams=4, window=8, **data)
+    config = DataConfig(shards=str(url), streams=4, window=8, max_bad_share=1, **data)
     place = Place(0, 1, torch.device("cpu"))
     needs = Needs(waveform=True, fbank=True)
     with build_loader(config, None, part="train", needs=needs, batch_size=BATCH, seed=1, place=place) as loader:
@@ -45,9 +49,9 @@ def server(shards):
     served.close()
 
 
-def remote(url, directory, cache, limit=0):
+def remote(url, directory, cache, limit=0, job="a job"):
     shards = tuple(Shard(s.name, s.size, s.sha256) for s in load_manifest(directory).shards)
-    return Remote(url, shards, str(cache), limit, time.time())
+    return Remote(url, shards, str(cache), limit, job)
 
 
 def content(descriptor):
@@ -165,13 +169,13 @@ def test_a_full_disk_is_emptied_of_old_copies_or_ends_the_run(shards, server, tm
     store, _ = cache._store
     fetch, full = store.get_file, 1
 
-    def get_file(source, target):
+    def get_file(source, target, callback):
         nonlocal full
         if full:
             full -= 1
             Path(target).write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device", target)
-        fetch(source, target)
+        fetch(source, target, callback=callback)
 
     monkeypatch.setattr(store, "get_file", get_file)
     assert content(cache.open(1)) == (shards / described.shards[1].name).read_bytes()
@@ -209,3 +213,176 @@ def test_shards_are_fetched_before_they_are_read(shards, server, tmp_path):
         assert len(loader.touched) <= 4
         assert sum(p.suffix == ".cached" for p in copies(tmp_path)) == len(wanted)
         iterator.close()
+
+
+DAMAGES = {
+    "cut": lambda content: content[: len(content) // 2],
+    "zeroed": lambda content: bytes(len(content)),
+    "flipped": lambda content: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
+    "longer": lambda content: content + b"x",
+    "empty": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_copy_that_a_crash_damaged_is_fetched_anew_by_the_next_job(shards, server, tmp_path, damage):
+    described = remote(server.url, shards, tmp_path, job="first")
+    name = described.shards[0].name
+    os.close(Cache(described).open(0))
+    (copy,) = copies(tmp_path)
+    copy.write_bytes(DAMAGES[damage](copy.read_bytes()))
+    for _ in range(3):
+        descriptor = Cache(described._replace(job="second")).open(0)
+        assert content(descriptor) == (shards / name).read_bytes()
+        os.close(descriptor)
+    assert server.gets[name] == 2
+
+
+def test_a_job_reads_a_sound_copy_through_once_whatever_other_jobs_do(shards, server, tmp_path, monkeypatch):
+    compared = []
+    real = cache_module._is_whole
+    monkeypatch.setattr(cache_module, "_is_whole", lambda *words: compared.append(words[1].name) or real(*words))
+    described = remote(server.url, shards, tmp_path, job="first")
+    os.close(Cache(described).open(0))
+    assert not compared  # it was compared when it was fetched
+    for job in ("second", "third", "first", "second", "third"):
+        os.close(Cache(described._replace(job=job)).open(0))
+    assert compared == [described.shards[0].name] * 2
+    assert server.gets[described.shards[0].name] == 1
+
+
+def test_a_lock_file_that_holds_anything_is_no_note(shards, server, tmp_path):
+    described = remote(server.url, shards, tmp_path)
+    os.close(Cache(described).open(0))
+    (copy,) = copies(tmp_path)
+    for text in (b"", b"[1", b"{}", b"[" * 5000, b'[1, 2, 3]', b"\xff\x00"):
+        copy.with_suffix(".lock").write_bytes(text)
+        os.close(Cache(described).open(0))
+    assert server.gets[described.shards[0].name] == 1
+
+
+def test_a_damaged_source_is_believed_once_per_job_though_the_clock_steps_back(shards, tmp_path, monkeypatch):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(shards, damaged, ignore=shutil.ignore_patterns("source"))
+    described = remote("", damaged, tmp_path / "cache")
+    name = described.shards[0].name
+    (damaged / name).write_bytes(DAMAGES["flipped"]((damaged / name).read_bytes()))
+    served = FlakyServer(damaged)
+    described = described._replace(url=served.url)
+    monkeypatch.setattr(cache_module, "BACKOFF", 0.001)
+    for _ in range(3):
+        os.close(Cache(described).open(0))
+        for path in copies(tmp_path / "cache"):
+            os.utime(path, (0, 0))
+    assert served.gets[name] == 3
+    os.close(Cache(described._replace(job="next")).open(0))
+    assert served.gets[name] == 6  # the next job asks whether it was mended
+    served.close()
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_what_is_no_copy_is_refused_and_not_waited_for(shards, server, tmp_path, kind):
+    described = remote(server.url, shards, tmp_path)
+    cache = Cache(described)
+    os.close(cache.open(0))
+    (copy,) = copies(tmp_path)
+    copy.unlink()
+    if kind == "fifo":
+        os.mkfifo(copy)
+    else:
+        copy.symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match=r"\.cached: .*remove it"):
+        cache.open(0)
+
+
+def test_a_body_without_end_is_cut_at_the_size_that_the_manifest_says(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "BACKOFF", 0.001)
+    name = load_manifest(shards).shards[0].name
+    sent = 0
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            nonlocal sent
+            self.send_response(200)
+            self.end_headers()
+            first = (shards / name).read_bytes() if not self.path.startswith("/other") else b""
+            with contextlib.suppress(OSError):
+                self.wfile.write(first)
+                for _ in range(1 << 12):  # 4 GB: as good as without end
+                    self.wfile.write(bytes(1 << 20))
+                    sent += 1 << 20
+
+        def log_message(self, *_):
+            pass
+
+    endless = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=endless.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{endless.server_port}"
+    descriptor = Cache(remote(url, shards, tmp_path)).open(0)
+    assert content(descriptor) == (shards / name).read_bytes()
+    os.close(descriptor)
+    described = remote(f"{url}/other", shards, tmp_path / "other")
+    descriptor = Cache(described).open(0)
+    assert content(descriptor) == bytes(described.shards[0].size)
+    os.close(descriptor)
+    with pytest.raises(UserError, match="more bytes, at most 134217728 were expected"):
+        load_manifest(f"{url}/other")
+    assert sent < 512 << 20
+    endless.shutdown()
+    endless.server_close()
+
+
+def test_an_object_that_is_larger_than_the_manifest_says_is_read_to_that_size(shards, s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "BACKOFF", 0.001)
+    longer = tmp_path / "longer"
+    shutil.copytree(shards, longer, ignore=shutil.ignore_patterns("source"))
+    described = remote("s3://longer-shards", longer, tmp_path / "cache")
+    with (longer / described.shards[0].name).open("ab") as file:
+        file.truncate(100 << 20)
+    upload(longer, "longer-shards")
+    descriptor = Cache(described).open(0)
+    assert content(descriptor) == (shards / described.shards[0].name).read_bytes()
+    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def without_rights(folder):
+    """Nothing can be written in a folder: for root by another user's rights."""
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def test_a_complete_cache_that_cannot_be_written_is_read(shards, server, request):
+    """And where one of its copies is damaged, or missing, it says so."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own are closed to other users
+    request.addfinalizer(lambda: shutil.rmtree(folder))
+    folder.chmod(0o755)
+    described = remote(server.url, shards, folder)
+    for number in range(len(described.shards)):
+        os.close(Cache(described).open(number))
+    expected = [(shards / shard.name).read_bytes() for shard in described.shards]
+    gets = server.gets.copy()
+    with without_rights(folder / FOLDER):
+        cache = Cache(described._replace(job="another"))
+        for number, wanted in enumerate(expected):
+            for _ in range(2):
+                descriptor = cache.open(number)
+                assert content(descriptor) == wanted
+                os.close(descriptor)
+    assert server.gets == gets
+    name = described.shards[0].name
+    copy = next(path for path in copies(folder) if name in path.name)
+    copy.write_bytes(DAMAGES["flipped"](copy.read_bytes()))
+    with without_rights(folder / FOLDER), pytest.raises(UserError, match="damaged, and cannot be fetched anew"):
+        Cache(described).open(0)
+    copy.unlink()
+    with without_rights(folder / FOLDER), pytest.raises(UserError, match=f"cannot be written, and lacks {name}"):
+        Cache(described).open(0)

@@ -16,7 +16,8 @@ import xxhash
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data.cache import Directory
 from pipeline.data.loader import Needs, Place, build_loader
-from pipeline.data.reader import JOB, RAW, Access, Reader
+from pipeline.data.npy import Array
+from pipeline.data.reader import FBANK, JOB, RAW_FBANK, RAW_WAVEFORM, WAVEFORM, Access, Reader
 from pipeline.data.ring import Ring
 from pipeline.errors import UserError
 from tests.conftest import ROOT
@@ -59,7 +60,7 @@ def test_killed_readers_are_replaced_and_no_batch_changes(shards, caplog):
 
 
 def test_readers_that_die_of_the_same_task_end_the_run():
-    ring = Ring(Access(Directory("/", ()), 1, 0.0, 1.0), 100, 1)
+    ring = Ring(access(Directory("/", ())), 100, 1)
     region = ring.take()
     ring.start(region, np.zeros(5, np.uint8))  # no jobs: the reader cannot make sense of it
     with pytest.raises(UserError, match=r"3 reader processes ended .* lower data.workers or data.prefetch"):
@@ -67,15 +68,57 @@ def test_readers_that_die_of_the_same_task_end_the_run():
     ring.close()
 
 
-@pytest.mark.parametrize("header", [64, 128, 192])
+def access(source):
+    return Access(source, Array("<i2", (160,)), Array("<f2", (16, 10)), 1, 0.0, 1.0)
+
+
+def npy_header(dtype, shape, size, order=False, version=1):
+    text = repr({"descr": dtype, "fortran_order": order, "shape": shape}).encode()
+    length = size - 10
+    return b"\x93NUMPY" + bytes([version, 0]) + length.to_bytes(2, "little") + text.ljust(length - 1) + b"\n"
+
+
+@pytest.mark.parametrize("kind", [WAVEFORM, FBANK, RAW_WAVEFORM, RAW_FBANK])
+@pytest.mark.parametrize(
+    "header",
+    [
+        npy_header(">i2", (160,), 128),
+        npy_header("<u2", (160,), 128),
+        npy_header("<f2", (10, 16), 128),
+        npy_header("<f2", (16, 10), 128, order=True),
+        npy_header("<i2", (-160,), 128),
+        npy_header("<i2", (160, 1), 128),
+        npy_header("|O", (160,), 128),
+        npy_header("<i2", (160,), 120)[:110] + b"\n" * 18,
+        npy_header("<i2", (160,), 128, version=9),
+        npy_header([("a", "<i2")], (160,), 128),
+        b"\x93NUMPY\x01\x00\x76\x00" + b"(" * 118,
+        b"x" * 128,
+    ],
+)
+def test_a_header_that_says_something_else_is_a_bad_clip(tmp_path, header, kind):
+    """Its hash is that of the index: written so."""
+    stored = header + bytes(320)
+    (tmp_path / "tar").write_bytes(stored)
+    jobs = np.zeros(1, JOB)
+    jobs["kind"], jobs["size"], jobs["length"], jobs["start"], jobs["room"] = kind, len(stored), 320, 128, 640
+    jobs["xxh3"] = xxhash.xxh3_64_intdigest(stored)
+    reader, memory = Reader(access(Directory(str(tmp_path), ("tar",)))), np.zeros(1024, np.uint8)
+    ((_, problem),) = reader.fill(jobs, memory)
+    assert "header" in problem
+    reader.close()
+
+
+@pytest.mark.parametrize("header", [80, 128, 192])
 def test_stored_numbers_lie_at_their_place_whatever_the_header_before_them(tmp_path, header):
     """A usual header is read along, into the space before the numbers; a longer one leaves the row before alone."""
-    stored = np.random.default_rng(0).bytes(header + 320)
+    stored = npy_header("<i2", (160,), header) + np.random.default_rng(0).bytes(320)
     (tmp_path / "tar").write_bytes(b"x" * 512 + stored)
     jobs = np.zeros(2, JOB)
-    jobs["clip"], jobs["kind"], jobs["offset"], jobs["size"], jobs["length"] = (0, 1), RAW, 512, header + 320, 320
+    jobs["clip"], jobs["kind"], jobs["offset"] = (0, 1), RAW_WAVEFORM, 512
+    jobs["size"], jobs["length"] = header + 320, 320
     jobs["xxh3"], jobs["start"], jobs["room"] = xxhash.xxh3_64_intdigest(stored), (128, 576), 320
-    reader, memory = Reader(Access(Directory(str(tmp_path), ("tar",)), 1, 0.0, 1.0)), np.zeros(1024, np.uint8)
+    reader, memory = Reader(access(Directory(str(tmp_path), ("tar",)))), np.zeros(1024, np.uint8)
     assert reader.fill(jobs, memory) == []
     for start in (128, 576):
         assert memory[start : start + 320].tobytes() == stored[header:]

@@ -114,7 +114,8 @@ def replaced(directory, rank: int, ranks: int, steps: int) -> list[int]:
     """What a rank replaces up to each of the first steps."""
     place, needs = Place(rank, ranks, torch.device("cpu")), Needs(waveform=True, fbank=True)
     seed = RunConfig().seed
-    with build_loader(DataConfig(shards=str(directory), workers=0), None, part="train", needs=needs, batch_size=8,
+    data = DataConfig(shards=str(directory), workers=0, max_bad_share=1)
+    with build_loader(data, None, part="train", needs=needs, batch_size=8,
                       seed=seed, place=place) as loader:  # fmt: skip
         return [loader.replaced(step) for step, _ in zip(range(steps), loader.train_batches(0), strict=False)]
 
@@ -130,7 +131,8 @@ def test_bad_clips_are_counted_over_all_ranks_and_too_many_end_the_run(shards, t
     limit = max(own[0][-1], own[1][-1])
     last = next(step for step, count in enumerate(total) if count > limit)
     words = [f"data.shards={copy}", f"run.dir={tmp_path / 'run'}", "train.steps=20", "log.mlflow=false", *MICRO]
-    ended = [rank.end() for rank in start_ranks(2, "launchers/pretrain.py", *words, f"data.max_bad={limit}")]
+    words += [f"data.max_bad={limit}", "data.max_bad_share=1"]
+    ended = [rank.end() for rank in start_ranks(2, "launchers/pretrain.py", *words)]
     assert [status for status, _ in ended] == [2, 2], ended[0][1][-4000:]
     assert [line["bad_clips"] for line in lines(tmp_path / "run")] == total[: last + 1]
     said = ended[0][1]

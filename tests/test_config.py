@@ -141,7 +141,8 @@ def test_every_setting_states_whether_it_changes_results(kind):
     assert set(stated.values()) == {"result", "course", "neutral"}
     neutral = {key for key, effect in stated.items() if effect == "neutral"}
     log = {key for key in stated if key.startswith("log.")}
-    assert neutral == ONCE_WITHOUT_EFFECT | log | {"data.max_bad_share", "data.cache", "data.cache_gb", "data.fetch_ahead"}
+    later = {"data.max_bad_share", "data.cache", "data.cache_gb", "data.fetch_ahead"}
+    assert neutral == ONCE_WITHOUT_EFFECT | log | later
     assert {key for key in stated if not changes_result(key)} == neutral
 
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from pipeline.errors import UserError
+from pipeline.faults import VERDICT, BoardLost, Faults
 
 log = logging.getLogger(__name__)
 ValueT = TypeVar("ValueT")
@@ -36,11 +37,15 @@ class World:
         rank: 0 .. size - 1.
         size: R.
         device: Of this rank's tensors.
+        board: Notes of all ranks; None: one rank.
+        faults: Ends all ranks where one fails.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    board: "Board | None" = None
+    faults: Faults = field(default_factory=Faults)
 
     @property
     def is_main(self) -> bool:
@@ -96,9 +101,19 @@ def session(timeout: float, seed: int) -> Iterator[World]:
     # A little longer: whoever hangs is named (`engine.watch`) before the collective gives up.
     patience = timedelta(seconds=timeout + 60)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    board = Board(rank, patience=10.0) if size > 1 else None
+    faults = Faults(board, rank, size)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        yield World(rank, size, device, board, faults)
+    except Exception as error:
+        faults.leave(error)  # does not come back where other ranks may wait for this one
+        raise
+    except KeyboardInterrupt as error:
+        faults.leave(error)
+        raise
     finally:
+        faults.close()
         dist.destroy_process_group()
 
 
@@ -194,31 +209,23 @@ class Agreement:
         return [int(number) for number in agreed]
 
 
-class BoardLost(Exception):  # noqa: N818 - a state of the network
-    """Rank 0's host does not answer."""
-
-
 class Board:
     """Notes by name, readable while ranks hang: a key-value store on rank 0's host, besides the process group.
 
-    One small request each; use it from one thread. A single rank's board holds nothing.
+    One small request each, one at a time.
 
     Args:
-        world: Ranks.
+        rank: Own, of two or more.
         patience: Seconds to wait for an answer.
     """
 
-    def __init__(self, world: World, patience: float) -> None:
-        self._store: Any = None
-        if world.size == 1:
-            return
+    def __init__(self, rank: int, patience: float) -> None:
         host, wait = os.environ["MASTER_ADDR"], timedelta(seconds=patience)
-        if world.is_main:
-            self._store = TCPStore(host, 0, None, True, wait, wait_for_workers=False)
-            self._store.set("verdict", "")
-        port = broadcast(self._store.port if world.is_main else 0)
-        if not world.is_main:
-            self._store = TCPStore(host, port, None, False, wait, wait_for_workers=False)
+        store = TCPStore(host, 0, None, True, wait, wait_for_workers=False) if rank == 0 else None
+        if store is not None:
+            store.set(VERDICT, "")
+        port = broadcast(store.port if store is not None else 0)
+        self._store = store or TCPStore(host, port, None, False, wait, wait_for_workers=False)
 
     def ready(self) -> None:
         """Waits until every rank has posted its first note."""
@@ -230,10 +237,17 @@ class Board:
         Raises:
             BoardLost: see there.
         """
-        try:
+        with _answered():
             self._store.set(name, text)
-        except (dist.DistError, RuntimeError) as error:
-            raise BoardLost(str(error).splitlines()[0]) from error
+
+    def post_first(self, name: str, text: str) -> str:
+        """Writes a note that is empty so far; returns what is there now.
+
+        Raises:
+            BoardLost: see there.
+        """
+        with _answered():
+            return str(self._store.compare_set(name, "", text).decode())
 
     def read(self, name: str) -> str:
         """Reads a note that some rank has posted.
@@ -241,10 +255,25 @@ class Board:
         Raises:
             BoardLost: see there.
         """
-        try:
+        with _answered():
             return str(self._store.get(name).decode())
-        except (dist.DistError, RuntimeError) as error:
-            raise BoardLost(str(error).splitlines()[0]) from error
+
+    def count(self, name: str, more: int) -> int:
+        """Adds to a counter, which begins at 0, and returns it.
+
+        Raises:
+            BoardLost: see there.
+        """
+        with _answered():
+            return int(self._store.add(name, more))
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        raise BoardLost(str(error).splitlines()[0]) from error
 
 
 def rank() -> int:

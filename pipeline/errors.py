@@ -1,6 +1,6 @@
 """The one error a user may see without a traceback.
 
-In: a condition that the user caused and can mend. Out: one line on stderr and exit status 2.
+In: a condition that the user caused and can mend. Out: one line on stderr and exit status 2 (75 where it may pass).
 """
 
 import io
@@ -21,15 +21,29 @@ class UserError(Exception):
     Args:
         text: One line for people.
         local: Only this rank met it, so this rank must say it.
+        transient: It may pass by itself, such as a store out of reach: `--max-restarts` tries again.
     """
 
-    def __init__(self, text: str, local: bool = False) -> None:
+    def __init__(self, text: str, local: bool = False, transient: bool = False) -> None:
         super().__init__(text)
-        self.local = local
+        self.local, self.transient = local, transient
+
+
+def exit_status(error: BaseException) -> int:
+    """Of a process that `error` ends: 2 bad input, 75 a fault that may pass (EX_TEMPFAIL), 130 Ctrl-C, 70 any other."""
+    if isinstance(error, UserError):
+        return 75 if error.transient else 2
+    return 130 if isinstance(error, KeyboardInterrupt) else 70
+
+
+def say(text: str) -> None:
+    """One line on stderr, in one write: lines of ranks must not mix."""
+    sys.stderr.write(f"error: {' '.join(text.split())}\n")
+    sys.stderr.flush()
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Runs `main` and exits with its status; a `UserError` becomes one stderr line and status 2.
+    """Runs `main` and exits with its status; a `UserError` becomes one stderr line and status 2, Ctrl-C status 130.
 
     Where all ranks meet the same error, rank 0 alone says it. Launchers that end all ranks when one exits
     (deepspeed, torchrun) do so when rank 0 has: the others give it time.
@@ -45,11 +59,13 @@ def run_cli(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
     except UserError as error:
         if error.local or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-            sys.stderr.flush()
+            say(str(error))
         elif any(name in os.environ for name in LAUNCHERS):
             time.sleep(GRACE_SECONDS)
-        status = 2
+        status = exit_status(error)
+    except KeyboardInterrupt as error:
+        sys.stderr.write("interrupted\n")
+        status = exit_status(error)
     except BrokenPipeError:
         if not _drop_unread_output():
             raise

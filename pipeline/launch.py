@@ -232,14 +232,19 @@ def tracked(
     for file in ("config.yaml", "ds.json", "data.json"):
         if world.is_main:
             tracker.artifact(run_dir / file)
+    world.faults.before_exit("tracking", lambda: tracker.finish("FAILED"))
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         yield tracker
         status = "FINISHED"
+    except Exception as error:
+        world.faults.report(error)  # the others learn of it now, not after the tracking's last delivery
+        raise
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:
+        world.faults.before_exit("tracking", None)
         if world.is_main and figures.curves(run_dir / "metrics.jsonl", run_dir / "curves.png"):
             tracker.artifact(run_dir / "curves.png")
         tracker.finish(status)

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT
 
 FLOORS = [
-    {"errors", "files", "flow", "rng", "precision", "methods", "config", "recipes", "distributed"},
+    {"errors", "faults", "files", "flow", "rng", "precision", "methods", "config", "recipes", "distributed"},
     {"data", "model", "objectives"},
     {"tasks"},
     {"engine", "tracking"},

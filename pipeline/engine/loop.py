@@ -19,7 +19,7 @@ import torch
 
 from pipeline import distributed
 from pipeline.data.spec import DataSpec
-from pipeline.distributed import Agreement, Board, World
+from pipeline.distributed import Agreement, World
 from pipeline.engine import checkpoint, snapshot
 from pipeline.engine.checkpoint import Checkpoints
 from pipeline.engine.job import Job, Progress
@@ -65,7 +65,7 @@ def train(job: Job, world: World) -> None:
             not finite.
         SystemExit: a signal ended the run after a checkpoint; 128 + its number, as shells have it.
     """
-    watch = Watch(job.run_dir, world, job.recipe.run.timeout, Board(world, patience=10.0))
+    watch = Watch(job.run_dir, world, job.recipe.run.timeout)
     run = _start(job, world, StopSignals(), watch)
     watch.at(run.progress.step, "data")  # before its first note: a rank may hang before the second
     with run.stop, watch, run.profiler:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 RETRY_SECONDS = 5.0
 GATHER_SECONDS = 5.0  # between deliveries: many steps in one request cost the process a tenth of a request each
+FAULT_PATIENCE = 20.0  # seconds for the last delivery of a run that failed
 TRANSFER_PATIENCE = 20.0  # times as long may a server stay silent while a file is on its way
 
 
@@ -178,18 +179,22 @@ class SpoolTracker:
         self._append("model", content)
 
     def finish(self, status: Status) -> None:
-        """Ends the run; waits a bounded time for the delivery and says how to do the rest."""
+        """Ends the run; waits a bounded time for the delivery and says how to do the rest.
+
+        After a fault the other ranks wait too: no longer than `FAULT_PATIENCE`.
+        """
         if self._monitor:
             self._monitor.stop()
         self._append("finish", {"status": status})
         self._stop.set()
         self._fresh.set()
         progress, answered = -1, time.monotonic()
+        limit = answered + FAULT_PATIENCE
         while self._thread.is_alive():
             if progress != self._delivery.progress:
                 progress, answered = self._delivery.progress, time.monotonic()
             patience = self._patience * (TRANSFER_PATIENCE if self._delivery.transferring else 1.0)
-            if time.monotonic() - answered > patience:
+            if time.monotonic() - answered > patience or (status == "FAILED" and time.monotonic() > limit):
                 break
             self._thread.join(0.2)
         if self._spool.waiting:

@@ -160,7 +160,7 @@ class Faults:
         for name, act in list(self._before_exit.items()):
             try:
                 act()
-            except Exception:  # noqa: BLE001 - of any kind: the process ends, and the reason has been said
+            except Exception:
                 log.warning("%s", name, exc_info=True)
         self._end(verdict.status)
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 RETRY_SECONDS = 5.0
 GATHER_SECONDS = 5.0  # between deliveries: many steps in one request cost the process a tenth of a request each
-FAULT_PATIENCE = 20.0  # seconds for the last delivery of a run that failed
+FAULT_PATIENCE = 30.0  # seconds for the last delivery of a run that failed
 TRANSFER_PATIENCE = 20.0  # times as long may a server stay silent while a file is on its way
 
 

@@ -1,0 +1,57 @@
+"""Program: a rank that fails while the others wait for it in a collective, and nobody can leave the group before.
+
+    failing_rank.py KIND RANK
+    failing_rank.py pretrain RANK words of pretrain.py ...
+
+Leaving a group of nccl waits for the other ranks; here leaving a gloo group does so too.
+"""
+
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline import distributed
+from pipeline.errors import UserError, run_cli
+
+KINDS = {
+    "memory": torch.OutOfMemoryError("no memory\nfor 3 GiB"),
+    "input": UserError("data.max_bad = 3: too many"),
+    "own input": UserError("shard 7 cannot be read", local=True),
+    "store": UserError("the store is out of reach", local=True, transient=True),
+}
+NEVER = 10**6
+kind, failing = sys.argv.pop(1), int(sys.argv.pop(1))
+
+
+def hang(*args: Any) -> None:
+    time.sleep(NEVER)
+
+
+def main() -> None:
+    with distributed.session(1800, seed=0) as world:
+        distributed.barrier()
+        if world.rank == failing or failing < 0:
+            raise KINDS[kind]
+        distributed.barrier()
+
+
+dist.destroy_process_group = hang
+if kind == "pretrain":
+    from launchers.pretrain import main as pretrain
+    from pipeline.model.craft import Craft
+
+    forward, passes = Craft.forward, 0
+
+    def fail(self: Craft, *args: Any, **named: Any) -> Any:
+        global passes
+        passes += self.training
+        if distributed.rank() == failing and passes > 12:
+            raise KINDS["memory"]
+        return forward(self, *args, **named)
+
+    Craft.forward = fail  # type: ignore[method-assign]
+if __name__ == "__main__":
+    run_cli(pretrain if kind == "pretrain" else main)

@@ -1,0 +1,63 @@
+"""A rank that fails ends all ranks within a minute, and each says which rank, on which host, and why."""
+
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from pipeline.tracking.__main__ import sync
+from pipeline.tracking.spool import Spool
+from tests.distributed.conftest import lines
+from tests.ranks import start_ranks
+
+SCRIPT = Path(__file__).with_name("failing_rank.py")
+MINUTE = 60.0
+
+
+def ended(ranks, seconds: float) -> list[tuple[int, str]]:
+    """All of them, at most so long from now."""
+    end = time.monotonic() + seconds
+    return [rank.end(max(0.1, end - time.monotonic())) for rank in ranks]
+
+
+@pytest.mark.slow
+def test_the_trainer_names_the_rank_and_the_reason_and_closes_its_tracking(shards, tmp_path):
+    words = [f"data.shards={shards}", f"run.dir={tmp_path / 'run'}", "model.size=micro", "train.batch_size=8",
+             "train.steps=1000", "log.every=1", "data.workers=1", "optim.warmup=0", "log.system_every=0",
+             f"log.uri=sqlite:///{tmp_path}/mlflow.db"]  # fmt: skip
+    ranks = start_ranks(2, SCRIPT, "pretrain", 1, *words)
+    said = [output for _, output in ended(ranks, 3 * MINUTE)]
+    statuses = [rank.process.returncode for rank in ranks]
+    assert statuses == [70, 70], said[0][-4000:]
+    reason = f"rank 1 on {socket.gethostname()}: OutOfMemoryError: no memory for 3 GiB"
+    assert f"error: {reason}\n" in said[1]
+    assert "Traceback" in said[1]
+    assert f"error: rank 0: {reason}; the same command goes on from the newest checkpoint\n" in said[0]
+    assert reason in (tmp_path / "run" / "logs" / "rank-1.log").read_text()
+    assert len(lines(tmp_path / "run")) >= 5
+    sync(Spool(tmp_path / "run"), None)  # what a busy machine had no time for
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("craft").experiment_id])
+    assert run.info.status == "FAILED"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "failing", "status", "said"),
+    [
+        ("memory", 0, 70, ["rank 0 on HOST: OutOfMemoryError: no memory for 3 GiB", "rank 1: rank 0 on HOST: Out"]),
+        ("input", 1, 2, ["rank 0: rank 1 on HOST: data.max_bad = 3: too many\n", ""]),
+        ("own input", 1, 2, ["rank 0: rank 1 on HOST: shard 7 cannot be read\n", "shard 7 cannot be read\n"]),
+        ("store", 0, 75, ["the store is out of reach\n", "rank 1: rank 0 on HOST: the store is out of reach"]),
+        ("input", -1, 2, ["data.max_bad = 3: too many\n", ""]),
+    ],
+)
+def test_every_kind_of_fault_ends_all_ranks_with_its_status(kind, failing, status, said):
+    ends = ended(start_ranks(2, SCRIPT, kind, failing), MINUTE)
+    assert [found for found, _ in ends] == [status] * 2, ends
+    for (_, output), expected in zip(ends, said, strict=True):
+        errors = [line + "\n" for line in output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == bool(expected), output
+        assert not expected or errors[0].startswith("error: " + expected.replace("HOST", socket.gethostname())), errors

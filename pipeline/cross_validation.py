@@ -76,8 +76,9 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World, run_fold: RunFo
                 _note(job, fold)
             del job
             gc.collect()  # an engine holds itself in cycles: its memory is the next fold's
-        distributed.barrier()
-        content = summarise({fold: read_fold(Path(part.recipe.run.dir)) for fold, part in parts.items()})
+        content = distributed.decide(
+            lambda: summarise({fold: read_fold(Path(part.recipe.run.dir)) for fold, part in parts.items()})
+        )
         if world.is_main:
             write_results(content, run_dir / "results.json")
         tracker.metrics({f"final_{content['metric']}": content["value"]}, 0)

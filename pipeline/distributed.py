@@ -6,9 +6,11 @@ Every function here that communicates must be reached by all ranks in the same o
 under a rank-dependent branch. Cost: one gather of G vectors a step, and scalars.
 """
 
+import ipaddress
 import logging
 import os
 import random
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
@@ -98,6 +101,7 @@ def session(timeout: float, seed: int) -> Iterator[World]:
     os.environ.setdefault("MASTER_PORT", "0" if "RANK" not in os.environ else "29500")
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(key, value)
+    _choose_interface()
     # A little longer: whoever hangs is named (`engine.watch`) before the collective gives up.
     patience = timedelta(seconds=timeout + 60)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
@@ -144,6 +148,32 @@ def _from_slurm() -> None:
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
         "LOCAL_SIZE": slurm["SLURM_STEP_TASKS_PER_NODE"].split(",")[0].split("(")[0],  # such as 8(x3),4
     }
+
+
+def _choose_interface() -> None:
+    """Over several hosts: gloo connects from the interface that leads to rank 0, unless GLOO_SOCKET_IFNAME is set.
+
+    By itself it takes the address of the host's own name, which is 127.0.1.1 on Debian and Ubuntu: no other host can
+    reach that. nccl looks for interfaces itself, and may use several.
+    """
+    if int(os.environ["WORLD_SIZE"]) <= _local_size() or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    host = os.environ["MASTER_ADDR"]
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        if ipaddress.ip_address(address[0]).is_loopback:
+            if host in ("localhost", address[0]):  # all ranks are here
+                return
+            family, address = socket.AF_INET, ("192.0.2.1", 9)  # rank 0's own name, seen from its host: any other host
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing: the kernel chooses a route
+            own = probe.getsockname()[0]
+    except OSError as error:
+        log.warning("MASTER_ADDR = %s: %s; gloo chooses its interface itself", host, error)
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == own for entry in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def _own_programs() -> None:

@@ -116,7 +116,7 @@ def finish_finetuning(job: Job, world: World) -> None:
     if job.evaluate is None:
         log.warning("nothing is held out: no results.json; see data.eval_split and data.fold")
         return
-    file = weights_file(job.run_dir)
+    file = distributed.decide(lambda: weights_file(job.run_dir))
     content = evaluate_run(job.run_dir, file, job.recipe, world, job.run_dir / "predictions.parquet")
     if world.is_main:
         write_results(content, job.run_dir / "results.json")

@@ -172,9 +172,16 @@ def write_record(
         raise UserError(f"run.dir = {run_dir}: {error.strerror}: {error.filename}") from error
 
 
+def _make_logs(run_dir: Path) -> None:
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir = {run_dir}: {error.strerror}: {error.filename}") from error
+
+
 @contextmanager
 def open_run(run_dir: Path, world: World) -> Iterator[None]:
-    """Makes the run directory and keeps the logs while it is open.
+    """Makes the run directory and keeps the logs while it is open; a collective: rank 0 makes the directory.
 
     Logs: rank 0 to stderr, every rank to `logs/rank-N.log`. Those of a run around it are silent meanwhile.
 
@@ -182,8 +189,9 @@ def open_run(run_dir: Path, world: World) -> Iterator[None]:
         UserError: this rank cannot write there.
     """
     form = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+    distributed.decide(lambda: _make_logs(run_dir))
     try:
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)  # on a host that does not share it, or not yet
         handlers: list[logging.Handler] = [logging.FileHandler(run_dir / "logs" / f"rank-{world.rank}.log")]
     except OSError as error:
         raise UserError(

@@ -91,9 +91,7 @@ class Checkpoints:
         begun = time.perf_counter()
         before = self.wait()
         world, folder = self._world, self._root / f"step-{state['step']:08d}"
-        whole = (folder / "complete").exists()  # interrupted in its evaluation and resumed: the state is the same
-        problem = self._open(folder) if world.is_main and not whole else ""
-        whole, problem = distributed.broadcast((whole, problem))
+        whole, problem = distributed.decide(lambda: self._open(folder))
         if problem:
             self._say_failed(folder, problem)
         if whole or problem:
@@ -154,17 +152,26 @@ class Checkpoints:
         """
         folder = self._pending
         said = self.wait()
-        ok = folder is None or not self._world.is_main or (folder / "complete").exists()
-        if not distributed.broadcast(ok):
+        if not distributed.decide(lambda: folder is None or (folder / "complete").exists()):
             raise UserError(
                 f"{folder}: the last checkpoint could not be written; make room and repeat the command: it goes on "
                 "from the one before"
             )
         return said
 
-    def _open(self, folder: Path) -> str:
-        """Makes an empty folder, without the remains of killed attempts; returns what went wrong."""
+    def _open(self, folder: Path) -> tuple[bool, str]:
+        """Makes an empty folder, without the remains of killed attempts. For rank 0.
+
+        A host that has looked for a path on NFS before another one makes it goes on not finding it for a while: the
+        other ranks must not look.
+
+        Returns:
+            Whether the checkpoint is there already (interrupted in its evaluation and resumed: the state is the
+            same), and what went wrong.
+        """
         try:
+            if (folder / "complete").exists():
+                return True, ""
             for other in self._root.glob("step-*"):  # later ones were damaged, or the run had not gone back
                 if other.name >= folder.name or not (other / "complete").exists():
                     _remove(other)
@@ -173,8 +180,8 @@ class Checkpoints:
                 if (self._run_dir / name).exists():
                     shutil.copyfile(self._run_dir / name, folder / name)
         except OSError as error:
-            return str(error)
-        return ""
+            return False, str(error)
+        return False, ""
 
     def _describe(self, folder: Path, state: dict[str, Any]) -> None:
         write_json(folder / "state.json", state)

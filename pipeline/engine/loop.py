@@ -81,7 +81,7 @@ def train(job: Job, world: World) -> None:
 
 def _start(job: Job, world: World, stop: StopSignals, watch: Watch) -> _Run:
     """Engine and state, from the newest checkpoint where there is one; a collective."""
-    state = distributed.broadcast(checkpoint.read_state(job.run_dir) if world.is_main else None)
+    state = distributed.decide(lambda: checkpoint.read_state(job.run_dir))
     weights = checkpoint.read_weights(job.run_dir, state) if state else {}
     if state:
         job.task.load_state_dict(weights)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.engine.checkpoint import complete_checkpoints
+from tests.distributed.conftest import MICRO
 from tests.distributed.crash import KILLS
 from tests.distributed.layouts import CHAINS, RANKS
 from tests.ranks import run_ranks
@@ -56,3 +58,14 @@ def test_kills_and_a_full_disk_leave_a_whole_checkpoint(tmp_path):
     assert report["last"] == report["steps"][-1] + 2
     assert "not saved" in said
     assert "the run goes on" in said
+
+
+@pytest.mark.slow
+def test_a_host_that_remembers_what_was_missing_takes_part_in_every_checkpoint(shards, tmp_path):
+    """NFS: what one rank makes, the others must not have looked for."""
+    run_dir = tmp_path / "lab" / "run"
+    words = [f"data.shards={shards}", "train.steps=4", "checkpoint.every=2", "eval.every_epochs=0", "log.mlflow=false"]
+    ((_, said), _) = run_ranks(2, HERE / "nfs_host.py", f"run.dir={run_dir}", *words, *MICRO)
+    assert "not saved" not in said
+    assert [folder.name for folder in complete_checkpoints(run_dir)] == ["step-00000002", "step-00000004"]
+    assert (run_dir / "results.json").exists()

@@ -6,6 +6,7 @@ before the work, not after it.
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -186,8 +187,8 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Likewise, as JSON."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    """Likewise, as JSON, which has no Infinity and no NaN: such numbers become null."""
+    write_text(path, json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, remedy: str) -> Any:
@@ -202,6 +203,14 @@ def read_json(path: Path, remedy: str) -> Any:
         raise UserError(f"{path}: {_reason(error)}; {remedy}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); {remedy}") from error
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def sync(path: Path) -> None:

@@ -21,7 +21,6 @@ at multiples of `keep_every` steps or the shares `keep_at` of the run. `latest` 
 
 import json
 import logging
-import math
 import random
 import shutil
 import time
@@ -196,8 +195,10 @@ class Checkpoints:
             )  # fmt: skip
 
     def _retain(self) -> None:
-        whole = complete_checkpoints(self._run_dir)
-        ranked = sorted(((metric, folder) for folder in whole if (metric := _metric(folder)) is not None), reverse=True)
+        found = {folder: _read(folder) for folder in complete_checkpoints(self._run_dir)}
+        whole = [folder for folder, (_, wrong) in found.items() if not wrong]  # a damaged one takes no other's place
+        metrics = {folder: found[folder][0].get("metric") for folder in whole}
+        ranked = sorted(((metric, folder) for folder, metric in metrics.items() if metric is not None), reverse=True)
         if ranked:
             write_text(self._root / "best", ranked[0][1].name)
         kept = {*whole[-self._config.keep :], *(folder for _, folder in ranked[: self._config.keep_best])}
@@ -216,17 +217,23 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 def read_state(run_dir: Path) -> dict[str, Any] | None:
     """`state.json` of the newest checkpoint whose files have their sizes; None where there is none."""
     for folder in reversed(complete_checkpoints(run_dir)):
-        try:
-            sizes = json.loads((folder / "complete").read_text(encoding="utf-8"))
-            wrong = next((name for name, size in sizes.items() if not _is_size(folder / name, size)), "")
-            state: dict[str, Any] = {} if wrong else json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            if state.get("step") == int(folder.name.removeprefix("step-")):
-                return state
-            wrong = wrong or "state.json"
-        except (ValueError, AttributeError, RecursionError):
-            wrong = "complete or state.json"
+        state, wrong = _read(folder)
+        if not wrong:
+            return state
         log.warning("%s: %s is not as it was written; going on from the checkpoint before", folder, wrong)
     return None
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], str]:
+    """`state.json` of a checkpoint, and which of its files is not as it was written; empty: none."""
+    try:
+        sizes = json.loads((folder / "complete").read_text(encoding="utf-8"))
+        wrong = next((name for name, size in sizes.items() if not _is_size(folder / name, size)), "")
+        state: dict[str, Any] = {} if wrong else json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        whole = state.get("step") == int(folder.name.removeprefix("step-"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}, "complete or state.json"
+    return state, wrong or ("" if whole else "state.json")
 
 
 def read_weights(run_dir: Path, state: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -295,14 +302,6 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: {error}; delete its directory to go on from the checkpoint before") from error
-
-
-def _metric(folder: Path) -> float | None:
-    try:
-        metric = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("metric")
-    except (OSError, ValueError):  # damaged since: `read_state` passes it over
-        return None
-    return None if metric is None or math.isnan(metric) else float(metric)
 
 
 def _is_size(file: Path, size: int) -> bool:

@@ -111,4 +111,7 @@ class Progress:
     def of(cls, state: dict[str, Any]) -> "Progress":
         """From a checkpoint's `state.json`."""
         values = {name: state[name] for name in cls.__slots__}
-        return cls(**values | {"plateau": Plateau(**state["plateau"]), "train_metric": tuple(state["train_metric"])})
+        plateau = Plateau(**state["plateau"])
+        if plateau.best is None:  # -inf, which JSON lacks: no evaluation so far
+            plateau.best = -math.inf
+        return cls(**values | {"plateau": plateau, "train_metric": tuple(state["train_metric"])})

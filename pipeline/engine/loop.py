@@ -86,6 +86,9 @@ def _start(job: Job, world: World, stop: StopSignals, watch: Watch) -> _Run:
     if state:
         job.task.load_state_dict(weights)
     engine = build_engine(job.task, job.recipe, job.ds)
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is not None:
+        scaler.raise_error_at_min_scale = False  # `train.max_bad_steps` ends the run
     progress, average = Progress(), {}
     if state:
         checkpoint.restore(engine, job.run_dir, state, weights, world)
@@ -116,7 +119,7 @@ def _steps(run: _Run) -> None:
             group["lr"] = rate * group.get("scale", 1.0)
         with run.profiler.step(step + 1):
             named = accumulate(engine, job.task, batch, job.batches)
-            grad_norm = _update(engine, job, batch, progress)
+            grad_norm = _update(engine, job, batch, progress, named["loss"])
         progress.step, progress.metric = step + 1, None
         records.count(job.batches.total)
         if progress.step % job.recipe.log.every == 0 or progress.step == total:
@@ -181,10 +184,15 @@ def accumulate(
     return sums
 
 
-def _update(engine: Any, job: Job, batch: Batch, progress: Progress) -> float:
-    """The optimiser step; returns the gradient norm. A gradient that is not finite changes nothing."""
+def _update(engine: Any, job: Job, batch: Batch, progress: Progress, loss: torch.Tensor) -> float:
+    """The optimiser step; returns the gradient norm. A gradient that is not finite changes nothing.
+
+    Under fp16 a gradient that overflows while the loss is finite lowers the loss scale: a skipped step, no bad one,
+    until the scale cannot fall any further.
+    """
     skipped = engine.skipped_steps
     grad_norm, finite = _whole_gradient_norm(engine)
+    scale = _scale(engine)
     if finite:
         engine.step()
     else:  # stage 0 in fp32 has no overflow check: the update would poison the weights
@@ -192,12 +200,24 @@ def _update(engine: Any, job: Job, batch: Batch, progress: Progress) -> float:
         engine.micro_steps += 1
     if grad_norm is None:
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
-    bad = not finite or engine.skipped_steps > skipped
-    progress.bad_steps = progress.bad_steps + 1 if bad else 0
-    if bad:
-        progress.skipped += 1
-        _report_bad_step(job, batch, progress)
+    if finite and engine.skipped_steps == skipped:
+        progress.bad_steps = 0
+        return grad_norm
+    progress.skipped += 1  # all ranks agree on it, so collectives are safe here
+    now = _scale(engine)
+    if now != scale and not distributed.any_rank(not math.isfinite(float(loss)), batch.row.device):
+        log.info("step %d: fp16 gradient too large for loss scale %g, skipped; the scale is now %g",
+                 progress.step, scale[0], now[0])  # fmt: skip
+        return grad_norm
+    progress.bad_steps += 1
+    _report_bad_step(job, batch, progress)
     return grad_norm
+
+
+def _scale(engine: Any) -> tuple[float, ...]:
+    """fp16's dynamic loss scale and the overflows that it still tolerates; empty without one."""
+    state = snapshot.loss_scale(engine)
+    return (state["cur_scale"], state["cur_hysteresis"]) if state else ()
 
 
 def _cache_contrast(
@@ -233,7 +253,11 @@ def _whole_gradient_norm(engine: Any) -> tuple[float | None, bool]:
 
 
 def _report_bad_step(job: Job, batch: Batch, progress: Progress) -> None:
-    """Counts a non-finite step; all ranks agree on it, so the gather is safe."""
+    """Says a non-finite step with its clips; a collective.
+
+    Raises:
+        UserError: too many in a row.
+    """
     rows = distributed.gather(batch.row).tolist()
     keys = job.loader.keys(rows)
     log.warning("step %d: gradient not finite, skipped (%d in a row)", progress.step, progress.bad_steps)
@@ -241,16 +265,18 @@ def _report_bad_step(job: Job, batch: Batch, progress: Progress) -> None:
         file = job.run_dir / "bad_clips.txt"
         if distributed.rank() == 0:
             file.write_text("\n".join(keys) + "\n", encoding="utf-8")
+        half = job.ds["fp16"]["enabled"]
+        remedy = "use bf16, whose range is float32's (--deepspeed_config bf16.json), or " if half else ""
         raise UserError(
             f"train.max_bad_steps = {job.recipe.train.max_bad_steps}: that many steps in a row were not finite, up to "
-            f"step {progress.step}; the last one's clips are in {file}; lower optim.lr or set optim.clip"
+            f"step {progress.step}; the last one's clips are in {file}; {remedy}lower optim.lr or set optim.clip"
         )
 
 
 def _watch(progress: Progress, values: dict[str, float], metric: str) -> None:
     """Keeps the training twin of the watched metric, for runs with nothing held out."""
     value = values.get(metric.removeprefix("eval_"))
-    if value is not None:
+    if value is not None and math.isfinite(value):
         progress.train_metric = (progress.train_metric[0] + value, progress.train_metric[1] + 1)
 
 

@@ -1,11 +1,12 @@
 """What a run tells: `metrics.jsonl`, the progress line, MLflow.
 
-In: named numbers at a step. Out: one JSON object per logged step, on rank 0; a resumed run goes on in
-the same file without a step twice.
+In: named numbers at a step. Out: one JSON object per logged step, on rank 0, of the numbers that are finite; a
+resumed run goes on in the same file without a step twice.
 """
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -105,8 +106,9 @@ class Records:
     def _append(self, step: int, row: Mapping[str, float]) -> None:
         if not self._writes or not row:
             return
+        finite = {name: value for name, value in row.items() if math.isfinite(value)}  # JSON has no Infinity, no NaN
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **row}) + "\n")
+            file.write(json.dumps({"step": step, **finite}) + "\n")
         self._tracker.metrics(row, step)
 
     def _cut(self, step: int) -> None:

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.engine.checkpoint import complete_checkpoints
+from pipeline.config import CheckpointConfig
+from pipeline.distributed import World
+from pipeline.engine.checkpoint import Checkpoints, complete_checkpoints, read_state
+from pipeline.files import write_json
 from tests.distributed.conftest import MICRO
 from tests.distributed.crash import KILLS
 from tests.distributed.layouts import CHAINS, RANKS
@@ -69,3 +72,17 @@ def test_a_host_that_remembers_what_was_missing_takes_part_in_every_checkpoint(s
     assert "not saved" not in said
     assert [folder.name for folder in complete_checkpoints(run_dir)] == ["step-00000002", "step-00000004"]
     assert (run_dir / "results.json").exists()
+
+
+@pytest.mark.parametrize("name", ["complete", "state.json"])
+@pytest.mark.parametrize("content", ["", "[]", "{", "null"])
+def test_an_emptied_file_of_the_newest_checkpoint_is_no_end(tmp_path, name, content):
+    for step in (1, 2):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        write_json(folder / "state.json", {"step": step, "metric": step / 2})
+        write_json(folder / "complete", {"state.json": (folder / "state.json").stat().st_size})
+    (tmp_path / "checkpoints" / "step-00000002" / name).write_text(content)
+    assert read_state(tmp_path)["step"] == 1
+    Checkpoints(tmp_path, CheckpointConfig(keep=1), World())._retain()
+    assert read_state(tmp_path)["step"] == 1

@@ -51,6 +51,7 @@ def test_two_hosts_train_like_one_and_a_cut_link_is_named_and_mended(shared, pre
     place = {"OUT": str(tmp_path), "DEEPSPEED": str(Path(sys.executable).with_name("deepspeed"))}
     place["EXTENSIONS"] = os.environ.get("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     place["PYTHONPATH"] = str(ROOT)  # the launcher passes it on
+    place["TWO_NODES_PLAIN"] = "1"  # each host's own name is a loopback address, as Debian and Ubuntu write it
     command = ["bash", str(shared / "cluster" / "two_nodes.sh"), "sh", "-c", SCRIPT, "sh", *words]
     hosts = subprocess.Popen(command, cwd=ROOT, env=os.environ | place, start_new_session=True)
     try:

@@ -1,0 +1,103 @@
+"""Steps that are not finite, and what is written of them."""
+
+import json
+import logging
+import math
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+from pipeline.config import PretrainRecipe, TrainConfig
+from pipeline.distributed import World
+from pipeline.engine.job import Progress
+from pipeline.engine.loop import _update
+from pipeline.engine.records import Records
+from pipeline.errors import UserError
+from pipeline.files import read_json, write_json
+from pipeline.flow import Batch
+from pipeline.tracking import NullTracker
+
+ROWS = torch.arange(2)
+BATCH = Batch(ROWS, ROWS, torch.ones(2, dtype=torch.bool), None, None, torch.zeros(2, 3))
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """The scaler asks for its rank when it speaks."""
+    monkeypatch.setattr("deepspeed.runtime.fp16.loss_scaler.dist.get_rank", lambda: 0)
+
+
+class Engine:
+    """An fp16 engine whose gradients overflow above a scale, with DeepSpeed's own scaler."""
+
+    def __init__(self, largest: float) -> None:
+        scaler = DynamicLossScaler(2.0**32, 1000, min_scale=1.0, delayed_shift=2, consecutive_hysteresis=False)
+        scaler.raise_error_at_min_scale = False  # as engine.loop sets it
+        self.optimizer = SimpleNamespace(loss_scaler=scaler)
+        self.largest, self.skipped_steps = largest, 0
+
+    def zero_optimization_stage(self) -> int:
+        return 2
+
+    def step(self) -> None:
+        overflow = self.optimizer.loss_scaler.cur_scale > self.largest
+        self.skipped_steps += overflow
+        self.optimizer.loss_scaler.update_scale(overflow)
+
+    def get_global_grad_norm(self) -> float:
+        return math.inf
+
+
+def job(tmp_path, max_bad_steps: int):
+    recipe = PretrainRecipe(train=TrainConfig(max_bad_steps=max_bad_steps))
+    loader = SimpleNamespace(keys=lambda rows: [f"clip-{row}" for row in rows])
+    return SimpleNamespace(recipe=recipe, loader=loader, run_dir=tmp_path, ds={"fp16": {"enabled": True}})
+
+
+def test_a_loss_scale_that_falls_is_no_bad_step(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)
+    caplog.set_level("INFO")
+    engine, progress = Engine(largest=2.0**10), Progress()
+    for _ in range(25):
+        _update(engine, job(tmp_path, 3), BATCH, progress, torch.tensor(1.0))
+    assert (progress.skipped, progress.bad_steps) == (23, 0)  # the hysteresis, and from 2^32 to 2^10
+    assert "loss scale 2048, skipped; the scale is now 1024" in caplog.text
+    assert "not finite" not in caplog.text
+
+
+@pytest.mark.parametrize(("loss", "steps"), [(1.0, 33 + 3), (math.nan, 3)])
+def test_a_scale_that_cannot_fall_or_a_loss_that_is_not_finite_ends_the_run(tmp_path, loss, steps):
+    engine, progress = Engine(largest=0.0), Progress()
+    for _ in range(steps - 1):
+        _update(engine, job(tmp_path, 3), BATCH, progress, torch.tensor(loss))
+    with pytest.raises(UserError, match=r"train\.max_bad_steps = 3.*use bf16"):
+        _update(engine, job(tmp_path, 3), BATCH, progress, torch.tensor(loss))
+    assert (tmp_path / "bad_clips.txt").read_text() == "clip-0\nclip-1\n"
+
+
+def strict(text: str):
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_json_has_no_infinity(tmp_path):
+    stragglers = SimpleNamespace(report=lambda step, last: {})
+    records = Records(tmp_path, NullTracker(), World(), 0, None, stragglers)
+    records.write(1, 2, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.1})
+    row = strict((tmp_path / "metrics.jsonl").read_text())
+    assert row["lr"] == 0.1
+    assert not {"loss", "grad_norm"} & row.keys()
+    write_json(tmp_path / "results.json", {"metrics": {"d_prime": math.inf, "mAP": 1.0}, "per_class": [(math.nan,)]})
+    assert strict((tmp_path / "results.json").read_text()) == {
+        "metrics": {"d_prime": None, "mAP": 1.0}, "per_class": [[None]]}  # fmt: skip
+
+
+def test_a_run_without_an_evaluation_so_far_goes_on(tmp_path):
+    write_json(tmp_path / "state.json", asdict(Progress(step=3)))
+    progress = Progress.of(read_json(tmp_path / "state.json", "x"))
+    assert progress == Progress(step=3)

@@ -1,6 +1,7 @@
 """Shards: format, bytes, restart, and a stock WebDataset reader."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import soundfile
 import webdataset
 
 from pipeline.data.manifest import load_index, load_manifest
-from shard_tools import write
+from pipeline.errors import UserError
+from shard_tools import build_shards, write
 from shard_tools.plan import SplitPlan
 from shard_tools.verify_shards import verify
 from tests.conftest import ROOT
@@ -124,23 +126,117 @@ def test_a_second_split_joins_the_first(tmp_path):
     assert verify(out, workers=1) == []
 
 
+def run_main(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """The command in this process: what it imports takes seconds."""
+    monkeypatch.setattr(sys, "argv", ["build_shards.py", *map(str, words)])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return build_shards.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def test_wrong_input_is_one_line_and_status_2(tmp_path):
+    (tmp_path / "bad.csv").write_text("path,label\na.wav,dog\n")
+    done = command("--dataset", "csv", "--table", tmp_path / "bad.csv", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path}/bad.csv:1: no column 'labels' (has path, label); it needs path,labels\n"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--dataset", "esc50"], "--audio-root"),
-        (["--dataset", "folder", "--audio-root", "/no/such"], "/no/such"),
-        (["--dataset", "csv", "--table", "{bad}"], "no column 'labels'"),
-        (["--dataset", "csv", "--table", "{unknown}", "--class-labels", "{vocabulary}"], "'dragon'"),
-        (["--dataset", "synth", "--seconds", "0"], "--seconds 0 is out of range"),
+        ("--dataset esc50", "--audio-root"),
+        ("--dataset folder --audio-root /no/such", "/no/such"),
+        ("--dataset csv --table T --class-labels V", "label 'dragon' is not in the vocabulary"),
+        ("--dataset csv --table T --class-labels V --split ../x", "--split '../x' becomes a file name"),
+        ("--dataset csv --table T --label-separator", "--label-separator: expected one argument"),
+        ("--dataset csv --table T --label-separator=", "--label-separator is empty"),
+        ("--dataset synth --seconds 0", "--seconds 0 is out of range; give 0.025 to 3600"),
+        ("--dataset synth --seconds nan", "--seconds nan is out of range"),
+        ("--dataset synth --seconds inf", "--seconds inf is out of range"),
+        ("--dataset synth --seconds x", "invalid float value: 'x'; see --help"),
+        ("--dataset synth --limit 0", "--limit 0 is out of range; give 1 or more"),
+        ("--dataset synth --limit -1", "--limit -1 is out of range"),
+        ("--dataset synth --seed -1", "--seed -1 is out of range"),
+        ("--dataset synth --sample-rate 10", "--sample-rate 10 is out of range"),
+        ("--dataset synth --sample-rate 4000 --mel-bins 32", "generated audio needs at least 8000"),
+        ("--dataset synth --mel-bins 100000", "--mel-bins 100000 is more than the 256 frequencies"),
+        ("--dataset synth --max-failures -1", "--max-failures -1 is out of range"),
+        ("--dataset synth --workers 0", "--workers 0 is out of range"),
+        ("--dataset synth --clips-per-shard 0", "--clips-per-shard 0 is out of range"),
+        ("--dataset synth --require-coverage 95", "--require-coverage 95 is no share of the clips; give one such as"),
+        ("--dataset synth --require-coverage 0", "--require-coverage 0 is no share"),
+        ("--dataset synth --require-coverage nan", "--require-coverage nan is no share"),
+        ("--dataset synth --slice 3/2", "'3/2' is not I/N"),
+        ("--dataset synth --slice=1/2 --merge", "--slice does not go with --merge"),
+        ("--dataset synth --dry-run --merge", "--dry-run does not go with --merge"),
+        ("--dataset synth --download", "--download is of --dataset esc50, not synth"),
+        ("--dataset synth --table T", "--table is of --dataset csv, not synth"),
+        ("--dataset synth --label-separator ,", "--label-separator is of --dataset audioset and csv, not synth"),
+        ("--dataset esc50 --segments T --root /x", "--segments is of --dataset audioset, not esc50"),
+        ("--dataset esc50 --label-overrides T --root /x", "--label-overrides is of --dataset audioset, not esc50"),
+        ("--dataset esc50 --accept-any-archive --root /x", "are of --download"),
+        ("--dataset csv --table T --ontology V", "--ontology is of --dataset audioset, not csv"),
+        ("--dataset csv --table T --audio-list V", "--audio-list is of --dataset audioset, not csv"),
+        ("--dataset csv --table T --sha256 0", "--sha256 is of --dataset esc50, not csv"),
+        ("--dataset folder --root /x --class-labels V", "--class-labels is of --dataset audioset and csv, not folder"),
+        ("--dataset audioset --segments T --class-labels V --ontology V", "--class-labels does not go with --ontology"),
     ],
 )
-def test_wrong_input_is_one_line_and_status_2(tmp_path, words, said):
-    (tmp_path / "bad.csv").write_text("path,label\na.wav,dog\n")
-    (tmp_path / "unknown.csv").write_text("path,labels\na.wav,dragon\n")
-    (tmp_path / "vocabulary.csv").write_text("index,mid,display_name\n0,/m/1,dog\n")
-    names = {name: tmp_path / f"{name}.csv" for name in ("bad", "unknown", "vocabulary")}
-    done = command(*(str(word).format(**names) for word in words), "--out", tmp_path / "out")
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "Traceback" not in done.stderr
+def test_an_option_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, monkeypatch, words, said):
+    (tmp_path / "T").write_text("path,labels\na.wav,dragon\n")
+    (tmp_path / "V").write_text("index,mid,display_name\n0,/m/1,dog\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        run_main(monkeypatch, *words.split(), "--out", "out")
+    assert said in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["T", "V"]
+
+
+def test_slices_with_spaces_and_outputs_that_are_no_place(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    for words, said in (
+        (("--slice", "1 / 2", "--out", tmp_path / "out"), "'1 / 2' is not I/N"),
+        (("--out", ""), "names no path"),
+        (("--out", tmp_path / "file"), "is no directory"),
+        (("--out", tmp_path / "out", "--root", ""), "names no path"),
+    ):
+        with pytest.raises(UserError) as caught:
+            run_main(monkeypatch, "--dataset", "synth", *words)
+        assert said in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    words = ("--dataset", "synth", "--limit", "4", "--seconds", "0.1", "--workers", "1", "--out=~/sh")
+    assert run_main(monkeypatch, *words, "--root", "~/source") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"home"}
+    assert load_manifest(tmp_path / "home" / "sh").splits["train"].clips == 4
+    before = (tmp_path / "home" / "source" / "audio" / "clip00000.flac").stat().st_mtime_ns
+    assert run_main(monkeypatch, *words, "--root", "~/source") == 0  # the sources stay what they were
+    assert (tmp_path / "home" / "source" / "audio" / "clip00000.flac").stat().st_mtime_ns == before
+
+
+def test_generated_audio_replaces_no_table_of_others(tmp_path, monkeypatch):
+    (tmp_path / "table.csv").write_text("path,labels\nmine.wav,dog\n")
+    with pytest.raises(UserError, match=r"table\.csv: is there and was not generated"):
+        run_main(monkeypatch, "--dataset", "synth", "--root", tmp_path, "--out", tmp_path / "out")
+    assert (tmp_path / "table.csv").read_text() == "path,labels\nmine.wav,dog\n"
+    assert not (tmp_path / "audio").exists()
+
+
+def test_a_limit_leaves_whole_splits_out(tmp_path, monkeypatch):
+    """A split of which only missing clips would be left is none."""
+    for number in range(3):
+        soundfile.write(tmp_path / f"{number}.wav", np.full(1600, 0.1), 16000)
+    rows = "0.wav,a,train\n1.wav,a,train\n2.wav,a,eval\n9.wav,a,eval\n"
+    (tmp_path / "t.csv").write_text("path,labels,split\n" + rows)
+    words = ("--dataset", "csv", "--table", tmp_path / "t.csv", "--seconds", "0.1", "--workers", "1", "--out")
+    assert run_main(monkeypatch, *words, tmp_path / "out", "--limit", "2") == 0
+    assert {name: split.clips for name, split in load_manifest(tmp_path / "out").splits.items()} == {"train": 2}
+    assert run_main(monkeypatch, *words, tmp_path / "all") == 0
+    splits = load_manifest(tmp_path / "all").splits
+    assert {name: (split.clips, split.listed) for name, split in splits.items()} == {"train": (2, 2), "eval": (1, 2)}

@@ -14,7 +14,7 @@ import soundfile
 
 from pipeline.data.manifest import load_index, load_manifest
 from pipeline.errors import UserError
-from shard_tools import catalogs
+from shard_tools import catalogs, esc50_archive
 from shard_tools.build import build
 from shard_tools.esc50_archive import fetch_esc50
 from shard_tools.overrides import read_overrides
@@ -117,14 +117,51 @@ def test_a_wrong_hash_a_cut_transfer_and_other_archives_leave_nothing(tmp_path):
         assert len(requests) == 1
 
 
-def test_options_of_other_data_sets_are_refused(tmp_path):
-    for words, said in (
-        (["--dataset", "synth", "--download"], "--download is of --dataset esc50"),
-        (["--dataset", "esc50", "--label-overrides", "x.csv"], "--label-overrides is of --dataset audioset"),
-    ):
-        done = command(*words, "--out", tmp_path / "out")
-        assert done.returncode == 2
-        assert said in done.stderr
+def test_nothing_of_the_user_is_replaced_or_deleted(tmp_path):
+    root, good = tmp_path / "root", archive()
+    (root / "esc50").mkdir(parents=True)
+    (root / "esc50" / "thesis.txt").write_text("mine")
+    (root / "esc50.zip").write_text("mine too")
+    with server(good) as (url, requests):
+        with pytest.raises(UserError, match=r"esc50: is there and holds no meta/esc50\.csv; move it away"):
+            fetch_esc50(root, url, None, unchecked=True)
+        assert requests == []
+        (root / "esc50" / "thesis.txt").rename(root / "thesis.txt")
+        (root / "esc50-download.zip").write_bytes(b"not fetched now")  # of an earlier run, or whose ever
+        with pytest.raises(UserError, match="delete it to fetch it again"):
+            fetch_esc50(root, url, "0" * 64, unchecked=False)
+        assert (root / "esc50-download.zip").read_bytes() == b"not fetched now"
+        (root / "esc50-download.zip").unlink()
+        fetch_esc50(root, url, sha256(good), unchecked=False)  # an empty directory gives way
+    assert {path.name for path in root.iterdir()} == {"esc50", "esc50.zip", "thesis.txt"}
+    assert (root / "esc50.zip").read_text() == "mine too"
+
+
+def test_an_endless_archive_and_a_place_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with server(archive()) as (url, requests):
+        with pytest.raises(UserError, match=r"--root .*file"):
+            fetch_esc50(tmp_path / "file" / "root", url, None, unchecked=True)
+        assert requests == []
+        monkeypatch.setattr(esc50_archive, "LARGEST", 1000)
+        with pytest.raises(UserError, match="gives more than 1000 bytes"):
+            fetch_esc50(tmp_path / "root", url, None, unchecked=True)
+    assert list((tmp_path / "root").iterdir()) == []
+
+
+def test_a_damaged_archive_is_one_line(tmp_path):
+    good = archive()
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        content = bytearray(good)
+        for place in rng.integers(0, len(content), 3):
+            content[place] ^= 1 << int(rng.integers(8))
+        root = tmp_path / str(number)
+        root.mkdir()
+        (root / "esc50-download.zip").write_bytes(bytes(content))
+        with contextlib.suppress(UserError):
+            fetch_esc50(root, "http://127.0.0.1:1/", None, unchecked=True)
+        assert {path.name for path in root.iterdir()} <= {"esc50", "esc50-download.zip"}
 
 
 @pytest.fixture

@@ -114,9 +114,21 @@ class AugmentConfig(Section):
     mixup_alpha: float = result(10.0, gt=0, description="lambda ~ Beta(alpha, alpha)")
     freq_mask: int = result(0, ge=0, description="SpecAugment: widest masked band, in mel bins")
     time_mask: int = result(0, ge=0, description="SpecAugment: longest masked span, in frames")
-    noise: float = result(0.0, ge=0, description="white noise, at most this share of the clip's peak")
+    noise: float = result(
+        0.0, ge=0, description="noise on the normalised fbank: uniform in [0, 1) times a level up to this (SSAST: 0.1)"
+    )
+    noise_snr: tuple[float, float] | None = result(
+        None, description="white noise on the waveform, at a ratio drawn between these two, in dB; null: none"
+    )
     roll: float = result(0.0, ge=0, description="circular time shift, at most this many seconds either way")
     mask_map: bool = result(False, description="SpecAugment on the MSAE map too: the same span and band as the fbank")
+
+    @field_validator("noise_snr")
+    @classmethod
+    def _rising(cls, ratios: tuple[float, float] | None) -> tuple[float, float] | None:
+        if ratios is not None and not -100 <= ratios[0] <= ratios[1] <= 100:
+            raise ValueError("give the lowest and the highest ratio in dB, such as [10,30]")
+        return ratios
 
 
 class ModelConfig(Section):

@@ -78,6 +78,7 @@ def test_layer_decay_gives_every_weight_one_rate():
 
 
 def test_ema_is_an_exponential_mean_of_sampled_weights(monkeypatch):
+    """Its decay rises with the updates: a short run's average is not that of its first weights."""
     recipe = finetune("modern", "checkpoint.ema=0.9", "checkpoint.ema_every=2")
     weights = iter([1.0, 3.0, 7.0])
     monkeypatch.setattr(loop.snapshot, "weights", lambda engine, keep: {"w": torch.tensor([next(weights)])})
@@ -86,8 +87,18 @@ def test_ema_is_an_exponential_mean_of_sampled_weights(monkeypatch):
     for step in range(1, 6):  # sampled at 2, 4 and, as the last, 5
         run.progress = loop.Progress(step=step)
         loop._average(run)
-    expected = (1 * 0.9**2 + 3 * (1 - 0.9**2)) * 0.9 + 7 * (1 - 0.9)
-    assert float(run.average["w"]) == pytest.approx(expected)
+    second, third = min(0.9**2, 2 / 11), min(0.9, 3 / 12)
+    assert float(run.average["w"]) == pytest.approx((1 * second + 3 * (1 - second)) * third + 7 * (1 - third))
+
+    config = recipe.checkpoint.model_copy(update={"ema": 0.9998, "ema_every": 32})
+    recipe = recipe.model_copy(update={"checkpoint": config})
+    run = SimpleNamespace(job=SimpleNamespace(recipe=recipe, total_steps=1650), engine=None, world=World(), average={})
+    of_step = lambda engine, keep: {"w": torch.tensor(float(run.progress.step))}  # noqa: E731
+    monkeypatch.setattr(loop.snapshot, "weights", of_step)
+    for step in range(32, 1651, 2):  # as long as ESC-50's finetuning
+        run.progress = loop.Progress(step=step)
+        loop._average(run)
+    assert float(run.average["w"]) > 1200  # without the rise 72 % of it are the weights of step 32
 
 
 def test_two_ways_of_averaging_are_refused():

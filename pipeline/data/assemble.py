@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.config import AugmentConfig
-from pipeline.data.augment import augment_waveform, mask_fbank
+from pipeline.data.augment import add_noise, augment_waveform, mask_fbank
 from pipeline.data.convert import INT16_SCALE, normalised_zero
 from pipeline.data.fbank import fbank as compute_fbank
 from pipeline.data.manifest import Manifest
@@ -90,6 +90,7 @@ class Assembler:
             fbank = self._fbank(raw.fbank)
         if fbank is not None and augmented:
             fbank = mask_fbank(fbank, self._augment, self._seed, position, self._floor)
+            fbank = add_noise(fbank, self._augment, self._seed, position)
         return Batch(position, row, valid, waveform if self._needs.waveform else None, fbank, targets)
 
     def _small(self, array: np.ndarray) -> torch.Tensor:

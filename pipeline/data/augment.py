@@ -50,7 +50,7 @@ class Shape:
 
 def changes_waveform(config: AugmentConfig) -> bool:
     """A stored fbank would not be the augmented waveform's."""
-    return config.mixup > 0 or config.noise > 0 or config.roll > 0
+    return config.mixup > 0 or config.noise_snr is not None or config.roll > 0
 
 
 def plan_mixup(config: AugmentConfig, seed: int, position: torch.Tensor) -> MixupPlan:
@@ -70,15 +70,32 @@ def plan_mixup(config: AugmentConfig, seed: int, position: torch.Tensor) -> Mixu
 def augment_waveform(
     waveform: torch.Tensor, config: AugmentConfig, seed: int, position: torch.Tensor, sample_rate: int
 ) -> torch.Tensor:
-    """Circular shift and white noise, uniform up to a level times the clip's peak, on float32 [B, L]."""
+    """Circular shift, and white noise at a drawn signal-to-noise ratio, on float32 [B, L].
+
+    The noise is uniform in [-a, a), of power a^2 / 3; a clip of digital silence gets none.
+    """
     if config.roll > 0:
         index = torch.arange(waveform.shape[1], device=waveform.device)
         shift = _shift(config, seed, position, sample_rate)[:, None]
         waveform = waveform.gather(1, (index - shift) % waveform.shape[1])
-    if config.noise > 0:
-        level = _noise_level(config, seed, position)[:, None] * waveform.abs().amax(dim=1, keepdim=True)
-        waveform = waveform + level * (2 * uniform(seed, "noise", position, waveform.shape[1]) - 1)
+    if config.noise_snr is not None:
+        power = waveform.square().mean(dim=1, keepdim=True)
+        ratio = 10 ** (_noise_ratio(config.noise_snr, seed, position)[:, None] / 10)
+        level = (3 * power / ratio).sqrt()
+        waveform = waveform + level * (2 * uniform(seed, "noise.waveform", position, waveform.shape[1]) - 1)
     return waveform
+
+
+def add_noise(fbank: torch.Tensor, config: AugmentConfig, seed: int, position: torch.Tensor) -> torch.Tensor:
+    """SSAST's noise on normalised fbanks [B, T, M]: uniform in [0, 1) times a level uniform in [0, `noise`).
+
+    Its `dataloader.py` adds rand(T, M) x rand() / 10 after masking and normalisation: a mean shift of at most a tenth of
+    a deviation (the input is (x - mean) / (2 std)), padding included.
+    """
+    if not config.noise:
+        return fbank
+    draws = uniform(seed, "noise", position, fbank.shape[1] * fbank.shape[2]).view_as(fbank)
+    return fbank + _noise_level(config, seed, position)[:, None, None] * draws
 
 
 def mask_fbank(
@@ -101,8 +118,8 @@ def describe(config: AugmentConfig, seed: int, position: torch.Tensor, shape: Sh
     """What happens to each clip beside mixup, in words for people and JSON.
 
     Returns:
-        For each position, those that are on: roll_seconds, noise_level (share of the peak), freq_mask and time_mask
-        ([first, count] of bins and frames).
+        For each position, those that are on: roll_seconds, noise_level (of the normalised fbank), noise_snr (dB, of the
+        waveform), freq_mask and time_mask ([first, count] of bins and frames).
     """
     said: list[dict[str, Any]] = [{} for _ in range(len(position))]
     columns: dict[str, list[Any]] = {}
@@ -111,6 +128,8 @@ def describe(config: AugmentConfig, seed: int, position: torch.Tensor, shape: Sh
         columns["roll_seconds"] = [round(samples / shape.sample_rate, 6) for samples in shift.tolist()]
     if config.noise > 0:
         columns["noise_level"] = [round(level, 6) for level in _noise_level(config, seed, position).tolist()]
+    if config.noise_snr is not None:
+        columns["noise_snr"] = [round(ratio, 3) for ratio in _noise_ratio(config.noise_snr, seed, position).tolist()]
     for name, length, widest, purpose in (
         ("freq_mask", shape.mel_bins, config.freq_mask, "freq"),
         ("time_mask", shape.frames, config.time_mask, "time"),
@@ -130,8 +149,14 @@ def _shift(config: AugmentConfig, seed: int, position: torch.Tensor, sample_rate
 
 
 def _noise_level(config: AugmentConfig, seed: int, position: torch.Tensor) -> torch.Tensor:
-    """Share of the peak: float32 [B]."""
+    """Largest value that is added to a normalised fbank: float32 [B]."""
     return config.noise * uniform(seed, "noise.level", position, 1)[:, 0]
+
+
+def _noise_ratio(ratios: tuple[float, float], seed: int, position: torch.Tensor) -> torch.Tensor:
+    """Signal-to-noise ratio in dB: float32 [B]."""
+    low, high = ratios
+    return low + (high - low) * uniform(seed, "noise.ratio", position, 1)[:, 0]
 
 
 def _span(

@@ -179,6 +179,8 @@ def _words(done: dict[str, Any]) -> str:
         said.append(f"roll {done['roll_seconds']:+.3f} s")
     if "noise_level" in done:
         said.append(f"noise {done['noise_level']:.3f}")
+    if "noise_snr" in done:
+        said.append(f"noise at {done['noise_snr']:.1f} dB")
     for name, unit in (("freq_mask", "bins"), ("time_mask", "frames")):
         if name in done:
             first, count = done[name]

@@ -57,7 +57,21 @@ def score(forward: Callable[[Batch], Losses], batches: Iterable[Batch]) -> Score
         raise ValueError("no clip to score")
     row = torch.cat(rows).numpy()
     order = np.argsort(row, kind="stable")
-    return Scores(row[order], torch.cat(logits).numpy()[order], torch.cat(targets).numpy()[order])
+    return Scores(row[order], _finite(torch.cat(logits).numpy()[order]), torch.cat(targets).numpy()[order])
+
+
+def _finite(logits: np.ndarray) -> np.ndarray:
+    """Logits that can be ranked: NaN below all numbers, infinities at the ends; said once.
+
+    A clip whose logits are NaN is so scored as if by chance. No comparison with NaN is true, so its true class would
+    else come first, and scikit-learn refuses a whole set for it.
+    """
+    known = np.isfinite(logits)
+    if known.all():
+        return logits
+    log.warning("%d of %d clips have logits that are NaN or infinite: they rank last", (~known).any(axis=1).sum(), len(known))
+    low, high = (logits[known].min(), logits[known].max()) if known.any() else (0.0, 0.0)
+    return np.nan_to_num(logits, nan=low - 2, neginf=low - 1, posinf=high + 1)
 
 
 def mean_losses(

@@ -321,12 +321,15 @@ def _evaluate(run: _Run) -> None:
 def _average(run: _Run) -> None:
     """At the end of each epoch in `checkpoint.average`: running mean of the weights, on rank 0.
 
-    With `checkpoint.ema` an exponential mean instead, which begins with the first weights it sees.
+    With `checkpoint.ema` an exponential mean instead. Its decay rises with the number n of updates before, as
+    min(decay, (1 + n) / (10 + n)), so that a short run's average is not that of its first weights.
     """
     job, progress, config = run.job, run.progress, run.job.recipe.checkpoint
     if config.ema:
         if progress.step % config.ema_every == 0 or progress.step == job.total_steps:
-            share = 1 - config.ema ** (progress.step % config.ema_every or config.ema_every)
+            decay = config.ema ** (progress.step % config.ema_every or config.ema_every)
+            before = (progress.step - 1) // config.ema_every
+            share = 1 - min(decay, (1 + before) / (10 + before))
             for name, weight in snapshot.weights(run.engine, keep=run.world.is_main).items():
                 run.average.setdefault(name, weight).lerp_(weight, share)
         return

@@ -53,10 +53,15 @@ def evaluate_single(scores: np.ndarray, targets: np.ndarray) -> dict[str, float]
     """Top-1 and top-5 accuracy of single-label clips, and their mAP."""
     truth = targets.argmax(axis=1)
     own = scores[np.arange(len(scores)), truth][:, None]
-    rank = (scores > own).sum(axis=1) + ((scores == own).sum(axis=1) - 1) / 2  # ties count half
+    above, equal = (scores > own).sum(axis=1), (scores == own).sum(axis=1)
+
+    def top(k: int) -> float:
+        """Expected share of clips among whose k best classes the true one is, ties broken at random."""
+        return float(np.clip((k - above) / equal, 0, 1).mean())
+
     return {
-        "accuracy": float((rank < 1).mean()),
-        "top5_accuracy": float((rank < 5).mean()),
+        "accuracy": top(1),
+        "top5_accuracy": top(5),
         "mAP": _mean(average_precision(scores, targets)),
     }
 

@@ -23,9 +23,13 @@ class Plateau:
     waited: int = 0
     cuts: int = 0
 
-    def observe(self, metric: float, patience: int) -> None:
-        """Takes one evaluation; cuts after more than `patience` in a row without improvement."""
-        if metric > self.best:
+    def observe(self, metric: float, patience: int, threshold: float = 1e-4) -> None:
+        """Takes one evaluation; cuts after more than `patience` in a row without improvement.
+
+        As torch's ReduceLROnPlateau (mode "max", threshold_mode "rel"), which SSAST uses: an improvement is at least
+        `threshold` of the best so far.
+        """
+        if metric > self.best + threshold * abs(self.best) or self.best == -math.inf:
             self.best, self.waited = metric, 0
             return
         self.waited += 1

@@ -169,8 +169,8 @@ class Craft(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """Linear: trunc_normal .02, zero bias; patch embedding: as a Linear over its pixels (ViT)."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
+    """Linear: trunc_normal .02, zero bias (ViT). Patch embeddings keep Conv2d's own initialisation, as in SSAST."""
+    if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

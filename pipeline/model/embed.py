@@ -137,6 +137,8 @@ class TokenSequence(nn.Module):
         self.modality = nn.Parameter(torch.empty(width)) if modality else None
         for parameter in self.parameters():
             nn.init.trunc_normal_(parameter, std=0.02)
+        if self.mask_token is not None:
+            nn.init.xavier_normal_(self.mask_token[None, None])  # SSAST's, of shape [1, 1, D]: deviation D^-1/2
 
     def forward(self, patches: torch.Tensor, special: torch.Tensor, masked: torch.Tensor | None) -> torch.Tensor:
         """Builds the sequence.
@@ -180,7 +182,7 @@ def resize_positions(positions: torch.Tensor, grid: tuple[int, int]) -> torch.Te
     """
     frequency, time = grid
     if time < positions.shape[1]:
-        start = (positions.shape[1] - time) // 2
+        start = positions.shape[1] // 2 - time // 2  # SSAST's and AST's centre; for an odd `time` one later
         positions = positions[:, start : start + time]
     if positions.shape[:2] == grid:
         return positions.clone()

@@ -46,6 +46,16 @@ def _mlp(width: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
 
 
+class FullLinear(nn.Linear):
+    """A Linear in float32, whatever its weights and input are: bf16 logits tie, and ties move rankings."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> float32 [..., C]."""
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else full(self.bias)
+            return nn.functional.linear(full(x), full(self.weight), bias)
+
+
 class Classifier(nn.Module):
     """Mean of tokens -> LayerNorm -> Linear, over one or two streams.
 
@@ -63,15 +73,16 @@ class Classifier(nn.Module):
         self.mode = mode if streams == 2 else "concat"
         features = width * (streams if self.mode == "concat" else 1)
         self.norm = nn.LayerNorm(features, eps=HEAD_NORM_EPS)
-        self.linear = nn.Linear(features, classes)
+        self.linear = FullLinear(features, classes)
 
     def forward(self, encoded: Encoded) -> torch.Tensor:
         """Tokens of the encoded streams -> logits float32 [B, C]."""
         means = stream_means(encoded)
         if self.mode == "mean_logits":
-            return full(torch.stack([self.linear(self.norm(mean)) for mean in means])).mean(dim=0)
+            return torch.stack([self.linear(self.norm(mean)) for mean in means]).mean(dim=0)
         pooled = torch.cat(means, dim=-1) if self.mode == "concat" else torch.stack(means).mean(dim=0)
-        return full(self.linear(self.norm(pooled)))
+        logits: torch.Tensor = self.linear(self.norm(pooled))
+        return logits
 
 
 def stream_means(encoded: Encoded) -> list[torch.Tensor]:

@@ -18,7 +18,8 @@ class MaskedPatchLoss:
     Attributes:
         nce: Eq. 7a. Negatives are the other masked patches of the same clip.
         mse: Eq. 7b, also averaged over a patch's values, as SSAST does.
-        accuracy: Share of predictions nearest to their own target (Figure 2, left).
+        accuracy: Share of predictions i whose best target is their own (Figure 2, left): the target j of the largest
+            logit, or with SSAST's softmax, as in its code, of the largest probability softmax_i(logits)_ij.
     """
 
     nce: torch.Tensor
@@ -45,13 +46,15 @@ def masked_patch_loss(
     target = full(target.detach())
     rebuilt = target if second is None else full(second.detach())
     logits = full(predicted) @ target.transpose(1, 2)  # (B, K predictions, K targets), never in half precision
-    if softmax == "ssast":
-        logits = logits.transpose(1, 2)
     own = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
+    best = logits.detach()
+    directed = logits
+    if softmax == "ssast":
+        directed, best = logits.transpose(1, 2), best.log_softmax(dim=1)
     return MaskedPatchLoss(
-        nce=F.cross_entropy(logits.flatten(0, 1), own.flatten()),
+        nce=F.cross_entropy(directed.flatten(0, 1), own.flatten()),
         mse=F.mse_loss(full(reconstructed), rebuilt),
-        accuracy=(logits.detach().argmax(dim=-1) == own).float().mean(),
+        accuracy=(best.argmax(dim=2) == own).float().mean(),
     )
 
 

@@ -6,7 +6,15 @@ import torch
 from scipy import stats
 
 from pipeline.config import AugmentConfig
-from pipeline.data.augment import Shape, augment_waveform, changes_waveform, describe, mask_fbank, plan_mixup
+from pipeline.data.augment import (
+    Shape,
+    add_noise,
+    augment_waveform,
+    changes_waveform,
+    describe,
+    mask_fbank,
+    plan_mixup,
+)
 from pipeline.rng import hashed, permutation, uniform
 from tests.reference import augment as reference
 
@@ -34,16 +42,44 @@ def test_numpy_and_torch_hash_alike_and_permutations_are_fair():
     assert stats.chisquare(counts.ravel(), ddof=15).pvalue > 1e-3
 
 
-def test_roll_and_noise_are_the_twin_s():
+def test_roll_and_white_noise_are_the_twin_s():
     generator = torch.Generator().manual_seed(0)
     waveform = torch.rand(len(POSITIONS), 800, generator=generator) - 0.5
-    config = AugmentConfig(roll=0.02, noise=0.3)
+    config = AugmentConfig(roll=0.02, noise_snr=(5, 20))
     found = augment_waveform(waveform, config, SEED, POSITIONS, RATE)
     for row, clip, position in zip(found, waveform, POSITIONS.tolist(), strict=True):
         rolled = reference.roll(clip.tolist(), config.roll, RATE, SEED, position)
-        expected = reference.add_noise(rolled, config.noise, SEED, position)
+        expected = reference.add_white_noise(rolled, 5, 20, SEED, position)
         assert row.tolist() == pytest.approx(expected, abs=1e-6)
         assert not torch.equal(row, clip)
+
+
+def test_noise_is_ssast_s_on_the_normalised_fbank():
+    fbank = torch.randn(len(POSITIONS), 30, 8, generator=torch.Generator().manual_seed(0))
+    found = add_noise(fbank, AugmentConfig(noise=0.1), SEED, POSITIONS)
+    for row, clip, position in zip(found, fbank, POSITIONS.tolist(), strict=True):
+        expected = torch.tensor(reference.add_noise(clip.tolist(), 0.1, SEED, position))
+        torch.testing.assert_close(row, expected, rtol=0, atol=1e-6)
+    added = found - fbank
+    assert 0 < added.mean() < 0.1
+    assert (added > -1e-6).all()
+    assert not changes_waveform(AugmentConfig(noise=0.1))  # stored fbanks can be read
+
+
+def test_a_quiet_clip_keeps_its_signal_to_noise_ratio():
+    """Noise relative to the clip's peak drowned quiet clips with one loud click."""
+    position = torch.arange(200)
+    clips = torch.randn(len(position), 4000, generator=torch.Generator().manual_seed(0))
+    clips *= torch.logspace(-3, 0, len(position))[:, None]
+    clips[:, 0] *= 1000
+    noise = augment_waveform(clips, AugmentConfig(noise_snr=(10, 30)), SEED, position, RATE) - clips
+    ratio = 10 * torch.log10(clips.square().mean(dim=1) / noise.square().mean(dim=1))
+    said = describe(AugmentConfig(noise_snr=(10, 30)), SEED, position, Shape(RATE, 10, 10))
+    wanted = torch.tensor([clip["noise_snr"] for clip in said])
+    torch.testing.assert_close(ratio, wanted, rtol=0, atol=0.5)
+    assert (ratio.min(), ratio.max()) > (9, 28)
+    assert torch.equal(augment_waveform(torch.zeros(1, 9), AugmentConfig(noise_snr=(0, 0)), SEED, position[:1], RATE),
+                       torch.zeros(1, 9))  # fmt: skip
 
 
 @pytest.mark.parametrize(("freq_mask", "time_mask"), [(48, 192), (0, 30), (24, 0), (500, 500), (0, 0)])
@@ -77,7 +113,7 @@ def test_widths_and_places_of_masks_are_uniform():
 
 
 def test_what_is_described_is_what_happens():
-    config = AugmentConfig(freq_mask=24, time_mask=24, roll=0.01, noise=0.2)
+    config = AugmentConfig(freq_mask=24, time_mask=24, roll=0.01)
     said = describe(config, SEED, POSITIONS, Shape(RATE, frames=60, mel_bins=40))
     masked = mask_fbank(torch.ones(len(POSITIONS), 60, 40), config, SEED, POSITIONS)
     impulse = torch.zeros(len(POSITIONS), 800)
@@ -88,21 +124,22 @@ def test_what_is_described_is_what_happens():
         assert (masked[i] == 0).sum() == 60 * bins + 40 * frames - bins * frames
         assert (masked[i, :, bin_ : bin_ + bins] == 0).all()
         assert (masked[i, frame : frame + frames] == 0).all()
-        peak = round(400 + clip["roll_seconds"] * RATE)
-        assert moved[i].abs().argmax() == peak
-        moved[i, peak] = 0
-        assert 0.9 * clip["noise_level"] < moved[i].abs().max() <= clip["noise_level"] + 1e-6
+        assert moved[i].abs().argmax() == round(400 + clip["roll_seconds"] * RATE)
+    noisy = AugmentConfig(noise=0.2)
+    levels = add_noise(torch.zeros(len(POSITIONS), 60, 40), noisy, SEED, POSITIONS).amax(dim=(1, 2))
+    for level, clip in zip(levels.tolist(), describe(noisy, SEED, POSITIONS, Shape(RATE, 60, 40)), strict=True):
+        assert 0.99 * clip["noise_level"] < level <= clip["noise_level"] + 1e-6
     assert describe(AugmentConfig(), SEED, POSITIONS, Shape(RATE, 60, 40)) == [{}] * len(POSITIONS)
 
 
-@pytest.mark.parametrize("config", [AugmentConfig(noise=0.5, roll=0.01), AugmentConfig(freq_mask=20, time_mask=20)])
+@pytest.mark.parametrize("config", [AugmentConfig(noise_snr=(0, 9), roll=0.01), AugmentConfig(freq_mask=20, time_mask=20, noise=0.5)])
 def test_a_clip_does_not_depend_on_its_neighbours(config):
     values = torch.randn(len(POSITIONS), 60, 40, generator=torch.Generator().manual_seed(1))
 
     def run(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         if changes_waveform(config):
             return augment_waveform(x.flatten(1), config, SEED, position, RATE)
-        return mask_fbank(x, config, SEED, position)
+        return add_noise(mask_fbank(x, config, SEED, position), config, SEED, position)
 
     whole = run(values, POSITIONS)
     for i in (0, 3, 4):

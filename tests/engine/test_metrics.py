@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
+from pipeline.engine.inference import score
 from pipeline.engine.metrics import auc, average_precision, d_prime, evaluate_multilabel, evaluate_single
+from pipeline.flow import Batch, Losses
 from tests.reference import metrics as reference
 
 
@@ -41,4 +44,17 @@ def test_accuracy_and_top5():
     assert evaluate_single(np.eye(8), targets)["accuracy"] == 1.0
     assert evaluate_single(scores, targets)["accuracy"] == 0.0
     constant = evaluate_single(np.zeros((8, 8)), targets)  # a collapsed model is not rewarded for ties
-    assert constant["accuracy"] == 0.0
+    assert (constant["accuracy"], constant["top5_accuracy"]) == (1 / 8, 5 / 8)
+    assert evaluate_single(np.zeros((2, 2)), np.eye(2))["accuracy"] == 0.5
+
+
+def test_a_clip_without_a_finite_score_is_no_hit(caplog):
+    logits = torch.tensor([[float("nan")] * 4, [0, 9, 0, 0], [0, float("inf"), 0, 0], [0, 0, 0, float("-inf")]])
+    index = torch.arange(4)
+    batch = Batch(index, index, index >= 0, None, None, torch.eye(4))
+    scores = score(lambda _: Losses(torch.zeros(()), {}, logits), [batch])
+    assert np.isfinite(scores.logits).all()
+    assert "1 of 4" not in caplog.text
+    assert "3 of 4 clips" in caplog.text
+    assert evaluate_single(scores.logits, scores.targets)["accuracy"] == (0.25 + 1 + 0 + 0) / 4
+    assert evaluate_multilabel(scores.logits, scores.targets)["mAP"] > 0

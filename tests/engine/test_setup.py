@@ -67,7 +67,7 @@ def test_learning_rates_of_the_paper():
     plateau = Plateau()
     assert learning_rate(optim, 499, 10**6, 0.0, plateau) == pytest.approx(2.5e-4)
     assert learning_rate(optim, 5000, 10**6, 0.0, plateau) == 5e-4
-    for metric in (0.1, 0.2, 0.2, 0.2, 0.2):  # patience 2: the third in a row without improvement cuts
+    for metric in (0.1, 0.2, 0.200001, 0.200015, 0.2):  # patience 2: the third in a row without improvement cuts
         plateau.observe(metric, optim.patience)
     assert learning_rate(optim, 5000, 10**6, 0.0, plateau) == 2.5e-4
     balanced = load_recipe(FinetuneRecipe).optim

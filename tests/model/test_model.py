@@ -171,6 +171,8 @@ def test_recomputed_activations_give_the_same_gradients():
 def test_positions_are_cut_or_stretched():
     positions = torch.arange(8 * 64 * 2.0).view(8, 64, 2)
     assert torch.equal(resize_positions(positions, (8, 50)), positions[:, 7:57])
+    # SSAST: int(64 / 2) - int(49 / 2)
+    assert torch.equal(resize_positions(positions, (8, 49)), positions[:, 8:57])
     assert resize_positions(positions, (12, 101)).shape == (12, 101, 2)
     assert torch.equal(resize_positions(positions, (8, 64)), positions)
 
@@ -188,3 +190,16 @@ def test_settings_that_do_not_fit_are_named(words, said):
     recipe = load_recipe(PretrainRecipe, [], [*MICRO, *words])
     with pytest.raises(UserError, match=said):
         PretrainTask(recipe, 128, 64)
+
+
+@torch.no_grad()
+def test_new_weights_are_ssast_s():
+    """Its code: Conv2d's own initialisation of the patch projection, xavier_normal_ of the mask token [1, 1, D]."""
+    torch.manual_seed(0)
+    task = PretrainTask(load_recipe(PretrainRecipe, [], ["model.size=tiny"]), 128, 64)
+    for patch in (task.model.spec_patch, task.model.wav_patch):
+        assert patch.proj.weight.abs().max() <= 1 / 16  # uniform in +- 1 / sqrt(256)
+        assert patch.proj.weight.std() == pytest.approx(1 / 16 / 3**0.5, rel=0.02)
+        assert patch.proj.bias.any()
+    assert task.model.spec_tokens.mask_token.std() == pytest.approx(192**-0.5, rel=0.15)
+    assert task.model.encoder.blocks[0].mlp.fc1.weight.std() == pytest.approx(0.02, rel=0.05)

@@ -38,11 +38,25 @@ def roll(waveform: list[float], seconds: float, sample_rate: int, seed: int, pos
     return moved
 
 
-def add_noise(waveform: list[float], most: float, seed: int, position: int) -> list[float]:
-    """White noise, uniform between plus and minus a level: a random share, at most `most`, of the clip's peak."""
-    peak = max(abs(sample) for sample in waveform)
-    level = most * draw(seed, "noise.level", position, 0) * peak
-    return [sample + level * (2 * draw(seed, "noise", position, i) - 1) for i, sample in enumerate(waveform)]
+def add_noise(fbank: list[list[float]], most: float, seed: int, position: int) -> list[list[float]]:
+    """`fbank + torch.rand(T, M) * np.random.rand() / 10` of SSAST's dataloader.py, where `most` is 1 / 10.
+
+    It comes after SpecAugment and (fbank - mean) / (2 std), on the padded frames too.
+    """
+    level = draw(seed, "noise.level", position, 0) * most
+    width = len(fbank[0])
+    return [
+        [value + level * draw(seed, "noise", position, t * width + m) for m, value in enumerate(frame)]
+        for t, frame in enumerate(fbank)
+    ]
+
+
+def add_white_noise(waveform: list[float], low: float, high: float, seed: int, position: int) -> list[float]:
+    """Uniform noise whose power is that of the clip less a ratio between `low` and `high` dB."""
+    ratio = low + (high - low) * draw(seed, "noise.ratio", position, 0)
+    power = sum(sample**2 for sample in waveform) / len(waveform)
+    level = (3 * power / 10 ** (ratio / 10)) ** 0.5
+    return [sample + level * (2 * draw(seed, "noise.waveform", position, i) - 1) for i, sample in enumerate(waveform)]
 
 
 def masked(length: int, widest: int, seed: int, purpose: str, position: int) -> list[bool]:

@@ -1,5 +1,7 @@
 """Eq. 7 term by term, for one clip after the other."""
 
+import math
+
 import torch
 
 
@@ -20,10 +22,14 @@ def info_nce(predicted: torch.Tensor, target: torch.Tensor, softmax: str) -> tor
 
 
 def accuracy(predicted: torch.Tensor, target: torch.Tensor, softmax: str) -> float:
+    """Share of predictions whose best target is their own; SSAST compares probabilities over predictions."""
     hits = []
     for c, x in zip(predicted.detach(), target, strict=True):
         for i in range(len(c)):
-            scores = [float(c[i] @ x[j] if softmax == "paper" else c[j] @ x[i]) for j in range(len(c))]
+            scores = [float(c[i] @ x[j]) for j in range(len(c))]
+            if softmax == "ssast":
+                sums = [sum(math.exp(float(c[k] @ x[j])) for k in range(len(c))) for j in range(len(c))]
+                scores = [math.exp(score) / total for score, total in zip(scores, sums, strict=True)]
             hits.append(scores[i] == max(scores))
     return sum(hits) / len(hits)
 

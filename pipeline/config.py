@@ -159,6 +159,7 @@ class OptimConfig(Section):
 
     name: Literal["adam", "adamw"] = result("adam", description="adam: L2 in the gradient, as SSAST")
     lr: float = result(5e-4, gt=0, description="peak learning rate")
+    head_lr: float = result(1.0, gt=0, description="finetuning: the classifier's rate, times this (SSAST: 1)")
     betas: tuple[float, float] = result((0.95, 0.999), description="Adam's decay rates")
     weight_decay: float = result(5e-7, ge=0, description="L2 (adam) or decoupled (adamw) decay")
     clip: float = result(0.0, ge=0, description="largest gradient norm; 0: no clipping")
@@ -166,6 +167,7 @@ class OptimConfig(Section):
     schedule: Literal["plateau", "step", "cosine", "constant"] = result("plateau", description="after the warm-up")
     factor: float = result(0.5, gt=0, lt=1, description="plateau, step: the rate is multiplied by this")
     patience: int = result(2, ge=0, description="plateau: evaluations without improvement before a cut")
+    threshold: float = result(1e-4, ge=0, description="plateau: least improvement, as a share of the best (torch: 1e-4)")
     layer_decay: float = result(
         1.0, gt=0, le=1, description="each block's rate is this share of the next one's; embeddings lowest; 1: off"
     )
@@ -295,7 +297,9 @@ class FinetuneConfig(Section):
     bottlenecks: int = result(64, ge=0, description="F: fusion bottleneck tokens (swab)")
     fusion_layer: int = result(-1, ge=-1, description="first fusing layer, 0-based; -1: a third of the depth (4 of 12)")
     head: Literal["concat", "mean_pool", "mean_logits"] = result("concat", description="swast, swab: how streams meet")
-    pool: Literal["mean", "cls"] = result("mean", description="mean of patch tokens (SSAST), or of cls and dist (AST)")
+    pool: Literal["mean", "cls", "rows"] = result(
+        "mean", description="mean of patch tokens (SSAST), of cls and dist (AST), or of each frequency row (ours)"
+    )
     loss: Literal["auto", "bce", "ce"] = result("auto", description="auto: ce where every clip has one label, else bce")
     folds: Literal["all"] | tuple[int, ...] = result(
         (), description="cross-validation: all, or a list of folds, each held out in turn; empty: data.fold alone"

@@ -267,7 +267,9 @@ class FinetuneTask(nn.Module):
         self.seed = recipe.run.seed
         self.augment = recipe.augment
         self.model = Craft(recipe.model, streams)
-        self.classifier = Classifier(self.model.width, classes, method.streams, config.head)
+        grids = [grid for grid, used in ((self.model.grid, method.spec), (self.model.wav_grid, method.wav)) if used]
+        rows = tuple(grid[0] if config.pool == "rows" else 1 for grid in grids)
+        self.classifier = Classifier(self.model.width, classes, rows, config.head)
 
     def encode(self, batch: Batch) -> Encoded:
         """Tokens of the streams that the method reads."""

@@ -89,8 +89,8 @@ def augment_waveform(
 def add_noise(fbank: torch.Tensor, config: AugmentConfig, seed: int, position: torch.Tensor) -> torch.Tensor:
     """SSAST's noise on normalised fbanks [B, T, M]: uniform in [0, 1) times a level uniform in [0, `noise`).
 
-    Its `dataloader.py` adds rand(T, M) x rand() / 10 after masking and normalisation: a mean shift of at most a tenth of
-    a deviation (the input is (x - mean) / (2 std)), padding included.
+    Its `dataloader.py` adds rand(T, M) x rand() / 10 after masking and normalisation to (x - mean) / (2 std), padding
+    included.
     """
     if not config.noise:
         return fbank

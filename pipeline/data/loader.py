@@ -86,8 +86,8 @@ def build_loader(
         raise UserError(f"batch of {batch_size} clips does not divide by {place.world_size} ranks; use a multiple")
     if data.fbank == "stored" and needs.fbank and augment is not None and changes_waveform(augment):
         raise UserError(
-            "data.fbank = stored: the stored fbank is not that of a waveform changed by augment.mixup, noise_snr or roll; "
-            "use data.fbank=auto"
+            "data.fbank = stored: the stored fbank is not that of a waveform changed by augment.mixup, noise_snr or "
+            "roll; use data.fbank=auto"
         )
     if part == "eval":  # sees each clip once, whatever training draws
         data = data.model_copy(update={"sampler": "shuffle", "epoch_clips": 0})

@@ -69,9 +69,10 @@ def _finite(logits: np.ndarray) -> np.ndarray:
     known = np.isfinite(logits)
     if known.all():
         return logits
-    log.warning("%d of %d clips have logits that are NaN or infinite: they rank last", (~known).any(axis=1).sum(), len(known))
+    clips = int((~known).any(axis=1).sum())
+    log.warning("%d of %d clips have logits that are NaN or infinite: they rank last", clips, len(known))
     low, high = (logits[known].min(), logits[known].max()) if known.any() else (0.0, 0.0)
-    return np.nan_to_num(logits, nan=low - 2, neginf=low - 1, posinf=high + 1)
+    return np.asarray(np.nan_to_num(logits, nan=low - 2, neginf=low - 1, posinf=high + 1))
 
 
 def mean_losses(

@@ -314,7 +314,7 @@ def _evaluate(run: _Run) -> None:
     if not math.isnan(watched):
         progress.metric = watched
         if progress.step > job.recipe.optim.warmup:
-            progress.plateau.observe(watched, job.recipe.optim.patience)
+            progress.plateau.observe(watched, job.recipe.optim.patience, job.recipe.optim.threshold)
     progress.train_metric, progress.evaluate = (0.0, 0), False
 
 

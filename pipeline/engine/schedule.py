@@ -23,7 +23,7 @@ class Plateau:
     waited: int = 0
     cuts: int = 0
 
-    def observe(self, metric: float, patience: int, threshold: float = 1e-4) -> None:
+    def observe(self, metric: float, patience: int, threshold: float) -> None:
         """Takes one evaluation; cuts after more than `patience` in a row without improvement.
 
         As torch's ReduceLROnPlateau (mode "max", threshold_mode "rel"), which SSAST uses: an improvement is at least

@@ -200,21 +200,22 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
 
 
 def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """One group, or with `optim.layer_decay` one a layer with its `scale` of the learning rate (BEiT).
+    """One group, or one for each `scale` of the learning rate.
 
-    With n blocks, block b has scale decay^(n - b), what embeds has decay^(n + 1), and the last
-    LayerNorm, bottlenecks and heads have 1.
+    Of `optim.layer_decay` (BEiT): with n blocks, block b has scale decay^(n - b), what embeds has
+    decay^(n + 1), and the last LayerNorm, bottlenecks and heads have 1. The classifier's is multiplied by `optim.head_lr`.
     """
-    if optim.layer_decay == 1.0:
+    if optim.layer_decay == optim.head_lr == 1.0:
         return [{"params": list(task.parameters())}]
     found = [(re.match(r"model\.encoder\.blocks\.(\d+)\.", name), name, p) for name, p in task.named_parameters()]
-    depth = 1 + max(int(block[1]) for block, _, _ in found if block)
-    groups: dict[int, list[nn.Parameter]] = {}
+    depth = 1 + max((int(block[1]) for block, _, _ in found if block), default=0)
+    groups: dict[float, list[nn.Parameter]] = {}
     for block, name, parameter in found:
         embeds = name.startswith("model.") and not name.startswith("model.encoder.")
         below = depth - int(block[1]) if block else depth + 1 if embeds else 0
-        groups.setdefault(below, []).append(parameter)
-    return [{"params": groups[below], "scale": optim.layer_decay**below} for below in sorted(groups)]
+        head = optim.head_lr if name.startswith("classifier.") else 1.0
+        groups.setdefault(head * optim.layer_decay**below, []).append(parameter)
+    return [{"params": groups[scale], "scale": scale} for scale in sorted(groups, reverse=True)]
 
 
 def build_engine(task: PretrainTask | FinetuneTask, recipe: Recipe, ds: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ In: tokens [..., D]. Out: patch predictions, projected vectors, or logits.
 import torch
 from torch import nn
 
+from pipeline.errors import UserError
 from pipeline.flow import Encoded
 from pipeline.precision import full
 
@@ -53,36 +54,56 @@ class FullLinear(nn.Linear):
         """[..., D] -> float32 [..., C]."""
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else full(self.bias)
-            return nn.functional.linear(full(x), full(self.weight), bias)
+            logits: torch.Tensor = nn.functional.linear(full(x), full(self.weight), bias)
+        return logits
 
 
 class Classifier(nn.Module):
     """Mean of tokens -> LayerNorm -> Linear, over one or two streams.
 
-    The mean is over patch tokens (SSAST) or over cls and dist (AST), as the network hands them out.
+    The mean is over patch tokens (SSAST) or over cls and dist (AST), as the network hands them out; or over time alone:
+    the means of the frequency rows, one after the other. A mean over frequency too is close to one direction of the
+    token space (the positions'), and a small network cannot tell a low sound from a high one by it.
 
     Args:
         width: D.
         classes: C.
-        streams: 1 or 2.
+        rows: For each stream the frequency rows that keep a mean of their own: 1, or those of its patch grid.
         mode: With two streams: "concat" their means, "mean_pool" them, or "mean_logits" (MBT).
+
+    Raises:
+        UserError: means of different lengths that are to be averaged.
     """
 
-    def __init__(self, width: int, classes: int, streams: int, mode: str) -> None:
+    def __init__(self, width: int, classes: int, rows: tuple[int, ...], mode: str) -> None:
         super().__init__()
-        self.mode = mode if streams == 2 else "concat"
-        features = width * (streams if self.mode == "concat" else 1)
+        self.rows = rows
+        self.mode = mode if len(rows) == 2 else "concat"
+        if self.mode != "concat" and len(set(rows)) > 1:
+            raise UserError(
+                f"finetune.head = {mode} averages both streams, which have {rows[0]} and {rows[1]} frequency rows "
+                "under finetune.pool = rows; use finetune.head=concat"
+            )
+        features = width * (sum(rows) if self.mode == "concat" else rows[0])
         self.norm = nn.LayerNorm(features, eps=HEAD_NORM_EPS)
         self.linear = FullLinear(features, classes)
 
     def forward(self, encoded: Encoded) -> torch.Tensor:
         """Tokens of the encoded streams -> logits float32 [B, C]."""
-        means = stream_means(encoded)
+        tokens = (*encoded.spec, *encoded.wav)
+        means = [row_means(stream, rows) for stream, rows in zip(tokens, self.rows, strict=True)]
         if self.mode == "mean_logits":
             return torch.stack([self.linear(self.norm(mean)) for mean in means]).mean(dim=0)
         pooled = torch.cat(means, dim=-1) if self.mode == "concat" else torch.stack(means).mean(dim=0)
         logits: torch.Tensor = self.linear(self.norm(pooled))
         return logits
+
+
+def row_means(tokens: torch.Tensor, rows: int) -> torch.Tensor:
+    """Means over time of tokens in frequency-major order: [B, rows x t, D] -> [B, rows x D]."""
+    if rows == 1:
+        return tokens.mean(dim=1)
+    return torch.unflatten(tokens, 1, (rows, -1)).mean(dim=2).flatten(1)
 
 
 def stream_means(encoded: Encoded) -> list[torch.Tensor]:

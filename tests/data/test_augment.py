@@ -132,7 +132,9 @@ def test_what_is_described_is_what_happens():
     assert describe(AugmentConfig(), SEED, POSITIONS, Shape(RATE, 60, 40)) == [{}] * len(POSITIONS)
 
 
-@pytest.mark.parametrize("config", [AugmentConfig(noise_snr=(0, 9), roll=0.01), AugmentConfig(freq_mask=20, time_mask=20, noise=0.5)])
+@pytest.mark.parametrize(
+    "config", [AugmentConfig(noise_snr=(0, 9), roll=0.01), AugmentConfig(freq_mask=20, time_mask=20, noise=0.5)]
+)
 def test_a_clip_does_not_depend_on_its_neighbours(config):
     values = torch.randn(len(POSITIONS), 60, 40, generator=torch.Generator().manual_seed(1))
 

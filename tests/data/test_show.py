@@ -15,8 +15,8 @@ from pipeline.data.loader import Needs, Place, build_loader
 from tests.conftest import ROOT
 from tests.stores import gcs_server, hub_server
 
-SETTINGS = ["augment.mixup=0.5", "augment.roll=0.05", "augment.noise=0.1", "augment.noise_snr=[10,20]", "augment.freq_mask=24"]
-SETTINGS += ["augment.time_mask=9", "data.sampler=balanced", "run.seed=3"]
+SETTINGS = ["augment.mixup=0.5", "augment.roll=0.05", "augment.noise=0.1", "augment.noise_snr=[10,20]"]
+SETTINGS += ["augment.freq_mask=24", "augment.time_mask=9", "data.sampler=balanced", "run.seed=3"]
 
 
 def show(shards, *words: object, status: int = 0) -> subprocess.CompletedProcess[str]:

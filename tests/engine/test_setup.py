@@ -68,7 +68,7 @@ def test_learning_rates_of_the_paper():
     assert learning_rate(optim, 499, 10**6, 0.0, plateau) == pytest.approx(2.5e-4)
     assert learning_rate(optim, 5000, 10**6, 0.0, plateau) == 5e-4
     for metric in (0.1, 0.2, 0.200001, 0.200015, 0.2):  # patience 2: the third in a row without improvement cuts
-        plateau.observe(metric, optim.patience)
+        plateau.observe(metric, optim.patience, optim.threshold)
     assert learning_rate(optim, 5000, 10**6, 0.0, plateau) == 2.5e-4
     balanced = load_recipe(FinetuneRecipe).optim
     rates = [learning_rate(balanced, 0, 1, epoch, Plateau()) for epoch in (0, 9.9, 10, 15, 20)]

@@ -203,3 +203,32 @@ def test_new_weights_are_ssast_s():
         assert patch.proj.bias.any()
     assert task.model.spec_tokens.mask_token.std() == pytest.approx(192**-0.5, rel=0.15)
     assert task.model.encoder.blocks[0].mlp.fc1.weight.std() == pytest.approx(0.02, rel=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["ast", "wast", "swast", "swab"])
+def test_rows_keep_a_mean_of_each_frequency_row(method):
+    words = [*MICRO, f"finetune.method={method}", "finetune.pool=rows", "model.stride=16"]
+    task = FinetuneTask(load_recipe(FinetuneRecipe, [], words), 128, 64, 5, False)
+    encoded = task.encode(batch())
+    streams = [*encoded.spec, *encoded.wav]
+    means = [
+        tokens[:, row * 4 : (row + 1) * 4].mean(dim=1) for tokens in streams for row in range(8)
+    ]  # 8 x 4 patches, frequency-major
+    expected = task.classifier.linear(task.classifier.norm(torch.cat(means, dim=1)))
+    torch.testing.assert_close(task.classifier(encoded), expected)
+    assert task.classifier.linear.in_features == 8 * 96 * len(streams)
+
+
+def test_rows_of_different_grids_cannot_be_averaged():
+    words = [*MICRO, "finetune.pool=rows", "finetune.head=mean_pool", "model.channels=[32,32,32]", "model.stride=16"]
+    with pytest.raises(UserError, match=r"use finetune\.head=concat"):
+        FinetuneTask(load_recipe(FinetuneRecipe, [], words), 128, 64, 5, False)
+
+
+def test_half_precision_logits_do_not_tie():
+    task = FinetuneTask(load_recipe(FinetuneRecipe, [], [*MICRO, "model.stride=16"]), 128, 64, 500, False).bfloat16()
+    with torch.no_grad():
+        logits = task.classifier(task.encode(batch()))
+    assert logits.dtype == torch.float32
+    assert all(len(row.unique()) > 490 for row in logits)

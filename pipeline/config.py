@@ -140,6 +140,9 @@ class ModelConfig(Section):
         "auto", description="of model.init; auto: kept where its labels are known to be the shards', else a fresh one; "
         "keep: they are the shards', though nothing says so"
     )
+    init_grid: tuple[int, int] | None = result(
+        None, description="patches of init along frequency and time, where weights of others do not say it"
+    )
     patch: int = result(16, ge=1, description="patch side, mel bins = frames")
     stride: int = result(16, ge=1, description="patch stride; smaller than the patch: overlap (SSAST finetuning: 10)")
     kernels: tuple[int, ...] = result((11, 51, 101), description="MSAE: convolution kernels, one per scale")

@@ -39,7 +39,7 @@ def initialise(task: PretrainTask | FinetuneTask, recipe: Recipe, spec: DataSpec
         if about.labels and reason:
             raise UserError(f"model.init_classifier = keep, but {reason} ({file}); leave it at auto")
         reason = ""
-    report = load_weights(task, file, skip=("classifier.",) if reason else ())
+    report = load_weights(task, file, ("classifier.",) if reason else (), recipe.model.init_grid)
     log.info("%s: %s", file, report)
     if recipe.model.init_classifier == "keep" and any(name.startswith("classifier.") for name in report.fresh):
         raise UserError(

@@ -203,7 +203,8 @@ def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]
     """One group, or one for each `scale` of the learning rate.
 
     Of `optim.layer_decay` (BEiT): with n blocks, block b has scale decay^(n - b), what embeds has
-    decay^(n + 1), and the last LayerNorm, bottlenecks and heads have 1. The classifier's is multiplied by `optim.head_lr`.
+    decay^(n + 1), and the last LayerNorm, bottlenecks and heads have 1. The classifier's is multiplied by
+    `optim.head_lr`.
     """
     if optim.layer_decay == optim.head_lr == 1.0:
         return [{"params": list(task.parameters())}]

@@ -55,7 +55,7 @@ _HF_OUTSIDE = (
 _HF_HEAD = (("classifier.layernorm", "classifier.norm"), ("classifier.dense", "classifier.linear"))
 
 
-def translate(tensors: Tensors, file: Path, height: int) -> tuple[Tensors, str]:
+def translate(tensors: Tensors, file: Path, grid: tuple[int, int] | None) -> tuple[Tensors, str]:
     """Tensors under our names, and whose they are: "CRAFT", "SSAST", "SSAST or AST" (finetuned) or "HF AST".
 
     What has no place in any of our models keeps its name, so that a report can list it.
@@ -63,17 +63,17 @@ def translate(tensors: Tensors, file: Path, height: int) -> tuple[Tensors, str]:
     Args:
         tensors: Content of `file`.
         file: For a config.json beside it, and for errors.
-        height: Patches along frequency of the model that is filled.
+        grid: Patches along frequency and time, where neither the tensors nor a config.json says them.
 
     Raises:
         UserError: the patch grid of the positions cannot be told.
     """
     bare = {name.removeprefix("module."): value for name, value in tensors.items()}
     if "v.cls_token" in bare:
-        return _from_ssast(bare, file, height), "SSAST" if "p_input_fdim" in bare else "SSAST or AST"
+        return _from_ssast(bare, file, grid), "SSAST" if "p_input_fdim" in bare else "SSAST or AST"
     bare = {name.removeprefix(HF_PREFIX): value for name, value in tensors.items()}
     if "embeddings.position_embeddings" in bare:
-        return _from_hf(bare, file, height), "HF AST"
+        return _from_hf(bare, file, grid), "HF AST"
     return tensors, "CRAFT"
 
 
@@ -112,7 +112,7 @@ def to_hf(tensors: Tensors, depth: int, classifier: bool) -> Tensors:
     return {name: value.clone().contiguous() for name, value in out.items()}
 
 
-def _from_ssast(bare: Tensors, file: Path, height: int) -> Tensors:
+def _from_ssast(bare: Tensors, file: Path, grid: tuple[int, int] | None) -> Tensors:
     out: Tensors = {}
     for name, value in bare.items():
         for pattern, ours in _SSAST:
@@ -124,13 +124,18 @@ def _from_ssast(bare: Tensors, file: Path, height: int) -> Tensors:
                 out[name] = value
     positions = bare["v.pos_embed"]
     _add_embeddings(out, bare["v.cls_token"], bare["v.dist_token"], positions)
-    out |= _positions(positions, _grid(positions, out["model.spec_patch.proj.weight"], height, file))
+    kernel = out["model.spec_patch.proj.weight"]
+    if "p_input_fdim" in bare:  # a pretraining's file says what its input was, cut into patches side by side
+        pixels = (int(bare[name]) for name in ("p_input_fdim", "p_input_tdim"))
+        high, wide = (size // side for size, side in zip(pixels, kernel.shape[-2:], strict=True))
+        grid = grid or (high, wide)
+    out |= _positions(positions, _grid(positions, kernel, grid, file))
     if "mask_embed" in bare:
         out["model.spec_tokens.mask_token"] = bare["mask_embed"].flatten()
     return out
 
 
-def _from_hf(bare: Tensors, file: Path, height: int) -> Tensors:
+def _from_hf(bare: Tensors, file: Path, grid: tuple[int, int] | None) -> Tensors:
     rest = dict(bare)
     cls, dist = rest.pop("embeddings.cls_token"), rest.pop("embeddings.distillation_token")
     positions = rest.pop("embeddings.position_embeddings")
@@ -149,7 +154,8 @@ def _from_hf(bare: Tensors, file: Path, height: int) -> Tensors:
             if f"{theirs}.{kind}" in rest:
                 out[f"{ours}.{kind}"] = rest.pop(f"{theirs}.{kind}")
     _add_embeddings(out, cls, dist, positions)
-    out |= _positions(positions, _hf_grid(file) or _grid(positions, out["model.spec_patch.proj.weight"], height, file))
+    kernel = out["model.spec_patch.proj.weight"]
+    out |= _positions(positions, _grid(positions, kernel, grid or _hf_grid(file), file))
     return out | rest
 
 
@@ -180,23 +186,39 @@ def _hf_grid(file: Path) -> tuple[int, int] | None:
     return high, wide
 
 
-def _grid(positions: torch.Tensor, kernel: torch.Tensor, height: int, file: Path) -> tuple[int, int]:
-    """The patch grid of a flat list of positions over 128 mel bins.
+def _grid(
+    positions: torch.Tensor, kernel: torch.Tensor, known: tuple[int, int] | None, file: Path
+) -> tuple[int, int]:
+    """The patch grid (frequency, time) of a flat list of positions over 128 mel bins. It is never guessed.
 
     Args:
         positions: [1, 2 + N, D].
         kernel: Of the patch embedding, [D, 1, height, width].
-        height: Patches along frequency of the model that is filled: taken where more than one would do.
+        known: From `model.init_grid`, or from what lies in or beside the file.
         file: For the error.
+
+    Raises:
+        UserError: patches that are not square, another number of positions than the known grid's, or more than one
+            grid that would do, such as 600 = 12 x 50 (stride 10) and 8 x 75 (stride 16).
     """
     count, (patch, across) = positions.shape[1] - 2, kernel.shape[-2:]
-    heights = {patch_grid(MEL_BINS, MEL_BINS, patch, stride)[0] for stride in range(1, patch + 1)}
-    found = {high for high in heights if patch == across and count % high == 0}
-    if len(found) != 1 and height not in found:
+    if patch != across:
         raise UserError(
-            f"model.init: {file}: {count} positions of {patch} x {across} patches over {MEL_BINS} mel bins are "
-            f"{'no' if not found else 'more than one'} patch grid; only models of square patches can be read, and "
-            "model.stride must be theirs where it is open"
+            f"model.init: {file}: patches of {patch} x {across}; only models of square patches can be read"
         )
-    high = height if height in found else found.pop()
-    return high, count // high
+    if known is not None:
+        if known[0] * known[1] != count:
+            raise UserError(
+                f"model.init: {file}: {count} positions are no grid of {known[0]} x {known[1]}; set model.init_grid to "
+                "the model's patches along frequency and time"
+            )
+        return known
+    heights = {patch_grid(MEL_BINS, MEL_BINS, patch, stride)[0] for stride in range(1, patch + 1)}
+    found = [(high, count // high) for high in sorted(heights) if count % high == 0]
+    if len(found) != 1:
+        grids = " or ".join(f"[{high},{wide}]" for high, wide in found) or "no grid"
+        raise UserError(
+            f"model.init: {file}: {count} positions over {MEL_BINS} mel bins are {grids} (frequency, time); set "
+            "model.init_grid to the one that the model was trained with"
+        )
+    return found[0]

@@ -96,21 +96,23 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
     return content
 
 
-def load_weights(module: nn.Module, file: Path, skip: tuple[str, ...] = ()) -> LoadReport:
+def load_weights(
+    module: nn.Module, file: Path, skip: tuple[str, ...] = (), grid: tuple[int, int] | None = None
+) -> LoadReport:
     """Copies what fits from `file` into `module`, fitting positions to the module's patch grid.
 
     Args:
         module: `PretrainTask` or `FinetuneTask`.
         file: Ours, SSAST's, AST's or Hugging Face's.
         skip: Prefixes of names that are left as they are.
+        grid: Patches of the source along frequency and time, of weights of others that do not say it.
 
     Raises:
         UserError: a weight has another shape than the module's (another model size), nothing fits, or
             the source embeds none of the representations that the module reads.
     """
     own = module.state_dict()
-    grid = own.get(f"model.spec{POSITIONS}")
-    source, origin = translate(read_weights(file), file, 0 if grid is None else len(grid))
+    source, origin = translate(read_weights(file), file, grid)
     problem = mismatch(_Sides.of(source), _Sides.of(own))
     if problem:
         raise UserError(f"model.init: {file}: {problem}")

@@ -54,7 +54,11 @@ def test_finetuned_ssast_and_ast_give_the_same_logits(tmp_path, pool):
     theirs = Ssast(grid=(12, 11), stride=10, classes=5, pool=pool)
     torch.save(theirs.checkpoint(), tmp_path / "AST.pth")
     task = finetune_task(116, f"finetune.pool={pool}")
-    report = load_weights(task, tmp_path / "AST.pth")
+    with pytest.raises(UserError, match=r"\[11,12\] or \[12,11\].*model\.init_grid"):
+        load_weights(task, tmp_path / "AST.pth")
+    with pytest.raises(UserError, match="132 positions are no grid of 12 x 12"):
+        load_weights(task, tmp_path / "AST.pth", grid=(12, 12))
+    report = load_weights(task, tmp_path / "AST.pth", grid=(12, 11))
     assert (report.resized, report.fresh) == ([], [])
     fbank = fbanks(116)
     torch.testing.assert_close(task.classifier(task.model(fbank, None)), theirs.classify(fbank), **EXACT)
@@ -115,7 +119,7 @@ def test_models_of_frames_instead_of_square_patches_are_refused(tmp_path):
     theirs = Ssast(frames=128).checkpoint()
     theirs["module.v.patch_embed.proj.weight"] = torch.zeros(96, 1, 128, 2)
     torch.save(theirs, tmp_path / "frame.pth")
-    with pytest.raises(UserError, match="no patch grid"):
+    with pytest.raises(UserError, match="only models of square patches"):
         load_weights(pretrain_task(128, "pretrain.method=ssast"), tmp_path / "frame.pth")
 
 

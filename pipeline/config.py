@@ -151,10 +151,12 @@ class ModelConfig(Section):
         (43, 43, 42), description="MSAE: channels per scale; they sum to the mel bins, or (32, 32, 32) to a lower grid"
     )
     activation: Literal["relu", "gelu", "none"] = result("relu", description="MSAE before pooling; none: literal Eq. 1")
-    norm: Literal["group", "none"] = result("group", description="MSAE: after each convolution")
+    norm: Literal["unpadded", "group", "none"] = result(
+        "unpadded", description="MSAE: GroupNorm after each convolution, over the audio or (group) the padded clip"
+    )
     shared_patch: bool = result(False, description="one patch embedding for both representations")
     modality_embedding: bool = result(False, description="add a learned vector per representation")
-    checkpoint_activations: bool = neutral(False, description="recompute MSAE and blocks in backward to save memory")
+    checkpoint_activations: bool = result(False, description="recompute MSAE and blocks in backward to save memory")
 
 
 class OptimConfig(Section):

@@ -128,11 +128,18 @@ class Craft(nn.Module):
         """Of the weights; inputs are cast to it (bf16 and fp16 engines)."""
         return self.encoder.norm.weight.dtype
 
-    def waveform_map(self, waveform: torch.Tensor) -> torch.Tensor:
-        """MSAE of waveforms cut or zero-padded to T * 160 samples: [B, L] -> [B, channels, T]."""
-        padding = self.streams.frames * SAMPLES_PER_FRAME - waveform.shape[-1]
-        x = F.pad(waveform, (0, padding)).to(self.dtype)
-        return run_block(self.msae, x, recompute=self.config.checkpoint_activations)
+    def waveform_map(self, waveform: torch.Tensor, length: torch.Tensor | None = None) -> torch.Tensor:
+        """MSAE of waveforms cut or zero-padded to T * 160 samples: [B, L] -> [B, channels, T].
+
+        Args:
+            waveform: [B, L].
+            length: int64 [B], samples of audio before the padding; None: L.
+        """
+        samples = self.streams.frames * SAMPLES_PER_FRAME
+        x = F.pad(waveform, (0, samples - waveform.shape[-1])).to(self.dtype)
+        if length is None:
+            length = torch.full((len(waveform),), waveform.shape[-1], device=waveform.device)
+        return run_block(self.msae, x, length, recompute=self.config.checkpoint_activations)
 
     def forward(
         self,

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from pipeline.model.pooled_conv import pooled_conv
+from pipeline.model.pooled_conv import pooled_conv, real_positions
+from pipeline.precision import full
 
 SAMPLES_PER_FRAME = 160  # 10 ms at 16 kHz, the fbank's hop: both representations share a time axis
 NORM_EPS = 1e-6
@@ -21,13 +22,15 @@ class MultiScaleEmbedding(nn.Module):
     Conv1d -> GroupNorm -> nonlinearity -> average pool, one branch a scale, concatenated on channels.
     The nonlinearity before the pool is essential: a convolution followed by an average is one long
     low-pass filter, which leaves under 0.4 % of any tone above 100 Hz. GroupNorm, because the
-    running statistics of BatchNorm drift apart between data-parallel ranks.
+    running statistics of BatchNorm drift apart between data-parallel ranks. With `norm` = "unpadded" its statistics
+    are those of a clip's audio without the zero padding: over the padded clip, as with "group", they fall with the
+    share of padding, and the map of the same sound is 1.4 times as large in 5 s padded to 10, 3.2 times in 1 s.
 
     Args:
         kernels: Kernel size per scale (11, 51, 101).
         strides: Stride per scale (1, 5, 10); each divides 160.
         channels: Output channels per scale (43, 43, 42).
-        norm: "group" or "none".
+        norm: "unpadded", "group" or "none".
         activation: "relu", "gelu" or "none" (Eq. 1 read literally).
     """
 
@@ -40,9 +43,9 @@ class MultiScaleEmbedding(nn.Module):
             for kernel, stride, width in zip(kernels, strides, channels, strict=True)
         )
 
-    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
-        """[B, T * 160] -> [B, sum of channels, T]."""
-        return torch.cat([scale(waveform) for scale in self.scales], dim=1)
+    def forward(self, waveform: torch.Tensor, length: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, T * 160], of which int64 `length` [B] samples are audio (None: all) -> [B, sum of channels, T]."""
+        return torch.cat([scale(waveform, length) for scale in self.scales], dim=1)
 
 
 class Scale(nn.Module):
@@ -52,22 +55,23 @@ class Scale(nn.Module):
         kernel: Kernel size; padded with kernel // 2.
         stride: Of the convolution; divides 160.
         channels: Output channels.
-        norm: "group" or "none".
+        norm: "unpadded", "group" or "none".
         activation: "relu", "gelu" or "none".
     """
 
     def __init__(self, kernel: int, stride: int, channels: int, norm: str, activation: str) -> None:
         super().__init__()
-        self.stride, self.activation = stride, activation
+        self.stride, self.activation, self.unpadded = stride, activation, norm == "unpadded"
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # nn.Conv1d's
-        self.norm_weight = nn.Parameter(torch.ones(channels)) if norm == "group" else None
+        self.norm_weight = None if norm == "none" else nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))  # of the normalisation, where there is one
         # Beyond, the k x k moments cost more than the activations that they save.
-        self.fused = norm == "group" and activation == "relu" and kernel % 2 == 1 and kernel < channels
+        self.fused = norm != "none" and activation == "relu" and kernel % 2 == 1 and kernel < channels
 
-    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
-        """[B, T * 160] -> [B, channels, T]."""
+    def forward(self, waveform: torch.Tensor, length: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, T * 160], of which int64 `length` [B] samples are audio (None: all) -> [B, channels, T]."""
+        length = length if self.unpadded else None
         exporting = torch.compiler.is_exporting()  # no graph format knows the fused operation
         if self.fused and self.norm_weight is not None and not waveform.requires_grad and not exporting:
             return pooled_conv(
@@ -75,17 +79,32 @@ class Scale(nn.Module):
                 self.weight[:, 0],
                 self.norm_weight,
                 self.bias,
+                length,
                 stride=self.stride,
                 hop=SAMPLES_PER_FRAME,
                 eps=NORM_EPS,
             )
         bias = self.bias if self.norm_weight is None else None
         x = F.conv1d(waveform[:, None], self.weight, bias, self.stride, padding=self.weight.shape[-1] // 2)
-        if self.norm_weight is not None:
+        if self.norm_weight is not None and length is None:
             x = F.group_norm(x, 1, self.norm_weight, self.bias, NORM_EPS)
+        elif self.norm_weight is not None and length is not None:
+            x = self._normalise(x, self.norm_weight, real_positions(waveform, length, self.stride, x.shape[2]))
         if self.activation != "none":
             x = F.relu(x) if self.activation == "relu" else F.gelu(x)
         return F.avg_pool1d(x, SAMPLES_PER_FRAME // self.stride)
+
+    def _normalise(self, x: torch.Tensor, gain: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """GroupNorm of one group with the statistics of each clip's first `real` [B] positions: [B, channels, n]."""
+        z = full(x)
+        inside = (torch.arange(x.shape[2], device=x.device) < real[:, None]).to(z.dtype)
+        count = real * x.shape[1]
+        mean = (z.sum(dim=1) * inside).sum(dim=1) / count
+        square = (z.square().sum(dim=1) * inside).sum(dim=1) / count
+        rstd = (square - mean.square()).clamp(min=0.0).add(NORM_EPS).rsqrt()
+        scale = rstd[:, None] * full(gain)
+        shift = full(self.bias) - mean[:, None] * scale
+        return (z * scale[..., None] + shift[..., None]).to(x.dtype)
 
 
 class PatchEmbedding(nn.Module):

@@ -121,13 +121,13 @@ class Encoder(nn.Module):
         return [stream for x, count in zip(encoded, counts, strict=True) for stream in _apart(x, count)]
 
 
-def run_block(block: nn.Module, x: torch.Tensor, *, recompute: bool) -> torch.Tensor:
-    """`block(x)`; with `recompute` its activations are thrown away and made again in backward."""
+def run_block(block: nn.Module, *inputs: torch.Tensor, recompute: bool) -> torch.Tensor:
+    """`block(*inputs)`; with `recompute` its activations are thrown away and made again in backward."""
     if recompute and torch.is_grad_enabled():
         # The re-entrant kind breaks ZeRO-2/3 when a block runs twice in one backward.
-        out: torch.Tensor = checkpoint(block, x, use_reentrant=False)
+        out: torch.Tensor = checkpoint(block, *inputs, use_reentrant=False)
     else:
-        out = block(x)
+        out = block(*inputs)
     return out
 
 

@@ -8,7 +8,7 @@ cache, and nothing but the waveform is kept for backward:
 
 - The normalisation's statistics need no activations. A convolution is linear, so with u_p the k samples
   under position p, S = sum u_p and R = sum u_p u_p^T, the sums of z = W u_p over positions are W S and
-  diag(W R W^T): a k x k matrix a clip.
+  diag(W R W^T): a k x k matrix a clip. They are taken over the n positions of a clip's audio, without its padding.
 - With them the normalisation is an affine map, folded into the weights: one matmul a block gives what
   the ReLU takes.
 - Backward computes a block again, and needs only A = sum dy_p u_p^T of it: the gradient through the
@@ -34,6 +34,7 @@ class _PooledConv(torch.autograd.Function):
         weight: torch.Tensor,
         gain: torch.Tensor,
         shift: torch.Tensor,
+        length: torch.Tensor | None,
         stride: int,
         hop: int,
         eps: float,
@@ -41,9 +42,12 @@ class _PooledConv(torch.autograd.Function):
         windows = _Windows(waveform, weight.shape[1], stride, hop, len(weight))
         wide = torch.promote_types(weight.dtype, torch.float32)
         moments = torch.zeros(len(waveform), weight.shape[1] + 1, weight.shape[1] + 1, dtype=wide, device=weight.device)
-        for clips, _, u in windows.blocks(wide):
-            moments[clips] += u @ u.mT
-        count = len(weight) * windows.positions
+        real = real_positions(waveform, length, stride, windows.positions)
+        for clips, frames, u in windows.blocks(wide):
+            position = torch.arange(frames.start * windows.pool, frames.stop * windows.pool, device=weight.device)
+            heard = u * (position < real[clips, None])[:, None]
+            moments[clips] += heard @ heard.mT
+        count = len(weight) * real.to(wide)  # (B,)
         w = weight.to(wide)
         mean = (moments[:, -1:, :-1] @ w.T).sum(dim=(1, 2)) / count
         square = ((w @ moments[:, :-1, :-1]) * w).sum(dim=(1, 2)) / count
@@ -52,13 +56,13 @@ class _PooledConv(torch.autograd.Function):
         out = waveform.new_empty(len(waveform), len(weight), windows.frames, dtype=weight.dtype)
         for clips, frames, u in windows.blocks(weight.dtype):
             out[clips, :, frames] = (folded[clips] @ u).relu_().unflatten(-1, (-1, windows.pool)).mean(dim=-1)
-        ctx.save_for_backward(waveform, weight, gain, shift, mean, rstd, moments)
+        ctx.save_for_backward(waveform, weight, gain, shift, mean, rstd, moments, count)
         ctx.windows = windows
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        waveform, weight, gain, shift, mean, rstd, moments = ctx.saved_tensors
+        waveform, weight, gain, shift, mean, rstd, moments, count = ctx.saved_tensors
         windows: _Windows = ctx.windows
         wide = moments.dtype
         w, g = weight.to(wide), gain.to(wide)
@@ -70,7 +74,6 @@ class _PooledConv(torch.autograd.Function):
             dy = y.gt_(0).mul_(grad[clips, :, frames, None]).flatten(-2)  # `where` is not vectorised here
             outer[clips] += dy @ u.mT
         cross, total = outer[..., :-1], outer[..., -1]  # sum dy u^T: (B, C, k); sum dy: (B, C)
-        count = len(weight) * windows.positions
         aligned = rstd[:, None] * ((cross * w).sum(dim=-1) - mean[:, None] * total)  # sum dy z_hat: (B, C)
         mean_dz = ((total * g).sum(dim=-1) / count)[:, None, None]
         mean_dz_z = ((aligned * g).sum(dim=-1) / count)[:, None, None]
@@ -82,6 +85,7 @@ class _PooledConv(torch.autograd.Function):
             grad_weight.to(weight.dtype),
             aligned.sum(dim=0).to(gain.dtype),
             total.sum(dim=0).to(shift.dtype),
+            None,
             None,
             None,
             None,
@@ -121,11 +125,28 @@ def _fold(
     return torch.cat([scale[..., None] * weight, (shift - mean[:, None] * scale)[..., None]], dim=-1)
 
 
+def real_positions(
+    waveform: torch.Tensor, length: torch.Tensor | None, stride: int, positions: int
+) -> torch.Tensor:
+    """How many of a clip's kernel positions lie on its audio: int64 [B], at least 1.
+
+    Args:
+        waveform: [B, L].
+        length: int64 [B], samples before the padding; None: there is none.
+        stride: Samples between positions.
+        positions: Of the whole waveform.
+    """
+    if length is None:
+        return torch.full((len(waveform),), positions, device=waveform.device)
+    return length.add(stride - 1).div(stride, rounding_mode="floor").clamp(1, positions)
+
+
 def pooled_conv(
     waveform: torch.Tensor,
     weight: torch.Tensor,
     gain: torch.Tensor,
     shift: torch.Tensor,
+    length: torch.Tensor | None = None,
     *,
     stride: int,
     hop: int,
@@ -138,6 +159,8 @@ def pooled_conv(
         weight: [C, k], k odd; the convolution pads with k // 2 zeros.
         gain: [C], the normalisation's weight.
         shift: [C], the normalisation's bias.
+        length: int64 [B], samples of audio before the zero padding, which the normalisation's statistics leave out;
+            None: no padding.
         stride: Of the convolution; divides `hop`.
         hop: Samples of a frame.
         eps: Of the normalisation.
@@ -145,5 +168,5 @@ def pooled_conv(
     Returns:
         [B, C, T] in the weights' type; statistics and gradient sums are float32 at least.
     """
-    out: torch.Tensor = _PooledConv.apply(waveform, weight, gain, shift, stride, hop, eps)
+    out: torch.Tensor = _PooledConv.apply(waveform, weight, gain, shift, length, stride, hop, eps)
     return out

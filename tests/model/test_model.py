@@ -121,12 +121,15 @@ def test_msae_equals_eq1_sample_by_sample(fused):
     """The first scale as matmuls (fused), or all of them as convolutions, which give the input a gradient."""
     torch.manual_seed(0)
     strides = (20, 40, 80)
-    msae = MultiScaleEmbedding((3, 51, 101), strides, (4, 2, 2), "group", "relu").double()
+    msae = MultiScaleEmbedding((3, 51, 101), strides, (4, 2, 2), "unpadded", "relu").double()
     for parameter in msae.parameters():
         torch.nn.init.normal_(parameter)
-    waveform = torch.randn(2, 480, dtype=torch.float64, requires_grad=not fused)
+    lengths = [480, 175]
+    waveform = torch.randn(2, 480, dtype=torch.float64)
+    waveform[1, 175:] = 0
+    waveform.requires_grad_(not fused)
     assert msae.scales[0].fused
-    maps = msae(waveform), embed(waveform, msae, strides)
+    maps = msae(waveform, torch.tensor(lengths)), embed(waveform, msae, strides, lengths)
     torch.testing.assert_close(*maps, rtol=1e-6, atol=1e-6)
     inputs = list(msae.parameters()) if fused else [waveform, *msae.parameters()]
     gradients = [torch.autograd.grad((out**2).sum(), inputs) for out in maps]
@@ -232,3 +235,18 @@ def test_half_precision_logits_do_not_tie():
         logits = task.classifier(task.encode(batch()))
     assert logits.dtype == torch.float32
     assert all(len(row.unique()) > 490 for row in logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fused", [False, True])
+def test_padding_does_not_change_the_map_of_a_sound(fused):
+    """A clip of 1 s padded to 10 is, frame by frame, the clip of 1 s."""
+    torch.manual_seed(0)
+    sound = torch.randn(1, 16000)
+    padded = torch.nn.functional.pad(sound, (0, 144000))
+    activation = "relu" if fused else "gelu"
+    for norm, same in (("unpadded", True), ("group", False)):
+        msae = MultiScaleEmbedding((11, 51, 101), (1, 5, 10), (43, 43, 42), norm, activation)
+        alone, found = msae(sound, torch.tensor([16000])), msae(padded, torch.tensor([16000]))[..., :100]
+        close = torch.allclose(found, alone, rtol=1e-4, atol=1e-4)
+        assert close == same

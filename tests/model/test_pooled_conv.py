@@ -11,14 +11,22 @@ from pipeline.model.pooled_conv import pooled_conv
 EPS = 1e-6
 
 
-def plain(waveform, weight, gain, shift, stride, hop):
+def plain(waveform, weight, gain, shift, stride, hop, lengths=None):
     x = F.conv1d(waveform[:, None], weight[:, None], stride=stride, padding=weight.shape[1] // 2)
-    return F.avg_pool1d(F.relu(F.group_norm(x, 1, gain, shift, EPS)), hop // stride)
+    if lengths is None:
+        return F.avg_pool1d(F.relu(F.group_norm(x, 1, gain, shift, EPS)), hop // stride)
+    rows = []
+    for clip, length in zip(x, lengths, strict=True):
+        audio = clip[:, : max(1, -(-length // stride))]
+        z = (clip - audio.mean()) / (audio.var(correction=0) + EPS).sqrt()
+        rows.append(z * gain[:, None] + shift[:, None])
+    return F.avg_pool1d(F.relu(torch.stack(rows)), hop // stride)
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(11, 1), (3, 1), (51, 5), (101, 10)])
 @pytest.mark.parametrize("block", [1, 5, 64])  # a block of one frame; one that does not divide T; all frames
-def test_it_is_the_plain_chain(monkeypatch, kernel, stride, block):
+@pytest.mark.parametrize("lengths", [None, [12 * 160, 777, 0]])
+def test_it_is_the_plain_chain(monkeypatch, kernel, stride, block, lengths):
     monkeypatch.setattr(module, "CPU_BLOCK_FRAMES", block)
     torch.manual_seed(0)
     waveform = 0.5 + torch.randn(3, 12 * 160, dtype=torch.float64)  # with an offset: the mean is not zero
@@ -26,8 +34,9 @@ def test_it_is_the_plain_chain(monkeypatch, kernel, stride, block):
                torch.randn(7, dtype=torch.float64)]  # fmt: skip
     weights = [weight.requires_grad_() for weight in weights]
     upstream = torch.randn(3, 7, 12, dtype=torch.float64)
-    expected = plain(waveform, *weights, stride, 160)
-    found = pooled_conv(waveform, *weights, stride=stride, hop=160, eps=EPS)
+    expected = plain(waveform, *weights, stride, 160, lengths)
+    length = None if lengths is None else torch.tensor(lengths)
+    found = pooled_conv(waveform, *weights, length, stride=stride, hop=160, eps=EPS)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     gradients = zip(torch.autograd.grad(found, weights, upstream), torch.autograd.grad(expected, weights, upstream),
                     strict=True)  # fmt: skip
@@ -36,7 +45,7 @@ def test_it_is_the_plain_chain(monkeypatch, kernel, stride, block):
 
 
 def test_a_silent_clip_is_finite_and_does_not_touch_its_neighbour():
-    msae = MultiScaleEmbedding((11, 51, 101), (1, 5, 10), (43, 43, 42), "group", "relu")
+    msae = MultiScaleEmbedding((11, 51, 101), (1, 5, 10), (43, 43, 42), "unpadded", "relu")
     loud = torch.randn(1, 1600)
     alone = msae(loud)
     both = msae(torch.cat([torch.zeros(1, 1600), loud]))

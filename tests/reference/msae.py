@@ -18,14 +18,15 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, stride: int) -> torch.Tensor
     return torch.stack(columns, dim=1)
 
 
-def embed(waveform: torch.Tensor, module, strides: tuple[int, ...]) -> torch.Tensor:
-    """[B, T * 160] -> [B, M, T] with the weights of a `MultiScaleEmbedding` of group norm and ReLU."""
+def embed(waveform: torch.Tensor, module, strides: tuple[int, ...], lengths: list[int]) -> torch.Tensor:
+    """[B, T * 160] -> [B, M, T] with the weights of a `MultiScaleEmbedding` of ReLU, normalised over the audio."""
     clips = []
-    for x in waveform:
+    for x, length in zip(waveform, lengths, strict=True):
         scales = []
         for scale, stride in zip(module.scales, strides, strict=True):
             y = convolve(x, scale.weight[:, 0], stride)
-            y = (y - y.mean()) / torch.sqrt(((y - y.mean()) ** 2).mean() + 1e-6)
+            audio = y[:, : -(-length // stride)]
+            y = (y - audio.mean()) / torch.sqrt(((audio - audio.mean()) ** 2).mean() + 1e-6)
             y = torch.stack([y[c] * scale.norm_weight[c] + scale.bias[c] for c in range(len(y))])
             y = torch.where(y > 0, y, torch.zeros_like(y))
             span = 160 // stride

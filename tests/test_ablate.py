@@ -77,14 +77,15 @@ def world(tmp_path):
 
 
 @pytest.mark.parametrize("scale", ["paper", "micro"])
-def test_the_paper_needs_twelve_pretrainings(scale):
+def test_fifteen_pretrainings_serve_all_tables(scale):
+    """The paper's twelve, and three with Eq. 4a's dot products beside the weights of its Appendix A.1."""
     grid = build_grid(TABLES, scale, {})
     pretrainings = [run for run in grid.runs if run.kind == "pretrain"]
     assert len(TABLES) == 12
-    assert len(pretrainings) == len({run.digest for run in pretrainings}) == 12
-    assert grid.runs[:12] == pretrainings
+    assert len(pretrainings) == len({run.digest for run in pretrainings}) == 15
+    assert grid.runs[:15] == pretrainings
     assert len({run.folder for run in grid.runs}) == len(grid.runs)
-    for run in grid.runs[12:]:
+    for run in grid.runs[15:]:
         assert run.init in pretrainings
     craft = next(row for table in grid.tables for row in table.rows if row.spec.name == "CRAFT")
     assert [run.recipe.data.fold for run in craft.cells["esc50"]] == ([1, 2, 3, 4, 5] if scale == "paper" else [1, 2])
@@ -94,7 +95,7 @@ def test_dry_run_prints_a_line_for_each_distinct_run():
     done = ablate(*TABLES, "--dry-run")
     assert done.returncode == 0, done.stderr
     kinds = [line.split()[0] for line in done.stdout.splitlines()]
-    assert kinds == ["pretrain"] * 12 + ["finetune"] * (len(kinds) - 12)
+    assert kinds == ["pretrain"] * 15 + ["finetune"] * (len(kinds) - 15)
     one = build_grid([ROOT / "configs/ablation/table5c.yaml"], "paper", {}).runs
     assert [run.kind for run in one] == ["pretrain"] + ["finetune"] * 4
 

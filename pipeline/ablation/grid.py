@@ -40,6 +40,7 @@ class RowSpec(Spec):
     """One system of a table."""
 
     name: str
+    recipe: str = Field("", description="of the pretraining, in configs/pretrain/; empty: the table's")
     both: dict[str, Any] = Field({}, description="settings of pretraining and finetuning")
     pretrain: dict[str, Any] = Field({}, description="settings of the pretraining")
     scratch: bool = Field(False, description="no pretraining: finetuned from random weights")
@@ -57,6 +58,7 @@ class TableSpec(Spec):
     kind: Literal["table", "figure"] = "table"
     columns: tuple[str, ...] = Field(description="tasks of the scale file")
     rows: tuple[RowSpec, ...]
+    recipe: str = Field("", description="of the rows' pretrainings, in configs/pretrain/; empty: the defaults")
     reference: str = Field("", description="row that the others are compared with; empty: the last one that is run")
     seeds: tuple[int, ...] = Field((0,), description="of the finetuning")
     pretrain_seeds: tuple[int, ...] = Field((0,), description="of the pretraining")
@@ -88,6 +90,7 @@ class ScaleSpec(Spec):
     data: dict[str, DataSet]
     pretrain: TaskSpec
     tasks: dict[str, TaskSpec]
+    note: str = Field("", description="sentences for the caption of every table")
     substitute: dict[str, dict[Any, Any]] = Field({}, description="setting -> {the paper's value: this scale's}")
 
 
@@ -212,7 +215,7 @@ class _Builder:
     def _cell(self, table: TableSpec, row: RowSpec, column: str, seeds: tuple[int, ...]) -> Iterable[Run]:
         task = self.scale.tasks[column]
         for pretrain_seed in table.pretrain_seeds[: 1 if row.scratch else None]:
-            pretraining = None if row.scratch else self._pretraining(row, pretrain_seed)
+            pretraining = None if row.scratch else self._pretraining(table, row, pretrain_seed)
             before = pretraining.name if pretraining else "Scratch"
             for share in (1.0,) if row.scratch else table.shares:
                 for seed in row.seeds or seeds or table.seeds:
@@ -223,8 +226,10 @@ class _Builder:
                         yield self._once("finetune", f"{before}-{label}", recipe, task.data, column,
                                          pretraining, share)  # fmt: skip
 
-    def _pretraining(self, row: RowSpec, seed: int) -> Run:
-        task = self.scale.pretrain
+    def _pretraining(self, table: TableSpec, row: RowSpec, seed: int) -> Run:
+        task, name = self.scale.pretrain, row.recipe or table.recipe
+        if name:
+            task = task.model_copy(update={"config": (f"configs/pretrain/{name}.yaml", *task.config)})
         recipe = self._recipe(PretrainRecipe, task, {**row.both, **row.pretrain, "run.seed": seed})
         name = f"{recipe.train.batch_size}-{PRETRAIN[recipe.pretrain.method].label}"
         return self._once("pretrain", name, recipe, task.data)

@@ -105,7 +105,7 @@ def collect(table: Table, campaign: Campaign) -> Collected:
     titles = {column: tasks[column].title for column in table.spec.columns}
     caption = [_sentence(campaign.grid.scale.about), *_substitutions(table, campaign)]
     caption += [sentence for column in table.spec.columns for sentence in reader.data_notes(table, column)]
-    caption += [table.spec.note] if table.spec.note else []
+    caption += [note for note in (table.spec.note, campaign.grid.scale.note) if note]
     return Collected(table, results, titles, caption, curves, reference)
 
 

@@ -1,7 +1,7 @@
 """Every setting of every cell of the paper's tables against the paper's and SSAST's values, key by key.
 
 The values stand here once more, written from the paper (Section 4, Appendix A) and from SSAST's `run_mask_patch.sh`,
-`run_as.sh`, `run_esc_patch.sh`, `dataloader.py` and `ast_models.py`: no default or YAML file can move a table unnoticed.
+`run_as.sh`, `run_esc_patch.sh`, `dataloader.py` and `ast_models.py`: no default or YAML file moves a table unnoticed.
 """
 
 from typing import Any

@@ -156,7 +156,7 @@ class ModelConfig(Section):
     )
     shared_patch: bool = result(False, description="one patch embedding for both representations")
     modality_embedding: bool = result(False, description="add a learned vector per representation")
-    checkpoint_activations: bool = result(False, description="recompute MSAE and blocks in backward to save memory")
+    checkpoint_activations: bool = neutral(False, description="recompute MSAE and blocks in backward to save memory")
 
 
 class OptimConfig(Section):
@@ -172,7 +172,7 @@ class OptimConfig(Section):
     schedule: Literal["plateau", "step", "cosine", "constant"] = result("plateau", description="after the warm-up")
     factor: float = result(0.5, gt=0, lt=1, description="plateau, step: the rate is multiplied by this")
     patience: int = result(2, ge=0, description="plateau: evaluations without improvement before a cut")
-    threshold: float = result(1e-4, ge=0, description="plateau: least improvement, as a share of the best (torch: 1e-4)")
+    threshold: float = result(1e-4, ge=0, description="plateau: least improvement, as a share of the best")
     layer_decay: float = result(
         1.0, gt=0, le=1, description="each block's rate is this share of the next one's; embeddings lowest; 1: off"
     )

@@ -6,7 +6,7 @@ whose cells name `Run`s; a run that several cells need is one object.
 A run's identity is the hash of every setting that differs from its default and can change a result,
 of its data set's name and, for finetuning, of the pretraining it starts from. Paths, logging, workers and
 micro-batches do not count: they change no number. A later release's new settings do not count either
-as long as they stay at their defaults.
+as long as they stay at their defaults; one whose default has changed counts at its new one.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from pipeline.recipes import changes_result, flatten, load_recipe, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = ROOT / "configs" / "ablation" / "scale"
+FORMER = {"model.norm": "group"}  # defaults that have changed: what they were
 ModelT = TypeVar("ModelT", bound=BaseModel)
 RecipeT = TypeVar("RecipeT", PretrainRecipe, FinetuneRecipe)
 
@@ -247,7 +248,7 @@ class _Builder:
         self, kind: Literal["pretrain", "finetune"], name: str, recipe: Recipe, data: str, task: str = "",
         init: Run | None = None, share: float = 1.0,
     ) -> Run:  # fmt: skip
-        base = flatten(type(recipe)())
+        base = flatten(type(recipe)()) | FORMER
         content = {
             "kind": kind,
             "data": data,

@@ -3,6 +3,8 @@
 In: tokens [..., D]. Out: patch predictions, projected vectors, or logits.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
@@ -52,7 +54,8 @@ class FullLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> float32 [..., C]."""
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             bias = None if self.bias is None else full(self.bias)
             logits: torch.Tensor = nn.functional.linear(full(x), full(self.weight), bias)
         return logits

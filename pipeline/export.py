@@ -6,9 +6,9 @@ In: a run directory of pretrain.py or finetune.py. Out: one safetensors file, or
   metadata. `model.init=FILE` reads it back.
 - hf: the spectrogram side as `ASTModel`; as `ASTForAudioClassification` where the classifier stands on cls and dist
   of the spectrogram alone (finetune.method=ast, finetune.pool=cls), the only one that HF's class can express.
-- onnx: one graph for any batch, from the model's inputs (`fbank` [B, T, M], normalised as in data.json, and
-  `waveform` [B, L], the ones that the method reads) to `logits` [B, C] of a finetuned run and `embedding` [B, streams x
-  D], the mean token of each stream.
+- onnx: one graph for any batch, from the model's inputs (`fbank` [B, T, M], normalised as in data.json,
+  `waveform` [B, L] and `length` int64 [B], its samples before the zero padding; the ones that the method reads) to
+  `logits` [B, C] of a finetuned run and `embedding` [B, streams x D], the mean token of each stream.
 
 Each appears whole or not at all.
 """
@@ -177,8 +177,9 @@ class _Graph(nn.Module):
     @property
     def inputs(self) -> list[str]:
         """Their names, in order."""
-        method = self.task.method
-        return [name for name, read in (("fbank", method.spec), ("waveform", method.wav)) if read]
+        method, unpadded = self.task.method, self.task.model.config.norm == "unpadded"
+        read = {"fbank": method.spec, "waveform": method.wav, "length": method.wav and unpadded}
+        return [name for name, used in read.items() if used]
 
     @property
     def outputs(self) -> list[str]:
@@ -189,7 +190,7 @@ class _Graph(nn.Module):
         """The inputs -> the outputs, each [B, ...]."""
         given = dict(zip(self.inputs, inputs, strict=True))
         model = self.task.model
-        wav_map = model.waveform_map(given["waveform"]) if "waveform" in given else None
+        wav_map = model.waveform_map(given["waveform"], given.get("length")) if "waveform" in given else None
         encoded = model(given.get("fbank"), wav_map)
         embedding = torch.cat(stream_means(encoded), dim=1)
         return (self.task.classifier(encoded), embedding) if isinstance(self.task, FinetuneTask) else (embedding,)
@@ -209,8 +210,12 @@ def export_onnx(run: Exported, out: Path) -> str:
     except ImportError as error:
         raise UserError(f"--format onnx needs {error.name}; pip install 'craft-audio[onnx]'") from error
     graph, spec = _Graph(run.task).eval(), run.spec
-    shapes = {"fbank": (2, spec.frames, spec.mel_bins), "waveform": (2, spec.samples)}
-    examples = tuple(torch.zeros(shapes[name]) for name in graph.inputs)
+    inputs = {
+        "fbank": torch.zeros(2, spec.frames, spec.mel_bins),
+        "waveform": torch.zeros(2, spec.samples),
+        "length": torch.full((2,), spec.samples),
+    }
+    examples = tuple(inputs[name] for name in graph.inputs)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that are not needed
     batch = torch.export.Dim("batch")
     with torch.no_grad():  # raises where the graph would hold for one batch only; torch.onnx.export would not

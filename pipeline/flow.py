@@ -64,6 +64,7 @@ class Batch:
         waveform: float32 [B, L] in [-1, 1), or None.
         fbank: float32 [B, T, M], normalised to (x - mean) / (2 std) and zero-padded to T, or None.
         targets: float32 [B, C], multi-hot; soft after mixup.
+        length: int64 [B], samples of audio before the waveform's zero padding; None: there is no padding.
     """
 
     position: torch.Tensor
@@ -72,6 +73,7 @@ class Batch:
     waveform: torch.Tensor | None
     fbank: torch.Tensor | None
     targets: torch.Tensor
+    length: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.position)
@@ -89,6 +91,7 @@ class Batch:
             waveform=None if self.waveform is None else self.waveform[rows],
             fbank=None if self.fbank is None else self.fbank[rows],
             targets=self.targets[rows],
+            length=None if self.length is None else self.length[rows],
         )
 
 

@@ -118,7 +118,7 @@ class PretrainTask(nn.Module):
         wav_masks = self._masks("wav", batch.position) if self.masks_wav else []
         clean = [None] if method.contrast and self.config.clean_spectrogram else []
         fbank = _given(batch.fbank) if method.spec else None
-        wav_map = self.model.waveform_map(_given(batch.waveform)) if method.wav else None
+        wav_map = self.model.waveform_map(_given(batch.waveform), batch.length) if method.wav else None
         encoded: Encoded = self.model(fbank, wav_map, [*spec_masks, *clean] or [None], wav_masks or [None])
         if pooled_only:
             return self._pool(encoded)
@@ -274,7 +274,7 @@ class FinetuneTask(nn.Module):
     def encode(self, batch: Batch) -> Encoded:
         """Tokens of the streams that the method reads."""
         fbank = _given(batch.fbank) if self.method.spec else None
-        wav_map = self.model.waveform_map(_given(batch.waveform)) if self.method.wav else None
+        wav_map = self.model.waveform_map(_given(batch.waveform), batch.length) if self.method.wav else None
         if wav_map is not None and self.training and self.augment.mask_map:
             wav_map = mask_fbank(wav_map.transpose(1, 2), self.augment, self.seed, batch.position).transpose(1, 2)
         encoded: Encoded = self.model(fbank, wav_map)

@@ -33,6 +33,7 @@ class RawBatch:
         weight: float64 [B], of the clip itself in its mixture.
         fbank: Normalised float32 [B, T, M], or float16 rows, or None.
         targets: float32 [B, C].
+        length: As in `Batch`.
     """
 
     position: np.ndarray
@@ -43,6 +44,7 @@ class RawBatch:
     weight: np.ndarray
     fbank: np.ndarray | None
     targets: np.ndarray
+    length: np.ndarray
 
 
 class Assembler:
@@ -75,7 +77,8 @@ class Assembler:
 
     def __call__(self, raw: RawBatch, augmented: bool) -> Batch:
         """The batch; on a GPU its copies may still be under way on the current stream."""
-        position, row, valid, targets = map(self._small, (raw.position, raw.row, raw.valid, raw.targets))
+        small = (raw.position, raw.row, raw.valid, raw.targets, raw.length)
+        position, row, valid, targets, length = map(self._small, small)
         waveform, fbank = None, None
         if raw.waveform is not None:
             waveform = self._waveform(raw.waveform)
@@ -83,7 +86,9 @@ class Assembler:
                 weight = self._small(raw.weight.astype(np.float32))[:, None]
                 waveform = weight * waveform + (1 - weight) * self._waveform(raw.partner)
             if augmented:
-                waveform = augment_waveform(waveform, self._augment, self._seed, position, self._spec.sample_rate)
+                waveform = augment_waveform(
+                    waveform, length, self._augment, self._seed, position, self._spec.sample_rate
+                )
         if self._online and waveform is not None:
             fbank = self._normalised(compute_fbank(waveform, self._spec.sample_rate, self._spec.mel_bins))
         elif raw.fbank is not None:
@@ -91,7 +96,7 @@ class Assembler:
         if fbank is not None and augmented:
             fbank = mask_fbank(fbank, self._augment, self._seed, position, self._floor)
             fbank = add_noise(fbank, self._augment, self._seed, position)
-        return Batch(position, row, valid, waveform if self._needs.waveform else None, fbank, targets)
+        return Batch(position, row, valid, waveform if self._needs.waveform else None, fbank, targets, length)
 
     def _small(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)

@@ -68,21 +68,34 @@ def plan_mixup(config: AugmentConfig, seed: int, position: torch.Tensor) -> Mixu
 
 
 def augment_waveform(
-    waveform: torch.Tensor, config: AugmentConfig, seed: int, position: torch.Tensor, sample_rate: int
+    waveform: torch.Tensor,
+    length: torch.Tensor,
+    config: AugmentConfig,
+    seed: int,
+    position: torch.Tensor,
+    sample_rate: int,
 ) -> torch.Tensor:
-    """Circular shift, and white noise at a drawn signal-to-noise ratio, on float32 [B, L].
+    """Circular shift, and white noise at a drawn signal-to-noise ratio, of the audio before the padding.
 
     The noise is uniform in [-a, a), of power a^2 / 3; a clip of digital silence gets none.
+
+    Args:
+        waveform: float32 [B, L].
+        length: int64 [B], samples before the padding, which stays where it is.
+        config: Settings.
+        seed: The run's seed.
+        position: int64 [B].
+        sample_rate: Hz.
     """
+    index, size = torch.arange(waveform.shape[1], device=waveform.device), length[:, None]
     if config.roll > 0:
-        index = torch.arange(waveform.shape[1], device=waveform.device)
         shift = _shift(config, seed, position, sample_rate)[:, None]
-        waveform = waveform.gather(1, (index - shift) % waveform.shape[1])
+        waveform = waveform.gather(1, torch.where(index < size, (index - shift) % size, index))
     if config.noise_snr is not None:
-        power = waveform.square().mean(dim=1, keepdim=True)
+        power = waveform.square().sum(dim=1, keepdim=True) / size
         ratio = 10 ** (_noise_ratio(config.noise_snr, seed, position)[:, None] / 10)
-        level = (3 * power / ratio).sqrt()
-        waveform = waveform + level * (2 * uniform(seed, "noise.waveform", position, waveform.shape[1]) - 1)
+        noise = (3 * power / ratio).sqrt() * (2 * uniform(seed, "noise.waveform", position, waveform.shape[1]) - 1)
+        waveform = waveform + torch.where(index < size, noise, 0.0)
     return waveform
 
 

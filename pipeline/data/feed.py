@@ -19,7 +19,7 @@ from pipeline.data.assemble import RawBatch
 from pipeline.data.bad import BadClips, stand_ins
 from pipeline.data.cache import Remote
 from pipeline.data.index import ShardIndex
-from pipeline.data.plan import Layout, Plan, Walk, targets
+from pipeline.data.plan import Layout, Plan, Walk, lengths, targets
 from pipeline.data.reader import Access
 from pipeline.data.ring import Ring
 from pipeline.flow import Batch
@@ -147,6 +147,7 @@ class Feed:
             np.ones(len(rows)) if plan.mixup is None else plan.mixup.weight,
             part(ring, region, "fbank"),
             targets(self._index, self._classes, plan, rows, partners),
+            lengths(self._index, plan, rows, partners),
         )
 
     def _replace(self, ring: Ring, region: int, plan: Plan, walk: Walk, lost: tuple[bool, int]) -> int:
@@ -223,7 +224,9 @@ class _Copies:
             return
         current = torch.cuda.current_stream(self._cuda)
         current.wait_stream(self._stream)
-        for tensor in (batch.position, batch.row, batch.valid, batch.waveform, batch.fbank, batch.targets):
+        for tensor in (
+            batch.position, batch.row, batch.valid, batch.waveform, batch.fbank, batch.targets, batch.length
+        ):  # fmt: skip
             if tensor is not None:
                 tensor.record_stream(current)
 

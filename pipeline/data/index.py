@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.manifest import IndexFile, Manifest
+from pipeline.data.manifest import INDEX_SCHEMA, IndexFile, Manifest
 from pipeline.data.order import LabelTable, Part
 from pipeline.data.reader import JOB, Needs
 from pipeline.errors import UserError
@@ -56,7 +56,7 @@ class ShardIndex:
         sizes = np.array([shard.clips for shard in manifest.shards], np.int64)
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         members = [member for member in ("waveform", "fbank") if getattr(needs, member)]
-        self._columns = [f"{member}_{what}" for member in members for what in WHAT]
+        self._columns = ["seconds", *(f"{member}_{what}" for member in members for what in WHAT)]
         self._file = IndexFile(directory, manifest)
         self._groups = np.concatenate([[0], np.cumsum(self._file.sizes)]).astype(np.int64)
         self._decoded: dict[tuple[str, ...], tuple[int, pa.Table]] = {}
@@ -123,6 +123,12 @@ class ShardIndex:
         at = np.arange(len(which)) + np.repeat(begins - np.cumsum(counts) + counts, counts)
         return which, self._kept.labels[np.repeat(where // self._kept.width, counts), at]
 
+    def lengths(self, rows: Found) -> np.ndarray:
+        """Samples of audio before the padding of rows [m]: int64 [m], at least 1."""
+        audio = self.manifest.audio
+        samples = np.rint(self._kept.columns["seconds"][rows.where] * audio.sample_rate).astype(np.int64)
+        return np.asarray(np.clip(samples, 1, audio.samples))
+
     def jobs(self, member: str, rows: Found) -> np.ndarray:
         """Reads of a member ("waveform" or "fbank") of rows [m]: JOB [m] without places in memory."""
         jobs = np.zeros(len(rows.where), JOB)
@@ -178,7 +184,7 @@ class _Kept:
         slots = min(len(sizes), max(1, rows // self.width))
         self.slot = np.full(len(sizes), -1, np.int64)
         self.columns: dict[str, np.ndarray] = {
-            name: np.zeros(slots * self.width, np.uint64 if name.endswith("xxh3") else np.int64) for name in columns
+            name: np.zeros(slots * self.width, INDEX_SCHEMA.field(name).type.to_pandas_dtype()) for name in columns
         }
         self.begins, self.counts = (np.zeros(slots * self.width, np.int64) for _ in range(2))
         self.labels = np.zeros((slots, 2 * self.width), np.int32)

@@ -136,7 +136,8 @@ class Scorer:
         features = pad_frames(fbank(waveform, spec.sample_rate, spec.mel_bins), spec.frames)
         zero = torch.zeros(len(stored), dtype=torch.int64, device=device)
         targets = torch.zeros(len(stored), len(spec.labels), device=device)
-        batch = Batch(zero, zero, zero == 0, waveform, (features - spec.mean) / (2 * spec.std), targets)
+        length = torch.tensor([min(len(w), spec.samples) for w in waveforms], device=device)
+        batch = Batch(zero, zero, zero == 0, waveform, (features - spec.mean) / (2 * spec.std), targets, length)
         with torch.no_grad():
             encoded = self.task.encode(batch)
             logits = self.task.classifier(encoded)

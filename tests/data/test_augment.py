@@ -46,12 +46,15 @@ def test_roll_and_white_noise_are_the_twin_s():
     generator = torch.Generator().manual_seed(0)
     waveform = torch.rand(len(POSITIONS), 800, generator=generator) - 0.5
     config = AugmentConfig(roll=0.02, noise_snr=(5, 20))
-    found = augment_waveform(waveform, config, SEED, POSITIONS, RATE)
-    for row, clip, position in zip(found, waveform, POSITIONS.tolist(), strict=True):
-        rolled = reference.roll(clip.tolist(), config.roll, RATE, SEED, position)
+    lengths = torch.tensor([800, 1, 333, 800, 799])
+    waveform = torch.where(torch.arange(800) < lengths[:, None], waveform, 0.0)
+    found = augment_waveform(waveform, lengths, config, SEED, POSITIONS, RATE)
+    for row, clip, length, position in zip(found, waveform, lengths.tolist(), POSITIONS.tolist(), strict=True):
+        rolled = reference.roll(clip[:length].tolist(), config.roll, RATE, SEED, position)
         expected = reference.add_white_noise(rolled, 5, 20, SEED, position)
-        assert row.tolist() == pytest.approx(expected, abs=1e-6)
+        assert row[:length].tolist() == pytest.approx(expected, abs=1e-6)
         assert not torch.equal(row, clip)
+        assert not row[length:].any()  # padding stays padding
 
 
 def test_noise_is_ssast_s_on_the_normalised_fbank():
@@ -72,14 +75,15 @@ def test_a_quiet_clip_keeps_its_signal_to_noise_ratio():
     clips = torch.randn(len(position), 4000, generator=torch.Generator().manual_seed(0))
     clips *= torch.logspace(-3, 0, len(position))[:, None]
     clips[:, 0] *= 1000
-    noise = augment_waveform(clips, AugmentConfig(noise_snr=(10, 30)), SEED, position, RATE) - clips
+    whole = torch.full((len(position),), 4000)
+    noise = augment_waveform(clips, whole, AugmentConfig(noise_snr=(10, 30)), SEED, position, RATE) - clips
     ratio = 10 * torch.log10(clips.square().mean(dim=1) / noise.square().mean(dim=1))
     said = describe(AugmentConfig(noise_snr=(10, 30)), SEED, position, Shape(RATE, 10, 10))
     wanted = torch.tensor([clip["noise_snr"] for clip in said])
     torch.testing.assert_close(ratio, wanted, rtol=0, atol=0.5)
     assert (ratio.min(), ratio.max()) > (9, 28)
-    assert torch.equal(augment_waveform(torch.zeros(1, 9), AugmentConfig(noise_snr=(0, 0)), SEED, position[:1], RATE),
-                       torch.zeros(1, 9))  # fmt: skip
+    silence, config = torch.zeros(1, 9), AugmentConfig(noise_snr=(0, 0))
+    assert torch.equal(augment_waveform(silence, torch.tensor([9]), config, SEED, position[:1], RATE), silence)
 
 
 @pytest.mark.parametrize(("freq_mask", "time_mask"), [(48, 192), (0, 30), (24, 0), (500, 500), (0, 0)])
@@ -118,7 +122,7 @@ def test_what_is_described_is_what_happens():
     masked = mask_fbank(torch.ones(len(POSITIONS), 60, 40), config, SEED, POSITIONS)
     impulse = torch.zeros(len(POSITIONS), 800)
     impulse[:, 400] = 1.0
-    moved = augment_waveform(impulse, config, SEED, POSITIONS, RATE)
+    moved = augment_waveform(impulse, torch.full_like(POSITIONS, 800), config, SEED, POSITIONS, RATE)
     for i, clip in enumerate(said):
         (bin_, bins), (frame, frames) = clip["freq_mask"], clip["time_mask"]
         assert (masked[i] == 0).sum() == 60 * bins + 40 * frames - bins * frames
@@ -140,7 +144,7 @@ def test_a_clip_does_not_depend_on_its_neighbours(config):
 
     def run(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         if changes_waveform(config):
-            return augment_waveform(x.flatten(1), config, SEED, position, RATE)
+            return augment_waveform(x.flatten(1), torch.full_like(position, 2400), config, SEED, position, RATE)
         return add_noise(mask_fbank(x, config, SEED, position), config, SEED, position)
 
     whole = run(values, POSITIONS)

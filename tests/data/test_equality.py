@@ -12,7 +12,7 @@ from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data.loader import Loader, Needs, Place, build_loader
 
 BATCH, COUNT = 12, 6
-NAMES = ("position", "row", "valid", "waveform", "fbank", "targets")
+NAMES = ("position", "row", "valid", "waveform", "fbank", "targets", "length")
 AUGMENT = AugmentConfig(mixup=0.5, freq_mask=24, time_mask=16, noise=0.1, noise_snr=(10, 20), roll=0.05)
 PLACES = [(1, 0), (1, 2), (2, 1), (4, 2), (3, 1)]
 WITHOUT = [(1, 0, "without"), (2, 1, "without")]

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from pipeline.config import AugmentConfig, DataConfig
@@ -14,7 +15,9 @@ from pipeline.data.fbank import fbank
 from pipeline.data.loader import Needs, Place, build_loader, pad_frames
 from pipeline.data.manifest import load_index, load_manifest
 from pipeline.errors import UserError
-from tests.helpers import synth_shards, write_index
+from shard_tools import catalogs
+from shard_tools.build import build
+from tests.helpers import options, synth_shards, write_index
 from tests.reference.augment import mix
 
 BATCH = 12
@@ -236,3 +239,27 @@ def test_what_would_give_wrong_batches_is_refused(shards):
         loader(shards, ranks=5)
     with pytest.raises(UserError, match=r"data.fbank = stored"):
         loader(shards, augment=AUGMENT, fbank="stored")
+
+
+def test_the_batch_knows_where_the_audio_ends(tmp_path):
+    """The waveform's embedding is normalised over the audio; of a mixture that is the longer clip's."""
+    seconds = [0.5, 0.3, 0.125, 0.05]
+    rows = ["path,labels"]
+    for number in range(16):
+        noise = np.random.default_rng(number).uniform(-0.5, 0.5, round(seconds[number % 4] * 16000))
+        soundfile.write(tmp_path / f"{number}.wav", noise, 16000)
+        rows.append(f"{number}.wav,{'ab'[number % 2]}")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    catalog = catalogs.table(tmp_path, tmp_path / "t.csv", None, None)
+    build(catalog, tmp_path / "shards", options(0.5, 4), 1, engine="inline")
+    for mixup in (0.0, 1.0):
+        with loader(tmp_path / "shards", augment=AugmentConfig(mixup=mixup)) as found:
+            batch, plan = next(found.train_batches(0)), found.train_plan(0)
+            keys = found.keys(batch.row.tolist())
+            partners = keys if plan.partners is None else found.keys(plan.partners.tolist())
+        for i, (own, other) in enumerate(zip(keys, partners, strict=True)):
+            samples = max(round(seconds[int(key) % 4] * 16000) for key in (own, other))
+            assert int(batch.length[i]) == samples
+            assert batch.waveform[i, :samples].any()
+            assert not batch.waveform[i, samples:].any()
+    assert len(batch.length.unique()) > 1

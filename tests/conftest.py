@@ -25,7 +25,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 LEFT_OUT = "left out"
-# Fixtures that take minutes -> what their tests are called as a group, which one process runs.
+# Fixtures that take minutes -> what the modules that use them are called as a group, which one process runs.
 GROUPS = {"pretrained": "runs", "slurm": "runs", "chain": "lab"}
 
 
@@ -37,17 +37,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     if not hasattr(config, "workerinput"):
         return
-    names = {item: _group(item) for item in items}
+    modules: dict[Path, str] = {}
+    for item in items:
+        used = [GROUPS[name] for name in getattr(item, "fixturenames", ()) if name in GROUPS]
+        modules[item.path] = (used or [modules.get(item.path) or str(item.path.relative_to(ROOT))])[0]
+    names = {item: modules[item.path] for item in items}
     slow = {names[item] for item in items if item.get_closest_marker("slow")}
-    order = {name: place for place, name in enumerate(GROUPS.values())}
-    items.sort(key=lambda item: (order.get(names[item], len(order)), names[item] not in slow))
+    items.sort(key=lambda item: (names[item] not in GROUPS.values(), names[item] not in slow, names[item]))
     for item in items:
         item.add_marker(pytest.mark.xdist_group(names[item]))
-
-
-def _group(item: pytest.Item) -> str:
-    fixtures = getattr(item, "fixturenames", ())
-    return next((group for fixture, group in GROUPS.items() if fixture in fixtures), str(item.path.relative_to(ROOT)))
 
 
 def leave_out(reason: str) -> NoReturn:

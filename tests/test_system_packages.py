@@ -88,7 +88,7 @@ def test_with_the_right_to_install_packages_come_once(machine, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     update, install = calls.read_text().splitlines()
     assert update.endswith("update")
-    assert {"g++", "chromium", "chromium-driver", "slurmctld", "--no-install-recommends"} <= set(install.split())
+    assert {"g++", "chromium", "chromium-driver", "slurm-client", "--no-install-recommends"} <= set(install.split())
     assert check(machine, "test", CI="true").returncode == 0
     assert len(calls.read_text().splitlines()) == 2
 

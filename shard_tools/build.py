@@ -489,6 +489,10 @@ def _finish(catalog: Catalog, options: BuildOptions, work: _Work) -> Summary:
     for plan in work.plans:
         tars = there | store.sizes(f".build/{plan.split}")
         (full if any(plan.name(number) in tars for number in range(len(plan))) else empty).append(plan)
+    if full and store.remote and _earlier(catalog, store, options) != work.earlier:  # nothing is locked there
+        raise UserError(
+            f"{store.location}: another build ended here meanwhile; run the same command again, which joins the two"
+        )
     manifest = finish(catalog, store, options, full, work.earlier) if full else work.earlier
     for split in catalog.splits:
         if all(split != plan.split for plan in empty):

@@ -132,6 +132,8 @@ def settle(store: Store) -> None:
         log.warning("%s: a build was stopped while it replaced index and manifest: completed now", store.location)
         there = _parse(store, "manifest.json") if "manifest.json" in store.sizes() else None
         switch(store, manifest, [] if there is None else [shard.name for shard in there.shards])
+        for split in manifest.splits:
+            store.remove_tree(f".build/{split}")
     store.remove_tree(SWITCH)
 
 

@@ -1,5 +1,6 @@
 """Shards written to and built from a real S3 server are those of the local disk."""
 
+import hashlib
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import soundfile
 from pipeline.data import storage
 from pipeline.data.manifest import load_index, load_manifest
 from pipeline.errors import UserError
+from shard_tools import build as build_module
 from shard_tools import catalogs, distribute, store
 from shard_tools.build import build, build_slice, merge
 from shard_tools.plan import Slice
@@ -207,6 +209,86 @@ def test_credentials_or_a_network_that_go_away_are_no_failures_of_clips(audio, t
     away = range(0)
     build(catalog, tmp_path / "longer", options(0.2, 4), 1, engine="inline")
     assert digests(tmp_path / "longer") == digests(tmp_path / "whole")
+
+
+def test_splits_in_a_store_join_are_tried_again_and_replaced_as_on_a_disk(bucket, tmp_path):
+    """At the root of a bucket. What is moved into place there is copied; nothing is left over."""
+    client, name = bucket
+    source, out = tmp_path / "source", f"s3://{name}"
+    synth_catalog(source, 46, 0.1)
+
+    def both(where, split: str, **words):
+        for one in (where, out):
+            build(catalogs.table(source, source / "table.csv", None, split), one, options(0.1, 6), 1,
+                  engine="inline", **words)  # fmt: skip
+
+    def there() -> dict[str, str]:
+        keys = [entry["Key"] for entry in client.list_objects_v2(Bucket=name)["Contents"]]
+        return {key: hashlib.sha256(client.get_object(Bucket=name, Key=key)["Body"].read()).hexdigest() for key in keys}
+
+    file = next(Path(clip.path) for clip in catalogs.table(source, source / "table.csv", None, "train").clips)
+    content = file.read_bytes()
+    file.write_text("no audio")
+    disk = tmp_path / "disk"
+    both(disk, "train")
+    both(disk, "eval")
+    file.write_bytes(content)
+    for key in ("train-000000.tar", "elsewhere/train-000000.tar", "train-000000.tar.mine"):
+        client.create_multipart_upload(Bucket=name, Key=key)
+    assert there() == digests(disk)
+    both(disk, "train", retry=True)
+    assert there() == digests(disk)
+    left = client.list_multipart_uploads(Bucket=name)["Uploads"]
+    assert sorted(upload["Key"] for upload in left) == ["elsewhere/train-000000.tar", "train-000000.tar.mine"]
+    client.put_object(Bucket=name, Key="thesis.tar", Body=b"mine")
+    (disk / "thesis.tar").write_bytes(b"mine")
+    both(disk, "train", overwrite=True)
+    assert there() == digests(disk)
+
+
+def test_of_two_builds_that_end_at_once_in_a_store_neither_is_lost(bucket, tmp_path, monkeypatch):
+    _, name = bucket
+    source, out = tmp_path / "source", f"s3://{name}/two"
+    synth_catalog(source, 46, 0.1)
+    catalog = {split: catalogs.table(source, source / "table.csv", None, split) for split in ("train", "eval")}
+    real = build_module.run
+
+    def meanwhile(*words):
+        yield from real(*words)
+        monkeypatch.setattr(build_module, "run", real)
+        build(catalog["eval"], out, options(0.1, 6), 1, engine="inline")
+
+    monkeypatch.setattr(build_module, "run", meanwhile)
+    with pytest.raises(UserError, match="another build ended here meanwhile; run the same command again"):
+        build(catalog["train"], out, options(0.1, 6), 1, engine="inline")
+    build(catalog["train"], out, options(0.1, 6), 1, engine="inline")
+    assert set(load_manifest(out).splits) == {"train", "eval"}
+
+
+def test_a_switch_that_was_cut_in_a_store_is_completed(bucket, tmp_path, monkeypatch):
+    """The finished split's index is another one then; nothing of it is lost, and the next build makes it whole."""
+    client, name = bucket
+    source, out = tmp_path / "source", f"s3://{name}/cut"
+    synth_catalog(source, 46, 0.1)
+    for split in ("train", "eval"):
+        build(catalogs.table(source, source / "table.csv", None, split), tmp_path / "disk", options(0.1, 6), 1,
+              engine="inline")  # fmt: skip
+    build(catalogs.table(source, source / "table.csv", None, "train"), out, options(0.1, 6), 1, engine="inline")
+    real, moved = Store.move, []
+
+    def move(self, file, target):
+        moved.append(target)
+        if target == "manifest.json":
+            raise OSError("the network went away")
+        real(self, file, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "move", move)
+        with pytest.raises(OSError, match="network"):
+            build(catalogs.table(source, source / "table.csv", None, "eval"), out, options(0.1, 6), 1, engine="inline")
+    assert moved == ["failures.jsonl", "index.parquet", "manifest.json"]
+    build(catalogs.table(source, source / "table.csv", None, "train"), out, options(0.1, 6), 1, engine="inline")
+    assert download(client, name, "cut", tmp_path / "1") == digests(tmp_path / "disk")
 
 
 def test_a_store_that_is_not_there_is_one_line(s3):

@@ -36,7 +36,8 @@ class Clip:
         split: Name of the split.
         fold: Cross-validation fold, 1-based; 0 where the data set has none.
         id: The data set's own name for the clip (YouTube id, file name), for `failures.jsonl`.
-        trimmed: The file is the segment itself; None: it is where it is too short to hold the segment.
+        trimmed: The file is known to be the segment itself, and `start` is 0; False: it is not; None: it is where
+            `start` is not 0 and the file, as long as the segment, ends before it (AudioSet, names without a start).
         line: Of the table that lists the clip, for `failures.jsonl`; 0: there is no table.
     """
 

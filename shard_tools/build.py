@@ -33,7 +33,7 @@ from pipeline.errors import UserError
 from pipeline.files import check_name, check_output_directory
 from shard_tools.catalogs import Catalog
 from shard_tools.distribute import each, run
-from shard_tools.ffmpeg_codecs import available
+from shard_tools.ffmpeg_codecs import identity
 from shard_tools.finish import PRODUCTS, SWITCH, damage, finish, reasons, settle
 from shard_tools.lock import owner, slice_owner
 from shard_tools.plan import BuildOptions, Slice, SplitPlan
@@ -293,11 +293,11 @@ def _begun(store: Store, split: str) -> dict[str, Any] | None:
 
 
 def _open(store: Store, plan: SplitPlan) -> None:
-    """Writes down what the build of a split is, or finds that it is the one that was begun; sets the decoder."""
+    """Writes down what the build of a split is, or finds that it is the one that was begun."""
     begun = _begun(store, plan.split)
     if not begun:
         name = f".build/{plan.split}/plan"
-        content = seal(json.dumps({"identity": plan.identity, "decoder": available()}).encode())
+        content = seal(json.dumps({"identity": plan.identity, "decoder": identity()}).encode())
         if begun is None:
             store.create(name, content)
         else:
@@ -306,21 +306,21 @@ def _open(store: Store, plan: SplitPlan) -> None:
             store.write(name, content)
         begun = _begun(store, plan.split) or {}
     _compare(store, plan.split, begun["identity"], plan.identity)
-    plan.decoder = _same_decoder(store, plan.split, begun["decoder"])
+    _same_decoder(store, plan.split, begun["decoder"])
 
 
-def _same_decoder(store: Store, split: str, begun: str) -> str:
-    """The decoder that the build was begun with: another gives other bytes."""
-    here = available()
-    if begun == "torchcodec" and here != begun:
-        raise UserError(
-            f"{store.location}: split '{split}' was begun with torchcodec, which does not work here; install it "
-            "(pip install 'craft-audio[torchcodec]'), or --overwrite"
-        )
+def _same_decoder(store: Store, split: str, begun: str) -> None:
+    """Another decoder than the one that the build was begun with gives other bytes.
+
+    Raises:
+        UserError: it is another.
+    """
+    here = identity()
     if begun != here:
-        log.warning("split '%s' was begun with %s and goes on with it, though %s works here; --overwrite begins anew "
-                    "with %s", split, begun, here, here)  # fmt: skip
-    return begun
+        raise UserError(
+            f"{store.location}: split '{split}' was begun with the decoder {begun}, not {here}, "
+            f"which may give other samples; use another --out, or begin anew with --overwrite"
+        )
 
 
 def _adopt(work: _Work, workers: int) -> None:

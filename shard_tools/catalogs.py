@@ -116,7 +116,7 @@ def audioset(
 
     Files are found as `YTID.*`, `YTID_START.*` or `YTID_START_END.*`, with a Y before or without, the times as seconds
     (30, 30.0, 000030) or milliseconds (30000). A file with a start in its name is the segment itself; of the others,
-    `Clip.trimmed` leaves it to the decoder.
+    one that ends before the segment does, and is as long as the segment, is taken for it; any other is cut.
 
     Args:
         root: Of the audio.
@@ -286,7 +286,8 @@ def table(
             catalog.miss(Failure(path_cell, path_cell, MISSING, own, key, line, start or 0.0, end), picked)
             first_missing = first_missing or location
             continue
-        clip = Clip(key, file, start or 0.0, end, picked, own, max(0, fold), path_cell, line=line)
+        guess = False if start else None  # a file is cut where the table says, whatever its length
+        clip = Clip(key, file, start or 0.0, end, picked, own, max(0, fold), path_cell, trimmed=guess, line=line)
         catalog.clips.append(clip)
     if not seen:
         raise UserError(f"{path}: no row of split '{split}'; give a split of its column")

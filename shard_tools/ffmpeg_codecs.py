@@ -1,215 +1,411 @@
-"""What libsndfile does not read (AAC, Opus, video files): FFmpeg's libraries, or its program.
+"""What FFmpeg's libraries read (mp3, AAC, Opus, Vorbis, video files and the rest): blocks of samples and their places.
 
-In: a `Segment`. Out: `Raw`, or a `DecodeError`.
+In: an open file. Out: mono blocks from front to back, each with its place in the file, and what is damaged.
 
-torchcodec calls FFmpeg's shared libraries and is ten times as fast as a process for each clip; it is optional,
-and where it is missing or cannot load them, the ffmpeg program (the system's, or imageio-ffmpeg's) does
-all the work, which is said once. Where torchcodec meets trouble in a file, the program has the last
-word, so a file fails for the same reason on every machine. Both seek to the segment.
+PyAV's wheel carries FFmpeg, so every machine decodes to the same samples and needs no system package. Only the one file
+is opened: its content comes through a file object, only the formats of `DEMUXERS` are read (a playlist is none), and no
+protocol is allowed by which a container could name another file or host.
+
+A place is counted in decoded samples: sample 0 is the first that the codec gives after its declared priming, whatever
+time stamps the container begins with. What lies before the wanted samples is not decoded where that is provably the
+same: packets of an Ogg stream say how many samples they hold, and those of other codecs are skipped while all are as
+long as the decoded ones before them. Elsewhere everything is decoded from the front. Skipping costs about 5 us a
+packet (an hour of mp3: 0.7 s; decoding it: 5 s); in an mp4, whose index lists all packets, a seek takes its place.
 """
 
-import importlib
-import logging
 import math
-import re
-import shutil
-import subprocess
-from collections.abc import Callable
-from functools import lru_cache
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import ffmpeg
-import imageio_ffmpeg
+import av
 import numpy as np
+import soxr
+from av.stream import Discard, Disposition
 
-from pipeline.errors import UserError
-from shard_tools.segment import SLACK, DecodeError, Raw, Segment, down_mix
+from shard_tools.segment import DecodeError, down_mix, reason_of
 
-log = logging.getLogger(__name__)
-
-TIME_LIMIT = 60.0  # seconds that a decoder may take for one segment
-PREROLL = 1.0  # seconds decoded before the segment and dropped: Opus, AAC and mp3 need their past
-SOURCE = "source"
-WAV_HEADER = 200  # bytes, at most, of ffmpeg's WAV without audio
-NO_DURATION = "Estimating duration from bitrate"  # FFmpeg's guess, no promise of the file's
-
-
-_loading: list[Callable[[str], None]] = [lambda what: None]
-
-
-def when_loading(tell: Callable[[str], None]) -> None:
-    """`tell` is called with a name before a slow import and with "" after it."""
-    _loading[0] = tell
-
-
-_wanted = [""]
-
-
-def use(decoder: str) -> None:
-    """Fixes what this process decodes with: "torchcodec" or "ffmpeg"; "": the best there is."""
-    _wanted[0] = decoder
-
-
-def available() -> str:
-    """Returns "torchcodec" where it works here, else "ffmpeg", with a warning."""
-    return "ffmpeg" if _torchcodec() is None else "torchcodec"
-
-
-def torchcodec() -> Any | None:
-    """The `AudioDecoder` class of torchcodec; None: the ffmpeg program is used.
-
-    Raises:
-        UserError: torchcodec must be used and does not work here.
-    """
-    if _wanted[0] == "ffmpeg":
-        return None
-    decoder = _torchcodec()
-    if decoder is None and _wanted[0] == "torchcodec":
-        raise UserError(
-            "torchcodec does not work on this machine, and the build was begun with it; install it here too "
-            "(pip install 'craft-audio[torchcodec]'), or begin anew with --overwrite on a machine without it"
-        )
-    return decoder
+# Containers and raw streams that lie in one file. None of them opens another one: no playlists, scripts, devices or
+# picture sequences, and a movie's references to other files are not followed.
+DEMUXERS = (
+    "aac,ac3,ac4,adx,aiff,amr,amrnb,amrwb,ape,asf,asf_o,au,avi,avr,caf,dsf,dss,dts,dtshd,dv,eac3,flac,flv,gsm,iff,"
+    "ircam,ivf,loas,matroska,webm,mlp,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpc,mpc8,mpeg,mpegts,mxf,nistsphere,nut,ogg,oma,paf,"
+    "pvf,qcp,qoa,rm,sbc,shn,sox,tak,truehd,tta,voc,vqf,w64,wav,wsd,wtv,wv,wve,xwma"
+)
+OPTIONS = {"format_whitelist": DEMUXERS, "protocol_whitelist": "", "enable_drefs": "0", "use_absolute_path": "0"}
+# Where no header says how long the file is, or one of several files joined with `cat` does: packets are counted.
+COUNTED = frozenset({
+    "aac", "ac3", "ac4", "adx", "amr", "amrnb", "amrwb", "dts", "dtshd", "eac3", "flac", "gsm", "loas", "mlp", "mp3",
+    "mpeg", "mpegts", "ogg", "sbc", "truehd",
+})  # fmt: skip
+# Of those, the ones whose last time stamp tells how long they are at least.
+ENDED_BY_TIME = frozenset({"ogg", "flac"})
+# A jump of the time stamps by so many seconds is a loss there, as encoders leave nothing out; elsewhere it is one only
+# beside an error of the decoder.
+CLOCKS = {"flac": 0.02, "asf": 0.15, "ogg": 0.15}
+# Codecs whose packets each give as many samples as the last one, unless their duration is another.
+EVEN_CODECS = frozenset({
+    "aac", "ac3", "amrnb", "amrwb", "mp1", "mp1float", "mp2", "mp2float", "mp3", "mp3float", "opus", "libopus",
+    "amr_nb", "amr_wb", "libopencore_amrnb", "libopencore_amrwb",
+})  # fmt: skip
+OGG_CODECS = frozenset({"opus", "libopus", "vorbis"})  # whose packets' durations Ogg has in samples
+# Checksums of these are compared, as their decoders would give a damaged frame as if it were sound.
+CHECKED_CODECS = frozenset({"flac", "ac3", "eac3", "tta", "wavpack", "ape", "tak", "shorten", "mlp", "truehd"})
+PREROLL = 1.0  # seconds decoded before the wanted samples and dropped: Opus, AAC and mp3 need their past
+STEADY = 8  # packets decoded alike before any is skipped
+BLOCK = 1 << 16  # samples of a block, about
+JUMP = 0.02  # seconds by which time stamps may be off
+TAGS = (b"ID3", b"TAG", b"APETAGEX")  # between the frames of raw streams that were joined, and behind them
+LONGEST_GAP = 600.0  # seconds: a longer jump of the time stamps is no loss but another clock
+READ_SIZE = 1 << 16
 
 
-@lru_cache(maxsize=1)
-def _torchcodec() -> Any | None:
-    """The class, if it works here; that it does not is said once."""
-    _loading[0]("torchcodec")
-    try:
-        # Imports torch: only where a file needs it.
-        decoder = importlib.import_module("torchcodec.decoders").AudioDecoder
-        importlib.import_module("torch").set_num_threads(1)
-    except ImportError:
-        decoder, reason = None, "torchcodec is not installed (pip install 'craft-audio[torchcodec]')"
-    except (OSError, RuntimeError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        decoder, reason = None, f"torchcodec cannot load FFmpeg's libraries ({first.strip()})"
-    _loading[0]("")
-    if decoder is None:
-        log.warning("%s: an ffmpeg process decodes what libsndfile cannot, ten times slower", reason)
-    return decoder
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A damaged place: `samples` are lost at `place`; 0: nothing tells how many."""
+
+    place: int
+    samples: int
+    reason: str
 
 
-@lru_cache(maxsize=1)
-def ffmpeg_binary() -> str:
-    """The ffmpeg program that is used.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        return shutil.which("ffmpeg") or str(imageio_ffmpeg.get_ffmpeg_exe())
-    except RuntimeError as error:
-        raise UserError("no ffmpeg program; install the system's ffmpeg, or pip install imageio-ffmpeg") from error
-
-
-def read(segment: Segment, first_reason: str = "") -> Raw:
-    """Reads a segment of the file's first audio track.
+class Content:
+    """The bytes of an open file as FFmpeg reads them; some may be laid over those of the file.
 
     Args:
-        segment: Of any file that FFmpeg knows.
-        first_reason: Why libsndfile did not.
+        handle: File descriptor; stays the caller's.
+        overlay: (offset, bytes) of what a header should say.
+    """
+
+    def __init__(self, handle: int, overlay: Sequence[tuple[int, bytes]] = ()) -> None:
+        self._handle, self._overlay, self._at = handle, overlay, 0
+        self._size = os.fstat(handle).st_size
+        self.error: OSError | None = None  # demuxers take one for the end of the file
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes."""
+        try:
+            data = os.pread(self._handle, size, self._at)
+        except OSError as error:
+            self.error = error
+            raise
+        for offset, content in self._overlay:
+            if self._at < offset + len(content) and offset < self._at + len(data):
+                patched = bytearray(data)
+                low, high = max(offset, self._at), min(offset + len(content), self._at + len(data))
+                patched[low - self._at : high - self._at] = content[low - offset : high - offset]
+                data = bytes(patched)
+        self._at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """New position."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        """Position."""
+        return self._at
+
+
+class FFmpegSource:
+    """The default audio track of a file, read once from front to back by each call of `blocks`.
+
+    Attributes:
+        rate: Hz; that of the first samples.
+        channels: Of the first samples.
+        place: Of the next sample.
+        ended: All was read; `place` is the length.
+        gaps: Damaged places that were passed.
+
+    Args:
+        path: For messages.
+        handle: File descriptor; stays the caller's.
+        overlay: See `Content`.
 
     Raises:
-        DecodeError: FFmpeg's reason.
-        UserError: no ffmpeg program.
+        DecodeError: no audio that FFmpeg reads.
+        MachineError: the file cannot be read now.
     """
-    decoder = torchcodec()
-    raw = None if decoder is None else _read_torchcodec(decoder, segment)
-    return raw or _read_ffmpeg(segment, first_reason)
 
+    decoder = "pyav"
 
-def _read_torchcodec(decoder: Any, segment: Segment) -> Raw | None:
-    """None: the ffmpeg program shall decide."""
-    try:
-        source = f"file:{segment.path}"
-        source.encode()  # torchcodec takes UTF-8 names only
-        opened = decoder(source)
-        about = opened.metadata
-        duration = about.duration_seconds
-        if duration is None:
-            return None
-        begin = segment.begin(duration)
-        expected = min(segment.length, duration - begin)
-        if expected <= 0:
-            return None
-        got = opened.get_samples_played_in_range(begin, begin + segment.length)
-    except (RuntimeError, ValueError, UnicodeEncodeError):
-        return None
-    samples, rate = got.data.numpy().T, int(got.sample_rate)
-    if len(samples) / rate < (expected - SLACK if _holds_duration(segment.path) else segment.length):
-        return None
-    return Raw(down_mix(samples), rate, duration, samples.shape[1], "torchcodec")
+    def __init__(self, path: str, handle: int, overlay: Sequence[tuple[int, bytes]] = ()) -> None:
+        self._path, self._handle, self._overlay = path, handle, overlay
+        self._may_seek = True
+        self._open()
 
+    def _open(self) -> None:
+        self._content = Content(self._handle, self._overlay)
+        try:
+            opened = av.open(self._content, options=OPTIONS, metadata_errors="ignore", buffer_size=READ_SIZE)
+        except (av.FFmpegError, OSError) as error:
+            self._check_reading()
+            raise DecodeError(f"undecodable: {_words(error)}") from error
+        self._container: Any = opened
+        self._stream = _default_track(self._container)
+        self._codec = self._stream.codec_context
+        self._codec.thread_count = 1
+        if self._codec.name in CHECKED_CODECS:
+            self._codec.options = {"err_detect": "crccheck+explode"}
+        self.rate, self.channels = int(self._codec.sample_rate or 0), int(self._codec.channels or 0)
+        self.place, self.ended, self.gaps = 0, False, list[Gap]()
+        self._begin_time = self._end_time = 0.0  # of the first and the last frame, seconds by the container's clock
+        self._first: float = 0  # first wanted sample; what reaches beyond it is decoded
+        self._used = False
 
-def _holds_duration(path: str) -> bool:
-    """A container; streams without one (ADTS, AC-3) end where they are cut, and only the program complains."""
-    with open(path, "rb") as file:
-        head = file.read(8)
-    return head[4:] == b"ftyp" or head.startswith((b"OggS", b"\x1a\x45\xdf\xa3", b"RIFF", b"\x30\x26\xb2\x75"))
-
-
-def _read_ffmpeg(segment: Segment, first_reason: str) -> Raw:
-    raw, duration = _run_ffmpeg(segment, segment.start, first_reason)
-    begin = segment.begin(duration)
-    if begin != segment.start:  # the file turned out to be the segment itself
-        raw, duration = _run_ffmpeg(segment, begin, first_reason)
-    expected = min(segment.length, duration - begin) if math.isfinite(duration) else 0.0
-    if len(raw.mono) / raw.rate < expected - SLACK:
-        raise DecodeError(f"truncated: {len(raw.mono) / raw.rate:.2f} s of {expected:.2f} s could be decoded")
-    return raw
-
-
-def _run_ffmpeg(segment: Segment, begin: float, first_reason: str) -> tuple[Raw, float]:
-    """Decodes from `begin` with one process; also the duration that the file's header has, or infinity."""
-    preroll = min(PREROLL, begin)
-    seek = {"ss": begin - preroll} if begin > preroll else {}
-    source = ffmpeg.input(SOURCE, t=segment.length + preroll, protocol_whitelist="file", **seek)
-    stream = source["a:0"].output("pipe:", format="wav", acodec="pcm_f32le")
-    stream = stream.global_args("-nostdin", "-hide_banner", "-v", "level+info", "-nostats", "-xerror")
-    # The name goes in afterwards: ffmpeg-python takes UTF-8 names only. `file:` keeps a leading dash or a
-    # colon a part of the name; and nothing but files is opened, whatever a container names.
-    name = f"file:{segment.path}"
-    status, out, said = _run([name if word == SOURCE else word for word in stream.compile(cmd=ffmpeg_binary())])
-    complaints = [line for line in said.splitlines() if "[error]" in line or "[fatal]" in line]
-    if complaints or status or not out:
-        reason = re.sub(r"\[(error|fatal|[\w,]+ @ 0x[0-9a-f]+)\] ?", "", complaints[0]) if complaints else ""
-        reason = reason.replace(name, "").strip(" :") or (f"ffmpeg exited with {status}" if out else first_reason)
-        raise DecodeError(f"{'damaged' if len(out) > WAV_HEADER else 'undecodable'}: {reason}")
-    samples, rate = parse_wav(out)
-    duration = _duration(said)
-    mono = down_mix(samples)[round(preroll * rate) :]
-    return Raw(mono, rate, duration, samples.shape[1], "ffmpeg"), duration
-
-
-def _duration(said: str) -> float:
-    found = re.search(r"Duration: (\d+):(\d+):(\d+\.\d+)", said)
-    if found is None or NO_DURATION in said:
+    def _stated(self) -> float:
+        """Seconds that the header says the file has; infinite: it does not."""
+        if self._stream.duration is not None and self._stream.time_base is not None:
+            return float(self._stream.duration * self._stream.time_base)
+        if len(self._container.streams) == 1 and self._container.duration:
+            return float(self._container.duration / av.time_base)
         return math.inf
-    hours, minutes, seconds = found.groups()
-    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+
+    @property
+    def missing(self) -> float:
+        """Seconds that the header promises beyond those that were read to the end; 0 where it promises none."""
+        form = self._container.format.name
+        if form in COUNTED - ENDED_BY_TIME or not math.isfinite(stated := self._stated()):
+            return 0.0
+        there = self.place / self.rate + self._begin_time
+        if form == "matroska,webm":  # encoders leave silence out
+            there = max(there, self._end_time)
+        return max(0.0, stated - there)
+
+    def length(self) -> float:
+        """Seconds of the whole file; where no header can be believed, its packets are counted to the end."""
+        stated = math.inf if self._container.format.name in COUNTED else self._stated()
+        if not self.ended and not math.isfinite(stated):
+            self._first = math.inf
+            for _ in self._running:
+                pass
+        if self.ended:
+            return self.place / self.rate
+        return stated - (self._begin_time if self._container.format.name == "matroska,webm" else 0.0)
+
+    def blocks(self, start: float, seconds: float = math.inf) -> Iterator[tuple[int, np.ndarray]]:
+        """Blocks of at least so many seconds from one on: place of the first sample, float32 [n], mono.
+
+        A jump of the places is a gap.
+
+        Raises:
+            DecodeError: there is nothing to decode.
+            MachineError: the file cannot be read now.
+        """
+        if self._used:
+            self._open()
+        self._used = True
+        self._running = self._blocks(start)
+        return self._running
+
+    def _blocks(self, start: float) -> Iterator[tuple[int, np.ndarray]]:
+        held: list[np.ndarray] = []  # [channels, n] of one number of channels and one rate, one after the other
+        begin = count = own = 0
+        for place, samples, rate in self._frames(start):
+            if held and (place != begin + count or len(samples) != len(held[0]) or rate != own or count >= BLOCK):
+                yield begin, self._mono(held, own)
+                held = []
+            if not held:
+                begin, count, own = place, 0, rate
+            held.append(samples)
+            count += samples.shape[1] if rate == self.rate else round(samples.shape[1] * self.rate / rate)
+        if held:
+            yield begin, self._mono(held, own)
+
+    def _mono(self, held: list[np.ndarray], rate: int) -> np.ndarray:
+        mono = down_mix((np.concatenate(held, axis=1) if len(held) > 1 else held[0]).T)
+        return mono if rate == self.rate else np.asarray(soxr.resample(mono, rate, self.rate, quality="HQ"))
+
+    def _frames(self, start: float) -> Iterator[tuple[int, np.ndarray, int]]:
+        """Decoded frames that reach into the wanted part: place, float32 [channels, n], rate."""
+        even = self._codec.name in EVEN_CODECS or self._codec.name.startswith("pcm_")
+        timed = self._container.format.name == "ogg" and self._codec.name in OGG_CODECS
+        clock = CLOCKS.get(self._container.format.name, math.inf)
+        tick = float(self._stream.time_base or 0)
+        packets: Any = self._container.demux(self._stream)
+        unit = usual = steady = 0  # samples and duration of a packet; packets in a row that were so
+        due: float | None = None  # time stamp of the next frame, if nothing is lost
+        skipped = resumed = decoded = False
+        self._damaged = False
+        while (packet := self._next(packets)) is not None:
+            if steady >= STEADY and not self._damaged and self.place + PREROLL * self.rate < self._first:
+                if not skipped and even and (there := self._seek(packet, unit, usual)):
+                    packets.close()
+                    packets = self._container.demux(self._stream)
+                    packet = self._next(packets)
+                    if packet is None or packet.pts != there:
+                        self._may_seek = False
+                        yield from self._again(start)
+                        return
+                    due = there
+                samples = self._plain(packet, unit, usual, timed, tick) if even or timed else 0
+                if samples and self.place + samples + PREROLL * self.rate <= self._first:
+                    self.place += samples
+                    due = None if packet.pts is None else packet.pts + packet.duration
+                    skipped = True
+                    continue
+            if skipped:
+                self._codec.flush_buffers()
+                skipped, resumed = False, True
+            if packet.is_corrupt and not self._overlay:  # whose sizes are no promises
+                self._damage("a packet is marked as damaged")
+            try:
+                frames = self._codec.decode(packet)
+            except av.FFmpegError:
+                steady = 0
+                if bytes(packet).startswith(TAGS):
+                    due = None  # time stamps count it as sound
+                else:
+                    self._damage(f"the {self._codec.name} decoder refuses a packet")
+                continue
+            for frame in frames:
+                if not decoded:
+                    self.rate, self.channels = int(frame.sample_rate), len(frame.layout.channels)
+                    self._first = max(self._first, round(start * self.rate))
+                    decoded, self._damaged = True, False
+                    self.gaps.clear()  # what comes before the first sample is not of the recording
+                if frame.pts is not None and frame.time_base is not None:
+                    lost = 0.0 if due is None else float((frame.pts - due) * frame.time_base)
+                    if resumed:  # a decoder gives nothing for the first packet or packets after others were skipped
+                        self.place += max(0, round(lost * self.rate))
+                        resumed = False
+                    elif lost > (max(JUMP, 2 * tick) if self._damaged else clock):
+                        self._lose(lost)
+                    self._damaged = False
+                    if due is None and not self.place:
+                        self._begin_time = max(0.0, frame.pts * tick)
+                    due = float(frame.pts)
+                    self._end_time = due * tick + frame.samples / frame.sample_rate
+                if due is None:
+                    self._damaged = False  # no time stamps: nothing will tell how much is lost
+                elif tick:
+                    due += frame.samples / frame.sample_rate / tick
+                count = frame.samples
+                if frame.sample_rate != self.rate:
+                    count = round(count * self.rate / frame.sample_rate)
+                if self.place + count > self._first:
+                    yield self.place, _floats(frame), int(frame.sample_rate)
+                self.place += count
+            whole = len(frames) == 1 and frames[0].sample_rate == self.rate
+            if whole and (timed or (frames[0].samples == unit and abs((packet.duration or 0) - usual) <= 1)):
+                steady += 1
+            elif frames:
+                steady = 0
+                unit, usual = frames[-1].samples, packet.duration or 0
+        self._check_reading()
+        if not decoded:
+            reason = self.gaps[0].reason if self.gaps else "no samples in its audio track"
+            raise DecodeError(f"undecodable: {reason}")
+        self.ended = True
+
+    def _again(self, start: float) -> Iterator[tuple[int, np.ndarray, int]]:
+        self._open()
+        return self._frames(start)
+
+    def _next(self, packets: Any) -> Any:
+        """The next packet; None: the end, or the rest cannot be read."""
+        try:
+            return next(packets, None)
+        except (av.FFmpegError, OSError) as error:
+            self._check_reading()
+            self._damage(f"the rest cannot be read: {_words(error)}")
+            return None
+
+    def _damage(self, reason: str) -> None:
+        """Notes a damaged place; the time stamps after it tell how much is lost."""
+        if not self._damaged:
+            self.gaps.append(Gap(self.place, 0, reason))
+        self._damaged = True
+
+    def _lose(self, seconds: float) -> None:
+        """Moves on by what the time stamps say is lost."""
+        self._damage("its time stamps jump")
+        samples = round(seconds * self.rate) if seconds <= LONGEST_GAP else 0
+        self.gaps[-1] = replace(self.gaps[-1], samples=samples)
+        self.place += samples
+
+    def _plain(self, packet: Any, unit: int, usual: int, timed: bool, tick: float) -> int:
+        """Samples of a packet that need not be decoded to know them; 0: it must be."""
+        duration = packet.duration or 0
+        if not packet.size or packet.is_corrupt or packet.is_discard or packet.has_sidedata("skip_samples"):
+            return 0
+        if timed:
+            return round(duration * tick * self.rate)
+        if self._codec.name.startswith("mp") and memoryview(packet)[0] != 0xFF:
+            return 0  # no frame
+        return unit if duration and abs(duration - usual) <= 1 else 0
+
+    def _seek(self, packet: Any, unit: int, usual: int) -> int | None:
+        """Jumps where the index of an mp4 proves that only packets like the last ones lie between; their time stamp."""
+        index = self._stream.index_entries
+        if not self._may_seek or self._container.format.name != "mov,mp4,m4a,3gp,3g2,mj2" or not usual:
+            return None
+        count = int((min(self._first, 1 << 62) - PREROLL * self.rate - self.place) // unit)
+        if count < STEADY or packet.pts is None:
+            return None
+        here = index.search_timestamp(packet.pts, any_frame=True)
+        there = packet.pts + count * usual
+        if here < 0 or here + count >= len(index) or index[here + count].timestamp != there:
+            return None
+        self._container.seek(there, stream=self._stream)
+        self.place += count * unit
+        return int(there)
+
+    def _check_reading(self) -> None:
+        """A demuxer takes an error of the disk for the end of the file.
+
+        Raises:
+            MachineError, DecodeError: there was one.
+        """
+        if self._content.error is not None:
+            raise reason_of(self._path, self._content.error) from self._content.error
 
 
-def _run(command: list[str]) -> tuple[int, bytes, str]:
-    try:
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=TIME_LIMIT, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise DecodeError(f"timeout: the decoder took longer than {TIME_LIMIT:g} s") from error
-    return done.returncode, done.stdout, done.stderr.decode("utf-8", "replace")
+def identity() -> str:
+    """What decodes here: another version of FFmpeg's may give other samples."""
+    return f"ffmpeg {av.ffmpeg_version_info.partition('-')[0]}"
 
 
-def parse_wav(data: bytes) -> tuple[np.ndarray, int]:
-    """float32 [n, channels] and the rate of a WAV written to a pipe: its sizes are unknown, `data` runs to the end."""
-    at, rate, channels = 12, 0, 0
-    while at + 8 <= len(data):
-        name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
-        at += 8
-        if name == b"fmt ":
-            channels = int.from_bytes(data[at + 2 : at + 4], "little")
-            rate = int.from_bytes(data[at + 4 : at + 8], "little")
-        elif name == b"data":
-            count = (len(data) - at) // (4 * channels) * channels
-            return np.frombuffer(data, "<f4", count, at).reshape(-1, channels), rate
-        at += size
-    raise DecodeError("undecodable: the decoder wrote no audio")
+def _default_track(container: Any) -> Any:
+    """The audio track that players and the ffmpeg program take; the others are not read.
+
+    Raises:
+        DecodeError: no audio track, or no decoder for it.
+    """
+    tracks = [stream for stream in container.streams.audio if stream.codec_context is not None]
+    if not tracks:
+        raise DecodeError(f"undecodable: no {'decoder for its audio' if container.streams.audio else 'audio track'}")
+    track = max(
+        tracks,
+        key=lambda one: (bool(one.disposition & Disposition.default), one.codec_context.channels or 0, -one.index),
+    )
+    for stream in container.streams:
+        if stream is not track:
+            stream.discard = Discard.all
+    return track
+
+
+SCALES = {"u8": 128, "s16": 1 << 15, "s32": 1 << 31, "s64": 1 << 63}
+
+
+def _floats(frame: Any) -> np.ndarray:
+    """float32 [channels, n] of a frame, full scale 1."""
+    samples = frame.to_ndarray()
+    if not frame.format.is_planar:
+        samples = samples.reshape(frame.samples, -1).T
+    if samples.dtype == np.float32:
+        return np.asarray(samples)
+    scale = SCALES.get(frame.format.name.removesuffix("p"), 1)
+    with np.errstate(over="ignore"):  # `decode` looks for what is not finite
+        floats = samples.astype(np.float32)
+    return np.asarray((floats - 128 if scale == 128 else floats) * np.float32(1 / scale))
+
+
+def _words(error: Exception) -> str:
+    """FFmpeg's reason for not opening a file."""
+    if isinstance(error, av.error.ArgumentError):
+        return "no format that is read: a playlist, a script, pictures or text"
+    return getattr(error, "strerror", None) or type(error).__name__

@@ -6,12 +6,16 @@ A library call cannot be stopped from within its process, and a segmentation fau
 process with it; FFmpeg's and libsndfile's demuxers see hostile files by the million. So each worker
 keeps one decoder process: requests go down its stdin, replies come up its stdout, one JSON line each, and
 samples pass through shared memory. That costs about 0.2 ms a clip. After a time-out or crash the next clip
-gets a new process (0.2 s; 2 s more once it needs torchcodec).
+gets a new process (0.2 s).
+
+A process that ends by its own doing (SIGSEGV, SIGABRT ...) or takes too long is the file's fault; one that does not
+start, or that SIGKILL ends, as where the kernel is out of memory, is the machine's.
 
 A decoder whose worker was killed ends by itself: at the end of its stdin, or by its own alarm.
 """
 
 import atexit
+import errno
 import json
 import math
 import mmap
@@ -29,12 +33,13 @@ from typing import IO, Any
 import numpy as np
 
 from pipeline.errors import UserError
-from shard_tools import ffmpeg_codecs
-from shard_tools.decode import Decoded, DecodeError, decode
+from shard_tools.decode import Decoded, DecodeError, MachineError, decode
+from shard_tools.segment import reason_of
 
 TIME_LIMIT = 60.0  # seconds for one segment: 500 times what a slow one takes
 START_LIMIT = 300.0  # seconds for the decoder's imports, on a busy network disk
 GRACE = 5.0
+FIELDS = ("duration", "sample_rate", "channels", "decoder", "begin", "cut")  # of `Decoded`, beside its waveform
 
 
 class DecoderProcess:
@@ -44,16 +49,19 @@ class DecoderProcess:
         rate: Hz of the waveforms it gives.
         seconds: Longest waveform.
         time_limit: Seconds that a file may take.
-        decoder: Of what libsndfile does not read: see `ffmpeg_codecs.use`.
+
+    Raises:
+        MachineError: no memory for the waveforms.
     """
 
-    def __init__(self, rate: int, seconds: float, time_limit: float = TIME_LIMIT, decoder: str = "") -> None:
-        self._decoder = decoder
+    def __init__(self, rate: int, seconds: float, time_limit: float = TIME_LIMIT) -> None:
         self._rate, self._seconds, self._limit = rate, seconds, time_limit
-        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the object)
-        self._file.truncate(max(mmap.PAGESIZE, round(rate * seconds) * 4))
-        self._memory = mmap.mmap(self._file.fileno(), 0)
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            self._file, self._errors = _scratch("craft-waveform"), _scratch("craft-errors")
+            self._file.truncate(max(mmap.PAGESIZE, round(rate * seconds) * 4))
+            self._memory = mmap.mmap(self._file.fileno(), 0)
+        except OSError as error:
+            raise MachineError(error.errno, f"no memory for a decoder process: {error.strerror}") from error
         self._process: subprocess.Popen[bytes] | None = None
         self._unread = b""
 
@@ -62,16 +70,13 @@ class DecoderProcess:
 
         Raises:
             DecodeError: its own, "timeout" or "crashed".
-            UserError: there is no ffmpeg program, or the decoder does not start.
+            MachineError: its own, or the decoder process does not start or was killed.
+            UserError: the decoder process ends as it starts.
         """
         self._start()
-        request = {"path": path, "start": start, "end": end, "trimmed": trimmed}
         try:
-            self._send(request)
+            self._send({"path": path, "start": start, "end": end, "trimmed": trimmed})
             reply = self._receive(self._limit)
-            while "loading" in reply:  # torch is being imported: that is not the file's fault
-                self._receive(START_LIMIT)
-                reply = self._receive(self._limit)
         except TimeoutError:
             self._kill()
             raise DecodeError(f"timeout: the decoder took longer than {self._limit:g} s") from None
@@ -79,8 +84,8 @@ class DecoderProcess:
             raise DecodeError(f"crashed: {error}") from None
         if "error" in reply:
             raise DecodeError(reply["error"])
-        if "user_error" in reply:
-            raise UserError(reply["user_error"])
+        if "machine" in reply:
+            raise MachineError(*reply["machine"])
         waveform = np.frombuffer(self._memory, np.float32, reply.pop("samples")).copy()
         return Decoded(waveform, **reply)
 
@@ -101,23 +106,29 @@ class DecoderProcess:
         if self._process is not None and self._process.poll() is None:
             return
         handle = self._file.fileno()
-        words = [str(handle), str(self._rate), repr(self._seconds), repr(self._limit), self._decoder]
-        self._errors.truncate(0)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from shard_tools.guard import serve; serve()", *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            stderr=self._errors,
-            pass_fds=(handle,),
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path]))},
-            start_new_session=True,  # Ctrl-C is the worker's; and a time-out ends its ffmpeg too
-        )
+        words = [str(handle), str(self._rate), repr(self._seconds), repr(self._limit)]
+        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path]))
+        try:
+            self._errors.truncate(0)
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", "from shard_tools.guard import serve; serve()", *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                stderr=self._errors,
+                pass_fds=(handle,),
+                env=os.environ | {"PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is the worker's
+            )
+        except OSError as error:
+            raise MachineError(error.errno, f"the decoder process does not start: {error.strerror}") from error
         self._unread = b""
         try:
             self._receive(START_LIMIT)
-        except (TimeoutError, EOFError) as error:
+        except TimeoutError as error:
             self._kill()
+            raise MachineError(errno.ETIMEDOUT, f"the decoder process does not start: {error}") from error
+        except EOFError as error:
             raise UserError(f"the decoder process does not start: {error}; check the installation") from error
 
     def _send(self, request: dict[str, Any]) -> None:
@@ -148,10 +159,16 @@ class DecoderProcess:
         return content
 
     def _death(self) -> str:
-        """How the process ended, with the last line that it or a library wrote."""
+        """How the process ended, with the last line that it or a library wrote.
+
+        Raises:
+            MachineError: something killed it.
+        """
         process = self._process
         status = 0 if process is None else process.wait(GRACE)
         self._kill()
+        if status == -signal.SIGKILL:
+            raise MachineError(errno.ENOMEM, "the decoder process was killed (SIGKILL): is the memory short?")
         how = f"died of {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 1000))
         said = self._errors.read().decode("utf-8", "replace").strip().splitlines()
@@ -171,6 +188,17 @@ class DecoderProcess:
             process.poll()
 
 
+def _scratch(name: str) -> IO[bytes]:
+    """A nameless file in memory, where the system has such: no directory for temporary files can be full or foreign.
+
+    Raises:
+        OSError: no memory.
+    """
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create(name), "w+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)  # macOS
+
+
 def _pipe(process: "subprocess.Popen[bytes] | None", name: str) -> IO[bytes]:
     pipe: IO[bytes] | None = getattr(process, name, None)
     if pipe is None:
@@ -186,20 +214,20 @@ def guarded_decode(
     rate: int,
     seconds: float,
     trimmed: bool | None = True,
-    decoder: str = "",
 ) -> Decoded:
     """`shard_tools.decode.decode` in the calling process's own decoder process, under the time limit.
 
     Raises:
         DecodeError: `decode`'s, "timeout" or "crashed": the clip cannot be used.
-        UserError: there is no ffmpeg program, or the decoder does not start.
+        MachineError: the machine is at fault: the clip may be tried again.
+        UserError: the decoder process ends as it starts.
     """
-    return _process(rate, seconds, decoder).decode(path, start, end, trimmed)
+    return _process(rate, seconds).decode(path, start, end, trimmed)
 
 
-@lru_cache(maxsize=2)  # a repair tries both decoders on one shard after another
-def _process(rate: int, seconds: float, decoder: str) -> DecoderProcess:
-    process = DecoderProcess(rate, seconds, decoder=decoder)
+@lru_cache(maxsize=1)
+def _process(rate: int, seconds: float) -> DecoderProcess:
+    process = DecoderProcess(rate, seconds)
     atexit.register(process.close)
     return process
 
@@ -211,9 +239,6 @@ def serve() -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     _reply(replies, {"ready": True})
     os.dup2(2, 1)  # libraries chatter on both (mpg123, FFmpeg); the replies have their own descriptor
-    ffmpeg_codecs.use(sys.argv[5])
-    ffmpeg_codecs.TIME_LIMIT = max(0.1, 0.9 * limit)
-    ffmpeg_codecs.when_loading(lambda state: _reply(replies, {"loading": state}))
     for line in sys.stdin.buffer:
         signal.alarm(math.ceil(limit + START_LIMIT + GRACE))  # ends an orphan, even in a library's endless loop
         os.ftruncate(2, 0)
@@ -223,12 +248,15 @@ def serve() -> None:
             decoded = decode(rate=rate, seconds=seconds, **request)
             samples = len(decoded.waveform)
             memory[:samples] = decoded.waveform
-            reply = {name: getattr(decoded, name) for name in ("duration", "sample_rate", "channels", "decoder")}
-            reply["samples"] = samples
+            reply = {name: getattr(decoded, name) for name in FIELDS} | {"samples": samples}
         except DecodeError as error:
             reply = {"error": str(error)}
-        except UserError as error:
-            reply = {"user_error": str(error)}
+        except MachineError as error:
+            reply = {"machine": [error.errno, error.strerror]}
+        except OSError as error:
+            reason = reason_of("", error)
+            machine = isinstance(reason, MachineError)
+            reply = {"machine": [error.errno, error.strerror]} if machine else {"error": str(reason)}
         except MemoryError:
             reply = {"error": "out of memory: the header asks for too much"}
         signal.alarm(0)

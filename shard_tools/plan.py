@@ -23,6 +23,7 @@ from pipeline.data.storage import Location, join
 from pipeline.errors import UserError
 from shard_tools.catalogs import Catalog
 from shard_tools.columns import digest
+from shard_tools.ffmpeg_codecs import identity
 from shard_tools.store import Store
 from shard_tools.write import AudioOptions, ShardPlan, shard_name
 
@@ -112,7 +113,6 @@ class SplitPlan:
 
     def __init__(self, catalog: Catalog, split: str, out: Location, options: BuildOptions) -> None:
         self.catalog, self.split, self.out, self.options = catalog, split, out, options
-        self.decoder = ""  # of what libsndfile does not read; "": the best there is
         self.staged: Collection[int] = ()  # shards that are written aside: the finished split keeps its own until then
         rows = catalog.clips.rows(split)
         self.order = rows[np.random.default_rng([options.seed]).permutation(len(rows))]
@@ -140,7 +140,6 @@ class SplitPlan:
             root=str(self.catalog.root),
             out=self.out,
             audio=self.options.audio,
-            decoder=self.decoder,
             rows=rows,
             probes=self._probes,
             build=self.digest,
@@ -153,8 +152,8 @@ class SplitPlan:
 
     @cached_property
     def digest(self) -> str:
-        """Of all that decides what the shards hold; `decoder` must be set before."""
-        content = json.dumps(self.identity | {"decoder": self.decoder}, sort_keys=True)
+        """Of all that decides what the shards hold."""
+        content = json.dumps(self.identity | {"decoder": identity()}, sort_keys=True)
         return xxhash.xxh3_128_hexdigest(content.encode())
 
     def shards(self, numbers: list[int]) -> Iterator[ShardPlan]:

@@ -13,7 +13,6 @@ import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,9 +29,6 @@ from shard_tools.segment import MachineError
 from shard_tools.store import Store, local_copies, sha256
 from shard_tools.verify_shards import Findings, shards_with_rows
 from shard_tools.write import BLOCK, EXTENSIONS, MEMBERS, AudioOptions, ShardPlan, shard_number, write_tar
-
-# The manifest does not say which decoder read what libsndfile could not: the best there is first; the hashes decide.
-DECODERS = ("", "ffmpeg")
 
 
 def repair(directory: Location, found: Findings, root: str, workers: int) -> Iterator[str]:
@@ -67,15 +63,14 @@ def repair(directory: Location, found: Findings, root: str, workers: int) -> Ite
 def repair_shard(plan: ShardPlan, hashes: dict[str, str]) -> str:
     """Builds one tar again, and puts it in its place if it is the one that the manifest lists."""
     store = Store(plan.out)
-    for decoder in DECODERS:
-        with store.temporary(plan.name) as path:
-            try:
-                _, facts = write_tar(replace(plan, decoder=decoder), path)
-            except MachineError as error:
-                return f"{plan.name}: left as it is: {error}"
-            if facts["sha256"] == hashes[plan.name]:
-                store.commit(path, plan.name)
-                return f"{plan.name}: built again, as it was"
+    with store.temporary(plan.name) as path:
+        try:
+            _, facts = write_tar(plan, path)
+        except MachineError as error:
+            return f"{plan.name}: left as it is: {error}"
+        if facts["sha256"] == hashes[plan.name]:
+            store.commit(path, plan.name)
+            return f"{plan.name}: built again, as it was"
     failures = facts["failures"]
     why = f"{failures[0]['path']}: {failures[0]['reason']}" if failures else "sources or decoders have changed since"
     return f"{plan.name}: left as it is: the sources in {plan.root} do not give the same bytes ({why})"
@@ -106,23 +101,17 @@ def compare_shard(task: tuple[ShardPlan, pa.Table]) -> list[str]:
     """Clips of one shard whose sources give other waveforms, other facts or none."""
     plan, rows = task
     kept = {row["key"]: row for row in rows.to_pylist()}
-    found: list[str] = []
-    for decoder in DECODERS:
-        try:
-            now, facts = write_tar(replace(plan, decoder=decoder), os.devnull)
-        except MachineError as error:
-            return [f"{plan.name}: cannot be compared: {error}"]
-        other = [
-            f"{plan.name}: {row['key']}: its source {row['source']} gives another {member} now"
-            for row in now
-            for member in ("waveform", "json")
-            if row[f"{member}_xxh3"] != kept[row["key"]][f"{member}_xxh3"]
-        ]
-        other += [f"{plan.name}: {one['id']}: its source gives nothing: {one['reason']}" for one in facts["failures"]]
-        if not other:
-            return []
-        found = other if not found or len(other) < len(found) else found
-    return found
+    try:
+        now, facts = write_tar(plan, os.devnull)
+    except MachineError as error:
+        return [f"{plan.name}: cannot be compared: {error}"]
+    other = [
+        f"{plan.name}: {row['key']}: its source {row['source']} gives another {member} now"
+        for row in now
+        for member in ("waveform", "json")
+        if row[f"{member}_xxh3"] != kept[row["key"]][f"{member}_xxh3"]
+    ]
+    return other + [f"{plan.name}: {one['id']}: its source gives nothing: {one['reason']}" for one in facts["failures"]]
 
 
 def _tables(directory: Location, manifest: Manifest, names: set[str]) -> Iterator[tuple[str, pa.Table]]:
@@ -220,6 +209,7 @@ def _rows(path: str, shard: str, split: str) -> pa.Table:
                     f"{member}_xxh3": xxhash.xxh3_64_intdigest(payload),
                 }
             about = json.loads(payload)
-            row |= {name: about[name] for name in ("fold", "labels", "seconds", "source", "start", "trimmed")}
-            rows.append(row | {"end": about["listed_end"]})
+            row |= {name: about[name] for name in ("fold", "labels", "seconds", "source", "start")}
+            listed = about.get("listed_trimmed", about["trimmed"])  # shards of earlier versions have the second alone
+            rows.append(row | {"end": about["listed_end"], "trimmed": listed})
     return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)

@@ -1,14 +1,16 @@
-"""What decoders take and give: a segment of a file goes in, its mono samples or a reason come out."""
+"""What all decoders share: opening a file, adding its channels, and the reasons why a file gives nothing.
+
+A `DecodeError` is the file's fault and goes into `failures.jsonl`; a `MachineError` is the machine's, and says nothing
+about the file.
+"""
 
 import errno
 import math
 import os
 import stat
-from dataclasses import dataclass
 
 import numpy as np
 
-TRIM_SLACK = 0.5  # seconds that a file may lack and still be taken for the whole recording of a segment
 SLACK = 0.15  # seconds by which a container's duration and its audio differ (priming, last frame)
 HEAD = 512  # bytes that tell a text from audio
 # Endings that audio, and video with sound, goes by, in lower case. What a file holds decides its decoding: these decide
@@ -56,46 +58,6 @@ def reason_of(path: str, error: OSError) -> DecodeError | MachineError:
     return DecodeError("vanished: the file is not there any more" if gone else f"unreadable: {error.strerror or error}")
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """What is asked for.
-
-    Attributes:
-        path: Source file.
-        start: First second.
-        length: Seconds.
-        trimmed: None: a file that ends before the segment does is the segment itself, read from 0.
-    """
-
-    path: str
-    start: float
-    length: float
-    trimmed: bool | None = True
-
-    def begin(self, duration: float) -> float:
-        """First second to read of a file of `duration` seconds."""
-        return 0.0 if self.trimmed is None and duration < self.start + self.length - TRIM_SLACK else self.start
-
-
-@dataclass(frozen=True, slots=True)
-class Raw:
-    """What a library decoded.
-
-    Attributes:
-        mono: float32 [n], mean of the channels, at the source's rate.
-        rate: Hz.
-        duration: Seconds of the whole file as its header has it; infinite: it does not say.
-        channels: Of the source.
-        decoder: Which library it was.
-    """
-
-    mono: np.ndarray
-    rate: int
-    duration: float
-    channels: int
-    decoder: str
-
-
 def down_mix(samples: np.ndarray) -> np.ndarray:
     """Mean of the channels, float32 [n, channels] -> [n]; by adding columns, 25 times faster than `mean(1)`."""
     total: np.ndarray = samples[:, 0].copy()
@@ -128,40 +90,37 @@ def open_file(path: str) -> int:
     return handle
 
 
-def refuse_text(path: str) -> None:
-    """Keeps FFmpeg from texts: an error page is no audio, and a playlist would open other files or hosts.
+def refuse_text(head: bytes) -> None:
+    """An error page, a playlist or a script is no audio; that is said instead of a decoder's complaint.
+
+    Args:
+        head: First bytes of a file.
 
     Raises:
-        DecodeError: the file begins with text.
+        DecodeError: they are text.
     """
-    with open(path, "rb") as file:
-        head = file.read(HEAD)
     if not any(byte < 32 and byte not in b"\t\n\r\f\x1b" for byte in head):
         raise DecodeError(f"undecodable: text, not audio: {head[:40].decode('utf-8', 'replace')!r}")
 
 
-def check_promise(path: str) -> None:
-    """Audio ran out before the segment was full: looks whether the file itself says that there was more.
+def broken_promise(handle: int) -> str:
+    """How the bytes of a file whose audio has ended say that there was more; empty: they do not.
 
     An Ogg stream ends with a page that is marked as the last; an mp3 of LAME's or FFmpeg's begins with the
     number of its bytes. Nothing tells a cut ADTS, AMR or headerless mp3 stream from a shorter one.
 
-    Raises:
-        DecodeError: it does.
+    Args:
+        handle: File descriptor.
     """
-    with open(path, "rb") as file:
-        head = file.read(1 << 16)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - (1 << 16)))
-        tail = file.read()
+    size = os.fstat(handle).st_size
+    head, tail = os.pread(handle, 1 << 16, 0), os.pread(handle, 1 << 16, max(0, size - (1 << 16)))
     if head.startswith(b"OggS"):
         page = tail[tail.rfind(b"OggS") :]
         body = 27 + page[26] + sum(page[27 : 27 + page[26]]) if len(page) > 27 else math.inf
         if not page.startswith(b"OggS") or len(page) < body or not page[5] & 4:
-            raise DecodeError("truncated: the Ogg stream has no last page")
+            return "the Ogg stream has no last page"
     promised = _mp3_bytes(head)
-    if promised > size:
-        raise DecodeError(f"truncated: the mp3 header promises {promised} bytes, the file has {size}")
+    return f"the mp3 header promises {promised} bytes, the file has {size}" if promised > size else ""
 
 
 def _mp3_bytes(head: bytes) -> int:

@@ -77,7 +77,6 @@ class ShardPlan:
         root: Sources are recorded relative to it.
         out: Where the shards go.
         audio: What is stored.
-        decoder: "torchcodec" or "ffmpeg", for what libsndfile does not read; "": the best there is.
         rows: Of the clips, in the catalog; empty: not known.
         probes: Files of other shards.
         build: What the shards of one build agree in (`SplitPlan.digest`).
@@ -91,7 +90,6 @@ class ShardPlan:
     root: str
     out: Location
     audio: AudioOptions
-    decoder: str = ""
     rows: Sequence[int] = ()
     probes: Sequence[str] = ()
     build: str = ""
@@ -346,7 +344,6 @@ def _decode(clip: Clip, copy: str | OSError, plan: ShardPlan) -> Decoded:
     try:
         return guarded_decode(
             copy, clip.start, clip.end, rate=audio.sample_rate, seconds=audio.seconds, trimmed=clip.trimmed,
-            decoder=plan.decoder,
         )  # fmt: skip
     except DecodeError as error:
         # The name of a scratch copy differs from build to build, and failures.jsonl must not.
@@ -371,7 +368,10 @@ def _describe(clip: Clip, plan: ShardPlan, decoded: Decoded, about: dict[str, An
         "start": clip.start,
         "end": clip.start + about["seconds"] * plan.audio.seconds,
         "listed_end": clip.end,
-        "trimmed": clip.trimmed,
+        "trimmed": decoded.begin != clip.start if clip.trimmed is None else clip.trimmed,
+        "listed_trimmed": clip.trimmed,
+        "read_from": decoded.begin,
+        "cut_by_file_end": decoded.cut,
         "seconds": about["seconds"] * plan.audio.seconds,
         "original_duration": round(decoded.duration, 6),
         "original_sample_rate": decoded.sample_rate,

@@ -19,11 +19,10 @@ import numpy as np
 from pipeline.data.storage import is_remote, local
 from pipeline.errors import UserError
 from pipeline.serving.scorer import BATCH, Scorer
-from shard_tools.decode import DecodeError, decode
+from shard_tools.decode import DecodeError, MachineError, Recording
 from shard_tools.segment import AUDIO_ENDINGS
 
 PIECE_SECONDS = 300.0  # decoded at a time
-END_SLACK = 0.1  # a piece shorter by this much is the last: resampling may cost a sample
 AHEAD = 4  # pieces that wait decoded, at most
 ItemT = TypeVar("ItemT")
 
@@ -34,7 +33,7 @@ class Heard:
 
     Attributes:
         path: As it was named.
-        error: Why it could not be read to its end; empty: it could.
+        error: Why it could not be read, or what is damaged in it: those places are silence; empty: nothing.
         seconds: Of audio.
         starts: float64 [n], first second of each window.
         scores: float32 [n, C], probabilities.
@@ -203,30 +202,42 @@ def listen(scorer: Scorer, files: Iterable[tuple[str, str]], hop: float) -> Iter
 
 
 def _pieces(name: str, path: str, rate: int, window: int, hop: float) -> Iterator[_Piece]:
-    """The windows of one recording; the last piece says so."""
+    """The windows of one recording; the last piece says so, and what was damaged."""
     step = max(1, round(hop * rate))
+    recording = Recording(path, rate)
     kept, first, start = np.zeros(0, np.float32), 0, 0  # samples from `first` on; the next window's start
-    while True:
-        begin = first + len(kept)
+    error, began = "", False
+    fresh = _joined(recording.pieces(), round(PIECE_SECONDS * rate))
+    ended = False
+    while not ended:
         try:
-            fresh = decode(path, begin / rate, None, rate=rate, seconds=PIECE_SECONDS).waveform
-        except DecodeError as error:
-            if not begin or not str(error).startswith("empty"):
-                yield _Piece(name, [], [], begin / rate, not begin, True, str(error))
-                return
-            fresh = kept[:0]  # the recording ended with the last piece
-        kept = np.concatenate([kept, fresh])
-        end, ended = first + len(kept), len(fresh) < (PIECE_SECONDS - END_SLACK) * rate
+            kept = np.concatenate([kept, next(fresh)])
+        except StopIteration:
+            ended, error = True, "; ".join(recording.problems)
+        except (DecodeError, MachineError) as reason:
+            ended, error = True, str(reason)
+        end = first + len(kept)
         starts = list(range(start, end - window + 1, step))
         start = starts[-1] + step if starts else start
-        if ended and (start == 0 or end > start - step + window):  # the rest, in a window that ends with it
+        if ended and end and (start == 0 or end > start - step + window):  # the rest, in a window that ends with it
             starts.append(max(0, end - window))
         windows = [kept[at - first : at - first + window] for at in starts]
-        yield _Piece(name, [at / rate for at in starts], windows, end / rate, not begin, ended)
-        if ended:
-            return
+        yield _Piece(name, [at / rate for at in starts], windows, end / rate, not began, ended, error)
+        began = True
         cut = min(start, end - window) - first if end > window else 0  # the last window may begin that early
         kept, first = kept[cut:].copy(), first + cut
+
+
+def _joined(parts: Iterator[np.ndarray], samples: int) -> Iterator[np.ndarray]:
+    """The same samples in parts of at least `samples`, but for the last."""
+    held: list[np.ndarray] = []
+    for part in parts:
+        held.append(part)
+        if sum(map(len, held)) >= samples:
+            yield np.concatenate(held)
+            held = []
+    if held:
+        yield np.concatenate(held)
 
 
 def _ahead(items: Iterator[ItemT]) -> Iterator[ItemT]:

@@ -23,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import soundfile
 import torch
@@ -33,7 +34,6 @@ from pipeline.flow import Clip
 from shard_tools import catalogs
 from shard_tools.decode import decode
 from shard_tools.distribute import run
-from shard_tools.ffmpeg_codecs import ffmpeg_binary
 from shard_tools.plan import BuildOptions, SplitPlan
 from shard_tools.synth import CLASSES, render
 from shard_tools.write import AudioOptions, TarWriter, encode_waveform, npy, stored_fbank, write_shard
@@ -57,7 +57,7 @@ def generate(folder: Path, files: int, clips: int, codec: str) -> catalogs.Catal
         soundfile.write(path, np.stack(sides, axis=1), SOURCE_RATE)
         if codec != "wav":
             wav, path = path, path.with_suffix(f".{codec}")
-            subprocess.run([ffmpeg_binary(), "-v", "error", "-i", wav, path], check=True)
+            subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", wav, path], check=True)
             wav.unlink()
         paths.append(str(path))
     for number in range(clips):
@@ -98,7 +98,7 @@ def usual(clips: list[Clip], out: Path) -> float:
     begun = time.perf_counter()
     with tarfile.open(out / "usual.tar", "w") as tar:
         for clip in clips:
-            command = [ffmpeg_binary(), "-v", "error", "-i", clip.path, "-ac", "1", "-ar", "16000", "-f", "f32le", "-"]
+            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", clip.path, "-ac", "1", "-ar", "16000", "-f", "f32le", "-"]
             raw = subprocess.run(command, check=True, capture_output=True).stdout
             waveform = torch.frombuffer(bytearray(raw), dtype=torch.float32)[None, : AUDIO.samples]
             fbank = torchaudio.compliance.kaldi.fbank(

@@ -28,7 +28,7 @@ PACKAGE = frozenset({
 })  # fmt: skip
 REQUIREMENTS = (
     "mlflow", "torch", "numpy", "pandas", "scipy", "scikit-learn", "pyarrow", "fsspec", "pydantic", "pyyaml",
-    "safetensors", "soundfile", "soxr", "ffmpeg-python", "imageio-ffmpeg", "xxhash", "tqdm", "matplotlib", "psutil",
+    "safetensors", "soundfile", "soxr", "av", "xxhash", "tqdm", "matplotlib", "psutil",
 )  # fmt: skip
 DEFAULT_TOP = 5
 

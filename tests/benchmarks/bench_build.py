@@ -98,7 +98,8 @@ def usual(clips: list[Clip], out: Path) -> float:
     begun = time.perf_counter()
     with tarfile.open(out / "usual.tar", "w") as tar:
         for clip in clips:
-            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", clip.path, "-ac", "1", "-ar", "16000", "-f", "f32le", "-"]
+            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", clip.path]
+            command += ["-ac", "1", "-ar", "16000", "-f", "f32le", "-"]
             raw = subprocess.run(command, check=True, capture_output=True).stdout
             waveform = torch.frombuffer(bytearray(raw), dtype=torch.float32)[None, : AUDIO.samples]
             fbank = torchaudio.compliance.kaldi.fbank(

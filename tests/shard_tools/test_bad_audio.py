@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from pipeline.data.manifest import load_index, load_manifest
-from shard_tools import catalogs, ffmpeg_codecs
+from shard_tools import catalogs
 from shard_tools.build import build
 from shard_tools.catalogs import clean_key
 from shard_tools.decode import DecodeError, decode
@@ -102,36 +102,6 @@ def test_the_shards_are_sound_and_their_members_stay_inside(built):
                 assert "/" not in member.name
                 names[member.name] += 1
     assert set(names.values()) == {1}
-
-
-@pytest.mark.slow
-def test_the_ffmpeg_program_alone_decides_the_same(corpus, monkeypatch):
-    """Without torchcodec the same files are kept, and the others fail for the same reason."""
-    root, cases = corpus
-
-    def fate(case: Case) -> tuple[str | None, np.ndarray | None, str]:
-        try:
-            decoded = decode(str(root / "sound" / case.name), 0.0, None, rate=RATE, seconds=SECONDS)
-        except DecodeError as error:
-            return str(error), None, ""
-        return None, decoded.waveform, decoded.decoder
-
-    with_library = {case: fate(case) for case in cases if case.name != "vanishes.wav"}
-    assert {"soundfile", "torchcodec"} <= {decoder for _, _, decoder in with_library.values()}
-    monkeypatch.setattr(ffmpeg_codecs, "torchcodec", lambda: None)
-    for case, (reason, waveform, decoder) in with_library.items():
-        if decoder == "soundfile":
-            continue  # the same call
-        other, other_waveform, program = fate(case)
-        if not str(case.fate).startswith("name:"):  # which the writer refuses, not `decode`
-            assert meets(case, reason), (case, reason)
-            assert meets(case, other), (case, other)
-        assert (reason is None) == (other is None), (case, reason, other)
-        if reason is None:
-            assert program in ("ffmpeg", "soundfile")
-            if case.fate == KEPT:
-                assert len(waveform) == pytest.approx(len(other_waveform), abs=0.1 * RATE), case
-                assert likeness(other_waveform.astype(np.float64)) > 0.9, case
 
 
 def test_what_its_user_may_not_read(tmp_path):

@@ -1,9 +1,12 @@
 """Engines and slices give the same bytes, and a clip that kills its process costs only itself."""
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
 
+import psutil
 import pytest
 
 from pipeline.errors import UserError
@@ -51,6 +54,37 @@ def test_a_ray_cluster_of_two_workers_gives_the_same_bytes(catalog, wanted, tmp_
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_killed_ray_workers_change_nothing(catalog, wanted, tmp_path):
+    """Three are killed, one after another, with what they have half written."""
+    import ray
+
+    ray.init(num_cpus=1, log_to_driver=False)
+    out, killed = tmp_path / "out", []
+    ended = threading.Event()
+
+    def kill() -> None:
+        while not ended.wait(0.02) and len(killed) < 3:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    at_work = "_write_alone" in " ".join(process.cmdline()) and list(out.glob("*.tmp"))
+                    if at_work and process.pid not in killed:
+                        process.kill()
+                        killed.append(process.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        build(catalog, out, options(0.2), 100, engine="ray")
+    finally:
+        ended.set()
+        killer.join()
+        ray.shutdown()
+    assert len(killed) == 3
+    assert digests(out) == wanted
+    assert not [path for path in out.iterdir() if path.suffix == ".tmp" or path.name == ".build"]
 
 
 def test_slices_and_merge_give_the_same_bytes(catalog, wanted, tmp_path):

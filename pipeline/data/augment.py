@@ -7,7 +7,7 @@ augmented alike on any rank and after any restart, and anew in each epoch. Nothi
 nothing is copied back from the device. `tests/reference/augment.py` says the same in plain loops.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,10 @@ class MixupPlan:
     mixed: np.ndarray
     weight: np.ndarray
     draw: np.ndarray
+
+    def without(self, alone: np.ndarray) -> "MixupPlan":
+        """The same, but clips [B] whose other clip is the clip itself are not mixed."""
+        return replace(self, mixed=self.mixed & ~alone, weight=np.where(alone, 1.0, self.weight))
 
 
 @dataclass(frozen=True)

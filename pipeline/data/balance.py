@@ -42,6 +42,7 @@ class Weights:
 
     Attributes:
         sums: int64 [shards], in units of 2^-32.
+        labelled: Whether any clip has a label.
     """
 
     def __init__(self, labels: Labels, shards: int, classes: int) -> None:
@@ -49,6 +50,7 @@ class Weights:
         counts = np.zeros(classes, np.int64)
         for shard in range(shards):
             counts += np.bincount(labels(shard)[1], minlength=classes)
+        self.labelled = bool(counts.any())
         self._class = np.rint(class_weights(counts) * UNIT).astype(np.int64)
         self._bare = self._class[counts.argmax()]
         self._cap = np.iinfo(np.int64).max

@@ -137,6 +137,9 @@ class Feed:
         for partner, place in sorted(lost):
             wanted = partners if partner and partners is not None else rows
             wanted[place] = self._replace(ring, region, plan, walk, (partner, place))
+        mixup = plan.mixup
+        if mixup is not None and partners is not None:  # a window of one clip, or one clip that stands in for both
+            mixup = mixup.without(partners == rows)
         part = self._layout.array
         return RawBatch(
             plan.position,
@@ -144,10 +147,10 @@ class Feed:
             plan.valid.copy(),
             part(ring, region, "waveform"),
             part(ring, region, "partner") if plan.mixup is not None else None,
-            np.ones(len(rows)) if plan.mixup is None else plan.mixup.weight,
+            np.ones(len(rows)) if mixup is None else mixup.weight,
             part(ring, region, "fbank"),
-            targets(self._index, self._classes, plan, rows, partners),
-            lengths(self._index, plan, rows, partners),
+            targets(self._index, self._classes, mixup, rows, partners),
+            lengths(self._index, mixup, rows, partners),
         )
 
     def _replace(self, ring: Ring, region: int, plan: Plan, walk: Walk, lost: tuple[bool, int]) -> int:

@@ -102,7 +102,7 @@ def train_order(part: Part, data: DataConfig, seed: int, table: Callable[[], Lab
     """The order that the settings ask for.
 
     Raises:
-        UserError: an epoch length that the sampler cannot have.
+        UserError: an epoch length that the sampler cannot have, or clips without labels for a balanced one.
     """
     if data.sampler == "shuffle":
         if data.epoch_clips:
@@ -116,7 +116,14 @@ def train_order(part: Part, data: DataConfig, seed: int, table: Callable[[], Lab
             f"data.replacement = false, data.epoch_clips = {data.epoch_clips}: without replacement an epoch draws "
             f"fewer than the {len(part)} clips, each at most once; set data.epoch_clips (PaSST: 100000 of 2 million)"
         )
-    weights = part_weights(part, table(), classes)
+    labels = table()
+    if not labels.label_values.size:
+        raise UserError("data.sampler = balanced: no clip has a label; set data.sampler=shuffle, or build with labels")
+    weights = part_weights(part, labels, classes)
+    if not weights.labelled:
+        raise UserError(
+            f"data.sampler = balanced: none of the {len(part)} clips to train on has a label; set data.sampler=shuffle"
+        )
     return TrainOrder(part, seed, data.streams, data.window, weights, data.epoch_clips, data.replacement)
 
 

@@ -143,23 +143,25 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
 
 
-def lengths(index: ShardIndex, plan: Plan, rows: np.ndarray, partners: np.ndarray | None) -> np.ndarray:
+def lengths(index: ShardIndex, mixup: MixupPlan | None, rows: np.ndarray, partners: np.ndarray | None) -> np.ndarray:
     """Samples of audio before the padding, int64 [B], of the clips that were read; of a mixture the longer one's."""
     found = index.lengths(index.find(rows))
-    if plan.mixup is not None and partners is not None:
-        mixed = np.flatnonzero(plan.mixup.mixed)
+    if mixup is not None and partners is not None:
+        mixed = np.flatnonzero(mixup.mixed)
         found[mixed] = np.maximum(found[mixed], index.lengths(index.find(partners[mixed])))
     return found
 
 
-def targets(index: ShardIndex, classes: int, plan: Plan, rows: np.ndarray, partners: np.ndarray | None) -> np.ndarray:
+def targets(
+    index: ShardIndex, classes: int, mixup: MixupPlan | None, rows: np.ndarray, partners: np.ndarray | None
+) -> np.ndarray:
     """Multi-hot targets float32 [B, C] of the clips that were read; soft where they are mixed."""
     out = np.zeros((len(rows), classes), np.float32)
-    weight = np.ones(len(rows)) if plan.mixup is None else plan.mixup.weight
+    weight = np.ones(len(rows)) if mixup is None else mixup.weight
     which, labels = index.labels(index.find(rows))
     out[which, labels] = weight[which]
-    if plan.mixup is not None and partners is not None:
-        mixed = np.flatnonzero(plan.mixup.mixed)
+    if mixup is not None and partners is not None:
+        mixed = np.flatnonzero(mixup.mixed)
         which, labels = index.labels(index.find(partners[mixed]))
         out[mixed[which], labels] += (1 - weight[mixed[which]]).astype(np.float32)
     return out

@@ -120,7 +120,7 @@ def explain(request: Request, batch: dict[str, np.ndarray]) -> dict[str, Any]:
     clips = []
     for i, (key, shard) in enumerate(names):
         done = augmented[i]
-        if plan.mixup is not None and plan.mixup.mixed[i]:
+        if plan.mixup is not None and plan.mixup.mixed[i] and partners[i] != planned[i]:
             done = {"mixup": {"key": partners[i], "weight": round(float(plan.mixup.weight[i]), 6)}} | done
         targets = batch["targets"][i]
         labels = {spec.labels[c].name: round(float(targets[c]), 6) for c in targets.nonzero()[0]}

@@ -33,7 +33,7 @@ def _bars(part: Collected) -> Figure:
     axes: Any = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axis, column in zip(axes, columns, strict=True):
         _bars_of(axis, part, column, names)
-    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_yticks(range(len(names)), names, parse_math=False)
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     return figure
@@ -56,7 +56,7 @@ def _bars_of(axis: Axes, part: Collected, column: str, names: list[str]) -> None
             axis.text(result.mean + (result.spread or 0), i + 0.19, f" {result.mean:.1f}", va="center", fontsize=8)
         elif result.wanted:
             axis.text(0, i + 0.19, " not run", va="center", fontsize=8, color="#a33")
-    axis.set_title(part.titles[column], fontsize=10)
+    axis.set_title(part.titles[column], fontsize=10, parse_math=False)
     axis.set_xlabel(metric)
     axis.set_xlim(0, 1.15 * max([v for v in paper if v] + [r.mean for r in ours if r.mean] + [1]))
     axis.spines[["top", "right"]].set_visible(False)
@@ -89,7 +89,8 @@ def _figure2(part: Collected) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, frameon=False)
+            for text in axis.legend(fontsize=8, frameon=False).get_texts():
+                text.set_parse_math(False)  # names of runs are text, no formulas
     return figure
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 import torch
@@ -13,11 +14,11 @@ from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data.convert import fbank_floats, half_floats
 from pipeline.data.fbank import fbank
 from pipeline.data.loader import Needs, Place, build_loader, pad_frames
-from pipeline.data.manifest import load_index, load_manifest
+from pipeline.data.manifest import INDEX_SCHEMA, load_index, load_manifest
 from pipeline.errors import UserError
 from shard_tools import catalogs
 from shard_tools.build import build
-from tests.helpers import options, synth_shards, write_index
+from tests.helpers import edit_manifest, options, synth_shards, write_index
 from tests.reference.augment import mix
 
 BATCH = 12
@@ -263,3 +264,40 @@ def test_the_batch_knows_where_the_audio_ends(tmp_path):
             assert batch.waveform[i, :samples].any()
             assert not batch.waveform[i, samples:].any()
     assert len(batch.length.unique()) > 1
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_clip_is_not_mixed_with_itself(shards, raw):
+    """One clip only: its partner can only be itself. Labels and samples stay what they are, to the bit."""
+    config = DataConfig(shards=str(shards), workers=0)
+    found = []
+    for mixup in (1.0, 0.0):
+        augment = AugmentConfig(mixup=mixup, roll=1e-9)
+        with build_loader(config, augment, part="train", needs=BOTH, batch_size=1, seed=1, place=Place(0, 1, CPU, raw),
+                          limit=1) as own:  # fmt: skip
+            batches = own.train_batches(0)
+            found.append([next(batches) for _ in range(20)])
+            plans = [own.train_plan(step) for step in range(20)]
+    assert all(plan.rows.tolist() == [0] for plan in plans)
+    for mixed, plain in zip(*found, strict=True):
+        for name in ("waveform", "fbank", "targets"):
+            assert torch.equal(getattr(mixed, name), getattr(plain, name)), name
+
+
+@pytest.mark.parametrize("vocabulary", [True, False])
+def test_balanced_sampling_without_labels_is_one_line(shards, tmp_path, vocabulary):
+    """No clip to train on has a label: with labels in the other split, and with none at all."""
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy, ignore=shutil.ignore_patterns("source"))
+    rows = load_index(copy).to_pylist()
+    for row in rows:
+        if not vocabulary or row["split"] == "train":
+            row["labels"] = []
+    write_index(copy, pa.Table.from_pylist(rows, INDEX_SCHEMA))
+    if not vocabulary:
+        empty = {"class_clips": [], "class_listed": []}
+        edit_manifest(copy, lambda content: content.update(
+            labels=[], splits={name: split | empty for name, split in content["splits"].items()}))  # fmt: skip
+    with pytest.raises(UserError, match=r"data.sampler = balanced: .* set data.sampler=shuffle"):
+        loader(copy, sampler="balanced", workers=0)
+    loader(copy, workers=0).close()

@@ -223,7 +223,7 @@ def _explain(kind: type[Recipe], error: ValidationError) -> str:
         known = [f"{s}.{k}" for s, v in kind().model_dump().items() for k in v]
         near = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; --help lists all keys"
-        return f"unknown setting {where} = {first['input']!r:.100}{hint}"
+        return f"unknown setting {where:.100} = {first['input']!r:.100}{hint}"
     text = f"{where} = {first['input']!r:.100}: {first['msg'].removeprefix('Value error, ')}"
     lists = [part for part in (field.annotation, *get_args(field.annotation)) if get_origin(part) is tuple]
     if not lists or first["type"] == "value_error":

@@ -192,7 +192,7 @@ def find(directory: Location, manifest: Manifest, key: str) -> list[Sound]:
     rows: list[dict[str, Any]] = []
     index = IndexFile(directory, manifest)
     for number in range(len(index.sizes)):
-        here = pc.equal(index.read(["key"], number)["key"], key)
+        here = pc.equal(index.check(index.read(["key"], number))["key"], key)
         if pc.any(here).as_py():
             rows += index.check(index.read(COLUMNS, number).filter(here)).to_pylist()
     if not rows:

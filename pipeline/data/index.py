@@ -139,7 +139,7 @@ class ShardIndex:
 
     def name(self, row: int) -> tuple[str, str]:
         """Key and shard of a row."""
-        key = self._rows(row, row + 1, ("key",))["key"][0]
+        key = self._file.check(self._rows(row, row + 1, ("key",)))["key"][0]
         return str(key), self.shard_names[int(self.shards(np.array([row]))[0])]
 
     def _read(self, shard: int) -> pa.Table:

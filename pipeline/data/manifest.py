@@ -335,7 +335,7 @@ class IndexFile:
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8
             raise UserError(f"{self._path}: {error}; rebuild the shards") from error
 
     def check(self, rows: pa.Table) -> pa.Table:
@@ -346,9 +346,16 @@ class IndexFile:
         Raises:
             UserError: a value that cannot be: empty, out of range, or none of this manifest's.
         """
+        with self._readable():
+            self._check(rows)
+        return rows
+
+    def _check(self, rows: pa.Table) -> None:
         for name in rows.column_names:
             if name not in NULLABLE and rows[name].null_count:
                 raise self._error(name, "empty")
+            if name in ("key", "source"):
+                rows[name].validate(full=True)
         there = set(rows.column_names)
         if "labels" in there:
             self._labels(pc.list_flatten(rows["labels"]))
@@ -358,7 +365,6 @@ class IndexFile:
                 self._refuse(name, ~((values >= low) & (values <= high)), values)  # NaN too
         if "shard" in there:
             self._places(rows)
-        return rows
 
     def _labels(self, values: pa.ChunkedArray) -> None:
         if values.null_count:

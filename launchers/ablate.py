@@ -67,6 +67,7 @@ def main() -> int:
         _print_plan(campaign)
         return 0
     read_deepspeed_config(args.deepspeed_config)
+    tracking_uri(LogConfig(), out / "run")  # refuses one that can never work
     check_output_directory(out, "--out")
     check_scale(out, args.scale)
     executor = _executor(args, out)
@@ -129,7 +130,7 @@ def _make_store(out: Path) -> None:
     from mlflow.tracking import MlflowClient
 
     uri = tracking_uri(LogConfig(), out / "run")
-    if uri.startswith("sqlite:"):
+    if uri.startswith("sqlite"):
         client = MlflowClient(uri)
         if client.get_experiment_by_name("ablation") is None:
             client.create_experiment("ablation", (out.resolve() / "mlartifacts").as_uri())
@@ -142,7 +143,7 @@ def _sum_up(outcome: Outcome, tables: list[Path], out: Path) -> int:
     for folder in outcome.blocked:
         _say(f"  not begun, its pretraining failed: {folder}")
     uri = tracking_uri(LogConfig(), out / "run")
-    page = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    page = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
     _say(f"compare: {page} (experiment ablation; sort by the final metric, tick runs, Compare)")
     _say(f"report: python -m pipeline.report {' '.join(map(str, tables))} --runs {out} --out report/")
     return 1 if outcome.failed else 0

@@ -26,7 +26,7 @@ from pipeline.engine.setup import numeric_differences, read_deepspeed_config
 from pipeline.errors import UserError
 from pipeline.files import check_output_directory, read_json, write_json, write_text
 from pipeline.recipes import RecipeT, describe, differences, dump_recipe, effect, flatten, load_recipe, read_run
-from pipeline.tracking import DatasetNote, Tracker, facts, figures, open_tracker
+from pipeline.tracking import DatasetNote, Tracker, facts, figures, open_tracker, tracking_uri
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ def parse(kind: type[RecipeT], description: str | None, argv: list[str] | None =
         raise SystemExit(0)
     if not recipe.data.shards:
         raise UserError("data.shards is not set; give data.shards=DIR, the --out of shard_tools/build_shards.py")
+    if recipe.log.mlflow:
+        tracking_uri(recipe.log, Path(recipe.run.dir or "runs/run"))  # refuses one that can never work
     return Launch(recipe, read_deepspeed_config(args.deepspeed_config), max(0, args.max_restarts))
 
 

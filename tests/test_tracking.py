@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,10 +19,13 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from pipeline.config import LogConfig
+from pipeline.config import LogConfig, PretrainRecipe
+from pipeline.errors import UserError
+from pipeline.launch import parse
 from pipeline.tracking import DatasetNote, NullTracker, figures, open_tracker, tracking_uri
 from pipeline.tracking.nodes import NodeMonitor
 from pipeline.tracking.spool import BATCH_LINES, Feed, Spool
+from pipeline.tracking.tracker import check_uri
 from tests.conftest import ROOT, free_port
 
 
@@ -67,6 +71,67 @@ def test_where_runs_are_tracked(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://lab:5000")
     assert tracking_uri(LogConfig(), tmp_path / "run") == "http://lab:5000"
     assert tracking_uri(LogConfig(uri="http://own:1"), tmp_path / "run") == "http://own:1"
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("localhost:5000", "write http://localhost:5000"),
+        ("127.0.0.1:5000/", "write http://127.0.0.1:5000/"),
+        ("./mlruns", "sqlite:///PATH/mlflow.db"),
+        ("/data/plain.db", "sqlite:///PATH/mlflow.db"),
+        ("file:///data/mlruns", "sqlite:///PATH/mlflow.db"),
+        ("http://", "http://HOST:5000"),
+        ("ftp://server/x", "http://HOST:5000"),
+        ("sqlite://m.db", "write sqlite:///m.db"),
+        ("postgresql+nodriver://u:p@h/db", "nodriver"),
+        ("postgresql+psycopg3://u:p@h/db", "name another driver"),
+    ],
+)
+def test_a_uri_that_can_never_work_is_refused_by_the_launcher(monkeypatch, uri, said):
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    with pytest.raises(UserError, match=f"log.uri = {re.escape(uri)}.*{re.escape(said)}"):
+        parse(PretrainRecipe, "", ["data.shards=x", f"log.uri={uri}"])
+    assert parse(PretrainRecipe, "", ["data.shards=x", f"log.uri={uri}", "log.mlflow=false"]).recipe.log.uri == uri
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://lab:5000", "https://u:p@lab/mlflow", "sqlite:///m.db", "sqlite:////data/m.db", "databricks",
+            "postgresql+psycopg2://u:p@127.0.0.1:9/db", "databricks://profile"]
+)  # fmt: skip
+def test_a_server_that_may_be_down_is_no_mistake(uri):
+    check_uri(uri, "log.uri")
+
+
+@pytest.mark.parametrize("name", ["a?b#c", "a%20b", "ä &;:@="])
+def test_any_directory_has_its_database_in_it(tmp_path, monkeypatch, name):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run_dir = tmp_path / name / "run"
+    run_dir.mkdir(parents=True)
+    tracker = open_tracker(LogConfig(system_every=0), run_dir, name="x", rank=0, kind="pretrain", parent=None)
+    tracker.metrics({"loss": 1.0}, 1)
+    (run_dir / "file.txt").write_text("x")
+    tracker.artifact(run_dir / "file.txt")
+    tracker.finish("FINISHED")
+    assert (tmp_path / name / "mlflow.db").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+    assert len(list((tmp_path / name / "mlartifacts").rglob("file.txt"))) == 1
+    assert history(tracking_uri(LogConfig(), run_dir)) == ("FINISHED", [(1, 1.0)])
+
+
+def test_a_wrong_uri_is_mended_by_the_next_command(tmp_path, monkeypatch):
+    """As long as no server has the run; afterwards its id is that server's."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    tags = {"kind": "pretrain"}
+    left = {"uri": "localhost:5000", "experiment": "craft", "artifacts": "", "name": "x", "run_id": "", "tags": tags}
+    Spool(run_dir).identity = left
+    for name in ("good.db", "other.db"):
+        config = LogConfig(uri=f"sqlite:///{tmp_path}/{name}", system_every=0)
+        open_tracker(config, run_dir, name="x", rank=0, kind="pretrain", parent=None).finish("FINISHED")
+    assert (tmp_path / "good.db").is_file()
+    assert not (tmp_path / "other.db").exists()
 
 
 def test_a_resumed_job_goes_on_in_its_run(tmp_path, monkeypatch):

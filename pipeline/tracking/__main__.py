@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline.errors import UserError, run_cli
 from pipeline.tracking.deliver import Delivery
 from pipeline.tracking.spool import Spool
+from pipeline.tracking.tracker import check_uri
 
 
 def main() -> int:
@@ -34,16 +35,18 @@ def sync(spool: Spool, uri: str | None) -> None:
         UserError: not a tracked run, or the server did not take it.
     """
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     if not spool.exists:
         raise UserError(f"{spool.run_dir}: holds no tracking.json; give the directory of a tracked run")
     if uri:
+        check_uri(uri, "--uri")
         spool.identity = spool.identity | {"uri": uri}
     delivery = Delivery(spool)
     try:
         while spool.deliver(delivery.send):
             pass
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         raise UserError(
             f"{spool.run_dir}: the MLflow server did not take it: {error}; start it and repeat"
         ) from error

@@ -6,14 +6,17 @@ In: calls. Out: lines of a spool; each call costs one buffered append.
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pipeline.config import LogConfig
+from pipeline.errors import UserError
 from pipeline.tracking.deliver import Delivery
 from pipeline.tracking.facts import about_code, about_host, about_start
 from pipeline.tracking.nodes import NodeMonitor
@@ -22,6 +25,8 @@ from pipeline.tracking.spool import Spool, load_mlflow
 log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+HOST = re.compile(r"[A-Za-z0-9.-]+:\d+/?")
 RETRY_SECONDS = 5.0
 GATHER_SECONDS = 5.0  # between deliveries: many steps in one request cost the process a tenth of a request each
 FAULT_PATIENCE = 30.0  # seconds for the last delivery of a run that failed
@@ -213,6 +218,7 @@ class SpoolTracker:
     def _run(self) -> None:
         load_mlflow()
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         while True:
             self._fresh.wait()
@@ -221,7 +227,7 @@ class SpoolTracker:
             try:
                 while self._spool.deliver(self._delivery.send):
                     self._warned = False
-            except (MlflowException, OSError) as error:
+            except (MlflowException, SQLAlchemyError, OSError) as error:
                 self._delivery.transferring = False
                 if not self._warned:
                     log.warning("MLflow: %s; the run goes on, and its records wait in the spool", error)
@@ -270,13 +276,16 @@ def open_tracker(
         spool.identity = {
             "uri": tracking_uri(config, home),
             "experiment": config.experiment,
-            "artifacts": "" if config.uri or os.environ.get("MLFLOW_TRACKING_URI") else _local_artifacts(home),
+            "artifacts": _artifacts(config, home),
             "name": name,
             "run_id": "",
             "tags": {"kind": kind, "run_dir": str(run_dir.resolve()), "resumes": "0", **source, **about_start(),
                      **about_host(), **about_code()},
         }  # fmt: skip
         return SpoolTracker(spool, monitor, config.finish_wait)
+    uri = tracking_uri(config, part_of or run_dir)
+    if not spool.identity["run_id"] and uri != spool.identity["uri"]:  # no server has it yet: a mistake is mended
+        spool.identity = spool.identity | {"uri": uri, "artifacts": _artifacts(config, part_of or run_dir)}
     spool.main.mend()
     resumes = 1 + sum(line["kind"] == "resume" for line in spool.main.read())
     spool.main.append("resume", {})
@@ -286,9 +295,71 @@ def open_tracker(
 
 
 def tracking_uri(config: LogConfig, run_dir: Path) -> str:
-    """Where a run is tracked: the setting, the environment, or SQLite beside the run directory."""
-    beside = run_dir.resolve().parent / "mlflow.db"
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI", "") or f"sqlite:///{beside}"
+    """Where a run is tracked: the setting, the environment, or SQLite beside the run directory.
+
+    Raises:
+        UserError: a URI that can never work.
+    """
+    named = config.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if named:
+        what = "log.uri" if config.uri else "MLFLOW_TRACKING_URI"
+        check_uri(named, what)
+        return named
+    return sqlite_uri(run_dir.resolve().parent / "mlflow.db")
+
+
+def sqlite_uri(file: Path) -> str:
+    """SQLAlchemy's URL of a SQLite file: `?` and `%` in a name have a meaning in it, and are written otherwise.
+
+    Raises:
+        UserError: this SQLAlchemy cannot express the name.
+    """
+    from sqlalchemy.engine import URL, make_url
+
+    if make_url(uri := f"sqlite:///{file}").database == str(file):
+        return uri
+    # With the driver's name: of a plain sqlite:/// MLflow makes the parent directory, as it is spelt in the URI.
+    uri = URL.create("sqlite+pysqlite", database=str(file)).render_as_string(hide_password=False)
+    if make_url(uri).database != str(file):
+        raise UserError(f"{file}: its name cannot be written as a SQLite URI; choose another directory, or set log.uri")
+    return uri
+
+
+def check_uri(uri: str, what: str) -> None:
+    """Refuses what MLflow would refuse each time; a server that is down is not asked.
+
+    Args:
+        uri: MLflow tracking URI.
+        what: The setting, for the message.
+
+    Raises:
+        UserError: no scheme, one that neither MLflow nor a plugin knows, or a database URL that cannot be opened.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if separator and scheme.split("+")[0] in DATABASES:
+        from sqlalchemy.engine import make_url
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            url = make_url(uri)
+            url.get_dialect().import_dbapi()
+        except (SQLAlchemyError, ImportError, ValueError) as error:
+            raise UserError(f"{what} = {uri}: {error}; install it, or name another driver, DB+DRIVER://") from error
+        if scheme == "sqlite" and url.host:
+            raise UserError(f"{what} = {uri}: a SQLite file has three slashes; write sqlite:///{rest}")
+        return
+    plugins = {entry.name for entry in entry_points(group="mlflow.tracking_store")}
+    if (separator and scheme in ("http", "https") and rest.strip("/")) or uri.split(":")[0] in {"databricks"} | plugins:
+        return
+    path = uri.removeprefix("file:")
+    if HOST.fullmatch(uri):
+        raise UserError(f"{what} = {uri}: a server's address begins with its protocol; write http://{uri}")
+    if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1") and "://" not in path:
+        return
+    raise UserError(
+        f"{what} = {uri}: neither a server nor a database, and MLflow keeps runs in plain directories no more; write "
+        "http://HOST:5000 or sqlite:///PATH/mlflow.db"
+    )
 
 
 def run_of(source: str) -> Path:
@@ -297,5 +368,8 @@ def run_of(source: str) -> Path:
     return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
-def _local_artifacts(run_dir: Path) -> str:
+def _artifacts(config: LogConfig, run_dir: Path) -> str:
+    """Where artifacts go: beside the SQLite file of our own; empty: the server says."""
+    if config.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return ""
     return (run_dir.resolve().parent / "mlartifacts").as_uri()

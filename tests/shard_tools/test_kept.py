@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 
@@ -241,6 +242,32 @@ def test_a_disk_that_is_away_is_no_failure_of_its_files(audio, whole, tmp_path, 
     (tmp_path / "unmounted").rename(source)
     build(catalog, out, options(SECONDS, PER_SHARD), 1, engine="inline")
     run(source, out, "eval")
+    assert digests(out) == digests(whole)
+
+
+def test_decoders_that_are_killed_are_no_failures_of_clips(audio, whole, tmp_path, monkeypatch):
+    """As by the kernel, where memory is short: the clip's file is sound."""
+    monkeypatch.setattr(distribute, "WAITS", (0.0,) * 5)
+    out, killed = tmp_path / "out", []
+    here, ended = psutil.Process(), threading.Event()
+
+    def kill() -> None:
+        while not ended.wait(0.01) and len(killed) < 2:
+            for process in here.children():
+                with contextlib.suppress(psutil.Error):
+                    if "guard" in " ".join(process.cmdline()) and process.pid not in killed:
+                        process.kill()
+                        killed.append(process.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        for split in ("train", "eval"):
+            run(audio, out, split)
+    finally:
+        ended.set()
+        killer.join()
+    assert killed
     assert digests(out) == digests(whole)
 
 

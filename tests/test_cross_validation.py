@@ -16,11 +16,16 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 from pipeline.config import FinetuneRecipe
-from pipeline.cross_validation import choose_folds, summarise
+from pipeline.cross_validation import choose_folds, cross_validate, fold_launch, summarise
 from pipeline.data.manifest import load_manifest
+from pipeline.data.spec import DataSpec
+from pipeline.distributed import World
 from pipeline.engine.evaluation import read_predictions
+from pipeline.engine.setup import reconcile
 from pipeline.errors import UserError
 from pipeline.export import export_safetensors, open_exported
+from pipeline.files import write_json
+from pipeline.launch import Launch, write_record
 from pipeline.recipes import load_recipe
 from tests.conftest import ROOT
 from tests.helpers import synth_shards
@@ -67,6 +72,40 @@ def test_folds_that_are_not_there_or_contradict_are_said(shards, tmp_path):
         chosen("finetune.folds=all", "log.register_as=sounds")
     with pytest.raises(UserError, match=r"split 'eval' .* has no folds"):
         chosen("finetune.folds=all", "data.train_split=eval")
+
+
+def test_a_directory_of_other_folds_or_of_a_single_run_is_refused_before_anything_is_written(shards, tmp_path):
+    """Also where the fold of other settings is none that the command names."""
+    run_dir = tmp_path / "cv"
+
+    def command(*words: str) -> Launch[FinetuneRecipe]:
+        words = (f"run.dir={run_dir}", f"data.shards={shards}", "finetune.folds=[1,2]", "log.mlflow=false", *words)
+        return Launch(load_recipe(FinetuneRecipe, [], list(words)), {})
+
+    def refused(launch: Launch[FinetuneRecipe], said: str) -> None:
+        with pytest.raises(UserError, match=said):
+            cross_validate(launch, World(), lambda part, world: pytest.fail("a fold was begun"))
+
+    launch = command()
+    ds, _ = reconcile({}, launch.recipe, World())
+    spec = DataSpec.of(load_manifest(shards), launch.recipe.data)
+    folder = run_dir / "fold-3"
+    folder.mkdir(parents=True)
+    write_record(folder, fold_launch(launch, run_dir, "x-folds", 3).recipe, ds, spec)
+    write_json(folder / "fold.json", {"shards_digest": spec.digest})
+    refused(command("optim.lr=0.5"), r"fold-3 is done with optim\.lr = 5e-05, not 0\.5")
+    refused(command("train.epochs=3"), r"fold-3 is done with train\.epochs")
+    write_json(folder / "fold.json", {"shards_digest": "0"})
+    refused(launch, "fold-3 is done on other shards")
+    (folder / "fold.json").write_text("{")
+    refused(launch, r"fold\.json: not JSON")
+    (folder / "fold.json").unlink()
+    write_json(folder / "results.json", {})
+    refused(command("optim.lr=0.5"), r"fold-3 was trained with optim\.lr")
+    write_record(run_dir, command("finetune.folds=[]").recipe, ds, spec)
+    write_json(run_dir / "results.json", {})
+    refused(launch, "holds a single run, this is a cross-validation")
+    assert not (run_dir / "logs").exists()
 
 
 @pytest.fixture(scope="module")

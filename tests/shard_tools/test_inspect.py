@@ -3,17 +3,20 @@
 import base64
 import io
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 
 import boto3
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 from PIL import Image
 
-from pipeline.data.manifest import load_index, load_manifest
+from pipeline.data.manifest import INDEX_SCHEMA, load_index, load_manifest
 from pipeline.data.storage import location
 from pipeline.errors import UserError
 from shard_tools import catalogs
@@ -22,7 +25,7 @@ from shard_tools.inspect_shards import parser, text
 from shard_tools.portrait import clip_page, whole_page
 from shard_tools.survey import find, survey
 from tests.conftest import ROOT
-from tests.helpers import options
+from tests.helpers import options, write_index
 from tests.stores import upload
 
 RATE, SECONDS = 16000, 0.5
@@ -169,3 +172,25 @@ def test_a_flipped_bit_in_s3_is_an_error_that_names_the_clip(shards, s3, tmp_pat
         survey(url, 100, 0, 2)
     with pytest.raises(UserError, match="no/such/prefix"):
         survey(f"{url}/no/such/prefix", 100, 0, 2)
+
+
+def test_files_that_are_not_those_of_the_manifest_are_refused(shards, tmp_path):
+    """A row that names a tar elsewhere, though the hash of the index fits; a changed failures.jsonl; a FIFO as a tar."""
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    rows = load_index(copy).to_pylist()
+    rows[0]["shard"] = "../elsewhere.tar"
+    write_index(copy, pa.Table.from_pylist(rows, INDEX_SCHEMA))
+    with pytest.raises(UserError, match=r"shard: '../elsewhere.tar', which manifest.json does not have"):
+        survey(copy, 100, 0, 2)
+    with pytest.raises(UserError, match=r"shard: '../elsewhere.tar', which manifest.json does not have"):
+        find(copy, load_manifest(copy), rows[0]["key"])
+    write_index(copy, load_index(shards))
+    (copy / "failures.jsonl").write_bytes((shards / "failures.jsonl").read_bytes().replace(b"missing", b"missinh"))
+    with pytest.raises(UserError, match=r"failures\.jsonl: its sha256 is not that of manifest\.json"):
+        survey(copy, 100, 0, 2)
+    shutil.copy(shards / "failures.jsonl", copy)
+    (copy / rows[1]["shard"]).unlink()
+    os.mkfifo(copy / rows[1]["shard"])
+    with pytest.raises(OSError, match="no regular file"):
+        survey(copy, 100, 0, 2)

@@ -175,7 +175,7 @@ def test_a_flipped_bit_in_s3_is_an_error_that_names_the_clip(shards, s3, tmp_pat
 
 
 def test_files_that_are_not_those_of_the_manifest_are_refused(shards, tmp_path):
-    """A row that names a tar elsewhere, though the hash of the index fits; a changed failures.jsonl; a FIFO as a tar."""
+    """A row that names a tar elsewhere in an index whose hash fits; a changed failures.jsonl; a FIFO as a tar."""
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
     rows = load_index(copy).to_pylist()

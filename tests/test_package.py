@@ -4,7 +4,6 @@ import email
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -94,8 +93,7 @@ def test_the_commands_run_from_the_wheel_alone(wheel, tmp_path):
 def test_the_source_archive_builds_the_same_wheel(source, wheel, tmp_path, monkeypatch):
     monkeypatch.chdir(source)
     archive = tmp_path / build_meta.build_sdist(str(tmp_path))
-    with tarfile.open(archive) as file:
-        file.extractall(tmp_path / "unpacked", filter="data")
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     files = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     assert shipped() | set(FILES) - {"requirements.txt"} <= files

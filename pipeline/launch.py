@@ -26,7 +26,15 @@ from pipeline.engine.setup import numeric_differences, read_deepspeed_config
 from pipeline.errors import UserError
 from pipeline.files import check_output_directory, read_json, write_json, write_text
 from pipeline.recipes import RecipeT, describe, differences, dump_recipe, effect, flatten, load_recipe, read_run
-from pipeline.tracking import DatasetNote, Tracker, facts, figures, open_tracker, tracking_uri
+from pipeline.tracking import (
+    DatasetNote,
+    Tracker,
+    check_tracking,
+    facts,
+    figures,
+    open_tracker,
+    tracking_uri,
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,7 @@ def check_run(run_dir: Path, recipe: Recipe, ds: dict[str, Any], spec: DataSpec)
                 "run.dir"
             )
     check_output_directory(run_dir, "run.dir")
+    check_tracking(recipe.log, run_dir)
     return state["step"] if state else 0, lines
 
 

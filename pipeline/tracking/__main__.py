@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from pipeline.errors import UserError, run_cli
-from pipeline.tracking.deliver import Delivery
-from pipeline.tracking.spool import Spool
+from pipeline.tracking.deliver import Delivery, RunRefused, first_line
+from pipeline.tracking.spool import Spool, load_mlflow
 from pipeline.tracking.tracker import check_uri
 
 
@@ -34,22 +34,27 @@ def sync(spool: Spool, uri: str | None) -> None:
     Raises:
         UserError: not a tracked run, or the server did not take it.
     """
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
     if not spool.exists:
         raise UserError(f"{spool.run_dir}: holds no tracking.json; give the directory of a tracked run")
     if uri:
         check_uri(uri, "--uri")
         spool.identity = spool.identity | {"uri": uri}
+    load_mlflow()
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
     delivery = Delivery(spool)
     try:
         while spool.deliver(delivery.send):
             pass
-    except (MlflowException, SQLAlchemyError) as error:
+    except RunRefused as error:
+        raise UserError(f"{spool.run_dir}: MLflow refuses the run: {error}") from error
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         raise UserError(
-            f"{spool.run_dir}: the MLflow server did not take it: {error}; start it and repeat"
+            f"{spool.run_dir}: the MLflow server did not take it: {first_line(error)}; start it and repeat"
         ) from error
+    if spool.refused:
+        sys.stderr.write(f"MLflow refused {spool.refused} records for good: {spool.refused_file}\n")
 
 
 if __name__ == "__main__":

@@ -2,21 +2,35 @@
 
 In: batches of lines, in order. Out: an MLflow run with parameters, tags, metrics, data sets, artifacts
 and a model. Every kind of line can be sent twice without harm.
+
+What MLflow refuses for good, such as a name, is set aside in `tracking.refused.jsonl` with the reason, and the
+others go on. Where it refuses the run itself (deleted, or its experiment is), all lines wait.
 """
 
 import json
+import logging
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pipeline.tracking.spool import Line, Spool, load_mlflow
+from pipeline.tracking.spool import Line, Spool, load_mlflow, locked, sqlite_file
+
+log = logging.getLogger(__name__)
 
 _TURN = threading.RLock()  # a cross-validation and its fold, two threads, would race for the data set they share
+REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS",
+                      "INVALID_STATE", "NOT_FOUND", "ALREADY_EXISTS", "NOT_IMPLEMENTED"})  # fmt: skip
 REQUEST_ITEMS = 100  # of a kind in one request: within every server's limits
+
+
+class RunRefused(Exception):  # noqa: N818 - the server's word
+    """MLflow takes nothing for this run until someone mends that; the text says what."""
 
 
 class Delivery:
@@ -33,27 +47,45 @@ class Delivery:
         self.transferring = False  # the same, for files on their way
 
     def send(self, lines: list[Line]) -> None:
-        """Sends a batch.
+        """Sends a batch, and sets aside what is refused for good.
 
         Raises:
-            MlflowException: the server did not take it.
+            MlflowException: the server did not take it, and may later.
+            RunRefused: see there.
         """
+        from mlflow.exceptions import MlflowException
+
         with _TURN:
             run_id = self._run()
-            batch: dict[str, list[Any]] = {"metrics": [], "params": [], "tags": []}
-            params: dict[str, str] = {}
-            for line in lines:
-                self._sort(line, batch, params)
-            self._add_params(run_id, params, batch)
-            while any(batch.values()):
-                taken = {kind: [items.pop(0) for _ in items[:REQUEST_ITEMS]] for kind, items in batch.items()}
-                self._client.log_batch(run_id, metrics=taken["metrics"], params=taken["params"], tags=taken["tags"])
-                self.progress += 1
-            self._transfer(run_id, lines)
-            if lines[-1]["kind"] == "finish":
-                self._client.set_terminated(run_id, lines[-1]["status"], lines[-1]["time"])
-            elif any(line["kind"] == "resume" for line in lines):
-                self._client.update_run(run_id, "RUNNING")
+            try:
+                self._send(run_id, lines)
+            except (MlflowException, ImportError) as error:
+                if isinstance(error, MlflowException) and error.error_code not in REFUSALS:
+                    raise
+                self._check_run(run_id)
+                halves = _halves(lines)
+                if not halves:
+                    self._spool.refuse(lines[0], str(error))
+                    name = next(iter(lines[0].get("values", {})), lines[0].get("path", ""))
+                    log.warning("MLflow refuses for good: %s %s: %s", lines[0]["kind"], name, first_line(error))
+                for half in halves:
+                    self.send(half)
+
+    def _send(self, run_id: str, lines: list[Line]) -> None:
+        batch: dict[str, list[Any]] = {"metrics": [], "params": [], "tags": []}
+        params: dict[str, str] = {}
+        for line in lines:
+            self._sort(line, batch, params)
+        self._add_params(run_id, params, batch)
+        while any(batch.values()):
+            taken = {kind: [items.pop(0) for _ in items[:REQUEST_ITEMS]] for kind, items in batch.items()}
+            self._client.log_batch(run_id, metrics=taken["metrics"], params=taken["params"], tags=taken["tags"])
+            self.progress += 1
+        self._transfer(run_id, lines)
+        if lines[-1]["kind"] == "finish":
+            self._client.set_terminated(run_id, lines[-1]["status"], lines[-1]["time"])
+        elif any(line["kind"] == "resume" for line in lines):
+            self._client.update_run(run_id, "RUNNING")
 
     def _run(self) -> str:
         """Id of the run, made where there is none yet."""
@@ -61,16 +93,63 @@ class Delivery:
         from mlflow.tracking import MlflowClient
 
         identity = self._spool.identity
-        if self._client is None:
-            self._client = MlflowClient(identity["uri"], registry_uri=identity["uri"])
-        if not identity["run_id"]:
-            name, location = identity["experiment"], identity["artifacts"] or None
-            experiment = self._client.get_experiment_by_name(name)
-            number = experiment.experiment_id if experiment else self._client.create_experiment(name, location)
-            run = self._client.create_run(number, run_name=identity["name"], tags=self._tags(identity))
-            identity["run_id"] = str(run.info.run_id)
-            self._spool.identity = identity
+        if self._client is not None and identity["run_id"]:
+            return str(identity["run_id"])
+        tags = {} if identity["run_id"] else self._tags(identity)
+        with _store_alone(identity["uri"]):
+            self._client = self._client or MlflowClient(identity["uri"], registry_uri=identity["uri"])
+            if not identity["run_id"]:
+                number = self._experiment(identity["experiment"], identity["artifacts"] or None)
+                run = self._client.create_run(number, run_name=identity["name"], tags=tags)
+                identity["run_id"] = str(run.info.run_id)
+                self._spool.identity = identity
         return str(identity["run_id"])
+
+    def _experiment(self, name: str, location: str | None) -> str:
+        """Id of the experiment, made where there is none yet.
+
+        Raises:
+            RunRefused: it is deleted.
+        """
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return str(self._client.create_experiment(name, location))
+            except MlflowException as error:  # another run was faster
+                experiment = self._client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise error
+        if experiment.lifecycle_stage != "active":
+            number = experiment.experiment_id
+            raise RunRefused(
+                f"experiment '{name}' is deleted; restore it (mlflow experiments restore -x {number}) and run "
+                f"python -m pipeline.tracking sync {self._spool.run_dir}, or repeat the command with another "
+                "log.experiment"
+            )
+        return str(experiment.experiment_id)
+
+    def _check_run(self, run_id: str) -> None:
+        """Tells a refusal of the run from one of its records.
+
+        Raises:
+            RunRefused: the run is not there, or deleted.
+            MlflowException: no answer.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            stage = self._client.get_run(run_id).info.lifecycle_stage
+        except MlflowException as error:
+            if error.error_code not in REFUSALS:
+                raise
+            raise RunRefused(f"run {run_id} is not there: {first_line(error)}") from error
+        if stage != "active":
+            raise RunRefused(
+                f"run {run_id} is deleted; restore it (mlflow runs restore --run-id {run_id}) and run python -m "
+                f"pipeline.tracking sync {self._spool.run_dir}"
+            )
 
     def _tags(self, identity: dict[str, Any]) -> dict[str, str]:
         """The run's first tags; the pretraining that it starts from has its id by now, if ever.
@@ -171,6 +250,32 @@ class Delivery:
         if self._spool.identity["uri"].startswith("http"):
             return f"models:/{model_id}"
         return str(self._client.get_logged_model(model_id).artifact_location)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for one line of a log."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _halves(lines: list[Line]) -> list[list[Line]]:
+    """Two halves of a batch, or of the values of a single line; empty: it cannot be told apart any further."""
+    if len(lines) > 1:
+        return [lines[: len(lines) // 2], lines[len(lines) // 2 :]]
+    items = list(lines[0].get("values", {}).items())
+    parts = [items[: len(items) // 2], items[len(items) // 2 :]] if len(items) > 1 else []
+    return [[{**lines[0], "values": dict(part)}] for part in parts]
+
+
+@contextmanager
+def _store_alone(uri: str) -> Iterator[None]:
+    """MLflow makes and migrates a SQLite database at the first call: two processes at once break it for good."""
+    place = sqlite_file(uri) if uri.startswith("sqlite:") else None
+    if place is None:
+        yield
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with locked(place.with_name(f"{place.name}.lock")):
+        yield
 
 
 def _link(source: str, target: str) -> None:

@@ -1,16 +1,20 @@
 """System metrics of every node: CPU, memory, disk, network, GPUs.
 
 In: a run directory that all nodes see. Out: a feed `system/HOST.jsonl` for each node, written by a daemon
-thread of its first rank and delivered by rank 0. MLflow's own collectors measure; the UI shows the
-result under "System metrics". Cost: some milliseconds every `log.system_every` seconds.
+thread of its first rank and delivered by rank 0. MLflow's own collectors measure; one that fails is said and
+dropped, the others go on. The UI shows the result under "System metrics". Cost: some milliseconds every
+`log.system_every` seconds.
 """
 
+import logging
 import platform
 import threading
 from pathlib import Path
 from typing import Any
 
 from pipeline.tracking.spool import Feed, load_mlflow
+
+log = logging.getLogger(__name__)
 
 
 class NodeMonitor:
@@ -44,16 +48,27 @@ class NodeMonitor:
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
         from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-        kinds: list[Any] = [CPUMonitor, DiskMonitor, NetworkMonitor, *_gpu_monitors()]
-        collectors = [kind() for kind in kinds]
+        collectors = {}
+        for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, *_gpu_monitors()):
+            try:
+                collectors[kind.__name__] = kind()
+            except Exception as error:  # noqa: BLE001 - any of a library or driver that is not there
+                log.warning("no system metrics of %s on this node: %s", kind.__name__, error)
         while not self._stop.wait(self._every):
             values: dict[str, float] = {}
-            for collector in collectors:
-                collector.collect_metrics()
-                values |= collector.aggregate_metrics()
-                collector.clear_metrics()
+            for name, collector in list(collectors.items()):
+                try:
+                    collector.collect_metrics()
+                    values |= collector.aggregate_metrics()
+                    collector.clear_metrics()
+                except Exception as error:  # noqa: BLE001 - a GPU that fell off the bus, a container's /proc
+                    log.warning("no more system metrics of %s on this node: %s", name, error)
+                    del collectors[name]
             named = {f"{self._prefix}{name}": float(value) for name, value in values.items()}
-            self._feed.append("metrics", {"values": named, "step": self._step})
+            try:
+                self._feed.append("metrics", {"values": named, "step": self._step})
+            except OSError as error:
+                log.warning("%s: %s; this sample is lost", self._feed.lines, error.strerror)
             self._step += 1
 
 

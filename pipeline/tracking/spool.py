@@ -8,12 +8,15 @@ for each node's system metrics. A feed is JSON lines; `.offset` beside it says h
 import errno
 import fcntl
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pipeline.files import read_json, write_json
 
 BATCH_LINES = 200
 Line = dict[str, Any]
@@ -30,6 +33,31 @@ def load_mlflow() -> None:
         import mlflow.pyfunc
         import mlflow.system_metrics.system_metrics_monitor
         import mlflow.tracking  # noqa: F401
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """One process, and one thread of it, at a time; where the file system has no locks, all."""
+    with file.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a `sqlite:///` URI; None where it names none."""
+    from sqlalchemy.engine import make_url
+
+    url = make_url(uri)
+    return None if url.host or url.database in (None, "", ":memory:") else Path(str(url.database))
+
+
+def without_password(uri: str) -> str:
+    """For people and logs."""
+    return re.sub(r"//[^/@]*@", "//***@", uri)
 
 
 class Feed:
@@ -50,11 +78,11 @@ class Feed:
             file.write(line + "\n")
 
     def read(self) -> list[Line]:
-        """All whole lines."""
+        """All whole lines; what a crash of the machine left of others is passed over."""
         if not self.lines.exists():
             return []
         with self.lines.open("rb") as file:
-            return [json.loads(line) for line in file if line.endswith(b"\n")]
+            return [found for line in file if (found := _parse(line)) is not None]
 
     def mend(self) -> None:
         """Cuts off a last line that a kill left half written, so that the next one starts afresh."""
@@ -66,8 +94,11 @@ class Feed:
 
     @property
     def delivered(self) -> int:
-        """Bytes that the server has confirmed."""
-        return int(self.offset.read_text(encoding="utf-8")) if self.offset.exists() else 0
+        """Bytes that the server has confirmed; 0 where the note of it is damaged: lines may be sent twice."""
+        try:
+            return int(self.offset.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return 0
 
     @property
     def left(self) -> int:
@@ -100,11 +131,22 @@ class Feed:
             raw = [line for line in (file.readline() for _ in range(BATCH_LINES)) if line.endswith(b"\n")]
         if not raw:
             return False
-        send([json.loads(line) for line in raw])
+        lines = [found for line in raw if (found := _parse(line)) is not None]
+        if lines:
+            send(lines)
         temporary = self.offset.with_suffix(".tmp")
         temporary.write_text(str(done + sum(map(len, raw))), encoding="utf-8")
         temporary.replace(self.offset)
         return True
+
+
+def _parse(line: bytes) -> Line | None:
+    """A line of a feed; None where it was left half written."""
+    try:
+        found = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 class Spool:
@@ -121,6 +163,7 @@ class Spool:
         self.run_dir = run_dir
         self.main = Feed(run_dir / "tracking.jsonl")
         self.identity_file = run_dir / "tracking.json"
+        self.refused_file = run_dir / "tracking.refused.jsonl"
 
     @property
     def exists(self) -> bool:
@@ -129,15 +172,30 @@ class Spool:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Content of `tracking.json`."""
-        content: dict[str, Any] = json.loads(self.identity_file.read_text(encoding="utf-8"))
+        """Content of `tracking.json`.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        content: dict[str, Any] = read_json(self.identity_file, "delete it, and the next start makes a new MLflow run")
         return content
 
     @identity.setter
     def identity(self, content: dict[str, Any]) -> None:
-        temporary = self.identity_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(self.identity_file)
+        write_json(self.identity_file, content)
+
+    def refuse(self, line: Line, reason: str) -> None:
+        """Sets aside a line that the server refuses for good; a line that is there already is not added again."""
+        text = json.dumps({**line, "refused": reason}, ensure_ascii=False) + "\n"
+        known = self.refused_file.read_text(encoding="utf-8") if self.refused_file.exists() else ""
+        if text not in known:
+            with self.refused_file.open("a", encoding="utf-8") as file:
+                file.write(text)
+
+    @property
+    def refused(self) -> int:
+        """Lines that are set aside."""
+        return len(self.refused_file.read_bytes().splitlines()) if self.refused_file.exists() else 0
 
     def feeds(self) -> list[Feed]:
         """The run's own first: it makes the run."""
@@ -152,17 +210,6 @@ class Spool:
         """Sends a batch of each feed, once another process has sent its own; False where nothing is left."""
         if not self.waiting:
             return False
-        with self._alone():
+        with locked(self.run_dir / "tracking.lock"):  # two at once would send twice, and write over an offset
             more = [feed.deliver(send) for feed in self.feeds()]  # each gets its turn
         return any(more)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Two that deliver would send lines twice, and write over each other's offset."""
-        with (self.run_dir / "tracking.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-            yield

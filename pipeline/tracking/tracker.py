@@ -17,10 +17,10 @@ from typing import Any, Literal, Protocol
 
 from pipeline.config import LogConfig
 from pipeline.errors import UserError
-from pipeline.tracking.deliver import Delivery
+from pipeline.tracking.deliver import Delivery, RunRefused, first_line
 from pipeline.tracking.facts import about_code, about_host, about_start
 from pipeline.tracking.nodes import NodeMonitor
-from pipeline.tracking.spool import Spool, load_mlflow
+from pipeline.tracking.spool import Spool, without_password
 
 log = logging.getLogger(__name__)
 
@@ -136,10 +136,11 @@ class SpoolTracker:
         self._patience = patience
         self._spool = spool
         self._monitor = monitor
+        self._uri = str(spool.identity["uri"])
         self._delivery = Delivery(spool)
         self._stop = threading.Event()
         self._fresh = threading.Event()
-        self._warned = False
+        self._warned = ""  # what was said last
         self._told: dict[str, int] = {}
         for line in spool.main.read():
             if line["kind"] == "metrics":
@@ -202,36 +203,44 @@ class SpoolTracker:
             if time.monotonic() - answered > patience or (status == "FAILED" and time.monotonic() > limit):
                 break
             self._thread.join(0.2)
+        if self._spool.refused:
+            log.warning("MLflow refused %d records for good: %s", self._spool.refused, self._spool.refused_file)
         if self._spool.waiting:
             left = sum(feed.left for feed in self._spool.feeds())
+            reason = self._warned or f"no answer for {time.monotonic() - answered:.0f} s (log.finish_wait)"
             log.warning(
-                "%s did not answer for %.0f s (log.finish_wait); %d records of this run wait in %s; when it answers "
-                "again, deliver them: python -m pipeline.tracking sync %s",
-                self._spool.identity["uri"], time.monotonic() - answered, left, self._spool.main.lines,
-                self._spool.run_dir,
+                "MLflow at %s: %s; %d records of this run wait in %s; when that is mended, deliver them: python -m "
+                "pipeline.tracking sync %s",
+                without_password(self._uri), reason, left, self._spool.main.lines, self._spool.run_dir,
             )  # fmt: skip
 
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:
-        self._spool.main.append(kind, content)
+        try:
+            self._spool.main.append(kind, content)
+        except OSError as error:  # a full disk: the run's own files will say so, or it passes
+            self._warn(f"{self._spool.main.lines}: {error.strerror}")
         self._fresh.set()
 
-    def _run(self) -> None:
-        load_mlflow()
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
+    def _warn(self, text: str) -> None:
+        """Says what keeps the records waiting, once."""
+        if text != self._warned:
+            log.warning("MLflow: %s; the run goes on, and its records wait in the spool", text)
+        self._warned = text
 
+    def _run(self) -> None:
         while True:
             self._fresh.wait()
             self._fresh.clear()
             stopping = self._stop.is_set()
             try:
                 while self._spool.deliver(self._delivery.send):
-                    self._warned = False
-            except (MlflowException, SQLAlchemyError, OSError) as error:
+                    self._warned = ""
+            except Exception as error:  # of whatever kind: the next try may succeed
+                log.debug("delivery", exc_info=True)
                 self._delivery.transferring = False
-                if not self._warned:
-                    log.warning("MLflow: %s; the run goes on, and its records wait in the spool", error)
-                self._warned = True
+                self._warn(first_line(error))
+                if stopping and isinstance(error, RunRefused):
+                    return
                 self._stop.wait(RETRY_SECONDS) if not stopping else time.sleep(1.0)
                 self._fresh.set()
                 continue
@@ -283,9 +292,15 @@ def open_tracker(
                      **about_host(), **about_code()},
         }  # fmt: skip
         return SpoolTracker(spool, monitor, config.finish_wait)
-    uri = tracking_uri(config, part_of or run_dir)
-    if not spool.identity["run_id"] and uri != spool.identity["uri"]:  # no server has it yet: a mistake is mended
-        spool.identity = spool.identity | {"uri": uri, "artifacts": _artifacts(config, part_of or run_dir)}
+    identity, uri = spool.identity, tracking_uri(config, part_of or run_dir)
+    if not identity["run_id"]:  # no server has it yet: mistakes are mended
+        here = {"uri": uri, "experiment": config.experiment, "artifacts": _artifacts(config, part_of or run_dir)}
+        spool.identity = identity | here
+    elif uri != identity["uri"] and (config.uri or os.environ.get("MLFLOW_TRACKING_URI")):
+        log.warning(
+            "the run is tracked at %s and stays there, not at %s; where the server moved: python -m pipeline.tracking "
+            "sync %s --uri URI", without_password(identity["uri"]), without_password(uri), run_dir,
+        )  # fmt: skip
     spool.main.mend()
     resumes = 1 + sum(line["kind"] == "resume" for line in spool.main.read())
     spool.main.append("resume", {})
@@ -335,6 +350,7 @@ def check_uri(uri: str, what: str) -> None:
     Raises:
         UserError: no scheme, one that neither MLflow nor a plugin knows, or a database URL that cannot be opened.
     """
+    shown = f"{what} = {without_password(uri)}"
     scheme, separator, rest = uri.partition("://")
     if separator and scheme.split("+")[0] in DATABASES:
         from sqlalchemy.engine import make_url
@@ -344,20 +360,20 @@ def check_uri(uri: str, what: str) -> None:
             url = make_url(uri)
             url.get_dialect().import_dbapi()
         except (SQLAlchemyError, ImportError, ValueError) as error:
-            raise UserError(f"{what} = {uri}: {error}; install it, or name another driver, DB+DRIVER://") from error
+            raise UserError(f"{shown}: {error}; install it, or name another driver, DB+DRIVER://") from error
         if scheme == "sqlite" and url.host:
-            raise UserError(f"{what} = {uri}: a SQLite file has three slashes; write sqlite:///{rest}")
+            raise UserError(f"{shown}: a SQLite file has three slashes; write sqlite:///{rest}")
         return
     plugins = {entry.name for entry in entry_points(group="mlflow.tracking_store")}
     if (separator and scheme in ("http", "https") and rest.strip("/")) or uri.split(":")[0] in {"databricks"} | plugins:
         return
     path = uri.removeprefix("file:")
     if HOST.fullmatch(uri):
-        raise UserError(f"{what} = {uri}: a server's address begins with its protocol; write http://{uri}")
+        raise UserError(f"{shown}: a server's address begins with its protocol; write http://{uri}")
     if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1") and "://" not in path:
         return
     raise UserError(
-        f"{what} = {uri}: neither a server nor a database, and MLflow keeps runs in plain directories no more; write "
+        f"{shown}: neither a server nor a database, and MLflow keeps runs in plain directories no more; write "
         "http://HOST:5000 or sqlite:///PATH/mlflow.db"
     )
 

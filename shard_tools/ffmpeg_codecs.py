@@ -56,7 +56,12 @@ PREROLL = 1.0  # seconds decoded before the wanted samples and dropped: Opus, AA
 STEADY = 8  # packets decoded alike before any is skipped
 BLOCK = 1 << 16  # samples of a block, about
 JUMP = 0.02  # seconds by which time stamps may be off
-TAGS = (b"ID3", b"TAG", b"APETAGEX")  # between the frames of raw streams that were joined, and behind them
+TAGS = (
+    b"ID3",
+    b"TAG",
+    b"APETAGEX",
+    b"LYRICSBEGIN",
+)  # between the frames of raw streams that were joined, and behind them
 LONGEST_GAP = 600.0  # seconds: a longer jump of the time stamps is no loss but another clock
 READ_SIZE = 1 << 16
 
@@ -241,12 +246,12 @@ class FFmpegSource:
                         yield from self._again(start)
                         return
                     due = there
-                samples = self._plain(packet, unit, usual) if even or timed else 0
-                if samples and timed and packet.pts is not None:  # its time stamps are exact, its durations are not
+                plain = self._plain(packet, unit, usual) if even or timed else 0
+                if plain and timed and packet.pts is not None:  # its time stamps are exact, its durations are not
                     step = (packet.pts + packet.duration - (packet.pts if due is None else due)) * tick
-                    samples = round((step if 0 < step < LONGEST_GAP else packet.duration * tick) * self.rate)
-                if samples and self.place + samples + PREROLL * self.rate <= self._first:
-                    self.place += samples
+                    plain = round((step if 0 < step < LONGEST_GAP else packet.duration * tick) * self.rate)
+                if plain and self.place + plain + PREROLL * self.rate <= self._first:
+                    self.place += plain
                     due = None if packet.pts is None else packet.pts + packet.duration
                     skipped = True
                     continue
@@ -265,39 +270,37 @@ class FFmpegSource:
                     self._damage(f"the {self._codec.name} decoder refuses a packet")
                 continue
             for frame in frames:
+                samples, own, stamp = frame.samples, int(frame.sample_rate), frame.pts
                 if not decoded:
-                    self.rate, self.channels = int(frame.sample_rate), len(frame.layout.channels)
+                    self.rate, self.channels = own, len(frame.layout.channels)
                     self._first = max(self._first, round(start * self.rate))
+                    self._begin_time = max(0.0, (stamp or 0) * tick)
                     decoded, self._damaged = True, False
                     self.gaps.clear()  # what comes before the first sample is not of the recording
-                if frame.pts is not None and frame.time_base is not None:
-                    lost = 0.0 if due is None else float((frame.pts - due) * frame.time_base)
+                if stamp is not None:
+                    lost = 0.0 if due is None else (stamp - due) * tick
                     if resumed:  # a decoder gives nothing for the first packet or packets after others were skipped
                         self.place += round(lost * self.rate) if abs(lost) > 2 * tick else 0
                         resumed = False
                     elif lost > (max(JUMP, 2 * tick) if self._damaged else clock):
                         self._lose(lost)
                     self._damaged = False
-                    if due is None and not self.place:
-                        self._begin_time = max(0.0, frame.pts * tick)
-                    due = float(frame.pts)
-                    self._end_time = due * tick + frame.samples / frame.sample_rate
-                if due is None:
+                    due = float(stamp)
+                if due is None or not tick:
                     self._damaged = False  # no time stamps: nothing will tell how much is lost
-                elif tick:
-                    due += frame.samples / frame.sample_rate / tick
-                count = frame.samples
-                if frame.sample_rate != self.rate:
-                    count = round(count * self.rate / frame.sample_rate)
+                else:
+                    due += samples / own / tick
+                    self._end_time = due * tick
+                count = samples if own == self.rate else round(samples * self.rate / own)
                 if self.place + count > self._first:
-                    yield self.place, _floats(frame), int(frame.sample_rate)
+                    yield self.place, _floats(frame), own
                 self.place += count
-            whole = len(frames) == 1 and frames[0].sample_rate == self.rate
-            if whole and (timed or (frames[0].samples == unit and abs((packet.duration or 0) - usual) <= 1)):
+            if timed or not even:
+                steady += len(frames)
+            elif len(frames) == 1 and samples == unit and own == self.rate and abs((packet.duration or 0) - usual) <= 1:
                 steady += 1
             elif frames:
-                steady = 0
-                unit, usual = frames[-1].samples, packet.duration or 0
+                steady, unit, usual = 0, samples, packet.duration or 0
         self._check_reading()
         if not decoded:
             reason = self.gaps[0].reason if self.gaps else "no samples in its audio track"
@@ -397,7 +400,7 @@ SCALES = {"u8": 128, "s16": 1 << 15, "s32": 1 << 31, "s64": 1 << 63}
 def _floats(frame: Any) -> np.ndarray:
     """float32 [channels, n] of a frame, full scale 1."""
     samples = frame.to_ndarray()
-    if not frame.format.is_planar:
+    if len(samples) == 1:  # packed, or one channel
         samples = samples.reshape(frame.samples, -1).T
     if samples.dtype == np.float32:
         return np.asarray(samples)

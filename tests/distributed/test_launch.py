@@ -98,14 +98,15 @@ def test_a_zero3_run_as_onnx_scores_the_held_out_clips_the_same(finetuned, shard
     """From the launcher's checkpoint through export.py into onnxruntime, on what the trainer scored."""
     done = python("launchers/export.py", "--checkpoint", finetuned, "--format", "onnx")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("fbank, waveform -> logits, embedding, any batch\n")
+    assert done.stdout.endswith("fbank, waveform, length -> logits, embedding, any batch\n")
     session = onnxruntime.InferenceSession(str(finetuned / "export" / "model.onnx"))
     keys, _, expected = read_predictions(finetuned / "predictions.parquet")
     data = load_recipe(FinetuneRecipe, [finetuned / "config.yaml"], ["data.workers=0"]).data
     place = Place(0, 1, torch.device("cpu"))
     with build_loader(data, None, part="eval", needs=Needs(True, True), batch_size=7, seed=0, place=place) as loader:
         for batch in loader.eval_batches():
-            (logits,) = session.run(["logits"], {"fbank": batch.fbank.numpy(), "waveform": batch.waveform.numpy()})
+            given = {name: getattr(batch, name).numpy() for name in ("fbank", "waveform", "length")}
+            (logits,) = session.run(["logits"], given)
             rows = [keys.index(key) for key in loader.keys(batch.row[batch.valid].tolist())]
             # test_export.py has the graph within 1e-5; here the trainer's own sums add their rounding.
             np.testing.assert_allclose(logits[batch.valid.numpy()], expected[rows], rtol=0, atol=5e-5)

@@ -17,7 +17,9 @@ export SYSTEM
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-RUN := deepspeed --num_gpus $(RANKS)
+# A port that is free: beside another job of this machine, too.
+RUN = deepspeed --num_gpus $(RANKS) --master_port \
+  $$(python -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
 PRETRAIN := $(DEMO_DIR)/$(DATA)/pretrain
 FINETUNE := $(DEMO_DIR)/$(DATA)/finetune
 SHARDS := $(DEMO_DIR)/$(DATA)/shards

@@ -24,11 +24,15 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
+from torch.distributed.rendezvous import rendezvous
 
 from pipeline.errors import UserError
 from pipeline.faults import VERDICT, BoardLost, Faults
 
 log = logging.getLogger(__name__)
+
+DEVICES = Path("/dev")
+JOIN_SECONDS = 300.0  # between the first rank and the last one at the start
 ValueT = TypeVar("ValueT")
 
 
@@ -92,7 +96,9 @@ def session(timeout: float, seed: int) -> Iterator[World]:
             )  # fmt: skip
         torch.cuda.set_device(local_rank())
         device = torch.device("cuda", local_rank())
-    elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one host share its cores
+    else:
+        _refuse_lost_gpus()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # ranks of one host share its cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_size()))
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -104,7 +110,7 @@ def session(timeout: float, seed: int) -> Iterator[World]:
     _choose_interface()
     # A little longer: whoever hangs is named (`engine.watch`) before the collective gives up.
     patience = timedelta(seconds=timeout + 60)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    _join("nccl" if device.type == "cuda" else "gloo", patience)
     rank, size = dist.get_rank(), dist.get_world_size()
     board = Board(rank, patience=10.0) if size > 1 else None
     faults = Faults(board, rank, size)
@@ -119,6 +125,33 @@ def session(timeout: float, seed: int) -> Iterator[World]:
     finally:
         faults.close()
         dist.destroy_process_group()
+
+
+def _join(backend: str, patience: timedelta) -> None:
+    """Meets the other ranks at MASTER_ADDR:MASTER_PORT, for no longer than they take to start.
+
+    Raises:
+        UserError: the port is taken, or a rank does not come.
+    """
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    join = min(patience, timedelta(seconds=JOIN_SECONDS))
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=join))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error) or "already in use" in str(error):
+            raise UserError(
+                f"port {os.environ['MASTER_PORT']} of this host is taken, perhaps by another job; give another one: "
+                "deepspeed --master_port N ..., torchrun --master-port N ..., or MASTER_PORT=N",
+                local=True, transient=True,
+            ) from error  # fmt: skip
+        raise UserError(f"{place}: {str(error).splitlines()[0]}", local=True, transient=True) from error
+    except dist.DistStoreError as error:
+        raise UserError(
+            f"{place}: not all of the {os.environ['WORLD_SIZE']} ranks have come in {join.seconds} s: "
+            f"{str(error).splitlines()[0]}", local=True, transient=True,
+        ) from error  # fmt: skip
+    store.set_timeout(patience)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
 
 
 def seed_host(seed: int) -> None:
@@ -148,6 +181,30 @@ def _from_slurm() -> None:
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
         "LOCAL_SIZE": slurm["SLURM_STEP_TASKS_PER_NODE"].split(",")[0].split("(")[0],  # such as 8(x3),4
     }
+
+
+def _refuse_lost_gpus() -> None:
+    """A host with GPUs that torch cannot use would train on its CPU, a hundred times slower.
+
+    Raises:
+        UserError: see above, unless DS_ACCELERATOR=cpu or an empty CUDA_VISIBLE_DEVICES asks for the CPU.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
+    given = next((name for name in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS") if os.environ.get(name)), "")
+    found = sorted(str(device) for device in DEVICES.glob("nvidia[0-9]*"))
+    if not given and not found:
+        return
+    reason = "this torch is built without CUDA" if torch.version.cuda is None else "the driver does not answer"
+    if torch.version.cuda is not None:
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+    raise UserError(
+        f"{socket.gethostname()} has GPUs ({given or found[0]}), but torch cannot use them: {reason}; mend that, or "
+        "set DS_ACCELERATOR=cpu to train on the CPU", local=True
+    )  # fmt: skip
 
 
 def _choose_interface() -> None:

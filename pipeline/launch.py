@@ -72,6 +72,8 @@ def parse(kind: type[RecipeT], description: str | None, argv: list[str] | None =
         metavar="JSON",
         help="DeepSpeed configuration: a path, or a file of configs/deepspeed/ (default: ds.json)",
     )
+    meaning = "is always so; taken because DeepSpeed's own pages write it"
+    parser.add_argument("--deepspeed", action="store_true", help=meaning)
     parser.add_argument(
         "--config", action="append", default=[], metavar="YAML", help="overrides; may be repeated (default: none)"
     )

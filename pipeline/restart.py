@@ -6,9 +6,10 @@ parent waits, and forks anew where the child dies. The new child finds the newes
 It works under any launcher (deepspeed, torchrun, srun) and over any hosts without a word between the
 parents: when one rank dies, the others' collectives fail, or the watch ends them, so each parent comes
 to the same attempt. Each attempt has a rendezvous port of its own, MASTER_PORT + attempt, where no late
-rank of the attempt before can be met.
+rank of the attempt before can be met. A rank that meets nobody there gives up after `distributed.JOIN_SECONDS`.
 
-Not restarted: success (0), bad input (2), a signal to stop. Cost: a sleeping parent per rank, which shares
+Not restarted: success (0), bad input (2), a signal to stop. Restarted: any other end, also a fault that may pass by
+itself, such as a store out of reach (75). Cost: a sleeping parent per rank, which shares
 its memory with the child.
 """
 
@@ -45,6 +46,8 @@ def supervise(restarts: int) -> None:
             _die_with(parent)
             if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
                 os.environ["MASTER_PORT"] = str(port + attempt)
+                if attempt:  # torchrun's own store is at the first port; from now on rank 0 opens one
+                    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
             return
         status = _wait(child, told)
         if status in (0, 2) or told:

@@ -257,6 +257,7 @@ class Cache:
                             f"{self._folder}: disk full while fetching {shard.name} ({shard.size >> 20} MiB); free "
                             "some, or point data.cache at a larger disk",
                             local=True,
+                            transient=True,
                         ) from error
                     self._evict(None)
                     emptied = True
@@ -267,6 +268,7 @@ class Cache:
                         f"{where}: not fetched in {ATTEMPTS} attempts: {error or type(error).__name__}; the run goes "
                         "on from its checkpoint when the same command is given again",
                         local=True,
+                        transient=True,
                     ) from error
                 continue
             if (part.stat().st_size, digest) == (shard.size, shard.sha256):

@@ -43,8 +43,10 @@ class Answer(NamedTuple):
         task: Its number.
         problems: Bad clips.
         error: Text of the UserError that ends the run; empty: none.
+        transient: Of that UserError.
     """
 
     task: int
     problems: list[Problem]
     error: str = ""
+    transient: bool = False

@@ -193,7 +193,7 @@ class Ring:
             region.open.discard(answer.task)
             region.problems += answer.problems
             if answer.error:
-                raise UserError(answer.error, local=True)
+                raise UserError(answer.error, local=True, transient=answer.transient)
 
     def _replace(self, dead: _Helper) -> None:
         """Starts another reader and gives it the dead one's tasks."""
@@ -208,6 +208,7 @@ class Ring:
                     f"{DEATHS} reader processes ended one after the other (status {status}) on the same clips; if the "
                     "memory is short, lower data.workers or data.prefetch",
                     local=True,
+                    transient=True,
                 )
         helper = self._start()
         helper.tasks = dead.tasks

@@ -34,7 +34,7 @@ def main(descriptor: int) -> None:
                 reader = reader or Reader(hello.access)
                 answer = Answer(order.task, reader.fill(np.frombuffer(order.jobs, JOB), memory))
             except UserError as error:
-                answer = Answer(order.task, [], str(error))
+                answer = Answer(order.task, [], str(error), error.transient)
             connection.send(answer)
     except (EOFError, ConnectionResetError, BrokenPipeError):
         return

@@ -107,7 +107,12 @@ def _start(job: Job, world: World, stop: StopSignals, watch: Watch) -> _Run:
 def _steps(run: _Run) -> None:
     job, progress, records, engine = run.job, run.progress, run.records, run.engine
     total, epoch_steps = job.total_steps, job.loader.clips / job.batches.total
-    log.info("%d steps of %d clips, from step %d", total, job.batches.total, progress.step)
+    log.info("%d steps of %d clips, from step %d, on %d x %s", total, job.batches.total, progress.step,
+             run.world.size, _device(run.world))  # fmt: skip
+    if job.recipe.optim.warmup > total / 5:
+        log.warning("optim.warmup = %d steps, of a run of %d: %s", job.recipe.optim.warmup, total,
+                    "the learning rate never reaches optim.lr" if job.recipe.optim.warmup >= total
+                    else "more than a fifth of it is spent below optim.lr")  # fmt: skip
     if progress.evaluate:
         _evaluate(run)
     run.watch.at(progress.step, "data")
@@ -138,6 +143,10 @@ def _steps(run: _Run) -> None:
         if progress.step < total:
             _agree(run)
         run.watch.at(progress.step, "data")
+
+
+def _device(world: World) -> str:
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
 
 
 def _agree(run: _Run) -> None:

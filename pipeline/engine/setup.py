@@ -5,12 +5,14 @@ In: a task, a recipe and the content of `--deepspeed_config`. Out: the engine an
 
 import json
 import logging
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from pipeline.config import OptimConfig, Recipe
@@ -151,7 +153,7 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     | zero_optimization.stage | "auto" or absent: 1 |
     | zero_optimization.reduce_bucket_size | absent: 5e7 elements, half of CRAFT-base |
     | zero_optimization.offload_*.device | "nvme": error; "cpu" and "none" are passed on |
-    | bf16.enabled, fp16.enabled | "auto": bf16 on a GPU that has it at ZeRO 1 to 3; fp16 off. Both: error |
+    | bf16.enabled, fp16.enabled | "auto": bf16 on a GPU that computes it itself at ZeRO 1 to 3; fp16 off. Both: error |
     | fp16.enabled | on a CPU: error |
     | bf16, fp16 at ZeRO 0 | error: no float32 gradients there; stage 1 is the same and has them |
     | communication_data_type | absent: "fp32" under bf16 and fp16, the reductions' precision |
@@ -160,7 +162,8 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     | compile.enabled, compile.backend | torch.compile of each encoder block; at ZeRO 3: error |
     | optimizer, scheduler | error: optim.* owns both |
     | steps_per_print | absent: never; the trainer prints its own line |
-    | any other known key | passed on |
+    | any other known key | passed on; DeepSpeed checks its value |
+    | a value of another type than above | error |
     | any unknown key | error |
 
     What stays float32 in bf16 and fp16, since half precision would lose it: master weights and Adam's
@@ -176,11 +179,12 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     for section, owner in OWNED.items():
         if section in ds:
             raise UserError(f"ds.json: '{section}' is set there, but {owner} of the recipe owns it; move it there")
+    _check_values(ds)
     batches = plan_batches(recipe, ds, world.size)
     zero = {"reduce_bucket_size": BUCKET, **ds.get("zero_optimization", {})}
     zero["stage"] = 1 if zero.get("stage", "auto") == "auto" else zero["stage"]
     for part in ("offload_optimizer", "offload_param"):
-        if zero.get(part, {}).get("device") == "nvme":
+        if (zero.get(part) or {}).get("device") == "nvme":
             raise UserError(f'ds.json: zero_optimization.{part}.device = "nvme" is not supported; use "cpu"')
     if ds.get("compile", {}).get("enabled") and zero["stage"] == 3:
         raise UserError("ds.json: compile.enabled needs zero_optimization.stage 0 to 2: ZeRO 3 breaks every graph")
@@ -197,6 +201,42 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
         "zero_force_ds_cpu_optimizer": False,
     }
     return resolved, batches
+
+
+def _check_values(ds: dict[str, Any]) -> None:
+    """Values that are read here; what DeepSpeed alone reads, it checks itself (`build_engine`).
+
+    Raises:
+        UserError: of another type or range; JSON's "8", null and "false" are no 8, nothing and false.
+    """
+
+    def check(key: str, value: Any, fits: bool, wanted: str) -> None:
+        if not fits:
+            raise UserError(f"ds.json: {key} = {json.dumps(value)}: give {wanted}")
+
+    def number(value: Any, *kinds: type) -> bool:
+        return isinstance(value, kinds) and not isinstance(value, bool)
+
+    sections = ("zero_optimization", "bf16", "fp16", "compile", "data_types")
+    for key in sections:
+        check(key, ds.get(key), isinstance(ds.get(key, {}), dict), "a JSON object, or leave it out")
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        value = ds.get(key, "auto")
+        check(key, value, value == "auto" or (number(value, int) and value > 0), 'a number of 1 or more, or "auto"')
+    clip, steps = ds.get("gradient_clipping", "auto"), ds.get("steps_per_print", 1)
+    fits = clip == "auto" or (number(clip, int, float) and 0 <= clip < math.inf)
+    check("gradient_clipping", clip, fits, 'a number of 0 or more, or "auto"')
+    check("steps_per_print", steps, number(steps, int) and steps > 0, "a number of 1 or more")
+    zero = ds.get("zero_optimization", {})
+    stage = zero.get("stage", "auto")
+    check("zero_optimization.stage", stage, stage == "auto" or (number(stage, int) and 0 <= stage <= 3),
+          '0, 1, 2, 3 or "auto"')  # fmt: skip
+    for part in ("offload_optimizer", "offload_param"):
+        check(f"zero_optimization.{part}", zero.get(part), isinstance(zero.get(part) or {}, dict), "a JSON object")
+    for key, words in (("bf16", ("auto",)), ("fp16", ("auto",)), ("compile", ())):
+        value = ds.get(key, {}).get("enabled", False)
+        wanted = 'true, false or "auto"' if words else "true or false"
+        check(f"{key}.enabled", value, isinstance(value, bool) or value in words, wanted)
 
 
 def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -223,6 +263,9 @@ def build_engine(task: PretrainTask | FinetuneTask, recipe: Recipe, ds: dict[str
     """`deepspeed.initialize` with an optimiser of ours.
 
     A config "Adam" would mean AdamW and compile a fused kernel; SSAST's recipe is Adam with L2.
+
+    Raises:
+        UserError: DeepSpeed refuses a value of ds.json.
     """
     import deepspeed  # takes seconds and prints: not for --help, evaluate.py or predict.py
 
@@ -241,7 +284,13 @@ def build_engine(task: PretrainTask | FinetuneTask, recipe: Recipe, ds: dict[str
             block.compile(backend=backend)
     compiling.pop("backend", None)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    return deepspeed.initialize(model=task, optimizer=optimizer, config={**ds, "compile": compiling})[0]
+    try:
+        return deepspeed.initialize(model=task, optimizer=optimizer, config={**ds, "compile": compiling})[0]
+    except ValidationError as error:  # of a section that DeepSpeed alone reads
+        first = error.errors()[0]
+        key = ".".join([error.title, *map(str, first["loc"])])
+        value = json.dumps(first["input"], default=str)
+        raise UserError(f"ds.json: DeepSpeed refuses {key} = {value}: {first['msg']}") from error
 
 
 def _agree(ds: dict[str, Any], key: str, wanted: Any, name: str) -> Any:
@@ -259,7 +308,7 @@ def _agree(ds: dict[str, Any], key: str, wanted: Any, name: str) -> Any:
 def _precision(ds: dict[str, Any], stage: int, world: World) -> dict[str, Any]:
     """The precision's part of the configuration."""
     sections = {key: {**ds.get(key, {})} for key in ("bf16", "fp16")}
-    able = world.device.type == "cuda" and torch.cuda.is_bf16_supported() and stage > 0
+    able = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) and stage > 0
     auto = {"bf16": able and "bf16" in ds and sections["fp16"].get("enabled") is not True, "fp16": False}
     for key, section in sections.items():
         if section.get("enabled", "auto") == "auto":

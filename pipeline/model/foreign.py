@@ -31,6 +31,8 @@ from pipeline.model.embed import patch_grid
 
 Tensors = dict[str, torch.Tensor]
 HF_PREFIX = "audio_spectrogram_transformer."
+WRAPPERS = ("module.", "model.", "net.")
+KNOWN = ("model.special.", "model.encoder.blocks.", "v.cls_token", "embeddings.cls_token", HF_PREFIX)  # of each format
 MEL_BINS = 128  # of every published SSAST and AST model
 
 _SSAST = (
@@ -68,13 +70,27 @@ def translate(tensors: Tensors, file: Path, grid: tuple[int, int] | None) -> tup
     Raises:
         UserError: the patch grid of the positions cannot be told.
     """
-    bare = {name.removeprefix("module."): value for name, value in tensors.items()}
-    if "v.cls_token" in bare:
-        return _from_ssast(bare, file, grid), "SSAST" if "p_input_fdim" in bare else "SSAST or AST"
+    tensors = _unwrapped(tensors)
+    if "v.cls_token" in tensors:
+        return _from_ssast(tensors, file, grid), "SSAST" if "p_input_fdim" in tensors else "SSAST or AST"
     bare = {name.removeprefix(HF_PREFIX): value for name, value in tensors.items()}
     if "embeddings.position_embeddings" in bare:
         return _from_hf(bare, file, grid), "HF AST"
     return tensors, "CRAFT"
+
+
+def _unwrapped(tensors: Tensors) -> Tensors:
+    """Without the prefixes of what a model was trained in: torch.compile, DataParallel, Lightning, a class around it.
+
+    Where no prefix leads to a known model, the names stay.
+    """
+    found = {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
+    while not any(name.startswith(KNOWN) for name in found):
+        prefix = next((prefix for prefix in WRAPPERS if any(name.startswith(prefix) for name in found)), None)
+        if prefix is None:
+            return tensors
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
 
 
 def to_hf(tensors: Tensors, depth: int, classifier: bool) -> Tensors:

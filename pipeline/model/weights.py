@@ -4,6 +4,7 @@ In: a run directory, a file of weights or a Hugging Face directory. Out: a fille
 """
 
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.files import check_name, read_json
 from pipeline.methods import mismatch
 from pipeline.model.embed import resize_positions
 from pipeline.model.foreign import translate
@@ -22,7 +24,9 @@ from pipeline.model.foreign import translate
 log = logging.getLogger(__name__)
 
 AVERAGE = "average.safetensors"
-WEIGHTS = ("weights.safetensors", "model.safetensors", "pytorch_model.bin")  # a run's; Hugging Face's
+SHARDED = ".index.json"  # Hugging Face's list of the files that a large model is split into
+WEIGHTS = ("weights.safetensors", "model.safetensors", "pytorch_model.bin", f"model.safetensors{SHARDED}",
+           f"pytorch_model.bin{SHARDED}")  # a run's; Hugging Face's  # fmt: skip
 POSITIONS = "_tokens.positions"  # parameters whose shape is a patch grid
 
 
@@ -82,18 +86,50 @@ def weights_file(source: str | Path, average: bool = True) -> Path:
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
     """Tensors of a file, on the CPU: `.safetensors`, or a pickle of plain tensors, of which no code is run.
 
+    Of a split Hugging Face model the file is its `.index.json`.
+
     Raises:
         UserError: it cannot be read.
     """
+    if file.name.endswith(SHARDED):
+        return _read_sharded(file)
     try:
         content = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+    except UnpicklingError as error:
+        raise UserError(f"{file}: {_of_pickle(file, str(error))}") from error
+    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise UserError(f"{file}: {error}; give a .safetensors file, or a .pth or .bin of plain tensors") from error
     if isinstance(content, dict):  # some save the model beside the optimiser
-        content = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
+        kept = (content[key] for key in ("model", "state_dict", "module") if isinstance(content.get(key), dict))
+        content = next(kept, content)
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{file}: holds no mapping of names to tensors; give the model's state_dict")
     return content
+
+
+def _read_sharded(index: Path) -> dict[str, torch.Tensor]:
+    content = read_json(index, "the model's directory is damaged")
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index}: holds no weight_map; the model's directory is damaged")
+    tensors: dict[str, torch.Tensor] = {}
+    for name in sorted(set(places.values())):
+        tensors |= read_weights(index.with_name(check_name(name, f"{index}: file")))
+    if missing := sorted(places.keys() - tensors.keys()):
+        raise UserError(f"{index}: {places[missing[0]]} lacks {missing[0]}; the model's directory is damaged")
+    return tensors
+
+
+def _of_pickle(file: Path, error: str) -> str:
+    """Why a pickle is not read, and how someone who trusts it makes plain tensors of it."""
+    found = re.search(r"GLOBAL ([\w.]+)", error)
+    if found is None:
+        return f"{error.splitlines()[0]}; give a .safetensors file, or a .pth or .bin of plain tensors"
+    return (
+        f"holds {found[1]} besides tensors, and unpickling it could run its code; if you trust the file, convert it: "
+        f'python -c "import torch; m = torch.load({str(file)!r}, weights_only=False); '
+        f"torch.save(m.get('model', m.get('state_dict', m)), {str(file.with_suffix('.plain.pth'))!r})\""
+    )
 
 
 def load_weights(

@@ -1,12 +1,15 @@
 """The other ways to start ranks: torchrun, and an environment without a launcher."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from pipeline import distributed
 from pipeline.errors import GRACE_SECONDS, LAUNCHERS, UserError, run_cli
 from tests.conftest import ROOT
 from tests.distributed.conftest import losses
@@ -47,6 +50,65 @@ def test_other_ranks_wait_for_rank_0_only_where_a_launcher_would_end_it(monkeypa
 
 def _bad_input() -> int:
     raise UserError("train.steps = -1: give a positive number")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("error", "restarts"), [("memory", True), ("store", True), ("input", False)])
+def test_faults_that_may_pass_restart_under_torchrun_within_a_minute(tmp_path, error, restarts):
+    command = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node=2", f"--master-port={free_port()}",
+               Path(__file__).with_name("restarting_rank.py"), tmp_path / "marker", error]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    begun = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode == 0) == restarts, done.stderr[-4000:]
+    assert ("restart 1 of 2" in done.stderr) == restarts
+    assert sorted(done.stdout.splitlines()) == (["rank 0 is done", "rank 1 is done"] if restarts else [])
+    assert time.monotonic() - begun < 120  # two starts of a busy machine; a collective's patience is half an hour
+
+
+def test_a_port_that_is_taken_is_one_line():
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        code = "from pipeline import distributed, errors\n"
+        code += "def main():\n    with distributed.session(60, 0): pass\nerrors.run_cli(main)"
+        env = os.environ | place
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True,
+                              check=False)  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith(f"error: port {port} of this host is taken")
+    assert "--master_port" in said[0]
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 75
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_as_long_as_a_collective():
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    code = "from pipeline import distributed, errors\ndistributed.JOIN_SECONDS = 2.0\n"
+    code += "def main():\n    with distributed.session(1800, 0): pass\nerrors.run_cli(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | place,
+                          capture_output=True, text=True,
+                          timeout=120, check=False)  # fmt: skip
+    assert done.returncode == 75
+    assert "not all of the 2 ranks have come in 2 s" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("sign", ["device", "SLURM_JOB_GPUS"])
+def test_a_host_with_gpus_that_torch_cannot_use_is_no_cpu_job(monkeypatch, tmp_path, sign):
+    for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(distributed, "DEVICES", tmp_path)
+    distributed._refuse_lost_gpus()
+    if sign == "device":
+        (tmp_path / "nvidia0").touch()
+    else:
+        monkeypatch.setenv(sign, "0,1")
+    with pytest.raises(UserError, match=r"torch cannot use them: .*DS_ACCELERATOR=cpu"):
+        distributed._refuse_lost_gpus()
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    distributed._refuse_lost_gpus()
 
 
 def test_srun_without_an_address_is_refused():

@@ -1,5 +1,7 @@
 """Batch arithmetic, ds.json against the recipe, and the learning rate."""
 
+import re
+
 import pytest
 import torch
 
@@ -73,3 +75,38 @@ def test_learning_rates_of_the_paper():
     balanced = load_recipe(FinetuneRecipe).optim
     rates = [learning_rate(balanced, 0, 1, epoch, Plateau()) for epoch in (0, 9.9, 10, 15, 20)]
     assert rates == pytest.approx([5e-5, 5e-5, 2.5e-5, 1.25e-5, 6.25e-6])
+
+
+@pytest.mark.parametrize(
+    ("ds", "said"),
+    [
+        ({"zero_optimization": {"stage": 4}}, 'zero_optimization.stage = 4: give 0, 1, 2, 3 or "auto"'),
+        ({"zero_optimization": {"stage": "2"}}, 'zero_optimization.stage = "2"'),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage = true"),
+        ({"zero_optimization": None}, "zero_optimization = null: give a JSON object"),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, 'zero_optimization.offload_optimizer = "cpu"'),
+        ({"train_batch_size": "8"}, 'train_batch_size = "8": give a number of 1 or more'),
+        ({"train_batch_size": None}, "train_batch_size = null"),
+        ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu = 0"),
+        ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps = 1.5"),
+        ({"gradient_clipping": -1}, "gradient_clipping = -1"),
+        ({"gradient_clipping": "none"}, 'gradient_clipping = "none"'),
+        ({"steps_per_print": "10"}, 'steps_per_print = "10"'),
+        ({"bf16": {"enabled": "false"}}, 'bf16.enabled = "false": give true, false or "auto"'),
+        ({"fp16": {"enabled": None}}, "fp16.enabled = null"),
+        ({"bf16": True}, "bf16 = true: give a JSON object"),
+        ({"compile": {"enabled": "auto"}}, 'compile.enabled = "auto": give true or false'),
+        ({"data_types": "fp32"}, 'data_types = "fp32"'),
+    ],
+)
+def test_values_of_ds_json_are_checked_as_well_as_keys(ds, said):
+    with pytest.raises(UserError, match=re.escape(f"ds.json: {said}")):
+        reconcile(ds, recipe(), world(1))
+
+
+def test_bf16_that_a_card_emulates_is_not_chosen(monkeypatch):
+    """A V100 or T4: torch can, many times slower."""
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    gpu = World(0, 1, torch.device("cuda", 0))
+    assert not reconcile({"bf16": {"enabled": "auto"}}, recipe(), gpu)[0]["bf16"]["enabled"]
+    assert reconcile({"bf16": {"enabled": True}}, recipe(), gpu)[0]["bf16"]["enabled"]

@@ -1,13 +1,20 @@
 """SSAST, AST and Hugging Face weights give the same outputs here as there, to 1e-5."""
 
+import json
+import re
+import subprocess
+import sys
+from argparse import Namespace
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import ASTConfig, ASTForAudioClassification, ASTModel
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.errors import UserError
-from pipeline.model.weights import load_weights, weights_file
+from pipeline.model.foreign import to_hf, translate
+from pipeline.model.weights import load_weights, read_weights, weights_file
 from pipeline.objectives.masked_patch import gather_patches
 from pipeline.recipes import load_recipe
 from pipeline.tasks import FinetuneTask, PretrainTask
@@ -127,3 +134,77 @@ def test_a_waveform_method_cannot_start_from_ssast(tmp_path):
     save_file({k: v for k, v in Ssast(frames=128).checkpoint().items()}, tmp_path / "ssast.safetensors")  # noqa: C416
     with pytest.raises(UserError, match="spectrograms alone"):
         load_weights(finetune_task(128, "finetune.method=wast"), tmp_path / "ssast.safetensors")
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "model.", "net.", "module.module.", "module._orig_mod."])
+@pytest.mark.parametrize("whose", ["CRAFT", "HF AST", "SSAST or AST"])
+def test_the_prefixes_of_what_a_model_was_trained_in_are_no_part_of_it(tmp_path, wrapper, whose):
+    task = finetune_task(128, "model.size=tiny", mel_bins=32)
+    tensors = task.state_dict()
+    if whose != "CRAFT":
+        tensors = to_hf({name: value for name, value in tensors.items() if "wav" not in name}, 12, True)
+    if whose == "SSAST or AST":
+        tensors = {
+            "v.cls_token": tensors["audio_spectrogram_transformer.embeddings.cls_token"],
+            "v.dist_token": tensors["audio_spectrogram_transformer.embeddings.distillation_token"],
+            "v.pos_embed": tensors["audio_spectrogram_transformer.embeddings.position_embeddings"],
+            "v.patch_embed.proj.weight": task.state_dict()["model.spec_patch.proj.weight"],
+            "v.patch_embed.proj.bias": task.state_dict()["model.spec_patch.proj.bias"],
+            "v.norm.weight": task.state_dict()["model.encoder.norm.weight"],
+            "v.norm.bias": task.state_dict()["model.encoder.norm.bias"],
+        }
+    plain, wrapped = tmp_path / "plain.safetensors", tmp_path / "wrapped.safetensors"
+    save_file({name: value.clone().contiguous() for name, value in tensors.items()}, plain)
+    save_file({wrapper + name: value.clone().contiguous() for name, value in tensors.items()}, wrapped)
+    grid = (2, 12) if whose != "CRAFT" else None
+    names = [translate(read_weights(file), file, grid) for file in (plain, wrapped)]
+    assert names[1][1] == whose
+    assert names[0][0].keys() == names[1][0].keys()
+    assert any(name.startswith("model.encoder.") for name in names[1][0])
+
+
+def test_a_model_compiled_block_by_block_is_the_same_one(tmp_path):
+    task = finetune_task(128, mel_bins=32)
+    tensors = {name.replace("attn.", "_orig_mod.attn."): value for name, value in task.state_dict().items()}
+    save_file(tensors, tmp_path / "w.safetensors")
+    report = load_weights(finetune_task(128, mel_bins=32), tmp_path / "w.safetensors")
+    assert not report.fresh
+    assert not report.dropped
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_hugging_face_model_in_several_files_is_one(tmp_path, safe):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    model = ASTForAudioClassification(hf_config(128, 32, 16))
+    model.save_pretrained(whole)
+    model.save_pretrained(parts)
+    (parts / "model.safetensors").unlink()
+    tensors = list(load_file(whole / "model.safetensors").items())
+    ending = "safetensors" if safe else "bin"
+    stem = "model" if safe else "pytorch_model"
+    places = {}
+    for number in (1, 2):
+        name = f"{stem}-0000{number}-of-00002.{ending}"
+        part = dict(tensors[number - 1 :: 2])
+        save_file(part, parts / name) if safe else torch.save(part, parts / name)
+        places |= dict.fromkeys(part, name)
+    index = parts / f"{stem}.{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    tasks = [finetune_task(128, mel_bins=32) for _ in range(2)]
+    for task, folder in zip(tasks, (whole, parts), strict=True):
+        load_weights(task, weights_file(folder), grid=(2, 8))
+    for one, other in zip(*(task.model.encoder.parameters() for task in tasks), strict=True):
+        assert torch.equal(one, other)
+    index.write_text(json.dumps({"weight_map": {"x": "../../secret.bin"}}))
+    with pytest.raises(UserError, match="becomes a file name"):
+        read_weights(weights_file(parts))
+
+
+def test_a_pickle_with_settings_in_it_says_how_to_convert_it(tmp_path):
+    file = tmp_path / "best.pth"
+    torch.save({"model": {"weight": torch.ones(2)}, "args": Namespace(lr=0.1)}, file)
+    with pytest.raises(UserError, match=r"holds argparse\.Namespace besides tensors") as refused:
+        read_weights(file)
+    (command,) = re.findall(r'python -c "(.*)"$', str(refused.value))
+    subprocess.run([sys.executable, "-c", command], check=True)
+    assert torch.equal(read_weights(tmp_path / "best.plain.pth")["weight"], torch.ones(2))

@@ -1,0 +1,35 @@
+"""Program: ranks that restart themselves; at the first attempt one fails.
+
+    restarting_rank.py MARKER ERROR      (ERROR: memory, store or input)
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from pipeline import distributed
+from pipeline.errors import UserError, run_cli
+from pipeline.restart import supervise
+
+ERRORS = {
+    "memory": torch.OutOfMemoryError("no memory"),
+    "store": UserError("the store is out of reach", local=True, transient=True),
+    "input": UserError("no such split", local=True),
+}
+
+
+def main() -> None:
+    marker, error = Path(sys.argv[1]), ERRORS[sys.argv[2]]
+    supervise(2)
+    with distributed.session(1800, seed=0) as world:
+        distributed.barrier()
+        if world.rank == 1 and not marker.exists():
+            marker.touch()
+            raise error
+        distributed.barrier()
+        sys.stdout.write(f"rank {world.rank} is done\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)

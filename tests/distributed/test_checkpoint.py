@@ -70,6 +70,8 @@ def test_a_host_that_remembers_what_was_missing_takes_part_in_every_checkpoint(s
     words = [f"data.shards={shards}", "train.steps=4", "checkpoint.every=2", "eval.every_epochs=0", "log.mlflow=false"]
     ((_, said), _) = run_ranks(2, HERE / "nfs_host.py", f"run.dir={run_dir}", *words, *MICRO)
     assert "not saved" not in said
+    assert "optim.warmup = 2 steps, of a run of 4: more than a fifth" in said
+    assert "4 steps of 8 clips, from step 0, on 2 x " in said
     assert [folder.name for folder in complete_checkpoints(run_dir)] == ["step-00000002", "step-00000004"]
     assert (run_dir / "results.json").exists()
 

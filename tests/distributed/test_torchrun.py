@@ -83,6 +83,11 @@ def test_a_port_that_is_taken_is_one_line():
     assert done.returncode == 75
 
 
+def test_the_demo_takes_a_free_port():
+    done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.count("deepspeed --num_gpus 2 --master_port $(python -c ") == 2, done.stdout
+
+
 def test_a_rank_that_does_not_come_is_not_waited_for_as_long_as_a_collective():
     place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     code = "from pipeline import distributed, errors\ndistributed.JOIN_SECONDS = 2.0\n"

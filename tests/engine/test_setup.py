@@ -10,6 +10,7 @@ from pipeline.distributed import World
 from pipeline.engine.schedule import Plateau, learning_rate
 from pipeline.engine.setup import Batches, read_deepspeed_config, reconcile
 from pipeline.errors import UserError
+from pipeline.launch import parse
 from pipeline.recipes import load_recipe
 
 
@@ -110,3 +111,8 @@ def test_bf16_that_a_card_emulates_is_not_chosen(monkeypatch):
     gpu = World(0, 1, torch.device("cuda", 0))
     assert not reconcile({"bf16": {"enabled": "auto"}}, recipe(), gpu)[0]["bf16"]["enabled"]
     assert reconcile({"bf16": {"enabled": True}}, recipe(), gpu)[0]["bf16"]["enabled"]
+
+
+def test_the_flag_of_deepspeeds_own_pages_is_taken():
+    words = ["--deepspeed", "--deepspeed_config", "zero0.json", "data.shards=x", "log.mlflow=false"]
+    assert parse(PretrainRecipe, "", words).ds["zero_optimization"]["stage"] == 0

@@ -97,10 +97,12 @@ def decode(
         begin = start
         mono = _segment(source, handle, begin, length)
         whole = source.place / source.rate if source.ended else math.inf
-        early = whole < start + length - TRIM_SLACK
-        if trimmed is None and start > 0 and early and abs(whole - length) <= TRIM_SLACK:
-            begin = 0.0
-            mono = _segment(source, handle, begin, length)
+        if trimmed is None and start > 0 and end is not None:
+            whole = source.length()
+            # The listed segment's length counts, not that of the clip that is cut from it.
+            if whole < end - TRIM_SLACK and abs(whole - (end - start)) <= TRIM_SLACK:
+                begin = 0.0
+                mono = _segment(source, handle, begin, length)
         if not len(mono):
             where = f"the segment from {start:g} s begins after the end of a {whole:.2f} s file"
             raise DecodeError(f"outside: {where}" if source.place else "empty: no samples in the file")

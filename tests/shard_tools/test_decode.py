@@ -107,6 +107,9 @@ def test_a_segment_never_comes_from_another_place(tmp_path, name, file, start, e
     assert second_of(decoded.waveform) == pytest.approx(begin + length / 2, abs=1)
     assert decoded.begin == begin
     assert decoded.cut == (length < end - start - 0.2)
+    # Of a clip that is shorter than the segment, the segment's length still says whether the file is the segment.
+    short = decode(str(tmp_path / name), start, end, rate=RATE, seconds=1, trimmed=trimmed)
+    assert (short.begin, second_of(short.waveform)) == (begin, begin)
 
 
 def test_shards_say_what_was_read(tmp_path):

@@ -53,6 +53,7 @@ class Delivery:
             MlflowException: the server did not take it, and may later.
             RunRefused: see there.
         """
+        load_mlflow()  # before any other import of it: see there
         from mlflow.exceptions import MlflowException
 
         with _TURN:
@@ -89,7 +90,6 @@ class Delivery:
 
     def _run(self) -> str:
         """Id of the run, made where there is none yet."""
-        load_mlflow()
         from mlflow.tracking import MlflowClient
 
         identity = self._spool.identity

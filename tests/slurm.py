@@ -94,8 +94,10 @@ def slurm_cluster(folder: Path) -> Iterator[Slurm]:
     (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
     (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
     (folder / "munge.key").chmod(0o400)
-    slurm, before = Slurm(folder), os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    # The cluster's GPUs are made up: jobs that were given one must train on the CPU on purpose.
+    ours = {"SLURM_CONF": str(folder / "slurm.conf"), "DS_ACCELERATOR": "cpu"}
+    slurm, before = Slurm(folder), {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
     files = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
     munge = [f"--{option}={folder}/munge.{end}" for option, end in files.items()]
     started: list[subprocess.Popen[bytes]] = []
@@ -112,9 +114,10 @@ def slurm_cluster(folder: Path) -> Iterator[Slurm]:
                 slurm.run("scancel", "--user", user)
                 _wait(slurm, lambda: not slurm.run("squeue", "--noheader"), "the end of its jobs", started)
     finally:
-        os.environ.pop("SLURM_CONF")
-        if before is not None:
-            os.environ["SLURM_CONF"] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextmanager

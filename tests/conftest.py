@@ -48,6 +48,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.xdist_group(names[item]))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuses a pytest and an xdist that disagree on how a group is told: fixtures of minutes would be made twice."""
+    if session.config.getoption("loadgroup", False) and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("pytest-xdist does not know the groups of the tests; install the versions of '.[test]'")
+
+
 def leave_out(reason: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(f"{reason}, and CI leaves no test out", pytrace=False)

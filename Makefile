@@ -11,6 +11,8 @@ DATA ?= synth
 ESC50 ?=
 RANKS ?= 2
 DEMO_DIR ?= demo_run
+# In a directory that the demo made: make clean removes no other.
+DEMO_MARK := .made-by-make-demo
 JOBS ?= 2
 export SYSTEM
 # DeepSpeed's compiled kernel stays with the environment: two environments sharing a cache compile in turns.
@@ -61,6 +63,9 @@ $(TESTED): requirements.txt pyproject.toml | compiler
 demo: install  ## Audio -> shards -> pretraining -> finetuning -> metric, in under 8 minutes on 2 cores
 	@if [ "$(DATA)" = esc50 ] && [ ! -d "$(ESC50)/audio" ]; then \
 	  echo "error: ESC50='$(ESC50)' holds no audio/; give the ESC-50 directory: make demo DATA=esc50 ESC50=path" >&2; exit 2; fi
+	@if [ -z "$(DEMO_DIR)" ]; then echo "error: DEMO_DIR is empty; name a directory" >&2; exit 2; fi
+	@if [ -z "$$(ls -A "$(DEMO_DIR)" 2>/dev/null)" ]; then \
+	  mkdir -p "$(DEMO_DIR)" && touch "$(DEMO_DIR)/$(DEMO_MARK)"; fi
 	@echo "== 1/5 shards ($(DATA))"
 	python shard_tools/build_shards.py $(BUILD) --out $(SHARDS)
 	@echo "== 2/5 verify"
@@ -88,4 +93,8 @@ test: programs  ## Everything a developer must pass: ruff, mypy --strict, pytest
 	pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 clean:  ## Remove the demo's products and caches, not .venv
-	rm -rf $(DEMO_DIR) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .mypy_cache .ruff_cache .pytest_cache
+	@if [ -f "$(DEMO_DIR)/$(DEMO_MARK)" ]; then echo 'rm -rf -- "$(DEMO_DIR)"'; rm -rf -- "$(DEMO_DIR)"; \
+	elif [ -e "$(DEMO_DIR)" ]; then \
+	  echo "error: DEMO_DIR=$(DEMO_DIR): make demo did not make it (no $(DEMO_MARK) in it); remove it yourself" >&2; \
+	  exit 2; fi

@@ -20,6 +20,7 @@ import re
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,19 +86,17 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     make = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = make.add_argument
+
+    def place(option: str, *names: str, **words: Any) -> None:
+        add(option, *names, type=partial(location, what=option), **words)
+
     add("--dataset", required=True, choices=("audioset", "esc50", "csv", "folder", "synth"), help="what to read")
-    add("--out", required=True, type=location, metavar="DIR|URL", help="of the shards")
-    add(
-        "--audio-root",
-        "--root",
-        type=location,
-        metavar="DIR|URL",
-        help="of the audio (default: of --table; synth: OUT/source)",
-    )
-    add("--audio-list", type=location, metavar="TXT", help="audioset: paths below --audio-root, by line (no default)")
-    add("--segments", type=location, metavar="CSV", help="audioset: an official segments csv (no default)")
-    add("--class-labels", type=location, metavar="CSV", help="index,mid,display_name (default: the labels of --table)")
-    add("--label-overrides", type=location, metavar="CSV", help="audioset: id,labels that replace the official ones "
+    place("--out", required=True, metavar="DIR|URL", help="of the shards")
+    place("--audio-root", "--root", metavar="DIR|URL", help="of the audio (default: of --table; synth: OUT/source)")
+    place("--audio-list", metavar="TXT", help="audioset: paths below --audio-root, by line (no default)")
+    place("--segments", metavar="CSV", help="audioset: an official segments csv (no default)")
+    place("--class-labels", metavar="CSV", help="index,mid,display_name (default: the labels of --table)")
+    place("--label-overrides", metavar="CSV", help="audioset: id,labels that replace the official ones "
         "(such as PSLA's; no default)")  # fmt: skip
     add("--download", action="store_true", help="esc50: fetch the official archive to --root (default: OUT/source)")
     add("--archive-url", default=URL, metavar="URL", help=f"of --download (default: {URL})")
@@ -105,18 +104,13 @@ def parser() -> argparse.ArgumentParser:
         "--sha256", default=SHA256, metavar="HEX", help="that the archive of --download must have (default: none known)"
     )
     add("--accept-any-archive", action="store_true", help="use the archive of --download whatever its sha256 is")
-    add("--table", type=location, metavar="CSV", help="columns path,labels[,start,end,split,fold,key] (no default)")
+    place("--table", metavar="CSV", help="columns path,labels[,start,end,split,fold,key] (no default)")
     add(
         "--label-separator",
         metavar="TEXT",
         help="csv, --label-overrides: between several labels in a cell (default: ;)",
     )
-    add(
-        "--ontology",
-        type=location,
-        metavar="JSON",
-        help="audioset: names of labels without --class-labels (no default)",
-    )
+    place("--ontology", metavar="JSON", help="audioset: names of labels without --class-labels (no default)")
     add("--split", metavar="NAME", help="(default: eval for an eval csv, else train; csv: its column; folder: by "
         "Speech Commands' lists, where they are)")  # fmt: skip
     add("--sample-rate", type=int, default=16000, metavar="HZ", help="of the stored waveforms (default: 16000)")
@@ -179,7 +173,7 @@ def read_catalog(args: argparse.Namespace) -> Catalog:
         catalog = catalogs.folder(_needed(args, "audio_root"), args.split)
     elif args.dataset == "csv":
         table = _needed(args, "table")
-        root = args.audio_root or location(str(table).rpartition("/")[0] or ".")
+        root = args.audio_root or (str(table).rpartition("/")[0] if is_remote(table) else local(table).parent)
         catalog = catalogs.table(root, table, args.class_labels, args.split, args.label_separator)
     else:
         root = local(args.audio_root or join(args.out, "source"))

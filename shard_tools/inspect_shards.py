@@ -11,6 +11,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from pipeline.data.manifest import Manifest, load_manifest
 from pipeline.data.storage import Location, location
 from pipeline.errors import UserError, run_cli
+from pipeline.files import check_output_file, user_path, write_text
 from shard_tools.portrait import clip_page, whole_page
 from shard_tools.survey import QUIET_DB, Sound, Survey, find, measure, survey
 
@@ -29,10 +31,11 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     make = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = make.add_argument
-    add("directory", type=location, metavar="DIR|URL",
+    add("directory", type=partial(location, what="DIR"), metavar="DIR|URL",
         help="of the shards")  # fmt: skip
     add("key", nargs="?", metavar="KEY", help="look at this clip alone (default: at all)")
-    add("--html", type=Path, default=Path("inspect.html"), help="the report (default: inspect.html)")
+    add("--html", type=partial(user_path, what="--html"), default=Path("inspect.html"), metavar="FILE",
+        help="the report (default: inspect.html)")  # fmt: skip
     add("--sample", type=int, default=1000, metavar="N", help="clips whose level is measured (default: 1000)")
     add("--seed", type=int, default=0, metavar="N", help="of the draw of the sample (default: 0)")
     add("--examples", type=int, default=6, metavar="N", help="clips in the report to see and hear (default: 6)")
@@ -45,6 +48,7 @@ def main() -> int:
     for name in ("sample", "examples"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)} is negative; give 0 or more")
+    check_output_file(args.html, "--html")
     try:
         if args.key is not None:
             manifest = load_manifest(args.directory)
@@ -56,7 +60,8 @@ def main() -> int:
     except (OSError, ValueError, KeyError) as error:  # a damaged index, json or tar
         raise UserError(f"{args.directory}: {error}; verify_shards.py says what is damaged") from error
     try:
-        args.html.write_text(page, encoding="utf-8", errors="replace")
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.html, page.encode("utf-8", "replace").decode())  # the name of a directory may not be UTF-8
     except OSError as error:
         raise UserError(f"--html {args.html}: {error.strerror}; give another path") from error
     sys.stdout.write("\n".join([*lines, f"plots, spectrograms and sound: {args.html}"]) + "\n")

@@ -130,7 +130,9 @@ def _asked(pair: tuple[str, Stamp]) -> Change:
 
 
 def stamp_of(info: dict[str, Any]) -> Stamp:
-    """Size and tag out of what a store tells about a file."""
+    """Size and tag out of what a store, or the listing of a local directory, tells about a file."""
+    if "mtime_ns" in info:
+        return [info["size"], info["mtime_ns"]]
     name = next((name for name in TAGS if info.get(name)), "")
     value = info.get(name, "")
     tag = value.timestamp() if isinstance(value, datetime) else value  # a date's text depends on the time zone

@@ -69,20 +69,7 @@ class Store:
 
     def stamps(self, below: str = "") -> dict[str, Stamp]:
         """Stamps (stamps.py) of the files in a directory, by name."""
-        where = join(self.location, below) if below else str(self.location)
-        if not self.remote:
-            return {name: stamp(join(where, name)) for name in storage.sizes(where)}
-        system, path = storage.file_system(where)
-
-        def listing() -> list[dict[str, Any]]:
-            try:
-                found: list[dict[str, Any]] = system.ls(path, detail=True, refresh=True)
-            except FileNotFoundError:
-                return []
-            return found
-
-        entries = attempt(listing, where)
-        return {e["name"].rsplit("/", 1)[-1]: stamp_of(e) for e in entries if e["type"] == "file"}
+        return {name: stamp_of(entry) for name, entry in storage.entries(self.location, below).items()}
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file."""

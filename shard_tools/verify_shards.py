@@ -241,12 +241,13 @@ def main() -> int:
     """Parses, verifies, repairs, compares, reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = "directory of shards, or its URL (s3://bucket/prefix, ...)"
-    parser.add_argument("directory", type=location, metavar="DIR|URL",
+    parser.add_argument("directory", type=partial(location, what="DIR"), metavar="DIR|URL",
                         help=where)  # fmt: skip
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--repair", action="store_true", help="build damaged shards again from --audio-root")
     parser.add_argument("--sources", action="store_true", help="compare with the sources too (as long as the build)")
-    parser.add_argument("--audio-root", metavar="DIR|URL", help="of the sources (default: DIR/source)")
+    parser.add_argument("--audio-root", type=partial(location, what="--audio-root"), metavar="DIR|URL",
+                        help="of the sources (default: DIR/source)")  # fmt: skip
     args = parser.parse_args()
     try:
         return _run(args)
@@ -263,7 +264,7 @@ def _run(args: argparse.Namespace) -> int:
         sys.stdout.write(f"{problem}\n")
     from shard_tools.repair import compare, repair  # imports this module
 
-    root = args.audio_root or join(args.directory, "source")
+    root = str(args.audio_root or join(args.directory, "source"))
     if (args.sources or (args.repair and found.shards)) and not is_remote(root) and not local(root).is_dir():
         raise UserError(f"{root}: no such directory of the sources; give it with --audio-root")
     if args.repair and (found.shards or found.index or found.failures):

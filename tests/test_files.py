@@ -1,6 +1,11 @@
 """Paths that users name, and places that are tried before the work."""
 
 import os
+import re
+import shlex
+import sys
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,9 @@ from pipeline.files import (
     write_json,
     write_text,
 )
+from tests.ranks import ROOT
+
+TABLE = ROOT / "configs" / "ablation" / "table3.yaml"
 
 
 @pytest.mark.parametrize("name", ["train", "bal_train", "dev-clean.v2", "0", "_x", "a" * 100])
@@ -29,6 +37,34 @@ def test_plain_names_are_taken(name):
 def test_names_that_could_leave_the_directory_are_refused(name):
     with pytest.raises(UserError, match="--split"):
         check_name(name, "--split")
+
+
+@pytest.mark.parametrize(("module", "words"), [
+    ("shard_tools.verify_shards", "''"), ("shard_tools.verify_shards", "x --audio-root ''"),
+    ("shard_tools.inspect_shards", "''"), ("shard_tools.inspect_shards", "x --html ''"),
+    *(("shard_tools.build_shards", f"--dataset csv --out x {option} ''")
+      for option in ("--audio-root", "--segments", "--class-labels", "--label-overrides", "--table", "--ontology")),
+    ("pipeline.data.show", "--shards x --batch 0 --png ''"), ("pipeline.data.show", "--shards x --batch 0 --config ''"),
+    ("pipeline.tracking.__main__", "sync ''"), ("pipeline.tracking.__main__", "sync . --uri ''"),
+    ("pipeline.serving.__main__", "''"), ("pipeline.serving.__main__", "x --out ''"),
+    ("pipeline.report.__main__", "x --out ''"), ("pipeline.report.__main__", "x --runs ''"),
+    ("launchers.ablate", "x --out ''"), ("launchers.ablate", f"{TABLE} --scale ''"),
+    ("launchers.ablate", f"{TABLE} --deepspeed_config ''"), ("launchers.evaluate", "--checkpoint x --shards ''"),
+    ("launchers.evaluate", "--checkpoint x --shards x --plots ''"), ("launchers.demo_app", "--checkpoint ''"),
+    ("launchers.predict", "--checkpoint x x --embeddings ''"), ("launchers.predict", "--checkpoint '' x"),
+    ("launchers.export", "--format hf --checkpoint x --out ''"), ("launchers.plan", "--gpus 1 --gpu-memory 1 --run ''"),
+])  # fmt: skip
+def test_an_empty_path_is_refused_by_the_name_of_its_option(tmp_path, monkeypatch, module, words):
+    """It would be the working directory, or as if the option had not been given."""
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(words)
+    option = next((word for word, value in pairwise(words) if value == ""), "")
+    (tmp_path / "tracking.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    with pytest.raises(UserError) as caught:
+        import_module(module).main()
+    assert option in str(caught.value) if option.startswith("--") else re.search("DIR = ''", str(caught.value))
+    assert [path.name for path in tmp_path.iterdir()] == ["tracking.json"]
 
 
 def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):

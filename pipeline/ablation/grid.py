@@ -173,7 +173,8 @@ def build_grid(files: Sequence[Path], scale: str, shards: dict[str, str], seeds:
     Raises:
         UserError: a file that cannot be read, a key, column or setting that is unknown.
     """
-    path = SCALES / f"{scale}.yaml" if not scale.endswith(".yaml") else user_path(scale, "--scale")
+    named = scale and not scale.endswith(".yaml")
+    path = SCALES / f"{scale}.yaml" if named else user_path(scale, "--scale")
     spec = _read(ScaleSpec, path)
     for name in shards:
         if name not in spec.data:

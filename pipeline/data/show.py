@@ -18,6 +18,7 @@ import sys
 import tempfile
 import textwrap
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from pipeline.data.augment import Shape, describe
 from pipeline.data.loader import Loader, Needs, Place, build_loader
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError, run_cli
+from pipeline.files import check_output_file, new_file, user_path
 from pipeline.recipes import load_recipe
 
 TENSORS = ("position", "row", "valid", "waveform", "fbank", "targets")
@@ -221,9 +223,11 @@ def draw(content: dict[str, Any], batch: dict[str, np.ndarray], file: Path) -> N
             axis.xaxis.label.set_size(6)
             axis.yaxis.label.set_size(6)
     try:
-        figure.savefig(file, dpi=100)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(file) as made:
+            figure.savefig(made, dpi=100, format=file.suffix.removeprefix(".") or "png")
     except (OSError, ValueError) as error:
-        raise UserError(f"--png {file}: {error}; name a .png file in a directory that exists") from error
+        raise UserError(f"--png {file}: {error}; name a .png file that can be written") from error
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -250,15 +254,17 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1, metavar="R", help="processes (default: 1)")
     parser.add_argument("--workers", type=int, default=0, metavar="W", help="reader processes of each (default: 0)")
     parser.add_argument("--json", action="store_true", help="JSON with a sha256 of every tensor (default: a table)")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the first clips (default: no picture)")
-    parser.add_argument(
-        "--config", action="append", default=[], type=Path, metavar="YAML", help="a run's config.yaml, or any recipe"
-    )
+    parser.add_argument("--png", type=partial(user_path, what="--png"), metavar="FILE",
+                        help="draw the first clips (default: no picture)")  # fmt: skip
+    parser.add_argument("--config", action="append", default=[], type=partial(user_path, what="--config"),
+                        metavar="YAML", help="a run's config.yaml, or any recipe")  # fmt: skip
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, e.g. data.sampler=balanced")
     args = parser.parse_intermixed_args()
     for name, least in (("batch", 0), ("ranks", 1), ("workers", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: at least {least}")
+    if args.png:
+        check_output_file(args.png, "--png")
     request = Request(_recipe(args), args.batch, args.workers)
     batch = global_batch(request, args.ranks)
     content = explain(request, batch)

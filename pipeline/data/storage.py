@@ -52,13 +52,17 @@ def local(location: Location) -> Path:
     return Path(str(location).removeprefix("file://"))
 
 
-def location(text: str) -> Location:
+def location(text: str, what: str) -> Location:
     """What a command line names: a path, where `~` is the home directory, or a URL of a store as it is.
+
+    Args:
+        text: The words.
+        what: The option, for the message.
 
     Raises:
         UserError: it is empty.
     """
-    return text if is_remote(text) else user_path(local(text) if text else text, "path")
+    return text if is_remote(text) else user_path(text.removeprefix("file://"), what)
 
 
 def join(location: Location, name: str) -> str:
@@ -170,15 +174,19 @@ def read_bytes(location: Location, limit: int | None = None) -> bytes:
     return attempt(read, str(location))
 
 
-def sizes(location: Location, below: str = "") -> dict[str, int]:
-    """Sizes in bytes of all files right in a directory, by name; a directory that is not there is empty."""
+def entries(location: Location, below: str = "") -> dict[str, dict[str, Any]]:
+    """What is known of all files right in a directory, by name; a directory that is not there is empty.
+
+    Of each file `size`, in bytes; of a local one `mtime_ns`, of one in a store all that fsspec's `info` has.
+    """
     where = join(location, below) if below else str(location)
     if not is_remote(where):
         folder = local(where)
         if not folder.is_dir():
             return {}
         with os.scandir(folder) as files:
-            return {file.name: file.stat().st_size for file in files if file.is_file()}
+            found = {file.name: file.stat() for file in files if file.is_file()}
+        return {name: {"size": status.st_size, "mtime_ns": status.st_mtime_ns} for name, status in found.items()}
     system, path = file_system(where)
 
     def listing() -> list[dict[str, Any]]:
@@ -188,5 +196,9 @@ def sizes(location: Location, below: str = "") -> dict[str, int]:
             return []
         return found
 
-    entries = attempt(listing, where)
-    return {e["name"].rsplit("/", 1)[-1]: int(e["size"] or 0) for e in entries if e["type"] == "file"}
+    return {e["name"].rsplit("/", 1)[-1]: e for e in attempt(listing, where) if e["type"] == "file"}
+
+
+def sizes(location: Location, below: str = "") -> dict[str, int]:
+    """Sizes in bytes of all files right in a directory, by name; a directory that is not there is empty."""
+    return {name: int(entry["size"] or 0) for name, entry in entries(location, below).items()}

@@ -7,9 +7,10 @@ In: directories of tracked runs. Out: complete MLflow runs.
 
 import argparse
 import sys
-from pathlib import Path
+from functools import partial
 
 from pipeline.errors import UserError, run_cli
+from pipeline.files import user_path
 from pipeline.tracking.deliver import Delivery, RunRefused, first_line
 from pipeline.tracking.spool import Spool, load_mlflow
 from pipeline.tracking.tracker import check_uri
@@ -19,7 +20,8 @@ def main() -> int:
     """Parses, delivers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["sync"])
-    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="directory of a tracked run")
+    parser.add_argument("run_dirs", type=partial(user_path, what="RUN_DIR"), nargs="+", metavar="RUN_DIR",
+                        help="directory of a tracked run")  # fmt: skip
     parser.add_argument("--uri", help="the server, where it moved since (default: the run's own)")
     args = parser.parse_args()
     for run_dir in args.run_dirs:
@@ -36,7 +38,7 @@ def sync(spool: Spool, uri: str | None) -> None:
     """
     if not spool.exists:
         raise UserError(f"{spool.run_dir}: holds no tracking.json; give the directory of a tracked run")
-    if uri:
+    if uri is not None:
         check_uri(uri, "--uri")
         spool.identity = spool.identity | {"uri": uri}
     load_mlflow()

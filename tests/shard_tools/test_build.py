@@ -89,7 +89,7 @@ def test_a_second_split_joins_the_first(tmp_path):
 
     write("--4gqARaEJE_0.000.wav")
     write("-0BIyqJj9ZU_30000.flac")
-    write("Y-0RWZT-miFs.ogg", rate=44100)
+    write("Y-0RWZT-miFs.ogg", seconds=10.0, rate=44100)
     write("abcdefghijk.wav", seconds=5.0)
     header = "# comment\n# comment\n# YTID, start_seconds, end_seconds, positive_labels\n"
     train = tmp_path / "balanced_train_segments.csv"
@@ -198,9 +198,9 @@ def test_slices_with_spaces_and_outputs_that_are_no_place(tmp_path, monkeypatch)
     (tmp_path / "file").write_text("x")
     for words, said in (
         (("--slice", "1 / 2", "--out", tmp_path / "out"), "'1 / 2' is not I/N"),
-        (("--out", ""), "names no path"),
+        (("--out", ""), "--out = '' names no path"),
         (("--out", tmp_path / "file"), "is no directory"),
-        (("--out", tmp_path / "out", "--root", ""), "names no path"),
+        (("--out", tmp_path / "out", "--root", ""), "--audio-root = '' names no path"),
     ):
         with pytest.raises(UserError) as caught:
             run_main(monkeypatch, "--dataset", "synth", *words)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from PIL import Image
 from pipeline.data.manifest import INDEX_SCHEMA, load_index, load_manifest
 from pipeline.data.storage import location
 from pipeline.errors import UserError
-from shard_tools import catalogs
+from shard_tools import catalogs, inspect_shards
 from shard_tools.build import build
 from shard_tools.inspect_shards import parser, text
 from shard_tools.portrait import clip_page, whole_page
@@ -122,6 +123,29 @@ def test_one_clip_and_none(shards, tmp_path):
         find(shards, load_manifest(shards), "nothing")
 
 
+def test_a_disk_that_fills_leaves_the_page_that_was_there(shards, tmp_path, monkeypatch):
+    page = tmp_path / "all.html"
+    page.write_text("of before")
+    monkeypatch.setattr(inspect_shards, "clip_page", lambda *_: "x" * (1 << 20))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"--html .*all\.html: File too large"):
+            run_main(monkeypatch, shards, "tone", "--html", page)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["all.html"]
+    assert page.read_text() == "of before"
+    monkeypatch.setattr(inspect_shards, "find", None)  # a place that cannot be written is refused before the work
+    with pytest.raises(UserError, match=r"--html .*: is a directory"):
+        run_main(monkeypatch, shards, "tone", "--html", tmp_path)
+
+
+def run_main(monkeypatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["inspect_shards.py", *map(str, words)])
+    return inspect_shards.main()
+
+
 def test_a_flipped_bit_is_an_error_that_names_the_clip(shards, tmp_path):
     row = load_index(shards).to_pylist()[0]
     tar = shards / row["shard"]
@@ -142,7 +166,7 @@ def test_a_url_gives_the_same_numbers(shards):
     local, remote = survey(shards, 3, 1, 2), survey(f"file://{shards}", 3, 1, 2)
     assert local.levels == remote.levels
     assert json.dumps(load_manifest(shards).model_dump()) == json.dumps(remote.manifest.model_dump())
-    assert parser().parse_args([f"file://{shards}"]).directory == location(f"file://{shards}") == shards
+    assert parser().parse_args([f"file://{shards}"]).directory == location(f"file://{shards}", "DIR") == shards
 
 
 def test_s3_gives_the_same_words_page_and_sound(shards, s3, tmp_path):

@@ -92,7 +92,7 @@ def _data(shards: str, recipe: PretrainRecipe | FinetuneRecipe) -> tuple[Shape, 
     manifest = load_manifest(shards)
     spec = DataSpec.of(manifest, recipe.data)
     return (Shape(spec.samples, spec.mel_bins, spec.frames, len(spec.labels)),
-            manifest.splits[recipe.data.train_split].clips)  # fmt: skip
+            sum(manifest.splits[name].clips for name in recipe.data.train_splits))  # fmt: skip
 
 
 def _batch(recipe: PretrainRecipe | FinetuneRecipe, gpus: int) -> int:

@@ -17,7 +17,7 @@ Each setting states its effect, and nothing else decides what a run directory ma
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Effect = Literal["result", "course", "neutral"]
 
@@ -55,6 +55,21 @@ def _expand(text: str) -> str:
 UserPath = Annotated[str, AfterValidator(_expand)]
 
 
+def _join(value: Any) -> Any:
+    """A YAML list, `[a, b]` and `a,b` are the same names; anything else is as it was, for pydantic to refuse."""
+    parts = value.strip("[] ").split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        return value
+    names = [part.strip(" '\"") for part in parts]
+    if len(set(names)) < len(names):
+        raise ValueError("names a split twice; name each once")
+    return ",".join(names)
+
+
+# Names of splits with commas between, which a name cannot hold.
+SplitNames = Annotated[str, BeforeValidator(_join)]
+
+
 class Section(BaseModel):
     """A group of settings; an unknown key, a wrong type or a number that is not finite is an error."""
 
@@ -77,7 +92,9 @@ class DataConfig(Section):
     """Which clips, in which order."""
 
     shards: UserPath = neutral("", description="directory or URL that holds manifest.json")
-    train_split: str = result("train", description="split to train on")
+    train_split: SplitNames = result(
+        "train", description="split to train on; of several, such as unbalanced,train, the clips of all, in that order"
+    )
     eval_split: str = result("eval", description="split to evaluate on, where no fold is held out; empty: none")
     fold: int = result(0, ge=0, description="held-out fold: train on the others, evaluate on it; 0: none")
     frames: int = result(0, ge=0, description="T; 0: 102.4 a second, rounded up to 16 (1024 for 10 s)")
@@ -105,6 +122,11 @@ class DataConfig(Section):
     fetch_ahead: int = neutral(
         256, ge=0, description="shards behind a URL: batches whose shards are fetched in advance"
     )
+
+    @property
+    def train_splits(self) -> list[str]:
+        """The names in `train_split`."""
+        return self.train_split.split(",")
 
 
 class AugmentConfig(Section):

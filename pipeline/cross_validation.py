@@ -112,8 +112,8 @@ def choose_folds(recipe: FinetuneRecipe, manifest: Manifest) -> list[int]:
             f"log.register_as = {recipe.log.register_as}: each fold has a model of its own; register one of them "
             "afterwards with python -m pipeline.serving RUN_DIR/fold-K --register NAME"
         )
-    index = load_index(data.shards, data.train_split, columns=["fold"])
-    known = sorted(set(index["fold"].to_pylist()) - {0})
+    found = [load_index(data.shards, split, columns=["fold"])["fold"].to_pylist() for split in data.train_splits]
+    known = sorted(set().union(*found) - {0})
     if len(known) < 2:
         raise UserError(
             f"finetune.folds = {wanted}: split '{data.train_split}' of {data.shards} has no folds; build them from "

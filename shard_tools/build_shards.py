@@ -47,6 +47,8 @@ EXAMPLES = """examples:
   build_shards.py --dataset esc50 --download --seconds 5 --out shards/esc50
   build_shards.py --dataset audioset --segments eval_segments.csv \\
       --class-labels class_labels_indices.csv --audio-root wavs --out shards/audioset
+  build_shards.py --dataset audioset --segments unbalanced_train_segments.csv --split unbalanced \\
+      --class-labels class_labels_indices.csv --audio-root wavs --out shards/audioset
 """
 
 

@@ -64,6 +64,7 @@ def test_folds_that_are_not_there_or_contradict_are_said(shards, tmp_path):
 
     assert chosen("finetune.folds=all") == [1, 2, 3, 5]
     assert chosen("finetune.folds=[3,2]") == [2, 3]
+    assert chosen("finetune.folds=all", "data.train_split=[train,eval]") == [1, 2, 3, 4, 5]
     with pytest.raises(UserError, match=r"\[2, 9\]: the shards have the folds \[1, 2, 3, 5\]"):
         chosen("finetune.folds=[2,9]")
     with pytest.raises(UserError, match=r"data\.fold = 3"):

@@ -33,7 +33,7 @@ COMMON = {
 }  # fmt: skip
 
 PRETRAIN = COMMON | {
-    "data.train_split": "unbalanced", "model.stride": 16,
+    "data.train_split": "unbalanced,train", "model.stride": 16,
     # batch 180, rate 5e-4 after 1000 steps, halved where the masked accuracy stops rising; 10 epochs
     "train.batch_size": 180, "train.epochs": 10.0, "optim.lr": 5e-4, "optim.warmup": 1000, "optim.schedule": "plateau",
     "optim.factor": 0.5, "optim.milestones": (), "eval.every_clips": 96000, "eval.every_epochs": 0.0,
@@ -68,7 +68,7 @@ FINETUNE = COMMON | {
 COLUMNS = {
     "as_bal": {},
     "as_full": {
-        "data.train_split": "unbalanced", "data.sampler": "balanced", "train.epochs": 5.0, "optim.lr": 1e-5,
+        "data.train_split": "unbalanced,train", "data.sampler": "balanced", "train.epochs": 5.0, "optim.lr": 1e-5,
         "optim.warmup": 1000, "optim.milestones": (2, 3, 4, 5), "checkpoint.average": (1, 5),
     },
     "esc50": {

@@ -7,6 +7,7 @@ label, bring that to 0.48 s: tests/benchmarks/bench_growth.py), and memory holds
 shards were used last (40 bytes a clip and member). Reads of a batch are vectorised: no Python loop over clips.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,11 +66,11 @@ class ShardIndex:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def part(self, split: str, fold: int, held_out: bool, limit: int, name: str) -> Part:
+    def part(self, splits: Sequence[str], fold: int, held_out: bool, limit: int, name: str) -> Part:
         """The clips of a part of a run.
 
         Args:
-            split: Of the data.
+            splits: Of the data; their clips follow one another in this order.
             fold: Fold to hold out; 0: none.
             held_out: The clips of that fold, not the others.
             limit: Only the first clips; 0: all.
@@ -78,7 +79,8 @@ class ShardIndex:
         Raises:
             UserError: no such fold, or no clip.
         """
-        chosen = np.array([shard.split == split for shard in self.manifest.shards], bool)
+        of_shards = np.array([shard.split for shard in self.manifest.shards])
+        chosen = np.concatenate([np.flatnonzero(of_shards == split) for split in splits])
         sizes = np.diff(self._starts)[chosen]
         begins = self._starts[:-1][chosen]
         together = len(begins) > 0 and bool((begins[1:] == begins[:-1] + sizes[:-1]).all())
@@ -88,14 +90,15 @@ class ShardIndex:
                 starts = np.unique(np.minimum(starts, limit))
             return Part(starts, None, int(begins[0]), name)
         rows = np.concatenate([np.arange(b, b + n) for b, n in zip(begins, sizes, strict=True)] or [np.empty(0, int)])
+        named = ",".join(splits)
         if fold:
             folds = self._file.check(self._file.read(["fold"]))["fold"].to_numpy()[rows]
             if fold not in folds:
-                raise UserError(f"data.fold = {fold}: split '{split}' has folds {sorted(set(folds.tolist()))}")
+                raise UserError(f"data.fold = {fold}: split '{named}' has folds {sorted(set(folds.tolist()))}")
             rows = rows[(folds == fold) == held_out]
         rows = rows[: limit or None]
         if not len(rows):
-            raise UserError(f"{self.directory}: no clip in split '{split}', fold {fold}; see its failures.jsonl")
+            raise UserError(f"{self.directory}: no clip in split '{named}', fold {fold}; see its failures.jsonl")
         return Part.of(rows, self.shards(rows), name)
 
     def shards(self, rows: np.ndarray) -> np.ndarray:

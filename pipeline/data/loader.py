@@ -71,7 +71,7 @@ def build_loader(
     Args:
         data: Settings.
         augment: Of training clips; None: none.
-        part: "train": the training split without the held-out fold. "eval": that fold, or the eval split.
+        part: "train": the training splits without the held-out fold. "eval": that fold, or the eval split.
         needs: What the method reads.
         batch_size: Clips of a global batch; divides by the ranks.
         seed: Of order and augmentation.
@@ -93,15 +93,18 @@ def build_loader(
         data = data.model_copy(update={"sampler": "shuffle", "epoch_clips": 0})
     manifest = load_manifest(data.shards)
     spec = DataSpec.of(manifest, data)
-    split = data.train_split if part == "train" or data.fold else data.eval_split
-    if split not in manifest.splits:
-        raise UserError(
-            f"data.{part}_split = '{split}' is not in {data.shards}, which has {', '.join(manifest.splits)}; name one"
-        )
+    splits = data.train_splits
+    if part == "eval" and not data.fold:
+        splits = [data.eval_split]
+        if data.eval_split not in manifest.splits:
+            raise UserError(
+                f"data.eval_split = '{data.eval_split}' is not in {data.shards}, which has "
+                f"{', '.join(manifest.splits)}; name one"
+            )
     content = _Content.of(data, augment or AugmentConfig(), needs)
     index = ShardIndex(data.shards, manifest, content.members)
-    name = f"{manifest.digest}/{split}/{data.fold}/{part}"
-    selection = index.part(split, data.fold, part == "eval", limit, name)
+    name = f"{manifest.digest}/{','.join(splits)}/{data.fold}/{part}"
+    selection = index.part(splits, data.fold, part == "eval", limit, name)
     loader = Loader(index, selection, spec, data, content, _Share(batch_size, seed, place))
     if part == "train" and batch_size > loader.clips:
         raise UserError(
@@ -169,7 +172,7 @@ class Loader:
         self.clips = len(self._order)
         limit = Limit(data.max_bad, data.max_bad_share, self.clips)
         self.bad_clips = BadClips(data.shards, index.name, data.on_error, limit)
-        held = np.unique(index.shards(part.at(part.starts[:-1]))).tolist()
+        held = index.shards(part.at(part.starts[:-1])).tolist()
         records = [index.manifest.shards[number] for number in held]
         missing = look(data.shards, records, np.diff(part.starts), limit)
         absent = frozenset(number for number, record in zip(held, records, strict=True) if record.name in missing)

@@ -59,10 +59,10 @@ class Part:
 
     @staticmethod
     def of(rows: np.ndarray, shards: np.ndarray, key: str) -> "Part":
-        """From ascending index rows [n] and the shard number [n] of each."""
+        """From index rows [n] and the shard number [n] of each; the rows of a shard ascend and lie together."""
         edges = np.flatnonzero(shards[1:] != shards[:-1]) + 1
         starts = np.concatenate([[0], edges, [len(rows)]]).astype(np.int64)
-        whole = int(rows[-1]) - int(rows[0]) + 1 == len(rows)
+        whole = bool((rows[1:] == rows[:-1] + 1).all())
         return Part(starts, None if whole else rows.astype(np.int32), int(rows[0]), key)
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 In: a manifest and the data settings. Out: `data.json` in the run directory, a checked `DataSpec`.
 """
 
+import math
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -48,26 +49,32 @@ class DataSpec(BaseModel):
         """From the manifest, where the settings do not say otherwise.
 
         Raises:
-            UserError: the training split is not in the shards, or their sample rate is not the model's.
+            UserError: a training split is not in the shards, or their sample rate is not the model's.
         """
         if manifest.audio.sample_rate != SAMPLE_RATE:
             raise UserError(
                 f"{data.shards}: sample rate {manifest.audio.sample_rate} Hz, the model reads {SAMPLE_RATE}; rebuild "
                 f"the shards with --sample-rate {SAMPLE_RATE}"
             )
-        split = manifest.splits.get(data.train_split)
-        if split is None:
-            raise UserError(
-                f"data.train_split = '{data.train_split}' is not in {data.shards}, which has "
-                f"{', '.join(manifest.splits)}; name one of these"
-            )
+        for name in data.train_splits:
+            if name not in manifest.splits:
+                raise UserError(
+                    f"data.train_split = '{data.train_split}': there is no split '{name}' in {data.shards}, which has "
+                    f"{', '.join(manifest.splits)}; name one of these"
+                )
+        # Clips have equally many values: the whole is weighted by clips. hypot of one number is that number, to the bit.
+        splits = [manifest.splits[name] for name in data.train_splits]
+        shares = [split.clips / max(1, sum(other.clips for other in splits)) for split in splits]
+        mean = math.fsum(share * split.fbank_mean for share, split in zip(shares, splits, strict=True))
+        deviations = [value for share, split in zip(shares, splits, strict=True)
+                      for value in (share**0.5 * split.fbank_std, share**0.5 * (split.fbank_mean - mean))]  # fmt: skip
         return DataSpec(
             sample_rate=manifest.audio.sample_rate,
             samples=manifest.audio.samples,
             mel_bins=manifest.fbank.mel_bins,
             frames=data.frames or padded_frames(manifest.audio.samples / manifest.audio.sample_rate),
-            mean=split.fbank_mean if data.mean is None else data.mean,
-            std=split.fbank_std if data.std is None else data.std,
+            mean=mean if data.mean is None else data.mean,
+            std=math.hypot(*deviations) if data.std is None else data.std,
             labels=manifest.labels,
             single_label=manifest.single_label,
             digest=manifest.digest,

@@ -239,8 +239,8 @@ class _Reader:
 
     def _listed(self, run: Run, content: dict[str, Any]) -> int:
         manifest = self.manifest(run.data)
-        record = manifest.splits.get(content["split"]) if manifest else None
-        return record.listed if record else 0
+        splits = manifest.splits if manifest else {}
+        return sum(splits[name].listed for name in content["split"].split(",") if name in splits)
 
 
 def _seed(run: Run) -> tuple[int, str]:

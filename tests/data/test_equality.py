@@ -15,11 +15,12 @@ BATCH, COUNT = 12, 6
 NAMES = ("position", "row", "valid", "waveform", "fbank", "targets", "length")
 AUGMENT = AugmentConfig(mixup=0.5, freq_mask=24, time_mask=16, noise=0.1, noise_snr=(10, 20), roll=0.05)
 PLACES = [(1, 0), (1, 2), (2, 1), (4, 2), (3, 1)]
-WITHOUT = [(1, 0, "without"), (2, 1, "without")]
+OTHERS = [(1, 0, "without"), (2, 1, "without"), (1, 2, "splits"), (3, 0, "splits")]
 SAMPLERS = {
     "shuffle": {},
     "balanced": {"sampler": "balanced"},
     "without": {"sampler": "balanced", "replacement": False, "epoch_clips": 40},
+    "splits": {"train_split": "eval,train"},
 }
 
 
@@ -90,6 +91,8 @@ def test_the_reference_is_an_epoch_of_different_augmented_clips(expected):
     assert not torch.equal(waves[first], waves[second])  # the same clip, augmented anew
     drawn = [key for batch in expected["without"] for key in batch["key"]]
     assert len(set(drawn[:40])) == 40
+    both = [row for batch in expected["splits"] for row in batch["row"].tolist()]
+    assert len(set(both)) == BATCH * COUNT > epoch  # of 80 clips in two splits
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,7 @@ def caches(tmp_path_factory):
 @pytest.mark.parametrize("source", ["shards", "s3_shards"])
 @pytest.mark.parametrize(
     ("ranks", "workers", "sampler"),
-    [*((*place, sampler) for place in PLACES for sampler in ("shuffle", "balanced")), *WITHOUT],
+    [*((*place, sampler) for place in PLACES for sampler in ("shuffle", "balanced")), *OTHERS],
 )
 def test_ranks_workers_and_resuming_anywhere_change_no_byte(
     request, tmp_path, expected, caches, source, ranks, workers, sampler

@@ -67,11 +67,11 @@ def test_a_damaged_index_is_one_line(shards, tmp_path):
 )
 def test_parts_are_the_rows_of_split_and_fold(shards, fold, held_out, limit):
     index = ShardIndex(str(shards), load_manifest(shards), BOTH)
-    for split in ("train",) if fold else ("train", "eval"):
-        part = index.part(split, fold, held_out, limit, "name")
+    for splits in (["train"], ["train", "eval"], ["eval", "train"], *([] if fold else [["eval"]])):
+        part = index.part(splits, fold, held_out, limit, "name")
         rows = part.at(np.arange(len(part)))
         expected = [
-            i for i, row in enumerate(load_index(shards).to_pylist())
+            i for split in splits for i, row in enumerate(load_index(shards).to_pylist())
             if row["split"] == split and (not fold or (row["fold"] == fold) == held_out)
         ]  # fmt: skip
         assert rows.tolist() == (expected[:limit] if limit else expected)
@@ -120,7 +120,7 @@ def test_labels_and_folds_that_cannot_be_are_refused_where_all_are_read(shards, 
     with pytest.raises(UserError, match="labels: 99 of 13 classes"):
         index.label_columns()
     with pytest.raises(UserError, match="fold: -1"):
-        index.part("train", 2, False, 0, "name")
+        index.part(["train"], 2, False, 0, "name")
     with pytest.raises(UserError, match="fold: -1"):
         load_index(tmp_path, columns=["fold"])
 

@@ -9,6 +9,8 @@ import pyarrow as pa
 import pytest
 import soundfile
 import torch
+import yaml
+from pydantic import ValidationError
 
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data.convert import fbank_floats, half_floats
@@ -118,6 +120,39 @@ def test_a_held_out_fold_is_never_trained_on(shards):
     folds = load_index(shards, columns=["fold"])["fold"].to_numpy()
     assert set(folds[list(seen)].tolist()) == {1, 3, 5}  # fold 4 of so few clips is all in the eval split
     assert set(folds[list(kept)].tolist()) == {2}
+
+
+def test_several_splits_are_one(shards, tmp_path):
+    """Their names in any spelling, their clips once an epoch each, their folds, statistics and missing tars."""
+    words = ["train_split: [eval, train]", "train_split: eval,train", "train_split: '[eval, train]'"]
+    assert {DataConfig(**yaml.safe_load(word)).train_split for word in words} == {"eval,train"}
+    with pytest.raises(ValidationError, match="names a split twice"):
+        DataConfig(train_split="train,eval,train")
+    with pytest.raises(UserError, match=r"'train,nope': there is no split 'nope' in .*, which has train, eval"):
+        loader(shards, train_split="train,nope")
+    with loader(shards, train_split="eval,train") as own:
+        batches = [batch for _, batch in zip(range(7), own.train_batches(0), strict=False)]
+        spec, rows = own._spec, [row for batch in batches for row in batch.row.tolist()][: own.clips]
+    assert sorted(rows) == list(range(80)) == list(range(own.clips))
+    stored = np.concatenate([np.load(io.BytesIO(member)).ravel().astype(float) for member in members(shards, "fbank")])
+    assert (spec.mean, spec.std) == pytest.approx((stored.mean(), stored.std()), rel=1e-6)
+    with loader(shards, train_split="eval,train", fold=4) as train, \
+            loader(shards, train_split="eval,train", fold=4, part="eval") as held:  # fmt: skip
+        assert train.clips + held.clips == 80
+        assert held.clips == len(load_index(shards, folds=[4])) > 0  # of this fold the train split has none
+    shutil.copytree(shards, tmp_path / "copy", ignore=shutil.ignore_patterns("source"))
+    lost = next(shard for shard in own.manifest.shards if shard.split == "eval")
+    (tmp_path / "copy" / lost.name).unlink()
+    with pytest.raises(UserError, match=f"1 of {len(own.manifest.shards)} tars .* with {lost.clips / 80:.0%} of the "):
+        loader(tmp_path / "copy", train_split="eval,train", max_bad_share=0)
+
+
+def members(shards, name):
+    """Every clip's member as it is stored."""
+    for row in load_index(shards).to_pylist():
+        with (shards / row["shard"]).open("rb") as tar:
+            tar.seek(row[f"{name}_offset"])
+            yield tar.read(row[f"{name}_size"])
 
 
 @pytest.fixture

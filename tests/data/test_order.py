@@ -60,6 +60,13 @@ def test_an_order_stays_the_same_in_later_releases():
     assert [hashlib.sha256(rows.tobytes()).hexdigest()[:16] for rows in (plain, balanced)] == GOLDEN
 
 
+@pytest.mark.parametrize("rows", [[0, 5, 2], [1, 0, 2], [7, 8, 0, 1, 2], [4, 5, 6]])
+def test_a_part_holds_its_rows_in_any_order_of_its_shards(rows):
+    found = Part.of(np.array(rows), np.array(rows) // 3, "key")
+    assert found.at(np.arange(len(rows))).tolist() == rows
+    assert sorted(TrainOrder(found, 0, 2, 2).rows(np.arange(len(rows))).tolist()) == sorted(rows)
+
+
 def test_epochs_seeds_and_data_differ():
     base = TrainOrder(part(100), 0, 8, 16)
     first = base.rows(np.arange(100))

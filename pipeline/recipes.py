@@ -80,6 +80,17 @@ def changes_result(key: str) -> bool:
     return effect(key) != "neutral"
 
 
+def former(recipe: Recipe) -> dict[str, Any]:
+    """What runs had before a setting was there, or its default another one, where that changes the run's numbers.
+
+    So such a run's directory, digest in an ablation and finished folds are never taken for those of today's default.
+    """
+    found = {"model.norm": "group"}
+    if recipe.augment.mixup > 0 and recipe.data.sampler == "balanced":
+        found["augment.partners"] = "sampler"
+    return found
+
+
 def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """Settings that differ and can change a run's numbers, `model.init` among them: key -> (before, now).
 
@@ -95,7 +106,7 @@ def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def read_run(run_dir: Path) -> PretrainRecipe | FinetuneRecipe:
-    """The settings that a run directory, or one of its checkpoints, was made with.
+    """The settings that a run directory, or one of its checkpoints, was made with; those it lacks are `former`.
 
     Raises:
         UserError: its config.yaml is missing, damaged, or of a version that has other settings.
@@ -107,9 +118,15 @@ def read_run(run_dir: Path) -> PretrainRecipe | FinetuneRecipe:
     if len(kinds) != 1:
         raise UserError(f"{path}: holds the settings of no run; give a run directory of pretrain.py or finetune.py")
     try:
-        return kinds[0].model_validate(content)
+        recipe = kinds[0].model_validate(content)
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(kinds[0], error)} (damaged, or written by another version)") from error
+    for key, value in former(recipe).items():
+        section, _, name = key.partition(".")
+        values: Section = getattr(recipe, section)
+        if name not in values.model_fields_set:
+            recipe = recipe.model_copy(update={section: values.model_copy(update={name: value})})
+    return recipe
 
 
 def finetuned_recipe(run_dir: Path) -> FinetuneRecipe:

@@ -145,6 +145,20 @@ def test_what_changes_no_number_changes_no_run_and_the_rest_does(tmp_path):
         assert not set(digests(**setting)) & set(base), setting  # the finetunings change with their pretraining
 
 
+def test_a_new_setting_counts_where_runs_before_had_another_value(tmp_path):
+    """Mixup's other clips were balanced ones under data.sampler=balanced, where today's default is another."""
+
+    def digests(**settings) -> list[str]:
+        row = {"name": "random", "scratch": True, "finetune": settings, "paper": {"as_bal": None, "as_full": None}}
+        table = {"title": "T", "columns": ["as_bal", "as_full"], "rows": [row]}
+        (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
+        return [run.digest for run in build_grid([tmp_path / "table.yaml"], "micro", {}, [0]).runs]
+
+    assert digests() == ["8ae4250f27", "039416bd76"]
+    assert digests(**{"augment.mixup": 0.5}) == ["7461c6e078", "946c5d3df0"]
+    assert digests(**{"augment.mixup": 0.5, "augment.partners": "sampler"})[1] == "88aa06c185"  # as it was
+
+
 def test_finished_runs_stay_failed_ones_are_tried_again(world):
     swapt = world.pretraining("-SWaPT")
     outcome = world.run({"SSAST-AST": "fail once", swapt: "bad settings", "SWaPT-SWAST": "slow"})

@@ -147,7 +147,7 @@ def test_every_setting_states_whether_it_changes_results(kind):
     assert {key for key in stated if not changes_result(key)} == neutral
 
 
-NAMES = [("paper", 112, "8b1caf266593f9c4"), ("micro", 79, "68c77d7d50dbd838")]
+NAMES = [("paper", 112, "adaef32e8041e5c7"), ("micro", 79, "68c77d7d50dbd838")]
 
 
 @pytest.mark.parametrize(("scale", "runs", "digest"), NAMES)
@@ -175,6 +175,20 @@ def test_initial_weights_that_moved_together_with_the_run_are_the_same(tmp_path,
     other = recipe(tmp_path / "a" / "fine", tmp_path / "a" / "other")
     assert list(differences(before, other)) == ["model.init"]
     assert list(differences(before, recipe(tmp_path / "a" / "fine", ""))) == ["model.init"]
+
+
+def test_a_config_without_a_setting_has_what_runs_had_before_it(tmp_path):
+    """Only where it changed their numbers: other runs go on as they are."""
+    for sampler, mixup, partners in (("balanced", 0.5, "sampler"), ("balanced", 0, "uniform"),
+                                     ("shuffle", 0.5, "uniform")):  # fmt: skip
+        words = [f"data.sampler={sampler}", f"augment.mixup={mixup}"]
+        content = load_recipe(FinetuneRecipe, [], words).model_dump(mode="json")
+        del content["augment"]["partners"], content["model"]["norm"]
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+        before = read_run(tmp_path)
+        assert (before.augment.partners, before.model.norm) == (partners, "group")
+        found = differences(before, load_recipe(FinetuneRecipe, [], [*words, "model.norm=group"]))
+        assert found == ({} if partners == "uniform" else {"augment.partners": ("sampler", "uniform")})
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,10 @@ from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe, UserPath
 from pipeline.errors import UserError
 from pipeline.files import user_path
 from pipeline.methods import FINETUNE, PRETRAIN
-from pipeline.recipes import changes_result, flatten, load_recipe, read_yaml
+from pipeline.recipes import changes_result, flatten, former, load_recipe, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = ROOT / "configs" / "ablation" / "scale"
-FORMER = {"model.norm": "group"}  # defaults that have changed: what they were
 ModelT = TypeVar("ModelT", bound=BaseModel)
 RecipeT = TypeVar("RecipeT", PretrainRecipe, FinetuneRecipe)
 
@@ -249,7 +248,7 @@ class _Builder:
         self, kind: Literal["pretrain", "finetune"], name: str, recipe: Recipe, data: str, task: str = "",
         init: Run | None = None, share: float = 1.0,
     ) -> Run:  # fmt: skip
-        base = flatten(type(recipe)()) | FORMER
+        base = flatten(type(recipe)()) | former(recipe)
         content = {
             "kind": kind,
             "data": data,

@@ -10,7 +10,7 @@ batches ahead of it (`pipeline.data.ring`), out of local files or the node's cac
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal
 
@@ -25,7 +25,7 @@ from pipeline.data.cache import Directory, Remote, Shard, this_job
 from pipeline.data.feed import Feed, Reading
 from pipeline.data.index import ShardIndex
 from pipeline.data.manifest import load_manifest
-from pipeline.data.order import Part, train_order
+from pipeline.data.order import Part, TrainOrder, train_order
 from pipeline.data.plan import Layout, Plan, Walk
 from pipeline.data.reader import Access, Needs
 from pipeline.data.spec import DataSpec
@@ -35,7 +35,7 @@ from pipeline.flow import Batch
 
 __all__ = ["Loader", "Needs", "Place", "build_loader", "pad_frames"]
 
-OPEN_FILES = 384  # of a reader: the shards of 64 windows of 2048 clips, 512 clips a shard; limits are 1024 and up
+OPEN_FILES = 384  # of a reader and order: the shards of 64 windows of 2048 clips, 512 a shard; limits are 1024 and up
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,12 @@ class Loader:
         self.manifest = index.manifest
         self._index, self._part, self._spec = index, part, spec
         self._content, self._share = content, share
-        self._order = train_order(part, data, share.seed, index.label_columns, len(spec.labels))
+        self._order = self._others = train_order(part, data, share.seed, index.label_columns, len(spec.labels))
+        orders = 1
+        if content.augment.mixup > 0 and data.sampler == "balanced" and content.augment.partners == "uniform":
+            # SSAST, AST and PSLA draw mixup's other clips uniformly: balanced ones did worse.
+            others = replace(part, key=f"{part.key}/partners")
+            self._others, orders = TrainOrder(others, share.seed, data.streams, data.window), 2
         self.clips = len(self._order)
         limit = Limit(data.max_bad, data.max_bad_share, self.clips)
         self.bad_clips = BadClips(data.shards, index.name, data.on_error, limit)
@@ -182,7 +187,8 @@ class Loader:
         )
         raw = device.type != "cpu" if raw is None else raw
         layout = Layout(index.manifest, content.members, content.augment.mixup > 0, share.clips, spec.frames, raw)
-        reading = _reading(data, spec, index, -(-self._order.streams // share.place.world_size), absent)
+        streams = -(-self._order.streams // share.place.world_size)
+        reading = _reading(data, spec, index, streams, orders, absent)
         self._feed = Feed(index, layout, reading, self.bad_clips, device, len(spec.labels))
 
     @property
@@ -223,11 +229,11 @@ class Loader:
         """What this rank's clips of global batch `step` are, before anything is read."""
         share, augment = self._share, self._content.augment
         position = share.positions(step)
-        mixup = partners = None
+        rows, mixup, partners = self._order.rows(position), None, None
         if augment.mixup > 0:
             mixup = plan_mixup(augment, share.seed, torch.from_numpy(position))
-            partners = self._order.partners(position, mixup.draw)
-        return Plan(step, position, self._order.rows(position), np.ones(len(position), bool), mixup, partners)
+            partners = self._others.partners(position, mixup.draw, rows)
+        return Plan(step, position, rows, np.ones(len(position), bool), mixup, partners)
 
     def eval_batches(self) -> Iterator[Batch]:
         """Every clip exactly once over all ranks, in index order, equally many batches on each rank.
@@ -279,24 +285,28 @@ class Loader:
         size = self._share.batch_size
 
         def shards_ahead(step: int) -> np.ndarray:
-            return self._index.shards(rows_of(self._share.positions(step)))
+            planned = plan(step)
+            read = [planned.rows]
+            if planned.mixup is not None and planned.partners is not None:
+                read.append(planned.partners[planned.mixup.mixed])
+            return self._index.shards(np.concatenate(read))
 
         return Walk(plan, rows_of, shards_ahead, size, -(-size // streams) * streams, self.clips, first, stop)
 
 
 def _reading(
-    data: DataConfig, spec: DataSpec, index: ShardIndex, streams: int, absent: frozenset[int]
+    data: DataConfig, spec: DataSpec, index: ShardIndex, streams: int, orders: int, absent: frozenset[int]
 ) -> Reading:
-    """How a rank with so many streams reads these shards."""
+    """How a rank with so many streams of each of its orders reads these shards."""
     source: Remote | Directory = Directory(str(local(data.shards)), tuple(index.shard_names))
-    open_files = OPEN_FILES
+    open_files = OPEN_FILES * orders
     if is_remote(data.shards):
         records = {record.name: record for record in index.manifest.shards}
         shards = tuple(Shard(name, records[name].size, records[name].sha256) for name in index.shard_names)
         cache = data.cache or os.environ.get("CRAFT_CACHE", "") or "~/.cache/craft"
         source = Remote(data.shards.rstrip("/"), shards, cache, int(data.cache_gb * 1e9), this_job())
         # What is open stays in the cache: the shards of the window that is read and of the next one.
-        open_files = min(OPEN_FILES, 2 * streams + 4)
+        open_files = min(OPEN_FILES * orders, 2 * streams * orders + 4)
     audio, fbank = index.manifest.audio.array, index.manifest.fbank.array
     access = Access(source, audio, fbank, open_files, spec.mean, spec.std, absent)
     return Reading(access, data.workers, data.prefetch, data.fetch_ahead)

@@ -194,19 +194,20 @@ class TrainOrder:
             found[here] = rows[slot[here] - first[here]]
         return np.asarray(found)
 
-    def partners(self, positions: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """Another clip for each position, out of its own shuffle window, so of the same shards.
+    def partners(self, positions: np.ndarray, draws: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """Another clip for each position, out of this order's shuffle window, so of the shards that are read there.
 
         Args:
             positions: int64 [m].
             draws: [m], uniform in [0, 1).
+            own: int64 [m], index rows of the clips, of this order or of another one of the part.
 
         Returns:
-            int64 [m], index rows; the clip itself where its window holds no other.
+            int64 [m], index rows; the clip itself where the window holds no other.
         """
         epoch, stream, slot = self._split(positions)
         _, first, stop = self._bounds(stream, slot)
-        size, own = stop - first, self.rows(positions)
+        size = stop - first
         turn = slot - first + 1 + (draws * (size - 1)).astype(np.int64)
         found = self.rows(self._position(epoch, stream, first + turn % size))
         for i in np.flatnonzero(found == own):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import DataConfig
+from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data import cache as cache_module
 from pipeline.data.cache import FOLDER, Cache, NoRoomError, Remote, Shard
 from pipeline.data.loader import Needs, Place, build_loader
@@ -200,17 +200,27 @@ def test_the_parts_of_a_killed_download_are_swept_and_those_of_a_living_one_coun
             Cache(described._replace(limit=900_000_000)).open(1, ahead=True)
 
 
-def test_shards_are_fetched_before_they_are_read(shards, server, tmp_path):
-    config = DataConfig(shards=server.url, streams=4, window=8, workers=0, cache=str(tmp_path), fetch_ahead=64)
+@pytest.mark.parametrize("mixup", [0.0, 1.0])
+def test_shards_are_fetched_before_they_are_read(shards, server, tmp_path, mixup):
+    """Those of mixup's other clips too: of one batch ahead they are more than the clips themselves lie in."""
+    ahead = 1 if mixup else 64
+    config = DataConfig(shards=server.url, streams=4, window=8, workers=0, cache=str(tmp_path), fetch_ahead=ahead,
+                        sampler="balanced" if mixup else "shuffle")  # fmt: skip
     needs, place = Needs(waveform=False, fbank=True), Place(0, 1, torch.device("cpu"))
-    with build_loader(config, None, part="train", needs=needs, batch_size=2, seed=1, place=place) as loader:
+    with build_loader(config, AugmentConfig(mixup=mixup), part="train", needs=needs, batch_size=2, seed=1,
+                      place=place) as loader:  # fmt: skip
         iterator = loader.train_batches(0)
         next(iterator)
         wanted = {name for name in loader._index.shard_names if name.startswith("train")}
+        if mixup:
+            plans = [loader.train_plan(step) for step in range(2)]
+            rows = [row for plan in plans for part in (plan.rows, plan.partners) for row in part.tolist()]
+            wanted = {shard for _, shard in loader.names(rows)}
+            assert len(wanted) > len({shard for plan in plans for _, shard in loader.names(plan.rows.tolist())})
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and sum(p.suffix == ".cached" for p in copies(tmp_path)) < len(wanted):
             time.sleep(0.05)
-        assert len(loader.touched) <= 4
+        assert len(loader.touched) <= 4 < len(wanted)
         assert sum(p.suffix == ".cached" for p in copies(tmp_path)) == len(wanted)
         iterator.close()
 

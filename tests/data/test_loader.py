@@ -226,6 +226,43 @@ def test_mixup_is_the_twin_s_on_waveforms_and_labels(shards, raw):
     assert 9 < mixed < 27
 
 
+def partners_of(shards, ranks, steps, **options):
+    """Rows of own and other clips of batches 0 .. steps - 1, in global order."""
+    own, others = np.empty((2, steps, BATCH), np.int64)
+    for rank in range(ranks):
+        with loader(shards, rank, ranks, workers=0, **options) as one:
+            for step in range(steps):
+                plan = one.train_plan(step)
+                own[step, rank::ranks], others[step, rank::ranks] = plan.rows, plan.partners
+    return own.ravel(), others.ravel()
+
+
+def test_other_clips_of_mixup_are_uniform_under_balanced_sampling(tmp_path):
+    """Of 96 clips 84 are of class a. So are as many partners, though of the drawn clips only half: as in SSAST, AST, PSLA."""
+    rows = ["path,labels"]
+    for number in range(96):
+        noise = np.random.default_rng(number).uniform(-0.5, 0.5, 800)
+        soundfile.write(tmp_path / f"{number}.wav", noise, 16000)
+        rows.append(f"{number}.wav,{'ba'[number % 8 > 0]}")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    out = tmp_path / "shards"
+    build(catalogs.table(tmp_path, tmp_path / "t.csv", None, None), out, options(0.05, 8), 1, engine="inline")
+    common = np.array([labels == [0] for labels in load_index(out)["labels"].to_pylist()])
+    assert common.sum() == 84
+    for data in ({}, {"replacement": False, "epoch_clips": 24}):
+        augment = AugmentConfig(mixup=0.5)
+        own, others = partners_of(out, 1, 400, augment=augment, sampler="balanced", **data)
+        assert common[own].mean() == pytest.approx(0.5, abs=0.05)
+        assert common[others].mean() == pytest.approx(84 / 96, abs=0.02)
+        expected = 4800 / 96
+        assert (abs(np.bincount(others, minlength=96) - expected) < 5 * expected**0.5).all()
+        assert (own != others).all()
+        again = partners_of(out, 3, 400, augment=augment, sampler="balanced", **data)
+        assert [rows.tolist() for rows in again] == [own.tolist(), others.tolist()]
+        drawn = AugmentConfig(mixup=0.5, partners="sampler")
+        assert common[partners_of(out, 1, 400, augment=drawn, sampler="balanced", **data)[1]].mean() < 0.8
+
+
 def test_only_what_is_needed_is_read(shards):
     with loader(shards, needs=Needs(waveform=False, fbank=True)) as own:
         batch = next(own.train_batches(0))

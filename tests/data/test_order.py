@@ -150,9 +150,10 @@ def test_partners_share_the_window_and_are_others():
     order = TrainOrder(part(200), 0, 4, 25)
     positions = np.arange(200)
     draws = np.random.default_rng(0).random(200)
-    partners = order.partners(positions, draws)
-    assert (partners != order.rows(positions)).all()
-    assert np.array_equal(partners, TrainOrder(part(200), 0, 4, 25).partners(positions, draws))
+    own = order.rows(positions)
+    partners = order.partners(positions, draws, own)
+    assert (partners != own).all()
+    assert np.array_equal(partners, TrainOrder(part(200), 0, 4, 25).partners(positions, draws, own))
 
 
 def test_a_partner_is_another_clip_among_weighted_draws_too():
@@ -160,4 +161,5 @@ def test_a_partner_is_another_clip_among_weighted_draws_too():
     positions = np.arange(400)
     rows = order.rows(positions)
     assert len(np.unique(rows[:40])) < 40  # draws repeat
-    assert (order.partners(positions, np.random.default_rng(0).random(400)) != rows).all()
+    for others in (order, TrainOrder(part(40), 1, 2, 20)):
+        assert (others.partners(positions, np.random.default_rng(0).random(400), rows) != rows).all()

@@ -62,7 +62,7 @@ class DataSpec(BaseModel):
                     f"data.train_split = '{data.train_split}': there is no split '{name}' in {data.shards}, which has "
                     f"{', '.join(manifest.splits)}; name one of these"
                 )
-        # Clips have equally many values: weights are shares of clips. The hypot of one number is that number, to the bit.
+        # Clips have equally many values: weights are shares of clips. hypot of one number is that number, to the bit.
         splits = [manifest.splits[name] for name in data.train_splits]
         shares = [split.clips / max(1, sum(other.clips for other in splits)) for split in splits]
         mean = math.fsum(share * split.fbank_mean for share, split in zip(shares, splits, strict=True))

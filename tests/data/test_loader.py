@@ -238,7 +238,7 @@ def partners_of(shards, ranks, steps, **options):
 
 
 def test_other_clips_of_mixup_are_uniform_under_balanced_sampling(tmp_path):
-    """Of 96 clips 84 are of class a. So are as many partners, though of the drawn clips only half: as in SSAST, AST, PSLA."""
+    """Of 96 clips 84 are of class a, and as many of the partners, but half of the drawn: as in SSAST, AST and PSLA."""
     rows = ["path,labels"]
     for number in range(96):
         noise = np.random.default_rng(number).uniform(-0.5, 0.5, 800)

@@ -73,7 +73,8 @@ def pretrain_job(launch: Launch[PretrainRecipe], world: World) -> Iterator[Job]:
 
             def evaluate(forward: Any) -> dict[str, float]:
                 assert eval_loader is not None
-                losses = mean_losses(forward, pictures.watch(eval_loader.eval_batches()), world.device)
+                batches = pictures.watch(eval_loader.eval_batches(full=True))
+                losses = mean_losses(forward, batches, eval_loader, world.device)
                 pictures.draw(forward, forward.global_steps, job.total_steps)
                 return {f"eval_{key}": value for key, value in losses.items()}
 

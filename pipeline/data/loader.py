@@ -235,11 +235,16 @@ class Loader:
             partners = self._others.partners(position, mixup.draw, rows)
         return Plan(step, position, rows, np.ones(len(position), bool), mixup, partners)
 
-    def eval_batches(self) -> Iterator[Batch]:
+    def eval_batches(self, full: bool = False) -> Iterator[Batch]:
         """Every clip exactly once over all ranks, in index order, equally many batches on each rank.
 
         The last batch is filled up with the part's first clip, marked not valid; so is what stands in for
-        a bad clip, which would else be scored twice.
+        a bad clip, which would else be scored twice. Bad clips are counted here; whether they are too many says
+        `bad_clips.check` of their sum over ranks, afterwards.
+
+        Args:
+            full: Full batches alone, for losses that are defined on batches: the last clips are left out where they
+                fill none, and what stands in for a bad clip is as valid as in training.
         """
         share, count = self._share, len(self._part)
 
@@ -252,12 +257,14 @@ class Loader:
             return Plan(step, position, self._part.at(np.where(valid, position, 0)), valid)
 
         def finish(plan: Plan, raw: RawBatch) -> Batch:
-            self.bad_clips.count(0, int((raw.valid & (raw.row != plan.rows)).sum()))
-            raw.valid &= raw.row == plan.rows
+            bad = raw.row != plan.rows
+            self.bad_clips.replaced[0] += int((raw.valid & bad).sum())
+            raw.valid &= full | ~bad
             return self._assemble(raw, augmented=False)
 
         self.bad_clips.replaced.clear()
-        return self._feed.batches(self._walk(plan, rows_of, 1, 0, -(-count // share.batch_size)), finish)
+        steps = count // share.batch_size if full else -(-count // share.batch_size)
+        return self._feed.batches(self._walk(plan, rows_of, 1, 0, steps), finish) if steps else iter(())
 
     def close(self) -> None:
         """Stops the readers and closes the shards."""

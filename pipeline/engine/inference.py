@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pipeline import distributed
+from pipeline.data.loader import Loader
 from pipeline.flow import Batch, Losses
 
 log = logging.getLogger(__name__)
@@ -76,22 +77,34 @@ def _finite(logits: np.ndarray) -> np.ndarray:
 
 
 def mean_losses(
-    forward: Callable[[Batch], Losses], batches: Iterable[Batch], device: torch.device
+    forward: Callable[[Batch], Losses], batches: Iterable[Batch], loader: Loader, device: torch.device
 ) -> dict[str, float]:
-    """Mean of the named losses over full batches; a collective.
+    """Mean of the named losses over full batches, and `bad_clips`, those replaced on all ranks; a collective.
 
-    A last batch with filler rows is left out, on all ranks alike: contrast and accuracy are defined
-    over a full batch.
+    Contrast and its accuracy are defined over a full batch of the same size. So the last clips, which fill none, are
+    left out, and another held-out clip stands in for a bad one, as in training: it counts in two batches, and no good
+    clip is lost. Which clips these are depends on neither ranks nor workers.
+
+    Args:
+        forward: The task, or the engine around it, in evaluation mode.
+        batches: `loader.eval_batches(full=True)`.
+        loader: Counts bad clips.
+        device: Of the collective.
+
+    Raises:
+        UserError: more bad clips over all ranks than data.max_bad or data.max_bad_share allow; on all ranks alike.
     """
     totals: dict[str, torch.Tensor] = {}
     count = 0
     with torch.no_grad():
         for batch in batches:
-            if distributed.any_rank(not bool(batch.valid.all()), device):
-                continue
             count += 1
             for name, value in forward(batch).named.items():
                 totals[name] = totals.get(name, torch.zeros_like(value, dtype=torch.float64)) + value
     if not count:
         log.warning("fewer held-out clips than eval.batch_size: nothing to average; lower eval.batch_size")
-    return distributed.mean({name: value / max(1, count) for name, value in totals.items()}, device)
+        return {}
+    bad = float(loader.replaced(0) * distributed.world_size())  # its mean over ranks is their sum
+    means = distributed.mean({name: value / count for name, value in totals.items()} | {"bad_clips": bad}, device)
+    loader.bad_clips.check(round(means["bad_clips"]))
+    return means

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pipeline.data.bad import stand_ins
 from pipeline.data.loader import Needs, Place, build_loader
 from pipeline.data.manifest import load_index
 from pipeline.data.reader import PASSING
+from pipeline.engine.inference import mean_losses
 from pipeline.errors import UserError
 
 BATCH = 12
@@ -301,6 +303,58 @@ def test_raise_ends_with_the_first_bad_clip(copy, workers, part):
         with pytest.raises(UserError, match=said) as caught:
             list(itertools.islice(own.train_batches(0) if part == "train" else own.eval_batches(), 6))
         assert caught.value.local
+
+
+def test_held_out_losses_lose_bad_clips_alone_alike_on_any_ranks(copy, monkeypatch):
+    """Whole batches, each bad clip replaced and counted; the bound is that of the sum over all ranks."""
+    rows = load_index(copy, "train").to_pylist()  # of which there are more
+    victims = [0, 1, 2, BATCH + 1]  # of two batches, on both of two ranks
+    for row in victims:
+        with (copy / rows[row]["shard"]).open("r+b") as file:
+            file.seek(rows[row]["fbank_offset"] + 300)
+            file.write(b"\x55" * 16)
+    seen, sent, answers = [], [], []
+
+    def forward(batch):
+        assert batch.valid.all()
+        seen.append(dict(zip(batch.position.tolist(), batch.row.tolist(), strict=True)))
+        return SimpleNamespace(named={"loss": batch.fbank.double().pow(2).mean()})
+
+    def mean(values, device):
+        sent.append({name: float(value) for name, value in values.items()})
+        return answers[0] if answers else sent[-1]
+
+    monkeypatch.setattr("pipeline.engine.inference.distributed.mean", mean)
+
+    def measure(ranks, **data):
+        sent.clear()
+        seen.clear()
+        monkeypatch.setattr("pipeline.engine.inference.distributed.world_size", lambda: ranks)
+        for rank in range(ranks):
+            config = DataConfig(shards=str(copy), eval_split="train", **{"workers": 0, "max_bad_share": 1} | data)
+            place = Place(rank, ranks, torch.device("cpu"))
+            with build_loader(config, None, part="eval", needs=FBANK, batch_size=BATCH, seed=1, place=place) as own:
+                mean_losses(forward, own.eval_batches(full=True), own, place.device)
+        placed = {position: row for one in seen for position, row in one.items()}
+        return placed, {name: np.mean([one[name] for one in sent]) for name in sent[0]}
+
+    placed, alone = measure(1)
+    offset = placed[len(placed) - 1] - len(placed) + 1
+    assert len(placed) == len(rows) // BATCH * BATCH >= 3 * BATCH
+    assert [p for p, row in sorted(placed.items()) if row != offset + p] == victims
+    for step in range(len(placed) // BATCH):
+        assert len({placed[step * BATCH + i] for i in range(BATCH)}) == BATCH
+    assert alone["bad_clips"] == 4
+    for ranks in (2, 3):
+        assert measure(ranks)[0] == placed
+        assert measure(ranks)[1] == pytest.approx(alone, rel=1e-12)
+    answers.append({"bad_clips": 1.0})
+    measure(2, max_bad=1)  # no rank ends by what it alone knows
+    assert [one["bad_clips"] / 2 for one in sent] == [2, 2]
+    answers[0] = alone
+    with pytest.raises(UserError, match=r"data.max_bad = 3: 4 samples of one epoch") as caught:
+        measure(2, max_bad=3)
+    assert not caught.value.local
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

@@ -13,7 +13,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
-from pipeline.data.storage import Location, attempt, file_system, is_remote, join
+from pipeline.data.storage import Location, attempt, file_system, is_remote, join, transfer
 from pipeline.errors import UserError
 from shard_tools.segment import AUDIO_ENDINGS
 from shard_tools.tables import Table
@@ -231,7 +231,7 @@ def _size(path: str) -> int:
     try:
         if is_remote(path):
             system, name = file_system(path)
-            return int(attempt(lambda: system.size(name), path) or 0)
+            return int(attempt(lambda: transfer(system, "info", 0, name), path)["size"] or 0)
         status = os.stat(path)
     except FileNotFoundError:
         return 0

@@ -21,6 +21,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from pipeline.data.storage import SILENCE, LongerError, Watch
 from pipeline.errors import UserError
 from pipeline.files import check_output_directory
 from shard_tools.store import sha256 as digest
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 URL = "https://github.com/karolpiczak/ESC-50/archive/master.zip"
 SHA256: str | None = None  # of the archive at URL; None: not known
 ARCHIVE = "esc50-download.zip"  # its name here; none that a user's own copy would have
-SILENCE_LIMIT = 60.0  # seconds without a byte
 PIECE = 1 << 20
 LARGEST = 8 << 30  # bytes unpacked; ESC-50 has under 1 GB
 
@@ -110,14 +110,15 @@ def _fetch(url: str, archive: Path) -> None:
 
 def _download(url: str, file: BinaryIO) -> str | None:
     """Writes what a URL gives; returns the length that the server promised, if it did."""
-    got = 0
-    with urllib.request.urlopen(url, timeout=SILENCE_LIMIT) as reply:
-        while piece := reply.read(PIECE):
-            got += len(piece)
-            if got > LARGEST:
+    watch = Watch(LARGEST)
+    with urllib.request.urlopen(url, timeout=SILENCE) as reply:  # knows the proxies of this machine
+        while piece := reply.read1(PIECE):
+            try:
+                watch.relative_update(len(piece))
+            except LongerError as error:
                 raise UserError(
                     f"{url}: gives more than {LARGEST} bytes, far more than ESC-50 has; correct --archive-url"
-                )
+                ) from error
             file.write(piece)
         promised: str | None = reply.headers.get("Content-Length")
     return promised

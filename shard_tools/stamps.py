@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from pipeline.data.storage import FINAL, Location, attempt, file_system, is_remote, join
+from pipeline.data.storage import FINAL, Location, attempt, file_system, is_remote, join, transfer
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def stamp(path: str) -> Stamp:
         return [status.st_size, status.st_mtime_ns]
     system, inner = file_system(path)
     try:
-        return stamp_of(attempt(lambda: system.info(inner), path))
+        return stamp_of(attempt(lambda: transfer(system, "info", 0, inner), path))
     except FINAL:
         return None  # the fetch says what is wrong
 

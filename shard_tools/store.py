@@ -207,17 +207,23 @@ class Store:
     def _upload(self, file: Path, name: str) -> Stamp:
         system, path = storage.file_system(join(self.location, name))
         options = {"chunksize": PART_BYTES} if hasattr(system, "call_s3") else {}
-        system.put_file(str(file), path, **options)
+        size = file.stat().st_size
+        storage.transfer(system, "put_file", size, str(file), path, **options)
         system.invalidate_cache()
-        info = system.info(path)
-        if info["size"] != file.stat().st_size:
-            raise OSError(f"{info['size']} bytes arrived, {file.stat().st_size} were sent")
+        info = storage.transfer(system, "info", 0, path)
+        if info["size"] != size:
+            raise OSError(f"{info['size']} bytes arrived, {size} were sent")
         if str(info.get("ETag", "")).strip('"') == _etag(file):
             return stamp_of(info)
         # No hash that says something about the content (encrypted by the store, or another kind of store).
-        with system.open(path, "rb") as back, file.open("rb") as sent:
-            if sha256(back) != sha256(sent):
-                raise OSError("what the store holds differs from what was sent")
+        back = _scratch_file(".back")
+        try:
+            storage.fetch(system, path, str(back), size=size)
+            with back.open("rb") as came, file.open("rb") as sent:
+                if sha256(came) != sha256(sent):
+                    raise OSError("what the store holds differs from what was sent")
+        finally:
+            back.unlink(missing_ok=True)
         return stamp_of(info)
 
 
@@ -299,7 +305,8 @@ def _fetch(path: str, stamped: bool) -> tuple[str | OSError, Stamp]:
             now = stamp(path)  # before the content: of a file that changes in between, a restart sees that it has
     try:
         system, inner = storage.file_system(path)
-        attempt(lambda: system.get_file(inner, str(target)), path)
+        size = int(now[0]) if now else None
+        attempt(lambda: storage.fetch(system, inner, str(target), size=size), path)
     except OSError as error:
         target.unlink(missing_ok=True)
         status = getattr(error.__cause__, "status", 0)

@@ -30,7 +30,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.data.manifest import IndexFile, Manifest, load_manifest, open_checked
 from pipeline.data.npy import decode
-from pipeline.data.storage import Location, attempt, file_system, is_remote, join, local
+from pipeline.data.storage import Location, attempt, file_system, is_remote, join, local, transfer
 from pipeline.errors import UserError
 from pipeline.files import open_regular
 
@@ -230,7 +230,7 @@ def _sound(directory: Location, manifest: Manifest, row: dict[str, Any]) -> Soun
 def _read(where: str, start: int, size: int) -> bytes:
     if is_remote(where):
         system, path = file_system(where)
-        content: bytes = attempt(lambda: system.cat_file(path, start=start, end=start + size), where)
+        content: bytes = attempt(lambda: transfer(system, "cat_file", size, path, start=start, end=start + size), where)
     else:
         with os.fdopen(open_regular(local(where)), "rb") as file:
             file.seek(start)

@@ -5,11 +5,12 @@ import json
 import os
 import socket
 import threading
+import time
 import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import boto3
@@ -54,7 +55,8 @@ class FlakyServer:
         url: Of the directory.
         gets: Requests for the content of each file.
         faults: File name -> what happens to its next requests, first to last: "cut" drops the connection in the
-            middle, "short" sends half of it as if it were all, "flip" a changed byte, "busy" answers 503.
+            middle, "short" sends half of it as if it were all, "flip" a changed byte, "busy" answers 503, "trickle"
+            sends a byte now and then, for ever.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -94,6 +96,13 @@ class FlakyServer:
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
+                if fault == "trickle":
+                    with suppress(OSError):  # until the client has had enough
+                        while True:
+                            self.wfile.write(b"x")
+                            time.sleep(0.02)
+                    self.close_connection = True
+                    return
                 if body:
                     self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
                 if fault == "cut":

@@ -123,15 +123,10 @@ class Cache:
     @cached_property
     def _store(self) -> tuple[Any, str]:
         """The file system and the path in it. Imported late: a reader that finds its shards needs no network."""
-        import fsspec
+        from pipeline.data.storage import file_system
 
-        options: dict[str, Any] = {}
-        if self._remote.url.startswith("http"):
-            import aiohttp  # only http has a limit on the whole transfer, which a large shard exceeds
-
-            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(None, sock_connect=30, sock_read=60)}
-        files, root = fsspec.core.url_to_fs(self._remote.url, **options)
-        return files, str(root).rstrip("/")
+        files, root = file_system(self._remote.url)
+        return files, root.rstrip("/")
 
     def open(self, number: int, ahead: bool = False) -> int:
         """See `Source`. The descriptor holds the shared lock that keeps the shard in the cache.

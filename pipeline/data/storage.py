@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 from fsspec.callbacks import Callback
+from fsspec.exceptions import FSTimeoutError
 
 from pipeline.errors import UserError
 from pipeline.files import open_regular, user_path
@@ -28,6 +29,9 @@ Result = TypeVar("Result")
 
 TRIES = 5
 BLOCK = 1 << 22
+SILENCE = 60.0  # seconds without a byte from a web server
+PATIENCE = 60.0  # seconds that every transfer has
+LEAST_RATE = 1 << 16  # bytes a second that it must come to beyond them
 FIRST_WAIT = 0.5  # seconds; doubled after each try, with jitter so that many nodes do not come back at once
 
 
@@ -76,9 +80,13 @@ def file_system(location: Location) -> tuple[Any, str]:
     Raises:
         UserError: a protocol that is unknown, or whose package is not installed.
     """
+    words: dict[str, Any] = {"use_listings_cache": False}  # other processes write to the same place
+    if str(location).startswith("http"):
+        import aiohttp  # its own limit is 5 minutes for the whole transfer, which a large file exceeds
+
+        words["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(None, sock_connect=SILENCE, sock_read=SILENCE)}
     try:
-        # No cached listings: other processes write to the same place.
-        system, path = fsspec.core.url_to_fs(str(location), use_listings_cache=False)
+        system, path = fsspec.core.url_to_fs(str(location), **words)
     except (ImportError, ValueError) as error:
         raise UserError(f"{location}: {error}; install the store's fsspec package (s3: pip install s3fs)") from error
     return system, str(path)
@@ -102,21 +110,65 @@ def attempt(call: Callable[[], Result], what: str, tries: int = TRIES) -> Result
     raise AssertionError("unreachable")
 
 
-class _Bound(Callback):  # type: ignore[misc]
-    """Ends a transfer that goes beyond `limit` bytes; at most one block more was written."""
+def transfer(system: Any, call: str, size: int, *args: Any, **words: Any) -> Any:
+    """Calls a method of a file system that moves so many bytes; the one place where a transfer's time is bounded.
 
-    def __init__(self, limit: int) -> None:
+    A store or web server that sends a byte now and then would hold it up for ever: clients look at silence alone.
+
+    Args:
+        system: fsspec file system.
+        call: Name of the method.
+        size: Bytes, or more.
+        *args: Of the method.
+        **words: Likewise.
+
+    Raises:
+        OSError: it took longer than `PATIENCE` and `size` at `LEAST_RATE`. Clients that are not asynchronous (hf://)
+            have their own limits instead.
+        Exception: what the store raises.
+    """
+    if not system.async_impl:
+        return getattr(system, call)(*args, **words)
+    seconds = PATIENCE + size / LEAST_RATE
+    try:
+        return getattr(system, call)(*args, **words, timeout=seconds)
+    except FSTimeoutError as error:
+        raise OSError(f"no answer, or less than {size} bytes in {seconds:.0f} s") from error
+
+
+class Watch(Callback):  # type: ignore[misc]
+    """Ends a transfer from a web server, which may not say how long a file is.
+
+    It must not go beyond `limit` bytes (None: any), of which at most one block more was written; and bring
+    `LEAST_RATE` in every stretch of `PATIENCE`.
+    """
+
+    def __init__(self, limit: int | None) -> None:
         super().__init__()
-        self._limit = self._left = limit
+        self._limit, self._bytes = limit, 0
+        self._since, self._before = time.monotonic(), 0
 
     def relative_update(self, inc: int = 1) -> None:
-        self._left -= inc
-        if self._left < 0:
+        """So many bytes more came.
+
+        Raises:
+            LongerError: too many.
+            OSError: too slowly.
+        """
+        self._bytes += inc
+        if self._limit is not None and self._bytes > self._limit:
             raise LongerError("more", self._limit)
+        seconds = time.monotonic() - self._since
+        if seconds > PATIENCE:
+            if self._bytes - self._before < LEAST_RATE * PATIENCE:
+                raise OSError(f"{self._bytes - self._before} bytes in {seconds:.0f} s, which is too slow")
+            self._since, self._before = time.monotonic(), self._bytes
 
 
-def fetch(system: Any, path: str, target: str | BinaryIO, limit: int) -> None:
-    """Copies a remote file of at most `limit` bytes.
+def fetch(
+    system: Any, path: str, target: str | BinaryIO, limit: int | None = None, size: int | None = None
+) -> None:
+    """Copies a remote file.
 
     A store knows the size of an object; a web server may send without end.
 
@@ -124,25 +176,33 @@ def fetch(system: Any, path: str, target: str | BinaryIO, limit: int) -> None:
         system: fsspec file system.
         path: Within it.
         target: Local path, or a file to write to.
-        limit: Bytes.
+        limit: Bytes that it may have; None: any number.
+        size: Bytes that it has; None: the store is asked.
 
     Raises:
         LongerError: it is larger. `target` has its first `limit` bytes, from a web server a little more.
+        OSError: it comes too slowly.
         Exception: what the store raises.
     """
     if "http" in system.protocol:
-        system.get_file(path, target, callback=_Bound(limit))
+        known = size or limit
+        if known is None:
+            system.get_file(path, target, callback=Watch(None))
+        else:
+            transfer(system, "get_file", known, path, target, callback=Watch(limit))
         return
-    size = int(system.info(path)["size"] or 0)
-    if size > limit:
-        with system.open(path) as source, open(target, "wb") if isinstance(target, str) else nullcontext(target) as out:
+    if size is None:
+        size = int(transfer(system, "info", 0, path)["size"] or 0)
+    if limit is not None and size > limit:
+        with open(target, "wb") if isinstance(target, str) else nullcontext(target) as out:
             for start in range(0, limit, BLOCK):
-                out.write(source.read(min(BLOCK, limit - start)))
+                end = min(start + BLOCK, limit)
+                out.write(transfer(system, "cat_file", end - start, path, start=start, end=end))
         raise LongerError(str(size), limit)
     if isinstance(target, str):
-        system.get_file(path, target)
+        transfer(system, "get_file", size, path, target)
     else:
-        target.write(system.cat_file(path))
+        target.write(transfer(system, "cat_file", size, path))
 
 
 def read_bytes(location: Location, limit: int | None = None) -> bytes:
@@ -164,9 +224,6 @@ def read_bytes(location: Location, limit: int | None = None) -> bytes:
     system, path = file_system(location)
 
     def read() -> bytes:
-        if limit is None:
-            whole: bytes = system.cat_file(path)
-            return whole
         out = io.BytesIO()
         fetch(system, path, out, limit)
         return out.getvalue()

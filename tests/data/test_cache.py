@@ -5,6 +5,7 @@ import errno
 import fcntl
 import http.server
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -15,13 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from s3fs import S3FileSystem
 
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data import cache as cache_module
+from pipeline.data import storage
 from pipeline.data.cache import FOLDER, Cache, NoRoomError, Remote, Shard
 from pipeline.data.loader import Needs, Place, build_loader
 from pipeline.data.manifest import load_manifest
 from pipeline.errors import UserError
+from shard_tools.esc50_archive import fetch_esc50
 from tests.stores import FlakyServer, upload
 
 BATCH = 12
@@ -162,6 +166,36 @@ def test_an_outage_ends_the_run_with_one_clear_error(shards, server, tmp_path, m
     assert not copies(tmp_path)
 
 
+def test_a_store_that_sends_a_byte_now_and_then_is_given_up(shards, server, tmp_path, monkeypatch, caplog):
+    """Shards from a web server, an object of S3's client, and ESC-50's archive."""
+    monkeypatch.setattr(storage, "PATIENCE", 0.3)
+    monkeypatch.setattr(storage, "LEAST_RATE", 1 << 24)
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
+    described = remote(server.url, shards, tmp_path)
+    server.faults[described.shards[0].name] = ["trickle"]
+    assert content(Cache(described).open(0)) == (shards / described.shards[0].name).read_bytes()
+    assert re.search(r"attempt 1 of 7: \d+ bytes in 0 s, which is too slow", caplog.text)
+
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "index").write_bytes(b"x" * 50_000)
+    store = FlakyServer(tmp_path)
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(f"AWS_{name}", "test")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+    monkeypatch.setattr(S3FileSystem, "_cache", {})  # clients of other tests
+    for url, fault in (("s3://bucket/index", "no answer, or less than 50000 bytes in 0 s"),
+                       (f"{store.url}/bucket/index", "bytes in 0 s, which is too slow")):  # fmt: skip
+        store.faults["bucket/index"] = ["trickle"]
+        assert storage.read_bytes(url) == b"x" * 50_000  # the second try
+        store.faults["bucket/index"] = ["trickle"] * 5
+        with pytest.raises(OSError, match=f"index: .*{fault} .after 5 tries"):
+            storage.read_bytes(url)
+    store.faults["bucket/index"] = ["trickle"]
+    with pytest.raises(UserError, match="which is too slow; try again, or give a copy at hand"):
+        fetch_esc50(tmp_path / "root", f"{store.url}/bucket/index", None, True)
+    store.close()
+
+
 def test_a_full_disk_is_emptied_of_old_copies_or_ends_the_run(shards, server, tmp_path, monkeypatch):
     described = remote(server.url, shards, tmp_path)
     cache = Cache(described)
@@ -169,13 +203,13 @@ def test_a_full_disk_is_emptied_of_old_copies_or_ends_the_run(shards, server, tm
     store, _ = cache._store
     fetch, full = store.get_file, 1
 
-    def get_file(source, target, callback):
+    def get_file(source, target, callback, timeout):
         nonlocal full
         if full:
             full -= 1
             Path(target).write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device", target)
-        fetch(source, target, callback=callback)
+        fetch(source, target, callback=callback, timeout=timeout)
 
     monkeypatch.setattr(store, "get_file", get_file)
     assert content(cache.open(1)) == (shards / described.shards[1].name).read_bytes()

@@ -161,10 +161,10 @@ def test_an_object_that_is_gone_or_private_is_a_failure_of_its_own(audio, tmp_pa
     system, _ = storage.file_system(catalog.root)
     real = system.get_file
 
-    def get_file(path, target):
+    def get_file(path, target, timeout):
         if path.endswith("05.wav"):
             raise PermissionError("Access Denied (request 1234-abcd)")
-        real(path, target)
+        real(path, target, timeout=timeout)
 
     monkeypatch.setattr(system, "get_file", get_file)
     build(catalog, tmp_path / "out", options(0.2, 4), 1, engine="inline")

@@ -79,6 +79,7 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World, run_fold: RunFo
         content = distributed.decide(
             lambda: summarise({fold: read_fold(Path(part.recipe.run.dir)) for fold, part in parts.items()})
         )
+        content["pool"] = recipe.finetune.pool
         if world.is_main:
             write_results(content, run_dir / "results.json")
         tracker.metrics({f"final_{content['metric']}": content["value"]}, 0)
@@ -182,14 +183,8 @@ def _spread(values: list[float]) -> float | None:
 def _note(job: Job, fold: int) -> None:
     """Writes `fold.json`: the final result, and the held-out metric of each evaluated epoch."""
     results = json.loads((job.run_dir / "results.json").read_text(encoding="utf-8"))
-    epochs = {}
-    for line in (job.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        ends = job.due(row["step"] - 1, job.loader.clips)  # with that step an epoch ends
-        if job.metric in row and ends:
-            epochs[str(row["step"] * job.batches.total // job.loader.clips)] = row[job.metric]
-    kept = {key: results[key] for key in ("metric", "value", "clips", "weights", "shards_digest")}
-    write_json(job.run_dir / "fold.json", {"fold": fold, **kept, "epochs": epochs})
+    kept = {key: results[key] for key in ("metric", "value", "clips", "weights", "shards_digest", "epochs")}
+    write_json(job.run_dir / "fold.json", {"fold": fold, **kept})
 
 
 def _check(

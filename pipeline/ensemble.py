@@ -37,14 +37,16 @@ def score_ensemble(runs: Sequence[tuple[Path, Path]], recipe: Recipe, world: Wor
     """
     _check_labels(runs)
     first = score_run(*runs[0], recipe, world)
-    logits = [first.scores.logits]
+    logits, pools = [first.scores.logits], [first.about["pool"]]
     for run_dir, file in runs[1:]:
         other = score_run(run_dir, file, recipe, world)
         if other.keys != first.keys:
             raise UserError(f"{run_dir}: scored other clips than {runs[0][0]}; name the same --split for both")
         logits.append(other.scores.logits)
+        pools.append(other.about["pool"])
     scores = replace(first.scores, logits=mean_probability(logits, first.spec.single_label))
-    about = first.about | {"ensemble": [str(run_dir) for run_dir, _ in runs]}
+    pool = ", ".join(dict.fromkeys(pools))
+    about = first.about | {"pool": pool, "ensemble": [str(run_dir) for run_dir, _ in runs]}
     return Scored(scores, first.keys, first.spec, about)
 
 

@@ -4,6 +4,7 @@ In: a parsed command line and the world. Out: a job whose loaders and tracker ar
 the run marked finished, failed or killed.
 """
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,10 +121,20 @@ def finish_finetuning(job: Job, world: World) -> None:
     file = distributed.decide(lambda: weights_file(job.run_dir))
     content = evaluate_run(job.run_dir, file, job.recipe, world, job.run_dir / "predictions.parquet")
     if world.is_main:
-        write_results(content, job.run_dir / "results.json")
+        write_results(content | {"epochs": _epochs(job)}, job.run_dir / "results.json")
         _describe_results(job, content)
     job.tracker.metrics({f"final_{name}": value for name, value in content["metrics"].items()}, job.total_steps)
     log.info("%s %.4f on %d clips (%s)", content["metric"], content["value"], content["clips"], file.name)
+
+
+def _epochs(job: Job) -> dict[str, float]:
+    """The held-out metric at the end of each evaluated epoch: {"1": 0.5, ...}."""
+    found = {}
+    for line in (job.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if job.metric in row and job.due(row["step"] - 1, job.loader.clips):  # with that step an epoch ends
+            found[str(row["step"] * job.batches.total // job.loader.clips)] = row[job.metric]
+    return found
 
 
 def _describe_results(job: Job, content: dict[str, Any]) -> None:
@@ -203,6 +214,7 @@ def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World) -> Scored
         keys = loader.keys(scores.rows.tolist())
     about = {
         "weights": file.stem,
+        "pool": finetuned_recipe(run_dir).finetune.pool,
         "split": recipe.data.train_split if recipe.data.fold else recipe.data.eval_split,
         "fold": recipe.data.fold,
         "shards_digest": manifest.digest,

@@ -155,6 +155,10 @@ def test_a_finished_fold_is_kept_and_the_interrupted_one_goes_on(crossed):
     assert content["value"] == pytest.approx(np.mean([part["value"] for part in parts]))
     assert content["clips"] == sum(part["clips"] for part in parts)
     assert set(content["epochs"]) == {"1", "2"}
+    for number, part in enumerate(parts, start=1):  # what the report reads of a fold that is a run of its own
+        assert part["epochs"] == json.loads((run_dir / f"fold-{number}" / "fold.json").read_text())["epochs"]
+        assert part["epochs"]["2"] == pytest.approx(part["value"], abs=1e-5)
+    assert {result["pool"] for result in (content, *parts)} == {"mean"}
     assert f"mean       {content['value']:10.4f}" in second.stdout
     logged = (run_dir / "fold-2" / "logs" / "rank-1.log").read_text()
     for line in set(logged.splitlines()):  # a fold's handlers end with it: no line twice
@@ -215,6 +219,13 @@ def weights_at(run_dir, step, name="weights"):
 
 
 @pytest.mark.slow
+def test_an_average_over_more_steps_than_the_run_has_is_said(alone):
+    said = (alone / "straight" / "logs" / "rank-0.log").read_text()
+    assert "checkpoint.ema = 0.9 is a mean over some 10 steps, of a run of 6" in said
+    assert "checkpoint.ema" not in (alone / "alone" / "logs" / "rank-0.log").read_text()
+
+
+@pytest.mark.slow
 def test_the_modern_recipe_resumes_bit_for_bit(alone):
     files = sorted(file.name for file in (alone / "straight/checkpoints/step-00000006").glob("*.safetensors"))
     assert [name.split("-")[0] for name in files] == [
@@ -228,9 +239,9 @@ def test_the_modern_recipe_resumes_bit_for_bit(alone):
 def test_the_average_and_the_rates_of_layers_are_what_the_recipe_says(alone):
     run_dir = alone / "straight"
     mean = weights_at(run_dir, 2)
-    for step in (4, 6):
+    for step, decay in ((4, 2 / 11), (6, 3 / 12)):  # that of the second and third update; it never rises to 0.9 ** 2
         now = weights_at(run_dir, step)
-        mean = {name: 0.81 * mean[name] + 0.19 * now[name] for name in mean}
+        mean = {name: decay * mean[name] + (1 - decay) * now[name] for name in mean}
     stored = weights_at(run_dir, 6, "average")
     assert stored.keys() == mean.keys()
     for name in mean:

@@ -129,6 +129,17 @@ def test_an_ensemble_averages_probabilities_and_a_mean_model_averages_weights(ru
     assert pq.read_table(tmp_path / "weights").num_rows == single[0]["clips"]
 
 
+def test_results_name_how_the_model_pools(runs, shards, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs[1], other)
+    recipe = load_recipe(FinetuneRecipe, [other / "config.yaml"], ["finetune.pool=cls"])
+    (other / "config.yaml").write_text(dump_recipe(recipe))
+    members = [(run, weights_file(run)) for run in (runs[0], other)]
+    recipe = load_recipe(FinetuneRecipe, [], [f"data.shards={shards}", "data.workers=0"])
+    assert score_averaged_weights(members[1:], recipe, World()).about["pool"] == "cls"
+    assert score_ensemble(members, recipe, World()).about["pool"] == "mean, cls"
+
+
 def test_a_directory_that_is_no_run_is_one_line(shards, tmp_path):
     done = evaluate("--checkpoint", tmp_path, "--shards", shards)
     assert done.returncode == 2

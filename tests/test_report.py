@@ -169,15 +169,53 @@ def test_without_any_run_the_paper_stands_alone(tmp_path):
     assert "ablation.json" in wrong.stderr
 
 
-def leave(folder: Path, run: Predictions, metric: str) -> None:
+def leave(folder: Path, run: Predictions, metric: str, epochs: dict[str, float] | None = None) -> float:
     """What a finished finetuning leaves, of these scores."""
     folder.mkdir(parents=True)
     scores = Scores(np.arange(len(run.keys)), run.scores, run.targets.astype(np.float32))
     labels = [Label(id=str(i), name=str(i)) for i in range(run.scores.shape[1])]
     about = {"weights": "weights", "split": "eval", "fold": 0, "shards_digest": "D"}
-    write_results(results(scores, labels, metric == "accuracy", about), folder / "results.json")
+    content = results(scores, labels, metric == "accuracy", about)
+    write_results(content | ({} if epochs is None else {"epochs": epochs}), folder / "results.json")
     write_predictions(scores, run.keys, folder / "predictions.parquet")
     write_json(folder / "done.json", {"manifest_digest": "D"})
+    return 100 * content["value"]
+
+
+def test_cross_validations_show_the_last_epoch_and_the_best_common_one(tmp_path):
+    """One epoch for all folds: the first fold's own best is 1, the second's 3, the best mean at 2."""
+    curves = {1: {"1": 0.9, "2": 0.8, "3": 0.1}, 2: {"1": 0.1, "2": 0.6, "3": 0.7}}
+    rows = [{"name": name, "paper": {"as_bal": None, "esc50": 90.1}, "finetune": {"optim.lr": rate}}
+            for name, rate in (("two seeds", 1e-3), ("before", 2e-3), ("one", 3e-3))]  # fmt: skip
+    table = {"title": "T", "columns": ["as_bal", "esc50"], "rows": rows, "seeds": [0, 1]}
+    write_json(tmp_path / "table.yaml", table)
+    campaign = Campaign(build_grid([tmp_path / "table.yaml"], "micro", {}), tmp_path)
+    values: dict[str, list[float]] = {}
+    for row in campaign.grid.tables[0].rows:
+        for run in row.cells["esc50"]:
+            seed, fold = run.recipe.run.seed, run.recipe.data.fold
+            if row.spec.name == "one" and seed:
+                continue
+            curve = {epoch: value - 0.1 * seed for epoch, value in curves[fold].items()}
+            epochs = None if row.spec.name == "before" else curve
+            value = leave(campaign.run_dir(run), predictions(10 * seed + fold, 1.0), "accuracy", epochs)
+            values.setdefault(row.spec.name, []).append(value)
+    part = collect(campaign.grid.tables[0], campaign)
+    both, before, one = (part.results[name, "esc50"] for name in ("two seeds", "before", "one"))
+    assert (both.best, both.best_epochs) == (pytest.approx(65), [2, 2])
+    assert both.best_spread == pytest.approx(np.std([70, 60], ddof=1))
+    assert both.mean == pytest.approx(np.mean(values["two seeds"]))
+    assert (one.best, one.best_epochs, one.over) == (pytest.approx(70), [2], "folds")
+    assert one.best_spread == pytest.approx(np.std([80, 60], ddof=1))
+    assert one.spread == pytest.approx(np.std(values["one"], ddof=1))
+    assert (before.best, before.mean) == (None, pytest.approx(np.mean(values["before"])))
+    text = render.markdown("T", [part])
+    head = next(line for line in text.splitlines() if line.startswith("| system"))
+    assert "| ESC-50: ours | ESC-50: best epoch (number) | ESC-50: n |" in head
+    assert "AudioSet-bal: best" not in head
+    assert f"| {both.mean:.1f} ± {both.spread:.1f} | 65.0 ± 7.1 (2, 2) | 4/4 |" in text
+    assert "ESC-50: ours is the mean over the folds after the last epoch" in text
+    assert "as SSAST's code takes it" in text
 
 
 @pytest.mark.parametrize("metric", ["mAP", "accuracy"])

@@ -113,6 +113,10 @@ def _steps(run: _Run) -> None:
         log.warning("optim.warmup = %d steps, of a run of %d: %s", job.recipe.optim.warmup, total,
                     "the learning rate never reaches optim.lr" if job.recipe.optim.warmup >= total
                     else "more than a fifth of it is spent below optim.lr")  # fmt: skip
+    ema = job.recipe.checkpoint.ema
+    if ema and 1 / (1 - ema) > total:
+        log.warning("checkpoint.ema = %g is a mean over some %.0f steps, of a run of %d: its decay does not rise so "
+                    "far, and the mean is over about the last tenth of the run", ema, 1 / (1 - ema), total)  # fmt: skip
     if progress.evaluate:
         _evaluate(run)
     run.watch.at(progress.step, "data")

@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.ablation.campaign import DAMAGED, Campaign
 from pipeline.ablation.grid import Row, Run, Table
+from pipeline.cross_validation import summarise
 from pipeline.data.manifest import Manifest, load_manifest
 from pipeline.engine.evaluation import metric_name
 from pipeline.engine.metrics import evaluate_multilabel, evaluate_single
@@ -22,6 +23,11 @@ from pipeline.report.significance import Difference, Predictions, paired_bootstr
 
 # What the paper evaluates on: name of the data set, classes, listed clips. Anything else is said in the caption.
 PAPER_DATA = {"as_bal": ("audioset", 527, 20371), "as_full": ("audioset", 527, 20371), "esc50": ("esc50", 50, 2000)}
+PROTOCOL = (
+    "ours is the mean over the folds after the last epoch, which nothing chose; best epoch (number): the one epoch, "
+    "the same for all folds, with the highest mean on the held-out folds, as SSAST's code takes it, so the same clips "
+    "choose and score."
+)
 
 
 @dataclass
@@ -39,6 +45,10 @@ class Result:
         clips: Evaluated clips of a seed, all folds.
         listed: Clips that the source names for the evaluation.
         difference: To the reference row.
+        best: As `mean`, at the best common epoch: for each seed the one epoch, the same for all its folds, whose mean
+            over the held-out folds is highest. None without folds, or for an ensemble.
+        best_spread: As `spread`.
+        best_epochs: Those epochs, by seed.
     """
 
     paper: float | None = None
@@ -51,6 +61,9 @@ class Result:
     clips: int = 0
     listed: int = 0
     difference: Difference | None = None
+    best: float | None = None
+    best_spread: float | None = None
+    best_epochs: list[int] = field(default_factory=list)
 
     @property
     def coverage(self) -> float | None:
@@ -76,6 +89,7 @@ class Collected:
     table: Table
     results: dict[tuple[str, str], Result]  # (row, column)
     titles: dict[str, str]
+    folded: frozenset[str]  # columns of cross-validations
     caption: list[str]
     curves: list[Curve]
     reference: str
@@ -103,10 +117,12 @@ def collect(table: Table, campaign: Campaign) -> Collected:
                 results[row.spec.name, column].difference = reader.difference(row, base, column)
     curves = [reader.curve(row, table.spec.columns[0]) for row in runnable] if table.spec.kind == "figure" else []
     titles = {column: tasks[column].title for column in table.spec.columns}
+    folded = frozenset(column for column in table.spec.columns if tasks[column].folds != (0,))
     caption = [_sentence(campaign.grid.scale.about), *_substitutions(table, campaign)]
     caption += [sentence for column in table.spec.columns for sentence in reader.data_notes(table, column)]
+    caption += [f"{tasks[column].title}: {PROTOCOL}" for column in table.spec.columns if column in folded]
     caption += [note for note in (table.spec.note, campaign.grid.scale.note) if note]
-    return Collected(table, results, titles, caption, curves, reference)
+    return Collected(table, results, titles, folded, caption, curves, reference)
 
 
 class _Reader:
@@ -146,19 +162,24 @@ class _Reader:
         if not finished or (row.spec.ensemble and len(finished) < len(runs)):
             return result
         result.metric = finished[0][1]["metric"]
-        seeds: dict[tuple[int, str], list[float]] = {}
+        seeds: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}  # the contents of each, by fold
         for run, content in finished:
-            seeds.setdefault(_seed(run), []).append(100 * content["value"])
-        first = next(iter(seeds))
-        result.clips = sum(content["clips"] for run, content in finished if _seed(run) == first)
+            seeds.setdefault(_seed(run), {})[run.recipe.data.fold] = content
+        result.clips = sum(content["clips"] for content in next(iter(seeds.values())).values())
         result.listed = self._listed(finished[0][0], finished[0][1])
-        means = [float(np.mean(values)) for values in seeds.values()]
-        result.mean = float(np.mean(means))
-        sample, result.over = (means, "seeds") if len(means) > 1 else (seeds[first], "folds")
+        result.over = "seeds" if len(seeds) > 1 else "folds"
+        result.mean, result.spread = _over_seeds(
+            [[content["value"] for content in folds.values()] for folds in seeds.values()]
+        )
         if row.spec.ensemble:
-            result.mean = 100 * self._ensemble([run for run, _ in finished], result.metric)
-        elif len(sample) > 1:
-            result.spread = float(np.std(sample, ddof=1))
+            result.mean, result.spread = 100 * self._ensemble([run for run, _ in finished], result.metric), None
+            return result
+        if not all(run.recipe.data.fold and content.get("epochs") for run, content in finished):
+            return result  # no folds; or runs of a release that did not write down their epochs
+        common = [best for folds in seeds.values() if (best := summarise(folds)["common_epoch"])]
+        if len(common) == len(seeds):
+            result.best, result.best_spread = _over_seeds([list(best["folds"].values()) for best in common])
+            result.best_epochs = [best["epoch"] for best in common]
         return result
 
     def difference(self, row: Row, base: Row, column: str) -> Difference | None:
@@ -241,6 +262,13 @@ class _Reader:
         manifest = self.manifest(run.data)
         splits = manifest.splits if manifest else {}
         return sum(splits[name].listed for name in content["split"].split(",") if name in splits)
+
+
+def _over_seeds(values: list[list[float]]) -> tuple[float, float | None]:
+    """Mean and standard deviation in percent, over seeds (each the mean of its folds), else over one seed's folds."""
+    means = [float(np.mean(folds)) for folds in values]
+    sample = means if len(means) > 1 else values[0]
+    return 100 * float(np.mean(means)), 100 * float(np.std(sample, ddof=1)) if len(sample) > 1 else None
 
 
 def _seed(run: Run) -> tuple[int, str]:

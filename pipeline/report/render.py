@@ -13,7 +13,8 @@ from pipeline.ablation.grid import Row
 from pipeline.report.collect import Collected, Result
 
 HEAD = ["system"]
-PER_COLUMN = ["paper", "ours", "n", "clips", "difference [95 %], p"]
+BEST = "best epoch (number)"  # of cross-validations
+PER_COLUMN = ["paper", "ours", BEST, "n", "clips", "difference [95 %], p"]
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
@@ -42,8 +43,12 @@ LEGEND = (
 def header(part: Collected) -> list[str]:
     """Column names."""
     several = len(part.table.spec.columns) > 1
-    names = [f"{part.titles[c]}: {name}" if several else name for c in part.table.spec.columns for name in PER_COLUMN]
-    return HEAD + names
+    return HEAD + [
+        f"{part.titles[column]}: {name}" if several else name
+        for column in part.table.spec.columns
+        for name in PER_COLUMN
+        if name != BEST or column in part.folded
+    ]
 
 
 def rows(part: Collected) -> list[list[str]]:
@@ -52,24 +57,32 @@ def rows(part: Collected) -> list[list[str]]:
     for row in part.table.rows:
         cells = [row.spec.name]
         for column in part.table.spec.columns:
-            cells += cell_texts(part.results[row.spec.name, column], row.spec.name == part.reference)
+            texts = cell_texts(part.results[row.spec.name, column], row.spec.name == part.reference)
+            named = zip(PER_COLUMN, texts, strict=True)
+            cells += [text for name, text in named if name != BEST or column in part.folded]
         table.append(cells)
     return table
 
 
 def cell_texts(result: Result, is_reference: bool) -> list[str]:
-    """paper, ours, n, clips, difference; empty where there is nothing."""
+    """What PER_COLUMN names; empty where there is nothing."""
     paper = "" if result.paper is None else f"{result.paper:.1f}"
     n = f"{result.done}/{result.wanted}" if result.wanted else ""
     if result.mean is None:
-        return [paper, "", n, "", ""]
-    spread = "" if result.spread is None else f" ± {result.spread:.1f}"
+        return [paper, "", "", n, "", ""]
+    best = ""
+    if result.best is not None:
+        best = f"{_spread(result.best, result.best_spread)} ({', '.join(map(str, result.best_epochs))})"
     share = "" if result.coverage is None else f" ({result.coverage:.0%})"
     difference = "reference" if is_reference else ""
     if result.difference:
         d = result.difference
         difference = f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}], {d.p:.3f}"
-    return [paper, f"{result.mean:.1f}{spread}", n, f"{result.clips}{share}", difference]
+    return [paper, _spread(result.mean, result.spread), best, n, f"{result.clips}{share}", difference]
+
+
+def _spread(mean: float, deviation: float | None) -> str:
+    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
 
 
 def caption(part: Collected) -> str:

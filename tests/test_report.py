@@ -164,6 +164,9 @@ def test_without_any_run_the_paper_stands_alone(tmp_path):
     assert "| PANN | 27.8 |  |  |" in text
     assert "+4.4" not in text
     assert "at the equal batch of 180 it is 2.0" in text
+    for deviation in ("cosine similarity", "no patch is favoured", "one masked pass", "InfoNCE over targets",
+                      "GroupNorm and ReLU", "PSLA's enhanced labels", "highest mean on the held-out"):  # fmt: skip
+        assert deviation in text, deviation
     wrong = report("--runs", tmp_path)
     assert wrong.returncode == 2
     assert "ablation.json" in wrong.stderr

@@ -80,6 +80,7 @@ def state_of(run_dir: Path) -> dict[Path, tuple[int, bytes]]:
         ("checkpoint.average=[1,2]", r"checkpoint.average = \[6, 25\], not \[1, 2\]"),
         ("finetune.folds=all", r"finetune.folds = \[\], not all"),
         ("run.seed=1", "run.seed = 0, not 1"),
+        ("data.train_split=[train,eval]", "data.train_split = train, not train,eval"),
     ],
 )
 def test_another_setting_in_a_trained_directory_is_refused_by_name(run, shards, word, said):

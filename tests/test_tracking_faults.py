@@ -214,3 +214,4 @@ def test_a_collector_that_fails_drops_itself_alone(tmp_path, monkeypatch, caplog
     assert all("system/cpu_utilization_percentage" in line["values"] for line in told)
     assert caplog.text.count("DiskMonitor on this node: no such device") == 1
     assert "Missing on this node: no pynvml" in caplog.text
+    assert '"nvidia-ml-py>=' in (ROOT / "pyproject.toml").read_text()  # MLflow itself does not ask for it

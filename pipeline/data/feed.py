@@ -157,8 +157,9 @@ class Feed:
         """Reads a stand-in; returns its row. Where every other clip is in the batch or bad, one of those must do."""
         partner, place = lost
         held = set(walk.rows_of(plan.step * walk.batch_size + np.arange(walk.batch_size)).tolist())
+        rows_of = walk.others_of if partner else walk.rows_of
         for avoided in (held, set()):
-            for row in stand_ins(walk.rows_of, int(plan.position[place]), walk.stride, walk.clips):
+            for row in stand_ins(rows_of, int(plan.position[place]), walk.stride, walk.clips):
                 if row in self._bad.rows or row in avoided:
                     continue
                 problems = ring.read(region, self._layout.stand_in(self._index, partner, row, place))

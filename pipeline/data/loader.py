@@ -298,7 +298,9 @@ class Loader:
                 read.append(planned.partners[planned.mixup.mixed])
             return self._index.shards(np.concatenate(read))
 
-        return Walk(plan, rows_of, shards_ahead, size, -(-size // streams) * streams, self.clips, first, stop)
+        stride = -(-size // streams) * streams
+        others_of = rows_of if self._others is self._order else self._others.rows
+        return Walk(plan, rows_of, others_of, shards_ahead, size, stride, self.clips, first, stop)
 
 
 def _reading(

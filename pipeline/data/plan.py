@@ -47,6 +47,7 @@ class Walk:
     Attributes:
         plan: Batch number -> plan.
         rows_of: Positions [m] -> rows [m]: the order.
+        others_of: The same of mixup's other clips.
         shards_ahead: Batch number -> shards that this rank reads for it.
         batch_size: G.
         stride: Between the positions of a clip and of its stand-ins.
@@ -57,6 +58,7 @@ class Walk:
 
     plan: Callable[[int], Plan]
     rows_of: Callable[[np.ndarray], np.ndarray]
+    others_of: Callable[[np.ndarray], np.ndarray]
     shards_ahead: Callable[[int], np.ndarray]
     batch_size: int
     stride: int

@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pipeline.config import DataConfig
+from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data.bad import stand_ins
 from pipeline.data.loader import Needs, Place, build_loader
 from pipeline.data.manifest import load_index
@@ -26,10 +26,10 @@ BATCH = 12
 FBANK = Needs(waveform=False, fbank=True)
 
 
-def loader(shards, rank=0, ranks=1, batch=BATCH, needs=FBANK, **data):
+def loader(shards, rank=0, ranks=1, batch=BATCH, needs=FBANK, augment=None, **data):
     config = DataConfig(shards=str(shards), **{"streams": 4, "window": 8, "workers": 0, "max_bad_share": 1} | data)
     place = Place(rank, ranks, torch.device("cpu"))
-    return build_loader(config, None, part="train", needs=needs, batch_size=batch, seed=1, place=place)
+    return build_loader(config, augment, part="train", needs=needs, batch_size=batch, seed=1, place=place)
 
 
 def taken(own, count, first=0):
@@ -159,15 +159,17 @@ def test_a_lost_shard_is_made_up_for_by_many_clips_and_no_batch_repeats_one(copy
         assert len(stand_ins) >= sum(stand_ins.values()) / 2
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (3, 0), (4, 2)])
-def test_stand_ins_and_counts_do_not_depend_on_ranks_or_workers(copy, ranks, workers):
+@pytest.mark.parametrize(("ranks", "workers", "mixup"), [(2, 1, 0), (3, 0, 0), (4, 2, 0), (3, 1, 1)])
+def test_stand_ins_and_counts_do_not_depend_on_ranks_or_workers(copy, ranks, workers, mixup):
+    """Also those of mixup's other clips, which come out of an order of their own."""
     lose(copy, count=3)
-    with loader(copy) as own:
+    options = {"augment": AugmentConfig(mixup=1), "sampler": "balanced"} if mixup else {}
+    with loader(copy, **options) as own:
         expected = taken(own, 8)
         counts = [own.replaced(step) for step in (0, 7)]
     found, found_counts = [], Counter()
     for rank in range(ranks):
-        with loader(copy, rank, ranks, workers=workers) as own:
+        with loader(copy, rank, ranks, workers=workers, **options) as own:
             found.append(taken(own, 8))
             found_counts.update({step: own.replaced(step) for step in (0, 7)})
     assert [found_counts[step] for step in (0, 7)] == counts
@@ -176,6 +178,7 @@ def test_stand_ins_and_counts_do_not_depend_on_ranks_or_workers(copy, ranks, wor
         order = torch.cat([piece.position for piece in pieces]).argsort()
         assert torch.equal(torch.cat([piece.row for piece in pieces])[order], reference.row)
         assert torch.equal(torch.cat([piece.fbank for piece in pieces])[order], reference.fbank)
+        assert torch.equal(torch.cat([piece.targets for piece in pieces])[order], reference.targets)
 
 
 def test_ranks_cannot_become_uneven_even_where_all_their_clips_are_lost(copy):

@@ -262,37 +262,53 @@ def table(
         raise UserError(f"--audio-root {root}: is no directory; give the directory that the paths of {path} begin in")
     there = set(walk(root)) if is_remote(root) else None
     seen: dict[str, int] = {}  # split and key: hash of what the row says
+    # Split and segment: hash of labels and fold. Without a column of keys the key is the segment's.
+    segments: dict[str, int] | None = {} if "key" in source.columns(("path", "labels")) else None
     doubles: list[int] = []
     in_splits: dict[str, None] = {}
-    shared, unlabelled, first_missing = [], 0, ""
+    again, shared, unlabelled, first_missing = [], [], 0, ""
     folds = _Folds(source)
-    for line, own, key, path_cell, has_key, facts in _table_rows(source, separator, index, split):
+
+    def rows() -> Iterator[TableRow]:
+        return _table_rows(source, separator, index, split, _Names(root, path))
+
+    for line, own, key, name, facts in rows():
         count, digest = len(seen), hash(facts)
         if seen.setdefault(f"{own}\0{key}", digest) != digest:
-            earlier = _table_rows(source, separator, index, split)
-            first = next(row for row in earlier if (row[1], row[2]) == (own, key))
+            first = next(row for row in rows() if (row[1], row[2]) == (own, key))
             raise _contradiction(source, line, key, facts, first, separator)
         if len(seen) == count:
             doubles.append(line)
             continue
-        in_splits[own] = None
-        if not has_key and any(f"{other}\0{key}" in seen for other in in_splits if other != own):
-            shared.append(line)
         location, start, end, picked, fold = facts
+        in_splits[own] = None
+        segment = f"\0{key}"
+        if segments is not None:
+            segment, digest, count = f"\0{location}\0{start}\0{end}", hash((picked, fold)), len(segments)
+            if segments.setdefault(own + segment, digest) != digest:
+                first = next(row for row in rows() if (row[1], *row[4][:3]) == (own, location, start, end))
+                raise _contradiction(source, line, key, facts, first, separator)
+            if len(segments) == count:
+                again.append(line)
+        if any(other + segment in (seen if segments is None else segments) for other in in_splits if other != own):
+            shared.append(line)
         file = location if is_remote(location) else join(root, location)
         unlabelled += not picked
         folds.add(line, own, fold)
         if file not in there if there is not None else not os.path.isfile(file):
-            catalog.miss(Failure(path_cell, path_cell, MISSING, own, key, line, start or 0.0, end), picked)
+            catalog.miss(Failure(name, name, MISSING, own, key, line, start, end), picked)
             first_missing = first_missing or location
             continue
         guess = False if start else None  # a file is cut where the table says, whatever its length
-        clip = Clip(key, file, start or 0.0, end, picked, own, max(0, fold), path_cell, trimmed=guess, line=line)
+        clip = Clip(key, file, start, end, picked, own, max(0, fold), name, trimmed=guess, line=line)
         catalog.clips.append(clip)
     if not seen:
         raise UserError(f"{path}: no row of split '{split}'; give a split of its column")
     folds.check()
     _say_doubles(source, doubles)
+    if again:
+        log.warning("%s: %d rows list, under another key, what an earlier row lists, such as line %d: such clips count "
+                    "several times", path, len(again), again[0])  # fmt: skip
     if shared:
         log.warning("%s: %d clips are in several splits, such as line %d: a model is then tested on what it was "
                     "trained on", path, len(shared), shared[0])  # fmt: skip
@@ -405,11 +421,58 @@ def _segments(source: Table) -> Iterator[tuple[int, str, float, float, list[str]
         yield line, ytid, start, end, mids
 
 
-TableRow = tuple[int, str, str, str, bool, tuple[str, float | None, float | None, tuple[int, ...], int]]
+TableRow = tuple[int, str, str, str, tuple[str, float, float | None, tuple[int, ...], int]]
 
 
-def _table_rows(source: Table, separator: str | None, index: dict[str, int], split: str | None) -> Iterator[TableRow]:
-    """(line, split, key, path as listed, whether the row has a key, (path, start, end, labels, fold)) of a table.
+class _Names:
+    """What shards call the files of a table: nothing of where they lie on this machine.
+
+    Args:
+        root: Of the audio.
+        table: The csv.
+    """
+
+    def __init__(self, root: Location, table: Location) -> None:
+        self._roots = _prefixes(root)
+        self._folders = _prefixes(str(table).rpartition("/")[0] if is_remote(table) else local(table).parent)
+        self._outside: dict[str, str] = {}  # names of files that lie below neither
+        self._count: Counter[str] = Counter()
+
+    def of(self, path: str) -> tuple[str, str]:
+        """Of a path as it is listed: where the file is, relative to the root or absolute; and its name.
+
+        The name is the path where that is relative, else its way from the root or from the table's folder, else its
+        last part: the second of several such files is NAME#2, by their order in the table.
+        """
+        if not is_remote(path) and not os.path.isabs(path):
+            return path, path
+        plain = path if is_remote(path) else os.path.normpath(path)
+        for prefix in self._roots:
+            if plain.startswith(prefix):
+                return plain[len(prefix) :], plain[len(prefix) :]
+        for prefix in self._folders:
+            if plain.startswith(prefix):
+                return path, plain[len(prefix) :]
+        name = self._outside.get(plain)
+        if name is None:
+            last = re.split(r"[?#]", plain, maxsplit=1)[0] if is_remote(path) else plain  # no signature of a URL
+            last = last.rstrip("/").rpartition("/")[2]
+            self._count[last] += 1
+            name = self._outside[plain] = last if self._count[last] == 1 else f"{last}#{self._count[last]}"
+        return path, name
+
+
+def _prefixes(folder: Location) -> list[str]:
+    """How absolute paths below a folder begin: by its name, or by where links lead."""
+    if is_remote(folder):
+        return [f"{str(folder).rstrip('/')}/"]
+    return [f"{place.rstrip('/')}/" for place in (os.path.abspath(local(folder)), os.path.realpath(local(folder)))]
+
+
+def _table_rows(
+    source: Table, separator: str | None, index: dict[str, int], split: str | None, called: _Names
+) -> Iterator[TableRow]:
+    """(line, split, key, name of the file, (path, start, end, labels, fold)) of a table.
 
     A fold is -1 where the cell is empty.
     """
@@ -423,27 +486,29 @@ def _table_rows(source: Table, separator: str | None, index: dict[str, int], spl
             continue
         if not path:
             raise source.problem(line, "an empty path", "name the file, or delete the row")
-        start = source.seconds(line, "start", start_cell) if start_cell.strip() else None
+        start = source.seconds(line, "start", start_cell) if start_cell.strip() else 0.0
         end = source.seconds(line, "end", end_cell) if end_cell.strip() else None
-        if end is not None and end <= (start or 0.0):
-            raise source.problem(line, f"end {end:g} is not after start {start or 0:g}", "correct it")
+        if end is not None and end <= start:
+            raise source.problem(line, f"end {end:g} is not after start {start:g}", "correct it")
         fold = source.integer(line, "fold", fold_cell, 0, MOST_FOLDS) if fold_cell.strip() else -1
         picked = tuple(sorted({index[name] for name in source.labels(line, labels, separator, index)}))
-        key = clean_key(key_cell or path + (f"-{start:g}" if start else ""))
-        yield line, own, key, path, bool(key_cell), (path, start, end, picked, fold)
+        location, name = called.of(path)
+        key = clean_key(key_cell or name + (f"-{start:g}" if start else ""))
+        yield line, own, key, name, (location, start, end, picked, fold)
 
 
 def _contradiction(
     source: Table, line: int, key: str, facts: tuple[Any, ...], first: TableRow, separator: str | None
 ) -> UserError:
-    """How a row differs from the first one of its key."""
+    """How a row differs from the first one of its key, or of its segment under another key."""
     names = ("path", "start", "end", "labels", "fold")
-    differs = next((name for name, old, new in zip(names, first[5], facts, strict=True) if old != new), "row")
+    differs = next((name for name, old, new in zip(names, first[4], facts, strict=True) if old != new), "row")
     if differs == "path":
-        what = f"'{facts[0]}' gets the same key '{key}' as '{first[3]}' in line {first[0]}"
+        what = f"'{facts[0]}' gets the same key '{key}' as '{first[4][0]}' in line {first[0]}"
     else:
         other = "other labels" if differs == "labels" else f"another {differs}"
-        what = f"'{facts[0]}' came before with {other}, in line {first[0]}"
+        under = "" if first[2] == key else f" under the key '{first[2]}'"
+        what = f"'{facts[0]}' came before{under} with {other}, in line {first[0]}"
     remedies = {
         "labels": f"write all labels of a clip in one row, such as dog{separator or SEPARATOR}bark",
         "fold": "keep one of the rows",

@@ -14,6 +14,7 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from pipeline.data.storage import is_remote
@@ -108,6 +109,7 @@ class Clips(Sequence[Clip]):
 
     def __init__(self, root: str) -> None:
         self._prefix = root.rstrip("/") + "/"
+        self._outside = array("q")  # rows whose file does not lie below the root
         self._absolute = self._prefix if is_remote(root) else os.path.abspath(root).rstrip("/") + "/"
         self._key, self._path, self._id = Strings(), Strings(), Strings()
         self._split = Names()
@@ -154,6 +156,8 @@ class Clips(Sequence[Clip]):
             path = path[len(self._prefix) :]
         elif not is_remote(path):
             path = os.path.abspath(path).removeprefix(self._absolute)
+        if path.startswith("/") or is_remote(path):
+            self._outside.append(len(self))
         self._key.append(clip.key)
         self._path.append(path)
         self._id.append(clip.id)
@@ -175,6 +179,7 @@ class Clips(Sequence[Clip]):
             del column[rows:]
         del self._label_offsets[rows + 1 :]
         del self._labels[self._label_offsets[-1] :]
+        self._outside = array("q", (row for row in self._outside if row < rows))
 
     @property
     def splits(self) -> list[str]:
@@ -205,8 +210,12 @@ class Clips(Sequence[Clip]):
         return None
 
     def table(self, rows: np.ndarray) -> pa.Table:
-        """The given rows as Arrow columns; strings are large_binary, paths relative to the root."""
+        """The given rows as Arrow columns; strings are large_binary, paths as they are recorded (`recorded`)."""
         take = pa.array(rows)
+        path = self._path.arrow().take(take)
+        outside = np.isin(rows, np.asarray(self._outside))
+        if outside.any():
+            path = pc.if_else(pa.array(outside), self._id.arrow().take(take), path)
         labels = pa.LargeListArray.from_arrays(
             pa.array(np.asarray(self._label_offsets)), pa.array(np.asarray(self._labels))
         )
@@ -214,7 +223,7 @@ class Clips(Sequence[Clip]):
         return pa.table(
             {
                 "key": self._key.arrow().take(take),
-                "path": self._path.arrow().take(take),
+                "path": path,
                 "id": self._id.arrow().take(take),
                 "start": np.asarray(self._start)[rows],
                 "end": pa.array(end, mask=np.isnan(end)),
@@ -287,10 +296,19 @@ class Failures(Sequence[Failure]):
 
 
 def relative(path: str, root: str) -> str:
-    """A source as it is recorded: relative to the audio root."""
+    """A file's way from the audio root."""
     if is_remote(path):
         return path.removeprefix(root.rstrip("/") + "/")
     return os.path.relpath(path, root)
+
+
+def recorded(clip: Clip, root: str) -> str:
+    """A clip's file as shards name it: its way from the audio root where it is named by it, else the clip's id.
+
+    So nothing in shards says where else on a machine, or behind which URL, a file lay.
+    """
+    inside = clip.path.startswith(root.rstrip("/") + "/")
+    return relative(clip.path, root) if inside else clip.id or clip.path.rpartition("/")[2]
 
 
 def digest(table: pa.Table, columns: Sequence[str]) -> str:

@@ -129,25 +129,19 @@ def _plan(directory: Location, manifest: Manifest, name: str, rows: pa.Table, ro
     clips = [
         Clip(
             key=row["key"],
-            path=_source(row["source"], root),
+            path=row["source"] if is_remote(row["source"]) else join(root, row["source"]),
             start=row["start"],
             end=row["end"],
             labels=tuple(row["labels"]),
             split=row["split"],
             fold=row["fold"],
+            id=row["source"],
             trimmed=row["trimmed"],
         )
         for row in rows.to_pylist()
     ]
     split = rows["split"][0].as_py()
     return ShardPlan(split, shard_number(split, name), clips, manifest.labels, root, directory, audio)
-
-
-def _source(source: str, root: str) -> str:
-    """Where a source is; one that lies beside the root is recorded by its way from the root's name, not its target."""
-    if is_remote(source):
-        return source
-    return join(root, source) if is_remote(root) else os.path.normpath(join(root, source))
 
 
 def _repair_failures(directory: Location, manifest: Manifest) -> str:

@@ -99,8 +99,7 @@ class Table:
             UserError: no such column, a column twice, a row of another length, no rows.
         """
         lines = self.lines()
-        skipped, first = next(((n, line) for n, line in enumerate(lines, 1) if line.strip()), (1, ""))
-        delimiter, names, spaced = self._header(skipped, first, needed)
+        skipped, delimiter, names, spaced = self._header(lines, needed)
         # Cells of absent columns are the last one, an empty one that each row gets.
         pick = itemgetter(*(names.index(name) if name in names else -1 for name in (*needed, *optional)))
         any_rows = False
@@ -116,6 +115,14 @@ class Table:
             yield line, pick(row)
         if not any_rows:
             raise self.problem(skipped, "a header and no rows", "add rows, or name another file")
+
+    def columns(self, needed: Sequence[str]) -> list[str]:
+        """Names of the columns.
+
+        Raises:
+            UserError: no such column, or a column twice.
+        """
+        return self._header(self.lines(), needed)[2]
 
     def integer(self, line: int, name: str, text: str, least: int = 0, most: int = MOST_INTEGER) -> int:
         """A whole number, also as pandas writes it in a column with gaps, `1.0`.
@@ -215,8 +222,9 @@ class Table:
     def _unreadable(self, error: OSError) -> UserError:
         return UserError(f"{self.path}: {error.strerror or error}; check the path")
 
-    def _header(self, line: int, text: str, needed: Sequence[str]) -> tuple[str, list[str], bool]:
-        """Delimiter, names of the columns, and whether spaces follow the delimiters."""
+    def _header(self, lines: Iterator[str], needed: Sequence[str]) -> tuple[int, str, list[str], bool]:
+        """Line of the header, delimiter, names of the columns, and whether spaces follow the delimiters."""
+        line, text = next(((n, words) for n, words in enumerate(lines, 1) if words.strip()), (1, ""))
         wants = f"it needs {','.join(needed)}"
         if not text:
             raise self.problem(line, "the file is empty", wants)
@@ -237,7 +245,7 @@ class Table:
         twice = next((name for number, name in enumerate(names) if name and name in names[:number]), None)
         if twice is not None:
             raise self.problem(line, f"two columns '{twice}'", "keep one of them")
-        return found, names, f"{found} " in text
+        return line, found, names, f"{found} " in text
 
     def _parse(
         self, lines: Iterator[str], skipped: int, delimiter: str, spaced: bool

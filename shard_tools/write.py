@@ -35,7 +35,7 @@ from pipeline.data.npy import Array, header
 from pipeline.data.storage import Location, is_remote
 from pipeline.errors import UserError
 from pipeline.flow import Clip
-from shard_tools.columns import Failure, relative
+from shard_tools.columns import Failure, recorded
 from shard_tools.decode import Decoded, DecodeError
 from shard_tools.guard import guarded_decode
 from shard_tools.segment import MachineError
@@ -321,7 +321,7 @@ def _readable(path: str) -> bool:
 
 def _failure(clip: Clip, plan: ShardPlan, row: int | None, reason: str) -> Failure:
     """As it is recorded: without what differs between machines, mount points and attempts."""
-    shown = relative(clip.path, plan.root)
+    shown = recorded(clip, plan.root)
     reason = reason.replace(clip.path, shown)
     if len(plan.root) > 1:
         reason = reason.replace(f"{plan.root.rstrip('/')}/", "")
@@ -364,7 +364,7 @@ def _describe(clip: Clip, plan: ShardPlan, decoded: Decoded, about: dict[str, An
         "labels": list(clip.labels),
         "label_ids": [plan.labels[label].id for label in clip.labels],
         "label_names": [plan.labels[label].name for label in clip.labels],
-        "source": relative(clip.path, plan.root),
+        "source": recorded(clip, plan.root),
         "start": clip.start,
         "end": clip.start + about["seconds"] * plan.audio.seconds,
         "listed_end": clip.end,
@@ -392,7 +392,7 @@ def _index_row(clip: Clip, plan: ShardPlan, share: float, columns: dict[str, int
         "shard": plan.name,
         "labels": list(clip.labels),
         "seconds": share * plan.audio.seconds,
-        "source": relative(clip.path, plan.root),
+        "source": recorded(clip, plan.root),
         "start": clip.start,
         "end": clip.end,
         "trimmed": clip.trimmed,

@@ -1,5 +1,6 @@
 """What a data set lists: labels, folds and splits as they were meant, the right file for each clip, or one line."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -8,10 +9,14 @@ import numpy as np
 import pytest
 import soundfile
 
+from pipeline.data.manifest import load_index
 from pipeline.errors import UserError
 from shard_tools import catalogs
 from shard_tools.audio_files import AudioFiles, plain_times, walk
+from shard_tools.build import build
+from shard_tools.catalogs import clean_key
 from shard_tools.splits import split_of_segments
+from tests.helpers import digests, options
 
 WORDS = 'index,mid,display_name\n0,/m/1,dog\n1,/m/2,"bark, howl"\n2,/m/3,cat\n'
 
@@ -77,6 +82,12 @@ def test_one_clip_in_two_rows(three, caplog):
     refused(three, "path,labels,fold\n1.wav,a,1\n1.wav,a,2\n", "t.csv:3: '1.wav' came before with another fold")
     refused(three, "path,labels,end\n1.wav,a,1\n1.wav,a,2\n", "another end, in line 2; tell them apart by a column key")
     refused(three, "path,labels,key\n1.wav,a,x\n2.wav,a,x\n", "'2.wav' gets the same key 'x' as '1.wav' in line 2")
+    refused(three, "path,labels,key\n1.wav,a,x\n1.wav,b,x\n", "t.csv:3: '1.wav' came before with other labels")
+    refused(three, "path,labels,key,end\n1.wav,a,x,1\n1.wav,a,x,2\n", "t.csv:3: '1.wav' came before with another end")
+    refused(three, "path,labels,key\n1.wav,a,x\n2.wav,a,\n1.wav,b,y\n",
+            "t.csv:4: '1.wav' came before under the key 'x' with other labels, in line 2")  # fmt: skip
+    refused(three, "path,labels,key,start,fold\n1.wav,a,x,,1\n1.wav,a,,0,2\n",
+            "t.csv:3: '1.wav' came before under the key 'x' with another fold, in line 2")  # fmt: skip
     caplog.set_level(logging.WARNING)
     catalog = table(three, "path,labels\n1.wav,dog;bark\n2.wav,dog\n1.wav,bark;dog\n9.wav,dog\n9.wav,dog\n")
     assert [clip.key for clip in catalog.clips] == ["1", "2"]
@@ -88,6 +99,41 @@ def test_a_clip_of_two_splits_is_said(three, caplog):
     catalog = table(three, "path,labels,split\n1.wav,a,train\n2.wav,b,train\n1.wav,a,eval\n")
     assert len(catalog.clips) == 3
     assert "1 clips are in several splits, such as line 4" in caplog.text
+    caplog.clear()
+    rows = "1.wav,a,train,x\n2.wav,b,train,y\n1.wav,a,eval,z\n2.wav,b,train,w\n"
+    assert len(table(three, "path,labels,split,key\n" + rows).clips) == 4
+    assert "1 clips are in several splits, such as line 4" in caplog.text
+    assert "1 rows list, under another key, what an earlier row lists, such as line 5" in caplog.text
+
+
+def test_where_a_table_s_files_lie_stays_out_of_shards(tmp_path):
+    """Keys, ids, sources and failures are the same below any folder, and name none of it."""
+    found = []
+    for home in (tmp_path / "anna", tmp_path / "disk" / "of" / "ben"):
+        audio, other, hidden = home / "data" / "audio", home / "data" / "lists", home / "secret"
+        places = [audio / "a.wav", audio / "sub" / "b.wav", other / "c.wav", hidden / "d.wav", hidden / "x" / "d.wav"]
+        for number, path in enumerate(places, 1):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, np.full(1600, 0.01 * number), 16000)
+        (hidden / "text.wav").write_text("no audio")
+        (home / "link").symlink_to(audio)
+        rows = [audio / "a.wav", f"{audio}/../audio/sub/b.wav", *places[2:], hidden / "text.wav", hidden / "gone.wav",
+                "../lists/c.wav", home / "link" / "a.wav", "a.wav"]  # fmt: skip
+        (other / "t.csv").write_text("path,labels\n" + "".join(f"{path},x\n" for path in rows))
+        out = home / "out"
+        build(catalogs.table(home / "link", other / "t.csv", None, None), out, options(0.1), 1, engine="inline")
+        index = load_index(out).to_pylist()
+        assert {row["key"]: row["source"] for row in index} == {
+            "a": "a.wav", clean_key("sub/b.wav"): "sub/b.wav", "c": "c.wav", "d": "d.wav",
+            clean_key("d.wav#2"): "d.wav#2", clean_key("../lists/c.wav"): "../lists/c.wav",
+        }  # fmt: skip
+        failures = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
+        assert [(one["id"], one["path"]) for one in failures] == [("gone.wav",) * 2, ("text.wav",) * 2]
+        for path in out.iterdir():
+            assert str(home).encode() not in path.read_bytes()
+            assert b"secret" not in path.read_bytes()
+        found.append(digests(out))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -548,19 +548,22 @@ def test_names_in_a_strangers_manifest_lead_nowhere(whole, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_repair_finds_sources_beside_a_root_that_is_a_link(tmp_path):
-    """They are recorded by their way from the root's name."""
+@pytest.mark.parametrize(
+    ("listed", "source", "root"), [("../a.wav", "../a.wav", "home/root"), ("DISK/a.wav", "a.wav", "disk")]
+)
+def test_repair_finds_sources_beside_a_root_that_is_a_link(tmp_path, listed, source, root):
+    """Where the table's path leads to; those that it names by absolute paths in the folder that is given."""
     (tmp_path / "disk" / "root").mkdir(parents=True)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "root").symlink_to(tmp_path / "disk" / "root")
-    soundfile.write(tmp_path / "home" / "a.wav", np.full(1600, 0.1), 16000)
+    soundfile.write(tmp_path / "disk" / "a.wav", np.full(1600, 0.1), 16000)
     table = tmp_path / "home" / "root" / "table.csv"
-    table.write_text(f"path,labels\n{tmp_path / 'home' / 'a.wav'},x\n")
+    table.write_text(f"path,labels\n{listed.replace('DISK', str(tmp_path / 'disk'))},x\n")
     catalog = catalogs.table(tmp_path / "home" / "root", table, None, "train")
     out = tmp_path / "out"
     build(catalog, out, options(SECONDS), 1, engine="inline")
-    assert load_index(out)["source"].to_pylist() == ["../a.wav"]
+    assert load_index(out)["source"].to_pylist() == [source]
     (out / "train-000000.tar").unlink()
-    (said,) = repair(out, examine(out, 1), str(tmp_path / "home" / "root"), 1)
+    (said,) = repair(out, examine(out, 1), str(tmp_path / root), 1)
     assert said == "train-000000.tar: built again, as it was"
     assert not damage(out, load_manifest(out))

@@ -39,6 +39,7 @@ class Clip:
         trimmed: The file is known to be the segment itself, and `start` is 0; False: it is not; None: it is where
             `start` is not 0 and the file, as long as the segment, ends before it (AudioSet, names without a start).
         line: Of the table that lists the clip, for `failures.jsonl`; 0: there is no table.
+        others: The same clip in other files, to be tried in this order where this one cannot be decoded.
     """
 
     key: str
@@ -51,6 +52,7 @@ class Clip:
     id: str = ""
     trimmed: bool | None = None
     line: int = field(default=0, compare=False)
+    others: tuple["Clip", ...] = ()
 
 
 @dataclass(slots=True)

@@ -84,27 +84,30 @@ class AudioFiles:
             if first != path:
                 self._more.setdefault(name, [first]).append(path)
 
-    def find(self, names: Iterable[str]) -> tuple[str, str] | None:
-        """The first of the names that has a file, and that file; an empty file only where there is no other.
+    def find(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        """The names that have a file, with it, in the order in which the files are to be tried.
 
-        Of several files of a name those with an ending of audio come first, then the alphabet decides.
+        An empty file does not come first where there is another. Of several files of a name those with an ending of
+        audio come first, then the alphabet decides.
         """
         found = [(name, self._files[name]) for name in dict.fromkeys(names) if name in self._files]
         if not found or (len(found) == 1 and found[0][0] not in self._more):
-            return found[0] if found else None
+            return found
         choices = [(name, path) for name, _ in found for path in self._choices(name)]
         chosen = next((choice for choice in choices if _size(choice[1])), choices[0])
+        choices = [chosen, *(choice for choice in choices if choice != chosen)]
         self.several += 1
         if not self.example[0]:
-            self.example = (chosen[1], next(path for _, path in choices if path != chosen[1]))
-        return chosen
+            self.example = (chosen[1], choices[1][1])
+        return choices
 
     def report(self) -> None:
         """Says how many of the names asked for have several files, and which were taken."""
         if self.several:
             log.warning(
                 "%d clips have several files, such as %s (taken) and %s: an empty one is not taken, then an ending of "
-                "audio goes before others, then the alphabet decides", self.several, *self.example,
+                "audio goes before others, then the alphabet decides; where one cannot be decoded, the next is taken",
+                self.several, *self.example,
             )  # fmt: skip
 
     def _choices(self, name: str) -> list[str]:

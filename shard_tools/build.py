@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 RECORD_THREADS = 16  # records are small; from an object store the waiting is what costs
 TAR = re.compile(r"(.+)-\d{6,}\.tar")
+# A finished shard that stays, its index rows, and its lines of failures.jsonl.
+Adoption = tuple[ShardPlan, ShardRecord, pa.Table, list[dict[str, Any]]]
 
 
 @dataclass(slots=True)
@@ -55,10 +57,12 @@ class Summary:
     Attributes:
         manifest: Of the whole directory.
         failures: Reasons (up to the first colon) and how many listed clips of the catalog's splits each cost.
+        replaced: Clips of these splits that come from another file than their first, which cannot be decoded.
     """
 
     manifest: Manifest
     failures: Counter[str]
+    replaced: int
 
     @property
     def silent(self) -> int:
@@ -331,20 +335,24 @@ def _adopt(work: _Work, workers: int) -> None:
     for place, plan in enumerate(work.plans):
         work.mine[place] = sorted(plan.staged) if plan.staged else work.mine[place]
 
-    def tasks(earlier: Manifest) -> Iterator[tuple[ShardPlan, ShardRecord, pa.Table]]:
+    lines = [line for line in map(json.loads, work.store.read("failures.jsonl").splitlines()) if line.get("used")]
+
+    def tasks(earlier: Manifest) -> Iterator[Adoption]:
         for shard, rows in shards_with_rows(work.store.location, earlier, Findings()):
             if shard.split in plans and rows is not None:
                 number = shard_number(shard.split, shard.name)
                 if number not in plans[shard.split].staged:
-                    yield replace(plans[shard.split].shard(number), clips=()), shard, rows
+                    keys = set(rows["key"].to_pylist()) if lines else set()
+                    kept = [line for line in lines if line["split"] == shard.split and line["key"] in keys]
+                    yield replace(plans[shard.split].shard(number), clips=()), shard, rows, kept
 
     for problem in filter(None, each(adopt, tasks(work.earlier), workers)):
         raise UserError(f"{work.store.location}: {problem}; verify_shards.py --repair mends it")
 
 
-def adopt(task: tuple[ShardPlan, ShardRecord, pa.Table]) -> str | None:
+def adopt(task: Adoption) -> str | None:
     """Writes the record of one finished shard, read from its tar; or says what is wrong with it."""
-    plan, shard, rows = task
+    plan, shard, rows, failures = task
     where, store = join(plan.out, plan.name), Store(plan.out)
     sums, silent = np.zeros(3), 0
     if plan.record.rpartition("/")[2] in store.sizes(f".build/{plan.split}"):
@@ -363,7 +371,7 @@ def adopt(task: tuple[ShardPlan, ShardRecord, pa.Table]) -> str | None:
                 file.seek(row["json_offset"])
                 silent += bool(json.loads(file.read(row["json_size"]))["silent"])
     facts = {"clips": shard.clips, "size": shard.size, "sha256": shard.sha256, "sums": sums.tolist(), "silent": silent,
-             "failures": [], "sources": None, "stamp": stamp(where)}  # fmt: skip
+             "failures": failures, "sources": None, "stamp": stamp(where)}  # fmt: skip
     write_record(store, plan, rows.to_pylist(), facts)
     return None
 
@@ -407,7 +415,8 @@ def _state(
         log.warning("%s: %s: its shard is written again",
                     join(work.store.location, record_name(plan.split, number)), error)  # fmt: skip
         return False, None
-    if facts["build"] != plan.digest or (work.retry and facts["failures"] and not plan.staged):
+    lacking = facts["clips"] < len(plan.rows(number))
+    if facts["build"] != plan.digest or (work.retry and lacking and not plan.staged):
         return False, None
     if facts["clips"]:
         staged, name = number in plan.staged, shard_name(plan.split, number)
@@ -432,8 +441,12 @@ def _changed(plan: SplitPlan, number: int, facts: dict[str, Any], sources: Sourc
     """The worst change of a shard's sources since they were decoded."""
     if facts["sources"] is None:  # adopted
         return None
-    paths = [plan.catalog.clips[row].path for row in plan.rows(number).tolist()]
-    changes = sources.changed(paths, facts["sources"])
+    rows = plan.rows(number).tolist()
+    paths, stamps = [plan.catalog.clips[row].path for row in rows], list(facts["sources"])
+    for place, other, now in facts.get("tried", []):
+        paths.append(plan.catalog.clips[rows[place]].others[other].path)
+        stamps.append(now)
+    changes = sources.changed(paths, stamps)
     return min(changes, key=lambda change: change.time_only, default=None)
 
 
@@ -500,7 +513,7 @@ def _finish(catalog: Catalog, options: BuildOptions, work: _Work) -> Summary:
     store.remove_tree(SWITCH)
     if empty or manifest is None:
         raise UserError("; ".join(_why_empty(catalog, store, plan) for plan in empty))
-    return Summary(manifest, reasons(store, catalog.splits))
+    return Summary(manifest, *reasons(store, catalog.splits))
 
 
 def _why_empty(catalog: Catalog, store: Store, plan: SplitPlan) -> str:

@@ -338,6 +338,9 @@ def _report(summary: Summary, out: Location, seconds: float) -> int:
     lines += [f"  {count} failed: {reason}" for reason, count in summary.failures.most_common()]
     if summary.silent:
         lines.append(f"  {summary.silent} stored clips are digital silence (silent: true in their json)")
+    if summary.replaced:
+        lines.append(f"  {summary.replaced} clips come from another file than their first, which cannot be decoded: "
+                     f"{join(out, 'failures.jsonl')} names both")  # fmt: skip
     failed = summary.failures.total()
     if failed:
         lines.append(f"  each failed clip with its reason: {join(out, 'failures.jsonl')}")

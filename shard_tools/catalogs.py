@@ -14,7 +14,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -164,25 +164,17 @@ def audioset(
         if catalog.overrides is not None:
             picked = catalog.overrides.of(key, ytid, picked)
         found = files.find(segment_names(ytid, start, end))
-        if found is None:
+        if not found:
             reason = "missing: no such audio file below --audio-root"
             catalog.miss(Failure(key, "", reason, split, key, line, start, end), picked)
             continue
-        stem, path = found
-        is_segment = stem not in (plain_times(ytid), plain_times(f"Y{ytid}"))
-        catalog.clips.append(
-            Clip(
-                key=key,
-                path=path,
-                start=0.0 if is_segment else start,
-                end=end - start if is_segment else end,
-                labels=picked,
-                split=split,
-                id=ytid,
-                trimmed=True if is_segment else None,
-                line=line,
-            )
-        )
+        clips = []
+        for stem, path in found:
+            is_segment = stem not in (plain_times(ytid), plain_times(f"Y{ytid}"))
+            first, last = (0.0, end - start) if is_segment else (start, end)
+            clip = Clip(key, path, first, last, picked, split, id=ytid, trimmed=is_segment or None, line=line)
+            clips.append(clip)
+        catalog.clips.append(replace(clips[0], others=tuple(clips[1:])))
     if not seen:
         raise UserError(f"{segments}: holds no segments; give an official AudioSet segments csv")
     _say_doubles(source, doubles)
@@ -225,11 +217,12 @@ def esc50(root: Location, split: str) -> Catalog:
     for name, (fold, target) in rows.items():
         stem = Path(name).stem
         found = files.find([stem])
-        if found is None:
+        if not found:
             catalog.miss(Failure(stem, name, MISSING, split, clean_key(stem), lines[name]), [order[target]])
             continue
-        label = (order[target],)
-        catalog.clips.append(Clip(clean_key(stem), found[1], 0.0, None, label, split, fold, stem, line=lines[name]))
+        label, key = (order[target],), clean_key(stem)
+        clips = [Clip(key, path, 0.0, None, label, split, fold, stem, line=lines[name]) for _, path in found]
+        catalog.clips.append(replace(clips[0], others=tuple(clips[1:])))
     _say_doubles(source, doubles)
     files.report()
     _require_files(catalog, lambda: f"{what_is_there(files.endings)} in audio/; the names in the csv are matched "

@@ -6,10 +6,11 @@ A `Clip` object costs about 500 bytes with its strings; a row here about 100, be
 end in one buffer and numbers in arrays. Objects are made when a row is asked for and dropped after use.
 """
 
+import json
 import os
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, overload
 
 import numpy as np
@@ -25,7 +26,7 @@ TRIMMED = {None: -1, False: 0, True: 1}
 
 @dataclass(frozen=True)
 class Failure:
-    """A listed clip that is not in the shards: a line of `failures.jsonl`.
+    """A listed clip that is not in the shards, or not from its first file: a line of `failures.jsonl`.
 
     Attributes:
         id: The data set's own name for it.
@@ -36,6 +37,7 @@ class Failure:
         row: Line of the table that lists it, or its number in the catalog where there is no table; None: not known.
         start: First second of the segment.
         end: Last second; None: the end of the file.
+        used: The file that gave the clip after all; "": none, the clip is not in the shards.
     """
 
     id: str
@@ -46,6 +48,11 @@ class Failure:
     row: int | None = None
     start: float = 0.0
     end: float | None = None
+    used: str = ""
+
+    def line(self) -> dict[str, Any]:
+        """As JSON; `used` only where there is one."""
+        return {name: value for name, value in asdict(self).items() if name != "used" or value}
 
 
 class Strings:
@@ -110,6 +117,7 @@ class Clips(Sequence[Clip]):
     def __init__(self, root: str) -> None:
         self._prefix = root.rstrip("/") + "/"
         self._outside = array("q")  # rows whose file does not lie below the root
+        self._others: dict[int, tuple[Clip, ...]] = {}  # by row, of those few that have several files
         self._absolute = self._prefix if is_remote(root) else os.path.abspath(root).rstrip("/") + "/"
         self._key, self._path, self._id = Strings(), Strings(), Strings()
         self._split = Names()
@@ -144,6 +152,7 @@ class Clips(Sequence[Clip]):
             id=self._id[row],
             trimmed=None if trimmed < 0 else bool(trimmed),
             line=self._line[row],
+            others=self._others.get(row, ()),
         )
 
     def __iter__(self) -> Iterator[Clip]:
@@ -158,6 +167,8 @@ class Clips(Sequence[Clip]):
             path = os.path.abspath(path).removeprefix(self._absolute)
         if path.startswith("/") or is_remote(path):
             self._outside.append(len(self))
+        if clip.others:
+            self._others[len(self)] = clip.others
         self._key.append(clip.key)
         self._path.append(path)
         self._id.append(clip.id)
@@ -180,6 +191,7 @@ class Clips(Sequence[Clip]):
         del self._label_offsets[rows + 1 :]
         del self._labels[self._label_offsets[-1] :]
         self._outside = array("q", (row for row in self._outside if row < rows))
+        self._others = {row: others for row, others in self._others.items() if row < rows}
 
     @property
     def splits(self) -> list[str]:
@@ -208,6 +220,15 @@ class Clips(Sequence[Clip]):
             if (first.split, first.key) == (second.split, second.key):
                 return first, second
         return None
+
+    def others(self, rows: np.ndarray) -> str:
+        """Hash of the further files of the given rows; "": they have none."""
+        found = [
+            [place, recorded(other, self._prefix), other.start, other.end, other.trimmed]
+            for place, row in enumerate(rows.tolist())
+            for other in self._others.get(row, ())
+        ]
+        return xxhash.xxh3_128_hexdigest(json.dumps(found).encode()) if found else ""
 
     def table(self, rows: np.ndarray) -> pa.Table:
         """The given rows as Arrow columns; strings are large_binary, paths as they are recorded (`recorded`)."""

@@ -15,7 +15,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -74,7 +73,7 @@ def finish(
                     continue
                 plan = new[split]
                 for row in catalog.missing.rows(split).tolist():
-                    lines.write(_line(asdict(catalog.missing[row])))
+                    lines.write(_line(catalog.missing[row].line()))
                 for number, (table, facts) in enumerate(_records(store, plan)):
                     rows.write(table)
                     for failure in facts["failures"]:
@@ -169,10 +168,11 @@ def render(manifest: Manifest) -> bytes:
     return (json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def reasons(store: Store, splits: Sequence[str]) -> Counter[str]:
-    """Failures of some splits by reason (up to the first colon), from failures.jsonl."""
-    lines = map(json.loads, store.read("failures.jsonl").splitlines())
-    return Counter(line["reason"].split(":")[0] for line in lines if line["split"] in splits)
+def reasons(store: Store, splits: Sequence[str]) -> tuple[Counter[str], int]:
+    """From failures.jsonl: some splits' failures by reason (up to the first colon), and clips of their second file."""
+    lines = [line for line in map(json.loads, store.read("failures.jsonl").splitlines()) if line["split"] in splits]
+    counts = Counter(line["reason"].split(":")[0] for line in lines if not line.get("used"))
+    return counts, len(lines) - counts.total()
 
 
 class IndexWriter:

@@ -168,6 +168,8 @@ class SplitPlan:
         missing = catalog.missing.rows(split)
         # Absent without them, so that the digests of other builds stay what they were.
         better = {} if catalog.overrides is None else {"label overrides": catalog.overrides.record()}
+        others = catalog.clips.others(catalog.clips.rows(split))
+        further = {"further files of the clips": others} if others else {}
         return {
             "dataset": catalog.dataset,
             "clips_per_shard": self.options.clips_per_shard,
@@ -179,6 +181,7 @@ class SplitPlan:
             "source files": digest(clips, ["path"]),
             "segments": digest(clips, ["start", "end", "trimmed"]),
             **better,
+            **further,
             "labels of the clips": digest(clips, ["labels"]),
             "folds of the clips": digest(clips, ["fold"]),
             "missing clips": digest(catalog.missing.table(missing), ["id", "path"]),

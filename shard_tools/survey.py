@@ -59,6 +59,7 @@ class FailureLine(BaseModel):
     path: str
     reason: str
     split: str
+    used: str = ""
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ def find(directory: Location, manifest: Manifest, key: str) -> list[Sound]:
         if pc.any(here).as_py():
             rows += index.check(index.read(COLUMNS, number).filter(here)).to_pylist()
     if not rows:
-        line = next((line for line in _failure_lines(directory, manifest) if key in (line.id, line.path)), None)
+        lines = (line for line in _failure_lines(directory, manifest) if not line.used)
+        line = next((line for line in lines if key in (line.id, line.path)), None)
         why = f"it is not in the shards: {line.reason}" if line else "no such key; index.parquet lists all"
         raise UserError(f"{directory}: clip '{key}': {why}")
     return list(_sounds(directory, manifest, rows))
@@ -259,7 +261,8 @@ def _first(error: ValidationError) -> str:
 def _failures(directory: Location, manifest: Manifest) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = {name: Counter() for name in manifest.splits}
     for line in _failure_lines(directory, manifest):
-        found.setdefault(line.split, Counter())[line.reason.split(":")[0]] += 1
+        if not line.used:
+            found.setdefault(line.split, Counter())[line.reason.split(":")[0]] += 1
     return found
 
 

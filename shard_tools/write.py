@@ -19,7 +19,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, BinaryIO
 
@@ -218,9 +218,10 @@ def write_tar(plan: ShardPlan, path: str | os.PathLike[str]) -> tuple[list[dict[
     sums = np.zeros(3)  # count, sum and sum of squares of the stored fbanks
     silent = 0
     sources: list[Stamp] = []
+    tried: list[tuple[int, int, Stamp]] = []
     with open(path, "wb") as file:
         tar = TarWriter(file)
-        decoded = _decode_all(plan, sources, failures)
+        decoded = _decode_all(plan, sources, tried, failures)
         while group := list(islice(decoded, GROUP)):
             waveforms = [encode_waveform(one, plan.audio.samples) for _, one in group]
             fbanks = [stored_fbank(waveform, plan.audio) for waveform, _ in waveforms]
@@ -236,8 +237,9 @@ def write_tar(plan: ShardPlan, path: str | os.PathLike[str]) -> tuple[list[dict[
         "sha256": tar.sha256.hexdigest(),
         "sums": sums.tolist(),
         "silent": silent,
-        "failures": [asdict(failure) for failure in failures],
+        "failures": [failure.line() for failure in failures],
         "sources": sources,
+        "tried": tried,
     }
 
 
@@ -273,35 +275,65 @@ def npy(array: np.ndarray) -> list[bytes | memoryview]:
     return [header(Array(array.dtype.str, array.shape)), np.ascontiguousarray(array).data.cast("B")]
 
 
-def _decode_all(plan: ShardPlan, sources: list[Stamp], failures: list[Failure]) -> Iterator[tuple[Clip, Decoded]]:
-    """The clips that can be decoded, one at a time; the others go to `failures`, all stamps to `sources`."""
+def _decode_all(
+    plan: ShardPlan, sources: list[Stamp], tried: list[tuple[int, int, Stamp]], failures: list[Failure]
+) -> Iterator[tuple[Clip, Decoded]]:
+    """The clips that can be decoded, one at a time, each from the first of its files that can be.
+
+    Args:
+        plan: The clips.
+        sources: Gets the stamp of each clip's first file.
+        tried: Gets place in the shard, number among `Clip.others` and stamp of each other file that was decoded.
+        failures: Gets the clips that cannot be decoded, and those whose first file cannot be.
+    """
     copies = stamped_copies(clip.path for clip in plan.clips)
-    for place, (clip, (copy, now)) in enumerate(zip(plan.clips, copies, strict=True)):
+    for place, (clip, first) in enumerate(zip(plan.clips, copies, strict=True)):
+        one, failed = clip, list[tuple[Clip, DecodeError]]()
+        found, now = _attempt(clip, first, plan)
         sources.append(now)
-        try:
-            decoded = _decode(clip, copy, plan)
-        except DecodeError as error:
-            again = _once_more(clip, plan, error)
-            if isinstance(again, DecodeError):
-                row = clip.line or (plan.rows[place] if plan.rows else None)
-                failures.append(_failure(clip, plan, row, str(again)))
-                continue
-            decoded, sources[-1] = again
-        yield clip, decoded
+        for number, other in enumerate(clip.others):
+            if isinstance(found, Decoded):
+                break
+            failed.append((one, found))
+            one = other
+            for further in stamped_copies([other.path]):
+                found, now = _attempt(other, further, plan)
+                tried.append((place, number, now))
+        if isinstance(found, DecodeError):
+            failed.append((one, found))
+        if failed:
+            row = clip.line or (plan.rows[place] if plan.rows else None)
+            failures.append(_failure(failed, plan, row, recorded(one, plan.root) if isinstance(found, Decoded) else ""))
+        if isinstance(found, Decoded):
+            yield one, found
 
 
-def _once_more(clip: Clip, plan: ShardPlan, error: DecodeError) -> DecodeError | tuple[Decoded, Stamp]:
+def _attempt(
+    clip: Clip, stamped: tuple[str | OSError, Stamp], plan: ShardPlan
+) -> tuple[Decoded | DecodeError, Stamp]:
+    """The clip out of its own file (a copy and its stamp), or why that gives nothing; and the stamp.
+
+    Raises:
+        MachineError: trouble of this machine, its disks or its network.
+    """
+    try:
+        return _decode(clip, stamped[0], plan), stamped[1]
+    except DecodeError as error:
+        return _once_more(clip, plan, error, stamped[1])
+
+
+def _once_more(clip: Clip, plan: ShardPlan, error: DecodeError, now: Stamp) -> tuple[Decoded | DecodeError, Stamp]:
     """A file that is not there, or not for us, may be one of all whose disk or store is away for a moment.
 
     Raises:
         MachineError: none of the others can be looked at either.
     """
     if str(error).split(":")[0] not in ABSENT:
-        return error
+        return error, now
     others = dict.fromkeys([*(other.path for other in plan.clips), *plan.probes])
     others.pop(clip.path, None)
     if not others:
-        return error
+        return error, now
     try:
         if not any(map(_readable, list(others)[:PROBES])):
             raise MachineError(f"{clip.path}: {error}; and so are the others: is their disk or store there?")
@@ -311,7 +343,7 @@ def _once_more(clip: Clip, plan: ShardPlan, error: DecodeError) -> DecodeError |
         try:
             return _decode(clip, copy, plan), now
         except DecodeError as same:
-            return same
+            return same, now
     raise AssertionError("unreachable")
 
 
@@ -319,14 +351,25 @@ def _readable(path: str) -> bool:
     return stamp(path) is not None and (is_remote(path) or os.access(path, os.R_OK))
 
 
-def _failure(clip: Clip, plan: ShardPlan, row: int | None, reason: str) -> Failure:
-    """As it is recorded: without what differs between machines, mount points and attempts."""
-    shown = recorded(clip, plan.root)
-    reason = reason.replace(clip.path, shown)
-    if len(plan.root) > 1:
-        reason = reason.replace(f"{plan.root.rstrip('/')}/", "")
-    reason = ADDRESS.sub("0x", reason)
-    return Failure(clip.id or clip.key, shown, reason, clip.split, clip.key, row, clip.start, clip.end)
+def _failure(failed: Sequence[tuple[Clip, DecodeError]], plan: ShardPlan, row: int | None, used: str) -> Failure:
+    """As it is recorded: without what differs between machines, mount points and attempts.
+
+    Args:
+        failed: The clip in each of its files that give nothing, and why.
+        plan: Of its shard.
+        row: Of the clip in the catalog.
+        used: The file that gave it after all; "": none.
+    """
+    told = []
+    for one, error in failed:
+        shown = recorded(one, plan.root)
+        reason = str(error).replace(one.path, shown)
+        if len(plan.root) > 1:
+            reason = reason.replace(f"{plan.root.rstrip('/')}/", "")
+        told.append(f"{shown}: {ADDRESS.sub('0x', reason)}")
+    clip, first = failed[0][0], recorded(failed[0][0], plan.root)
+    reason = "; ".join(told).removeprefix(f"{first}: ")  # the kind comes first
+    return Failure(clip.id or clip.key, first, reason, clip.split, clip.key, row, clip.start, clip.end, used)
 
 
 def _decode(clip: Clip, copy: str | OSError, plan: ShardPlan) -> Decoded:

@@ -290,7 +290,7 @@ def test_an_empty_file_goes_behind_whole_ones_and_the_choice_is_said(tmp_path, c
     sounds(tmp_path / "a", "aaaaaaaaaaa_0.000.wav")  # the segment itself goes before a whole video
     assert segments(tmp_path, 'aaaaaaaaaaa, 0, 10, "/m/1"').clips[0].path.endswith("aaaaaaaaaaa_0.000.wav")
     files = AudioFiles(iter(["/x/a.part", "/x/a.json", "/x/a.crdownload"]))
-    assert files.find(["a"]) is None
+    assert files.find(["a"]) == []
 
 
 def test_links_are_followed_once_and_what_is_left_out_is_said(tmp_path, caplog):

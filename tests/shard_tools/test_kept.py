@@ -1,6 +1,7 @@
 """What a build must not lose, change or take for whole: files of others, finished splits, damaged parts."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from shard_tools.plan import BuildOptions, Slice
 from shard_tools.repair import repair
 from shard_tools.store import Store
 from shard_tools.verify_shards import examine, verify
+from shard_tools.write import AudioOptions
 from tests.conftest import ROOT
 from tests.helpers import digests, options, synth_catalog
 
@@ -567,3 +569,86 @@ def test_repair_finds_sources_beside_a_root_that_is_a_link(tmp_path, listed, sou
     (said,) = repair(out, examine(out, 1), str(tmp_path / root), 1)
     assert said == "train-000000.tar: built again, as it was"
     assert not damage(out, load_manifest(out))
+
+
+def test_where_a_clip_s_first_file_cannot_be_decoded_the_next_is_taken(tmp_path, caplog):
+    """Said in failures.jsonl; cut as that file needs it; the same in any build, and mended from the same file."""
+    audio, out, again = tmp_path / "audio", tmp_path / "out", tmp_path / "again"
+    audio.mkdir()
+    ids = ["aaaaaaaaaaa", "bbbbbbbbbbb", "ccccccccccc", "ddddddddddd"]
+    for number, ytid in enumerate(ids[:3], 1):
+        steps = np.repeat(np.linspace(-0.4, 0.4, 5), 16000) * (1 + number / 10)
+        soundfile.write(audio / f"{ytid}.wav", steps, 16000)  # whole videos
+    (audio / "aaaaaaaaaaa_1.flac").write_bytes(b"fLaC" + bytes(range(256)) * 8)
+    (audio / "bbbbbbbbbbb_1.mp3").write_text("<html>not found</html>")
+    (audio / "bbbbbbbbbbb.wav").write_bytes(b"RIFF" + bytes(500))
+    soundfile.write(audio / "ddddddddddd.wav", np.full(80000, 0.1), 16000)
+    (tmp_path / "labels.csv").write_text("index,mid,display_name\n0,/m/1,dog\n")
+    (tmp_path / "t.csv").write_text("".join(f'{ytid}, 1.0, 3.0, "/m/1"\n' for ytid in ids))
+
+    def catalog():
+        return catalogs.audioset(audio, tmp_path / "t.csv", tmp_path / "labels.csv", None, "train")
+
+    words = BuildOptions(AudioOptions(seconds=2.0), 2), 1
+    summary = build(catalog(), out, *words, engine="inline")
+    assert (summary.replaced, summary.failures.total()) == (1, 1)
+    lines = {line["key"]: line for line in map(json.loads, (out / "failures.jsonl").read_text().splitlines())}
+    first, none = lines.pop("aaaaaaaaaaa_1000"), lines.pop("bbbbbbbbbbb_1000")
+    assert not lines
+    assert (first["path"], first["used"]) == ("aaaaaaaaaaa_1.flac", "aaaaaaaaaaa.wav")
+    assert first["reason"].partition(":")[0] in ("undecodable", "damaged")
+    assert none["path"] == "bbbbbbbbbbb_1.mp3"
+    assert none["reason"].startswith("undecodable: text")
+    assert "; bbbbbbbbbbb.wav: " in none["reason"]
+    assert "used" not in none
+    rows = {row["key"]: row for row in load_index(out).to_pylist()}
+    assert rows.keys() == {f"{ytid}_1000" for ytid in ids if ytid[0] != "b"}
+    row = rows["aaaaaaaaaaa_1000"]
+    assert (row["source"], row["start"], row["end"]) == ("aaaaaaaaaaa.wav", 1.0, 3.0)
+    with (out / row["shard"]).open("rb") as tar:
+        tar.seek(row["waveform_offset"])
+        stored = np.load(io.BytesIO(tar.read(row["waveform_size"]))) / 32768
+    assert stored[[100, -100]] == pytest.approx([-0.11, 0.11], abs=1e-3)  # seconds 1 to 3, without their mean
+    assert not verify(out, 1)
+
+    before = digests(out)
+    (out / row["shard"]).unlink()
+    assert "as it was" in "".join(repair(out, examine(out, 1), str(audio), 1))
+    assert digests(out) == before
+    (audio / "bbbbbbbbbbb_1.mp3").unlink()
+    (audio / "bbbbbbbbbbb.wav").unlink()
+    soundfile.write(audio / "bbbbbbbbbbb_1.mp3", np.full(32000, 0.1), 16000, format="WAV")
+    build(catalog(), again, *words, engine="inline")
+    assert len((again / "failures.jsonl").read_text().splitlines()) == 1
+
+    # What was taken in place of the first counts as a source: a build that goes on sees that it changed.
+    part = tmp_path / "part"
+    build_slice(catalog(), part, *words, Slice(1, 1), "inline")
+    soundfile.write(audio / "aaaaaaaaaaa.wav", np.full(90000, 0.2), 16000)
+    caplog.clear()
+    build_slice(catalog(), part, *words, Slice(1, 1), "inline")
+    assert f"1 shards hold files that have changed since, such as {audio}/aaaaaaaaaaa.wav" in caplog.text
+
+
+def test_a_retry_keeps_what_is_said_of_first_files(tmp_path):
+    audio, out, fresh = tmp_path / "audio", tmp_path / "out", tmp_path / "fresh"
+    (audio / "audio").mkdir(parents=True)
+    (audio / "meta").mkdir()
+    names = [f"1-{number}-A-{number}" for number in range(6)]
+    rows = "".join(f"{name}.wav,1,{number},c{number}\n" for number, name in enumerate(names))
+    (audio / "meta" / "esc50.csv").write_text("filename,fold,target,category\n" + rows)
+    for name in names:
+        soundfile.write(audio / "audio" / f"{name}.wav", np.full(1600, 0.1), 16000)
+    (audio / "audio" / f"{names[0]}.flac").write_text("no audio")
+    good = (audio / "audio" / f"{names[5]}.wav").read_bytes()
+    (audio / "audio" / f"{names[5]}.wav").write_text("no audio")
+
+    def build_esc50(place, **words):
+        return build(catalogs.esc50(audio, "train"), place, options(0.1, 1), 1, engine="inline", **words)
+
+    assert (build_esc50(out).replaced, len(load_index(out))) == (1, 5)
+    (audio / "audio" / f"{names[5]}.wav").write_bytes(good)
+    assert build_esc50(out, retry=True).replaced == 1
+    build_esc50(fresh)
+    assert digests(out) == digests(fresh)
+    assert len(load_index(out)) == 6

@@ -21,7 +21,6 @@ import io
 import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -42,6 +41,8 @@ from pipeline.serving.scorer import Scorer, load_scorer
 FORMATS = ("table", "json", "csv", "audacity")
 LABEL_COLUMNS = ["path", "rank", "label", "id", "score"]
 EVENT_COLUMNS = ["path", "start", "end", "label", "id", "score"]
+MOST_STDIN = 16 << 30  # bytes: a day of 16-bit stereo at 44.1 kHz
+PIECE = 1 << 20
 
 
 def parser() -> argparse.ArgumentParser:
@@ -264,7 +265,7 @@ def sources(names: list[str], stack: ExitStack) -> Iterator[tuple[str, str]]:
     """(name in UTF-8, path) of each; standard input is written to a file first: decoders seek.
 
     Raises:
-        UserError: there is no room for standard input.
+        UserError: there is no room for standard input, or it has no end.
     """
     for name in names:
         if name != "-":
@@ -272,7 +273,10 @@ def sources(names: list[str], stack: ExitStack) -> Iterator[tuple[str, str]]:
             continue
         try:
             file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".audio"))  # noqa: SIM115 - the stack closes
-            shutil.copyfileobj(sys.stdin.buffer, file)
+            while piece := sys.stdin.buffer.read(PIECE):
+                if file.tell() + len(piece) > MOST_STDIN:
+                    raise UserError(f"-: standard input has more than {MOST_STDIN >> 30} GiB; name a file instead")
+                file.write(piece)
             file.flush()
         except OSError as error:
             raise UserError(f"-: {error.strerror}; standard input is kept in {tempfile.gettempdir()}") from error

@@ -7,8 +7,9 @@ its plan (write.py). A finished shard has a record in `.build/`; a build that wa
 the shards that have none, or whose tar is not what the record says. The same holds for the parts of a
 build cut by `Slice`, on any machines, which `merge` completes. Memory is that of the catalog (columns.py).
 
-What is there is looked at first, and refused before anything is written. Of other splits nothing changes, and no file
-that no build made is touched.
+What is there is looked at first, and refused before anything is written: finished tars by their sizes, those of an
+unfinished build by sizes and times too. A bit that flipped in one since is found by verify_shards.py, and by training.
+Of other splits nothing changes, and no file that no build made is touched.
 """
 
 import io
@@ -245,7 +246,8 @@ def _begin(
         _open(store, plan)
     for split in catalog.splits:
         if all(split != plan.split for plan in new):
-            log.info("split '%s' is finished: nothing to do (have files changed? verify_shards.py --sources)", split)
+            log.info("split '%s' is finished: nothing to do (tars were compared by their sizes; verify_shards.py reads "
+                     "them, and with --sources says whether files have changed)", split)  # fmt: skip
     return _Work(store, retry, earlier, new, [list(range(len(plan))) for plan in new])
 
 

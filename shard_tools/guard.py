@@ -1,6 +1,7 @@
 """Decoding in a process of its own: one that hangs or crashes on a file costs that clip and no more.
 
-In: what `decode` takes. Out: what it gives, after at most a time limit.
+In: what `decode` takes, or the path of a recording. Out: what `decode` or a `Recording` gives, a segment or piece
+after at most a time limit.
 
 A library call cannot be stopped from within its process, and a segmentation fault in a codec takes the
 process with it; FFmpeg's and libsndfile's demuxers see hostile files by the million. So each worker
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import lru_cache
 from types import TracebackType
 from typing import IO, Any
@@ -33,7 +35,7 @@ from typing import IO, Any
 import numpy as np
 
 from pipeline.errors import UserError
-from shard_tools.decode import Decoded, DecodeError, MachineError, decode
+from shard_tools.decode import Decoded, DecodeError, MachineError, Recording, decode
 from shard_tools.segment import reason_of
 
 TIME_LIMIT = 60.0  # seconds for one segment: 500 times what a slow one takes
@@ -43,12 +45,12 @@ FIELDS = ("duration", "sample_rate", "channels", "decoder", "begin", "cut")  # o
 
 
 class DecoderProcess:
-    """A process that decodes one segment at a time; `close` it, or use it in `with`.
+    """A process that decodes one segment, or one recording piece by piece, at a time; `close` it, or use it in `with`.
 
     Args:
         rate: Hz of the waveforms it gives.
-        seconds: Longest waveform.
-        time_limit: Seconds that a file may take.
+        seconds: Longest waveform; of a recording, the length of a piece.
+        time_limit: Seconds that a segment or piece may take.
 
     Raises:
         MachineError: no memory for the waveforms.
@@ -74,20 +76,25 @@ class DecoderProcess:
             UserError: the decoder process ends as it starts.
         """
         self._start()
-        try:
-            self._send({"path": path, "start": start, "end": end, "trimmed": trimmed})
-            reply = self._receive(self._limit)
-        except TimeoutError:
-            self._kill()
-            raise DecodeError(f"timeout: the decoder took longer than {self._limit:g} s") from None
-        except EOFError as error:
-            raise DecodeError(f"crashed: {error}") from None
-        if "error" in reply:
-            raise DecodeError(reply["error"])
-        if "machine" in reply:
-            raise MachineError(*reply["machine"])
-        waveform = np.frombuffer(self._memory, np.float32, reply.pop("samples")).copy()
+        waveform, reply = self._ask({"path": path, "start": start, "end": end, "trimmed": trimmed})
         return Decoded(waveform, **reply)
+
+    def pieces(self, path: str, problems: list[str]) -> Iterator[np.ndarray]:
+        """`shard_tools.decode.Recording.pieces` under the time limit, each as long as a piece but the last.
+
+        Args:
+            path: Source file.
+            problems: Gets the recording's, once all is read.
+
+        Raises:
+            DecodeError, MachineError, UserError: as `decode`.
+        """
+        self._start()
+        piece, reply = self._ask({"recording": path})
+        while "problems" not in reply:
+            yield piece
+            piece, reply = self._ask({"recording": None})
+        problems += reply["problems"]
 
     def close(self) -> None:
         """Ends the process and frees the memory."""
@@ -130,6 +137,22 @@ class DecoderProcess:
             raise MachineError(errno.ETIMEDOUT, f"the decoder process does not start: {error}") from error
         except EOFError as error:
             raise UserError(f"the decoder process does not start: {error}; check the installation") from error
+
+    def _ask(self, request: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        """Samples of the next reply, and the rest of it."""
+        try:
+            self._send(request)
+            reply = self._receive(self._limit)
+        except TimeoutError:
+            self._kill()
+            raise DecodeError(f"timeout: the decoder took longer than {self._limit:g} s") from None
+        except EOFError as error:
+            raise DecodeError(f"crashed: {error}") from None
+        if "error" in reply:
+            raise DecodeError(reply["error"])
+        if "machine" in reply:
+            raise MachineError(*reply["machine"])
+        return np.frombuffer(self._memory, np.float32, reply.pop("samples")).copy(), reply
 
     def _send(self, request: dict[str, Any]) -> None:
         try:
@@ -239,16 +262,26 @@ def serve() -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     _reply(replies, {"ready": True})
     os.dup2(2, 1)  # libraries chatter on both (mpg123, FFmpeg); the replies have their own descriptor
+    recording, pieces = Recording("", rate), iter(list[np.ndarray]())
     for line in sys.stdin.buffer:
         signal.alarm(math.ceil(limit + START_LIMIT + GRACE))  # ends an orphan, even in a library's endless loop
         os.ftruncate(2, 0)
         os.lseek(2, 0, os.SEEK_SET)
         request = json.loads(line)
+        reply: dict[str, Any]
         try:
-            decoded = decode(rate=rate, seconds=seconds, **request)
-            samples = len(decoded.waveform)
-            memory[:samples] = decoded.waveform
-            reply = {name: getattr(decoded, name) for name in FIELDS} | {"samples": samples}
+            if request.get("recording"):
+                recording = Recording(request["recording"], rate)
+                pieces = _pieces(recording, round(rate * seconds))
+            if "recording" in request:
+                waveform, reply = next(pieces, np.zeros(0, np.float32)), {}
+                if not len(waveform):
+                    reply = {"problems": recording.problems}
+            else:
+                decoded = decode(rate=rate, seconds=seconds, **request)
+                waveform, reply = decoded.waveform, {name: getattr(decoded, name) for name in FIELDS}
+            memory[: len(waveform)] = waveform
+            reply["samples"] = len(waveform)
         except DecodeError as error:
             reply = {"error": str(error)}
         except MachineError as error:
@@ -261,6 +294,20 @@ def serve() -> None:
             reply = {"error": "out of memory: the header asks for too much"}
         signal.alarm(0)
         _reply(replies, reply)
+
+
+def _pieces(recording: Recording, samples: int) -> Iterator[np.ndarray]:
+    """A recording in pieces of so many samples, but for the last."""
+    held: list[np.ndarray] = []
+    for part in recording.pieces():
+        held.append(part)
+        if sum(map(len, held)) >= samples:
+            whole = np.concatenate(held)
+            for first in range(0, len(whole) - samples + 1, samples):
+                yield whole[first : first + samples]
+            held = [whole[len(whole) // samples * samples :]]
+    if sum(map(len, held)):
+        yield np.concatenate(held)
 
 
 def _reply(replies: Any, content: dict[str, Any]) -> None:

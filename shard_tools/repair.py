@@ -111,7 +111,8 @@ def compare_shard(task: tuple[ShardPlan, pa.Table]) -> list[str]:
         for member in ("waveform", "json")
         if row[f"{member}_xxh3"] != kept[row["key"]][f"{member}_xxh3"]
     ]
-    return other + [f"{plan.name}: {one['key']}: its source gives nothing: {one['reason']}" for one in facts["failures"]]
+    nothing = [f"{one['key']}: its source gives nothing: {one['reason']}" for one in facts["failures"]]
+    return other + [f"{plan.name}: {line}" for line in nothing]
 
 
 def _tables(directory: Location, manifest: Manifest, names: set[str]) -> Iterator[tuple[str, pa.Table]]:

@@ -103,6 +103,41 @@ def test_a_recording_damaged_far_in_is_heard_up_to_there(scorer, tmp_path, monke
     assert list(heard.starts[:-1]) == [0.0, 0.75, 1.5]
 
 
+def test_files_that_hang_or_crash_the_decoder_cost_themselves_alone(scorer, tmp_path, monkeypatch):
+    """The second after a piece was heard, which is kept; in C, where no Python handler runs."""
+    (tmp_path / "plugin").mkdir()
+    (tmp_path / "plugin" / "sitecustomize.py").write_text(
+        "import ctypes, os, soundfile\n"
+        "real = soundfile.SoundFile.read\n"
+        "def read(self, *words, **options):\n"
+        "    path = os.readlink(f'/proc/self/fd/{self.name}')\n"
+        "    if path.endswith('hang.wav'): ctypes.CDLL(None).pause()\n"
+        "    if path.endswith('crash.wav') and self.tell() > 3 * 65536: os.kill(os.getpid(), 11)\n"
+        "    return real(self, *words, **options)\n"
+        "soundfile.SoundFile.read = read\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/plugin:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(listening, "PIECE_SECONDS", 5.0)
+    monkeypatch.setattr(listening, "PIECE_LIMIT", 3.0)
+    names = ["good.wav", "hang.wav", "crash.wav", "last.wav"]
+    files = [(name, str(sound(tmp_path / name, 20.0 if name == "crash.wav" else 1.0))) for name in names]
+    good, hang, crash, last = listen(scorer, files, CLIP)
+    assert hang.error == "timeout: the decoder took longer than 3 s"
+    assert len(hang.starts) == 0
+    assert crash.error == "crashed: the decoder died of SIGSEGV"
+    assert 5.0 <= crash.seconds < 20.0
+    assert (good.error, good.seconds) == (last.error, last.seconds) == ("", 1.0)
+    np.testing.assert_allclose(good.scores, last.scores, atol=1e-5)
+
+
+def test_standard_input_without_an_end_is_one_line(run_main, monkeypatch):
+    monkeypatch.setattr(command, "MOST_STDIN", 3 << 20)
+    with open("/dev/zero") as endless:
+        monkeypatch.setattr(sys, "stdin", endless)
+        with pytest.raises(UserError, match="-: standard input has more than 0 GiB; name a file instead"):
+            run_main("-")
+
+
 def heard(scores: list[list[float]], starts: list[float], seconds: float) -> Heard:
     vectors = np.zeros((len(starts), 2), np.float32)
     return Heard("x", "", seconds, np.array(starts), np.array(scores, np.float32), vectors)
@@ -314,8 +349,9 @@ def test_label_tracks_lie_as_the_recordings_do(run_main, tmp_path, monkeypatch):
     assert (tmp_path / "in" / "tracks" / "x.wav.txt").is_file()
 
 
-def test_embeddings_are_whole_or_the_earlier_ones(run_main, tmp_path):
+def test_embeddings_are_whole_or_the_earlier_ones(run_main, tmp_path, monkeypatch):
     """A run that is stopped keeps the labels it wrote, and no Parquet that lacks recordings."""
+    monkeypatch.setattr(listening, "PIECE_SECONDS", 1.0)  # the memory that the decoder shares is under the limit too
     files = [str(sound(tmp_path / f"{i}.wav", 8.0, seed=i)) for i in range(20)]
     (tmp_path / "bad.wav").write_text("no audio")
     (tmp_path / "out").mkdir()

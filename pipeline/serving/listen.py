@@ -3,14 +3,16 @@
 In: paths. Out: a `Heard` for each, in order: scores [n, C] and embeddings of n windows, or why it could not be read.
 
 Windows are a clip long and `hop` seconds apart; the last one ends with the recording (one shorter than a clip
-is a single window, zero-padded). A thread decodes ahead while the model scores batches, which may span files. Memory
-is bounded whatever the length: recordings are decoded in pieces, and what is kept of a window is its scores.
+is a single window, zero-padded). A process decodes ahead while the model scores batches, which may span files: a file
+may hang or crash it, which costs that recording alone. Memory is bounded whatever the length: recordings are decoded in
+pieces, and what is kept of a window is its scores.
 """
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,10 +21,12 @@ import numpy as np
 from pipeline.data.storage import is_remote, local
 from pipeline.errors import UserError
 from pipeline.serving.scorer import BATCH, Scorer
-from shard_tools.decode import DecodeError, MachineError, Recording
+from shard_tools.decode import DecodeError, MachineError
+from shard_tools.guard import TIME_LIMIT, DecoderProcess
 from shard_tools.segment import AUDIO_ENDINGS
 
 PIECE_SECONDS = 300.0  # decoded at a time
+PIECE_LIMIT = TIME_LIMIT  # seconds that this may take
 AHEAD = 4  # pieces that wait decoded, at most
 ItemT = TypeVar("ItemT")
 
@@ -192,28 +196,37 @@ def listen(scorer: Scorer, files: Iterable[tuple[str, str]], hop: float) -> Iter
             yield recordings.popleft().heard()
 
     rate, window = scorer.spec.sample_rate, scorer.spec.samples
-    for piece in _ahead(piece for name, path in files for piece in _pieces(name, path, rate, window, hop)):
-        if piece.first:
-            recordings.append(_Open(piece.name))
-        recordings[-1].take(piece)
-        queue.extend((samples, recordings[-1]) for samples in piece.windows)
-        yield from score(BATCH)
-    yield from score(1)
+    with (
+        DecoderProcess(rate, PIECE_SECONDS, PIECE_LIMIT) as decoder,
+        closing(
+            _ahead(piece for name, path in files for piece in _pieces(decoder, name, path, rate, window, hop))
+        ) as pieces,
+    ):
+        for piece in pieces:
+            if piece.first:
+                recordings.append(_Open(piece.name))
+            recordings[-1].take(piece)
+            queue.extend((samples, recordings[-1]) for samples in piece.windows)
+            yield from score(BATCH)
+        yield from score(1)
 
 
-def _pieces(name: str, path: str, rate: int, window: int, hop: float) -> Iterator[_Piece]:
+def _pieces(
+    decoder: DecoderProcess, name: str, path: str, rate: int, window: int, hop: float
+) -> Iterator[_Piece]:
     """The windows of one recording; the last piece says so, and what was damaged."""
     step = max(1, round(hop * rate))
-    recording = Recording(path, rate)
+    problems: list[str] = []
     kept, first, start = np.zeros(0, np.float32), 0, 0  # samples from `first` on; the next window's start
     error, began = "", False
-    fresh = _joined(recording.pieces(), round(PIECE_SECONDS * rate))
+    # What /dev/stdin is in this process is something else in the decoder's.
+    fresh = decoder.pieces(os.path.realpath(path) if path.startswith(("/dev/", "/proc/")) else path, problems)
     ended = False
     while not ended:
         try:
             kept = np.concatenate([kept, next(fresh)])
         except StopIteration:
-            ended, error = True, "; ".join(recording.problems)
+            ended, error = True, "; ".join(problems)
         except (DecodeError, MachineError) as reason:
             ended, error = True, str(reason)
         end = first + len(kept)
@@ -228,19 +241,7 @@ def _pieces(name: str, path: str, rate: int, window: int, hop: float) -> Iterato
         kept, first = kept[cut:].copy(), first + cut
 
 
-def _joined(parts: Iterator[np.ndarray], samples: int) -> Iterator[np.ndarray]:
-    """The same samples in parts of at least `samples`, but for the last."""
-    held: list[np.ndarray] = []
-    for part in parts:
-        held.append(part)
-        if sum(map(len, held)) >= samples:
-            yield np.concatenate(held)
-            held = []
-    if held:
-        yield np.concatenate(held)
-
-
-def _ahead(items: Iterator[ItemT]) -> Iterator[ItemT]:
+def _ahead(items: Iterator[ItemT]) -> Generator[ItemT]:
     """The same items, made by a thread of its own a few steps ahead."""
     end = object()
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:

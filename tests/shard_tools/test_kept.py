@@ -652,3 +652,19 @@ def test_a_retry_keeps_what_is_said_of_first_files(tmp_path):
     build_esc50(fresh)
     assert digests(out) == digests(fresh)
     assert len(load_index(out)) == 6
+
+
+def test_a_bit_that_flips_in_a_finished_tar_is_found_by_verify_and_the_build_says_what_it_compared(
+    audio, whole, tmp_path, caplog
+):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    tar = sorted(out.glob("train-*.tar"))[0]
+    times, content = tar.stat(), bytearray(tar.read_bytes())
+    content[len(content) // 2] ^= 1
+    tar.write_bytes(content)
+    os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))
+    caplog.set_level(logging.INFO)
+    run(audio, out, "train")
+    assert "nothing to do (tars were compared by their sizes; verify_shards.py reads them" in caplog.text
+    assert any(line.startswith(f"{tar.name}: damaged: its sha256") for line in verify(out, 1))

@@ -180,7 +180,8 @@ def runs(folder: Path) -> dict[str, Entry]:
     found = {}
     for name, rows in json.loads((folder / "report.json").read_text()).items():
         losses = (row[key] for row in rows for key in ("loss", "grad_norm", "eval_loss") if key in row)
-        found[name] = Entry(exact={"records": _sha(rows)}, numbers=_hex(losses))
+        columns = sorted({key for row in rows for key in row})
+        found[name] = Entry(exact={key: _sha([row.get(key) for row in rows]) for key in columns}, numbers=_hex(losses))
     shutil.rmtree(folder)
     return found
 

@@ -57,7 +57,9 @@ RUNS: dict[str, tuple[str, str, str]] = {
     "pswacl, tokens": ("zero2.json", "", "pretrain.r_cl=1.0 pretrain.level=token pretrain.contrast=raw"),
     "pswacl, modern": ("zero0.json", "pretrain/modern.yaml", "train.micro_batch=1 model.norm=group"),
     "ast": ("zero0.json", "", "finetune.method=ast finetune.pool=cls"),
-    "wast": ("zero1.json", "finetune/audioset_full.yaml", "finetune.method=wast train.micro_batch=1"),
+    "wast": (
+        "zero1.json", "finetune/audioset_full.yaml", "finetune.method=wast data.train_split=train train.micro_batch=1"
+    ),
     "swast": ("zero2.json", "finetune/esc50.yaml", "finetune.method=swast finetune.head=mean_logits"),
     "swab": ("ds.json", "", "train.micro_batch=1"),
     "swab, modern": ("zero3.json", "finetune/modern.yaml", "checkpoint.ema=0.9 checkpoint.ema_every=2"),

@@ -54,6 +54,11 @@ def newest(run_dir: Path) -> int:
     return int(state["step"])
 
 
+def whole(run_dir: Path) -> int:
+    """Step of the newest checkpoint that says it is whole, unread."""
+    return max(int(file.parent.name.removeprefix("step-")) for file in run_dir.glob("checkpoints/step-*/complete"))
+
+
 def main() -> None:
     run_dir, out = Path(sys.argv[1]), Path(sys.argv[2])
     draw = random.Random(0)
@@ -65,10 +70,13 @@ def main() -> None:
         fill(trainer, 1)
         saver.save(trainer.engine, {"step": 1}, {})
         saver.finish()
-        for _ in range(KILLS):
+        for kill in range(KILLS):
             child = os.fork()
             if not child:
                 save_for_ever(trainer, run_dir, world)
+            before = time.monotonic()
+            while kill % 2 and whole(run_dir) == trainer.step and time.monotonic() < before + 60:
+                time.sleep(0.001)  # every other time the child gets on by a checkpoint, however slow the machine
             time.sleep(draw.uniform(0.02, 0.25))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)

@@ -19,9 +19,9 @@ from pipeline.distributed import World, session
 from pipeline.engine.job import Job
 from pipeline.engine.loop import train
 from pipeline.errors import run_cli
+from pipeline.faults import supervise
 from pipeline.jobs import finetune_job, finish_finetuning
 from pipeline.launch import Launch, parse
-from pipeline.restart import supervise
 from pipeline.serving.publish import check_publishable, publish
 
 

@@ -11,9 +11,9 @@ from pipeline.config import PretrainRecipe
 from pipeline.distributed import session
 from pipeline.engine.loop import train
 from pipeline.errors import run_cli
+from pipeline.faults import supervise
 from pipeline.jobs import pretrain_job
 from pipeline.launch import parse
-from pipeline.restart import supervise
 
 
 def main() -> None:

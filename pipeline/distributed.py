@@ -27,12 +27,13 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.errors import UserError
-from pipeline.faults import VERDICT, BoardLost, Faults
+from pipeline.faults import VERDICT, Faults
 
 log = logging.getLogger(__name__)
 
 DEVICES = Path("/dev")
 JOIN_SECONDS = 300.0  # between the first rank and the last one at the start
+STORE_SECONDS = 10.0  # to wait for an answer of the key-value store
 ValueT = TypeVar("ValueT")
 
 
@@ -44,14 +45,12 @@ class World:
         rank: 0 .. size - 1.
         size: R.
         device: Of this rank's tensors.
-        board: Notes of all ranks; None: one rank.
         faults: Ends all ranks where one fails.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    board: "Board | None" = None
     faults: Faults = field(default_factory=Faults)
 
     @property
@@ -108,14 +107,14 @@ def session(timeout: float, seed: int) -> Iterator[World]:
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(key, value)
     _choose_interface()
-    # A little longer: whoever hangs is named (`engine.watch`) before the collective gives up.
+    # A little longer: whoever hangs is named (`pipeline.faults`) before the collective gives up.
     patience = timedelta(seconds=timeout + 60)
     _join("nccl" if device.type == "cuda" else "gloo", patience)
     rank, size = dist.get_rank(), dist.get_world_size()
-    board = Board(rank, patience=10.0) if size > 1 else None
-    faults = Faults(board, rank, size)
+    faults = Faults(_open_store(rank) if size > 1 else None, rank, size)
+    barrier()  # every rank has set its key
     try:
-        yield World(rank, size, device, board, faults)
+        yield World(rank, size, device, faults)
     except Exception as error:
         faults.leave(error)  # does not come back where other ranks may wait for this one
         raise
@@ -152,6 +151,16 @@ def _join(backend: str, patience: timedelta) -> None:
         ) from error  # fmt: skip
     store.set_timeout(patience)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+
+
+def _open_store(rank: int) -> TCPStore:
+    """A key-value store on rank 0's host for `Faults`, which answers while the process group hangs."""
+    host, patience = os.environ["MASTER_ADDR"], timedelta(seconds=STORE_SECONDS)
+    store = TCPStore(host, 0, None, True, patience, wait_for_workers=False) if rank == 0 else None
+    if store is not None:
+        store.set(VERDICT, "")
+    port = broadcast(store.port if store is not None else 0)
+    return store or TCPStore(host, port, None, False, patience, wait_for_workers=False)
 
 
 def seed_host(seed: int) -> None:
@@ -294,73 +303,6 @@ class Agreement:
             self._work.wait()
         agreed, self._numbers, self._work = self._numbers.tolist(), None, None
         return [int(number) for number in agreed]
-
-
-class Board:
-    """Notes by name, readable while ranks hang: a key-value store on rank 0's host, besides the process group.
-
-    One small request each, one at a time.
-
-    Args:
-        rank: Own, of two or more.
-        patience: Seconds to wait for an answer.
-    """
-
-    def __init__(self, rank: int, patience: float) -> None:
-        host, wait = os.environ["MASTER_ADDR"], timedelta(seconds=patience)
-        store = TCPStore(host, 0, None, True, wait, wait_for_workers=False) if rank == 0 else None
-        if store is not None:
-            store.set(VERDICT, "")
-        port = broadcast(store.port if store is not None else 0)
-        self._store = store or TCPStore(host, port, None, False, wait, wait_for_workers=False)
-
-    def ready(self) -> None:
-        """Waits until every rank has posted its first note."""
-        barrier()
-
-    def post(self, name: str, text: str) -> None:
-        """Writes a note.
-
-        Raises:
-            BoardLost: see there.
-        """
-        with _answered():
-            self._store.set(name, text)
-
-    def post_first(self, name: str, text: str) -> str:
-        """Writes a note that is empty so far; returns what is there now.
-
-        Raises:
-            BoardLost: see there.
-        """
-        with _answered():
-            return str(self._store.compare_set(name, "", text).decode())
-
-    def read(self, name: str) -> str:
-        """Reads a note that some rank has posted.
-
-        Raises:
-            BoardLost: see there.
-        """
-        with _answered():
-            return str(self._store.get(name).decode())
-
-    def count(self, name: str, more: int) -> int:
-        """Adds to a counter, which begins at 0, and returns it.
-
-        Raises:
-            BoardLost: see there.
-        """
-        with _answered():
-            return int(self._store.add(name, more))
-
-
-@contextmanager
-def _answered() -> Iterator[None]:
-    try:
-        yield
-    except (dist.DistError, RuntimeError) as error:
-        raise BoardLost(str(error).splitlines()[0]) from error
 
 
 def rank() -> int:

@@ -44,7 +44,7 @@ class Launch(Generic[RecipeT]):
     Attributes:
         recipe: Resolved settings.
         ds: Content of ds.json, not yet reconciled.
-        max_restarts: For `pipeline.restart`.
+        max_restarts: For `faults.supervise`.
         part_of: Run directory of the cross-validation that the run is a fold of.
     """
 
@@ -253,10 +253,10 @@ def tracked(
     for file in ("config.yaml", "ds.json", "data.json"):
         if world.is_main:
             tracker.artifact(run_dir / file)
-    world.faults.before_exit("tracking", lambda: tracker.finish("FAILED"))
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
-        yield tracker
+        with world.faults.before_exit(lambda: tracker.finish("FAILED")):
+            yield tracker
         status = "FINISHED"
     except Exception as error:
         world.faults.report(error)  # the others learn of it now, not after the tracking's last delivery
@@ -265,7 +265,6 @@ def tracked(
         status = "KILLED"
         raise
     finally:
-        world.faults.before_exit("tracking", None)
         if world.is_main and figures.curves(run_dir / "metrics.jsonl", run_dir / "curves.png"):
             tracker.artifact(run_dir / "curves.png")
         tracker.finish(status)

@@ -13,7 +13,7 @@ FLOORS = [
     {"data", "model", "objectives"},
     {"tasks"},
     {"engine", "tracking"},
-    {"launch", "initial", "jobs", "restart", "ensemble"},
+    {"launch", "initial", "jobs", "ensemble"},
     {"ablation", "serving", "export", "cross_validation"},
     {"report"},
 ]

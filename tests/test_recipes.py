@@ -80,7 +80,7 @@ def test_ema_is_an_exponential_mean_of_sampled_weights(monkeypatch):
     """Its decay rises with the updates: a short run's average is not that of its first weights."""
     recipe = finetune("modern", "checkpoint.ema=0.9", "checkpoint.ema_every=2")
     weights = iter([1.0, 3.0, 7.0])
-    monkeypatch.setattr(loop.snapshot, "weights", lambda engine, keep: {"w": torch.tensor([next(weights)])})
+    monkeypatch.setattr(loop.checkpoint, "full_weights", lambda engine, keep: {"w": torch.tensor([next(weights)])})
     job = SimpleNamespace(recipe=recipe, total_steps=5)
     run = SimpleNamespace(job=job, engine=None, world=World(), average={})
     for step in range(1, 6):  # sampled at 2, 4 and, as the last, 5
@@ -93,7 +93,7 @@ def test_ema_is_an_exponential_mean_of_sampled_weights(monkeypatch):
     recipe = recipe.model_copy(update={"checkpoint": config})
     run = SimpleNamespace(job=SimpleNamespace(recipe=recipe, total_steps=1650), engine=None, world=World(), average={})
     of_step = lambda engine, keep: {"w": torch.tensor(float(run.progress.step))}  # noqa: E731
-    monkeypatch.setattr(loop.snapshot, "weights", of_step)
+    monkeypatch.setattr(loop.checkpoint, "full_weights", of_step)
     for step in range(32, 1651, 2):  # as long as ESC-50's finetuning
         run.progress = loop.Progress(step=step)
         loop._average(run)

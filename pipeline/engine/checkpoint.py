@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or do not count, for any ranks and any ZeRO stage.
+"""Checkpoints that are whole or do not count, for any ranks, any ZeRO stage and any precision.
 
 In: the engine and the trainer's state. Out: `checkpoints/step-XXXXXXXX/`:
 
@@ -12,72 +12,73 @@ In: the engine and the trainer's state. Out: `checkpoints/step-XXXXXXXX/`:
 
 A directory counts only once `complete` is in it and the sizes agree, so a rank that is killed while
 saving leaves the checkpoint before as the newest. Training stands still only while the state is copied
-to the host; files are written behind its back, and the ranks agree at a later step that all are on the
-disk (`Checkpoints.settle`). A write that fails (full disk) is said, and leaves the old ones alone.
+to the host (`save`); each rank writes its files in a thread, and once all ranks know that all are on the disk, rank 0
+completes the checkpoint (`settle`). A write that fails (full disk) is said, and leaves the old ones alone.
 
 Deleted are all but the newest `checkpoint.keep`, the `keep_best` best by the watched metric, and those
 at multiples of `keep_every` steps or the shares `keep_at` of the run. `latest` and `best` name a checkpoint each.
+
+DeepSpeed's own checkpoint files are tied to the ranks and the ZeRO stage that wrote them: stage 3 needs the same
+ranks, a change needs an offline conversion (which stage 0 lacks), and loading unpickles. Tensors by parameter name need
+no conversion: every layout reads its own part of them, with the same bits. Each is made whole once (one collective), so
+a save moves three times the float32 weights; CRAFT-base: 1 GB, a few optimiser steps' traffic.
 """
 
+import itertools
 import json
 import logging
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 
 from pipeline import distributed
 from pipeline.config import CheckpointConfig
 from pipeline.distributed import World
-from pipeline.engine import snapshot
-from pipeline.engine.writer import Writer
 from pipeline.errors import UserError
-from pipeline.files import write_json, write_text
+from pipeline.files import sync, write_json, write_text
 
 log = logging.getLogger(__name__)
 
 COPIED = ("config.yaml", "ds.json", "data.json")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # fp16's dynamic loss scaling
 
 
 class Checkpoints:
-    """Saves the checkpoints of one run; every method but `close` is reached by all ranks alike.
+    """Saves the checkpoints of one run, one at a time; every method is a collective.
 
     Args:
         run_dir: Run directory, shared by all hosts.
         config: What is kept.
         world: Ranks.
         kept: Steps whose checkpoints are never deleted.
+
+    Attributes:
+        pending: The checkpoint that is on its way to the disk; None: none is.
     """
 
     def __init__(
         self, run_dir: Path, config: CheckpointConfig, world: World, kept: frozenset[int] = frozenset()
     ) -> None:
-        self._kept = kept
+        self._run_dir, self._config, self._world, self._kept = run_dir, config, world, kept
         self._root = run_dir / "checkpoints"
-        self._run_dir, self._config, self._world = run_dir, config, world
-        self._writer = Writer()
-        self._pending: Path | None = None
-        self._stall = 0.0
-
-    @property
-    def flags(self) -> tuple[int, int]:
-        """(still writing, failed) of this rank, for the ranks to agree on."""
-        return int(self._writer.busy), int(bool(self._writer.error))
-
-    @property
-    def pending(self) -> bool:
-        """A checkpoint is on its way to the disk."""
-        return self._pending is not None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[float] = Future()  # seconds that this rank's files took
+        self._stall = 0.0  # seconds that training stood still
+        self._lost: Path | None = None  # the last one, where it could not be written
+        self.pending: Path | None = None
 
     def save(self, engine: Any, state: dict[str, Any], average: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Copies the state of `state["step"]` to the host and begins to write it; a collective.
+        """Copies the state of `state["step"]` to the host and begins to write it.
 
         Args:
             engine: DeepSpeed engine.
@@ -85,92 +86,85 @@ class Checkpoints:
             average: Averaged weights on rank 0; empty: none.
 
         Returns:
-            What `wait` says of the checkpoint before, if it was still being written.
+            What `settle` says of the checkpoint before, if it was still being written.
         """
         begun = time.perf_counter()
-        before = self.wait()
+        before = self.settle()
         world, folder = self._world, self._root / f"step-{state['step']:08d}"
-        whole, problem = distributed.decide(lambda: self._open(folder))
-        if problem:
-            self._say_failed(folder, problem)
-        if whole or problem:
+        there = distributed.decide((folder / "complete").exists)  # interrupted in its evaluation and resumed
+        made = not there and distributed.decide(lambda: self._make(folder))
+        self._lost = None if there or made else folder
+        if not made:
             return before
-        mine = snapshot.shares(engine, world.size)[world.rank]
-        weights = snapshot.weights(engine, keep=world.is_main)
-        moments = snapshot.moments(engine, mine)
-        files = {_part(folder, "optimizer", world): moments, _part(folder, "random", world): _random_state()}
+        weights = full_weights(engine, keep=world.is_main)
+        moments = full_moments(engine, _share(engine, world))
+        mine = {_part("optimizer", world): moments, _part("random", world): _random_state()}
         if world.is_main:
-            files = {folder / "weights.safetensors": weights, **files}
+            mine = {"weights": weights, **mine}
             if average:
-                files[folder / "average.safetensors"] = {name: tensor.clone() for name, tensor in average.items()}
+                mine["average"] = {name: tensor.clone() for name, tensor in average.items()}
             state = state | {
-                "updates": snapshot.updates(engine),
-                "loss_scale": snapshot.loss_scale(engine),
+                "updates": _updates(engine),
+                "loss_scale": loss_scale(engine),
                 "world_size": world.size,
                 "zero_stage": int(engine.zero_optimization_stage()),
             }
-        self._pending = folder
-        self._writer.start(files, (lambda: self._describe(folder, state)) if world.is_main else None)
+        self.pending = folder
+        self._writing = self._thread.submit(_write, folder, mine, state if world.is_main else None)
         self._stall = time.perf_counter() - begun
         return before
 
-    def settle(self, failed: bool) -> dict[str, float]:
-        """Closes the pending checkpoint: all ranks have stopped writing, as they agreed.
+    def settle(self, agreed: Sequence[int] | None = None) -> dict[str, float]:
+        """Completes the pending checkpoint, once all ranks' files are on the disk.
 
         Args:
-            failed: One of them could not write.
+            agreed: The largest `flags` of all ranks: nothing is done as long as one is writing; None: waits for them.
 
         Returns:
-            Seconds that training stood still and that writing took, as metrics.
+            Seconds that training stood still and that writing took, as metrics; empty: nothing was completed.
         """
-        folder, self._pending = self._pending, None
+        folder = self.pending
         if folder is None:
             return {}
-        if failed:
-            self._say_failed(folder, self._writer.error or "another rank could not write; see logs/")
-        elif self._world.is_main:
-            sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-            write_json(folder / "complete", sizes)
-            write_text(self._root / "latest", folder.name)
-            log.info("saved %s: training waited %.2f s, writing took %.2f s", folder, self._stall, self._writer.seconds)
-            self._retain()
-        return {"checkpoint_stall_seconds": self._stall, "checkpoint_write_seconds": self._writer.seconds}
-
-    def wait(self) -> dict[str, float]:
-        """Waits for the pending checkpoint and settles it; a collective."""
-        if self._pending is None:
+        if agreed is None:
+            error = self._writing.exception()
+            agreed = 0, int(distributed.any_rank(error is not None, self._world.device))
+        writing, failed = agreed
+        if writing:
             return {}
-        self._writer.wait()
-        return self.settle(distributed.any_rank(bool(self._writer.error), self._world.device))
+        self.pending = None
+        self._lost = None if distributed.decide(lambda: self._complete(folder, bool(failed))) else folder
+        seconds = 0.0 if self._writing.exception() else self._writing.result()
+        return {"checkpoint_stall_seconds": self._stall, "checkpoint_write_seconds": seconds}
+
+    @property
+    def flags(self) -> tuple[int, int]:
+        """(still writing, failed) of this rank, for the ranks to agree on; not a collective."""
+        if self.pending is None or not self._writing.done():
+            return int(self.pending is not None), 0
+        return 0, int(self._writing.exception() is not None)
 
     def finish(self) -> dict[str, float]:
-        """Waits for the last checkpoint of the run; a collective.
+        """Waits for the last checkpoint of the run.
 
         Raises:
             UserError: it could not be written.
         """
-        folder = self._pending
-        said = self.wait()
-        if not distributed.decide(lambda: folder is None or (folder / "complete").exists()):
+        said = self.settle()
+        if self._lost:
             raise UserError(
-                f"{folder}: the last checkpoint could not be written; make room and repeat the command: it goes on "
+                f"{self._lost}: the last checkpoint could not be written; make room and repeat the command: it goes on "
                 "from the one before"
             )
         return said
 
-    def _open(self, folder: Path) -> tuple[bool, str]:
-        """Makes an empty folder, without the remains of killed attempts. For rank 0.
+    def _make(self, folder: Path) -> bool:
+        """Makes an empty folder, without the remains of killed attempts; False: there is no room. For rank 0.
 
         A host that has looked for a path on NFS before another one makes it goes on not finding it for a while: the
         other ranks must not look.
-
-        Returns:
-            Whether the checkpoint is there already (interrupted in its evaluation and resumed: the state is the
-            same), and what went wrong.
         """
         try:
-            if (folder / "complete").exists():
-                return True, ""
             for other in self._root.glob("step-*"):  # later ones were damaged, or the run had not gone back
                 if other.name >= folder.name or not (other / "complete").exists():
                     _remove(other)
@@ -179,34 +173,65 @@ class Checkpoints:
                 if (self._run_dir / name).exists():
                     shutil.copyfile(self._run_dir / name, folder / name)
         except OSError as error:
-            return False, str(error)
-        return False, ""
+            return self._give_up(folder, error)
+        return True
 
-    def _describe(self, folder: Path, state: dict[str, Any]) -> None:
-        write_json(folder / "state.json", state)
+    def _complete(self, folder: Path, failed: bool) -> bool:
+        """Makes a checkpoint count, and deletes what is no longer kept; False: it is lost. For rank 0."""
+        try:
+            if failed:
+                raise self._writing.exception() or OSError("another rank could not write; see logs/")
+            write_json(folder / "complete", {file.name: file.stat().st_size for file in sorted(folder.iterdir())})
+            write_text(self._root / "latest", folder.name)
+        except (OSError, SafetensorError) as error:
+            return self._give_up(folder, error)
+        log.info("saved %s: training waited %.2f s, writing took %.2f s", folder, self._stall, self._writing.result())
+        delete_old(self._run_dir, self._config, self._kept)
+        return True
 
-    def _say_failed(self, folder: Path, problem: str) -> None:
-        if self._world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-            whole = complete_checkpoints(self._run_dir)
-            log.warning(
-                "%s: not saved: %s; the run goes on, its newest checkpoint is %s",
-                folder, problem, whole[-1].name if whole else "none",
-            )  # fmt: skip
+    def _give_up(self, folder: Path, error: Exception) -> bool:
+        shutil.rmtree(folder, ignore_errors=True)
+        newest = [whole.name for whole in complete_checkpoints(self._run_dir)][-1:] or ["none"]
+        log.warning("%s: not saved: %s; the run goes on, its newest checkpoint is %s", folder, error, *newest)
+        return False
 
-    def _retain(self) -> None:
-        found = {folder: _read(folder) for folder in complete_checkpoints(self._run_dir)}
-        whole = [folder for folder, (_, wrong) in found.items() if not wrong]  # a damaged one takes no other's place
-        metrics = {folder: found[folder][0].get("metric") for folder in whole}
-        ranked = sorted(((metric, folder) for folder, metric in metrics.items() if metric is not None), reverse=True)
-        if ranked:
-            write_text(self._root / "best", ranked[0][1].name)
-        kept = {*whole[-self._config.keep :], *(folder for _, folder in ranked[: self._config.keep_best])}
-        every = self._config.keep_every
-        for folder in whole:
-            step = int(folder.name.removeprefix("step-"))
-            if folder not in kept and step not in self._kept and not (every and step % every == 0):
-                _remove(folder)
+
+def _write(folder: Path, files: dict[str, dict[str, torch.Tensor]], state: dict[str, Any] | None) -> float:
+    """Writes this rank's files, and rank 0's `state.json`, to the disk (fsync); returns the seconds that it took."""
+    begun = time.perf_counter()
+    try:
+        for name, tensors in files.items():
+            path = folder / f"{name}.safetensors"
+            save_file(tensors, path)
+            path.chmod(0o644)  # safetensors' own is for the user alone; others finetune from it
+            sync(path)
+        if state is not None:
+            write_json(folder / "state.json", state)
+    except (OSError, SafetensorError) as error:
+        log.warning("%s: %s", folder, error)
+        raise
+    return time.perf_counter() - begun
+
+
+def delete_old(run_dir: Path, config: CheckpointConfig, kept_steps: frozenset[int]) -> None:
+    """Deletes the checkpoints that need not be kept, and names the best one in `best`."""
+    found = {folder: _read(folder) for folder in complete_checkpoints(run_dir)}
+    whole = [folder for folder, (_, wrong) in found.items() if not wrong]  # a damaged one takes no other's place
+    metrics = {folder: found[folder][0].get("metric") for folder in whole}
+    ranked = sorted(((metric, folder) for folder, metric in metrics.items() if metric is not None), reverse=True)
+    if ranked:
+        write_text(run_dir / "checkpoints" / "best", ranked[0][1].name)
+    kept = {*whole[-config.keep :], *(folder for _, folder in ranked[: config.keep_best])}
+    for folder in whole:
+        step = int(folder.name.removeprefix("step-"))
+        if folder not in kept and step not in kept_steps and not (config.keep_every and step % config.keep_every == 0):
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a checkpoint; it stops counting before its first file goes."""
+    (folder / "complete").unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
@@ -228,90 +253,179 @@ def _read(folder: Path) -> tuple[dict[str, Any], str]:
     """`state.json` of a checkpoint, and which of its files is not as it was written; empty: none."""
     try:
         sizes = json.loads((folder / "complete").read_text(encoding="utf-8"))
-        wrong = next((name for name, size in sizes.items() if not _is_size(folder / name, size)), "")
-        state: dict[str, Any] = {} if wrong else json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        for name, size in sizes.items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+                return {}, name
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         whole = state.get("step") == int(folder.name.removeprefix("step-"))
     except (OSError, ValueError, AttributeError, RecursionError):
         return {}, "complete or state.json"
-    return state, wrong or ("" if whole else "state.json")
+    return state, "" if whole else "state.json"
 
 
-def read_weights(run_dir: Path, state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Float32 weights of the checkpoint that `state` was read from.
+def stored(run_dir: Path, state: dict[str, Any], files: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the checkpoint that `state` was read from, one after the other: never all in memory.
+
+    Args:
+        run_dir: Run directory.
+        state: `read_state`.
+        files: Names without the ending, such as "weights" or "optimizer-*"; none need be there.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: a file cannot be read.
     """
-    return _load(_folder(run_dir, state) / "weights.safetensors")
+    for file in sorted((run_dir / "checkpoints" / f"step-{state['step']:08d}").glob(f"{files}.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - the file is no mapping
+                    yield name, opened.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: {error}; delete its directory to go on from the checkpoint before") from error
 
 
 def restore(engine: Any, run_dir: Path, state: dict[str, Any], weights: dict[str, torch.Tensor], world: World) -> None:
     """Puts the checkpoint that `state` was read from into a fresh engine of any ranks and ZeRO stage.
 
+    The module alone would do in float32; in bf16 and fp16 it holds rounded weights, and the float32 ones go to the
+    optimiser.
+
     Args:
-        engine: Built around a module that holds `weights`.
+        engine: Built around a module that holds `weights`; before its first step.
         run_dir: Run directory.
         state: `read_state`.
-        weights: `read_weights`.
+        weights: Parameter name -> float32.
         world: Ranks.
 
     Raises:
         UserError: a file of it cannot be read.
     """
-    moments = stored_moments(run_dir, state)
-    snapshot.restore(engine, weights, moments, state["updates"], state["loss_scale"])
+    parameters = dict(engine.module.named_parameters())
+    for name, parameter in parameters.items():
+        _put(parameter, weights[name].to(engine.device), None)
+    if state["updates"]:
+        adam, done = _adam(engine), float(state["updates"])
+        for flat in _flat(engine):
+            adam.state[flat] = {"step": torch.tensor(done), **{key: torch.zeros_like(flat) for key in MOMENTS}}
+        _link(engine)
+        for path, value in stored(run_dir, state, "optimizer-*"):
+            key, _, name = path.partition("/")
+            parameter = parameters[name]
+            if parameter in adam.state:
+                adam.state[parameter][key].copy_(value)
+            else:
+                _put(parameter, value.to(engine.device), key)
+    for name, number in state["loss_scale"].items():
+        if getattr(engine.optimizer, "loss_scaler", None) is not None:
+            setattr(engine.optimizer.loss_scaler, name, number)
     engine.global_steps = state["step"]
     was, now = (state["zero_stage"], state["world_size"]), (int(engine.zero_optimization_stage()), world.size)
     if was != now:
         log.info("checkpoint of ZeRO %d on %d ranks taken over by ZeRO %d on %d", *was, *now)
     if was[1] == world.size:
-        _set_random_state(_load(_part(_folder(run_dir, state), "random", world)))
+        _set_random_state(dict(stored(run_dir, state, _part("random", world))))
 
 
-def stored_moments(run_dir: Path, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Adam's moments of that checkpoint one after the other, ("exp_avg/NAME", float32): never all in memory.
+def full_weights(engine: Any, keep: bool) -> dict[str, torch.Tensor]:
+    """All parameters in float32 on the host, from any ZeRO stage; a collective.
 
-    Raises:
-        UserError: a file cannot be read.
+    Args:
+        engine: DeepSpeed engine.
+        keep: On this rank; other ranks take part and return nothing.
     """
-    for file in sorted(_folder(run_dir, state).glob("optimizer-*.safetensors")):
-        try:
-            with safe_open(file, "pt") as part:
-                for name in part.keys():  # noqa: SIM118 - the file is no mapping
-                    yield name, part.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: {error}; delete its directory to go on from the checkpoint before") from error
+    from deepspeed.utils import safe_get_full_fp32_param  # slow to import, and only trainers need it
+
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(parameter)  # None: not partitioned, the parameter is whole
+        if keep:
+            found[name] = _host(parameter if full is None else full)
+    return found
 
 
-def read_average(run_dir: Path, state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Averaged weights of that checkpoint; empty where it has none."""
-    file = _folder(run_dir, state) / "average.safetensors"
-    return _load(file) if file.is_file() else {}
+def full_moments(engine: Any, keep: set[str]) -> dict[str, torch.Tensor]:
+    """Adam's moments of the parameters in `keep` as {"exp_avg/NAME": ...}; a collective. Empty before any update."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    found: dict[str, torch.Tensor] = {}
+    if not _updates(engine):
+        return found
+    _link(engine)
+    for name, parameter in engine.module.named_parameters():
+        for key in MOMENTS:
+            full = safe_get_full_optimizer_state(parameter, key)
+            if name in keep:
+                found[f"{key}/{name}"] = _host(_adam(engine).state[parameter][key] if full is None else full)
+    return found
 
 
-def _folder(run_dir: Path, state: dict[str, Any]) -> Path:
-    return run_dir / "checkpoints" / f"step-{state['step']:08d}"
+def loss_scale(engine: Any) -> dict[str, float]:
+    """State of fp16's dynamic loss scaling; empty in other precisions."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return {name: getattr(scaler, name) for name in SCALER} if getattr(scaler, "dynamic", False) else {}
 
 
-def _part(folder: Path, what: str, world: World) -> Path:
-    return folder / f"{what}-{world.rank + 1:05d}-of-{world.size:05d}.safetensors"
+def _share(engine: Any, world: World) -> set[str]:
+    """Names of the parameters whose moments this rank writes: about as many bytes on each."""
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.module.named_parameters()}
+    before = [0, *itertools.accumulate(sizes.values())]
+    owner = {name: done * world.size // before[-1] for name, done in zip(sizes, before, strict=False)}
+    return {name for name, rank in owner.items() if min(rank, world.size - 1) == world.rank}
 
 
-def _load(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: {error}; delete its directory to go on from the checkpoint before") from error
+def _updates(engine: Any) -> int:
+    """Updates that Adam has made: its bias correction depends on them. Skipped steps do not count."""
+    state = _adam(engine).state
+    return next((int(state[flat]["step"]) for flat in _flat(engine) if state.get(flat)), 0)
 
 
-def _is_size(file: Path, size: int) -> bool:
-    return file.is_file() and file.stat().st_size == size
+def _adam(engine: Any) -> Any:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _remove(folder: Path) -> None:
-    """Deletes a checkpoint; it stops counting before its first file goes."""
-    (folder / "complete").unlink(missing_ok=True)
-    shutil.rmtree(folder)
+def _flat(engine: Any) -> list[torch.Tensor]:
+    """The tensors that Adam updates: parameters at ZeRO 0, else this rank's flat float32 parts."""
+    if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [flat for group in _adam(engine).param_groups for flat in group["params"]]
+
+
+def _link(engine: Any) -> None:
+    """ZeRO 1, 2 and bf16 map each parameter to its part of the flat moments; all of them must be there.
+
+    DeepSpeed does so once, after the update of the first parameter group: with more of them (optim.layer_decay) the
+    others' parameters would have no moments.
+    """
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        engine.optimizer._hp_optimizer_states_linked = False
+        link()
+
+
+def _put(parameter: Any, value: torch.Tensor, key: str | None) -> None:
+    """Sets a weight's float32 master (`key` None) or moment from the whole tensor; at ZeRO 0 in float32 nothing."""
+    import deepspeed.utils as deepspeed
+
+    partitioned = hasattr(parameter, "ds_id")
+    if partitioned:
+        # ZeRO 3's parts are equally long, the last one padded; DeepSpeed's setter of whole tensors fails there.
+        part = parameter.ds_tensor.numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, part * distributed.world_size() - value.numel()))
+        value = padded[part * distributed.rank() :][:part]
+    if key is None:
+        put = deepspeed.safe_set_local_fp32_param if partitioned else deepspeed.safe_set_full_fp32_param
+        put(parameter, value)
+    else:
+        put = deepspeed.safe_set_local_optimizer_state if partitioned else deepspeed.safe_set_full_optimizer_state
+        put(parameter, value, key)
+
+
+def _host(tensor: torch.Tensor) -> torch.Tensor:
+    """A float32 copy that training will not overwrite."""
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _part(what: str, world: World) -> str:
+    return f"{what}-{world.rank + 1:05d}-of-{world.size:05d}"
 
 
 def _random_state() -> dict[str, torch.Tensor]:

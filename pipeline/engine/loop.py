@@ -20,19 +20,15 @@ import torch
 from pipeline import distributed
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import Agreement, World
-from pipeline.engine import checkpoint, snapshot
+from pipeline.engine import checkpoint
 from pipeline.engine.checkpoint import Checkpoints
 from pipeline.engine.job import Job, Progress
 from pipeline.engine.plan import Shape
-from pipeline.engine.profile import Profiler
-from pipeline.engine.records import Records
 from pipeline.engine.schedule import learning_rate
 from pipeline.engine.setup import Batches, build_engine
-from pipeline.engine.stop import Interrupted, StopSignals
-from pipeline.engine.stragglers import Stragglers
-from pipeline.engine.utilisation import clips_per_second_at_peak
-from pipeline.engine.watch import Watch
+from pipeline.engine.telemetry import Telemetry, clips_per_second_at_peak
 from pipeline.errors import UserError
+from pipeline.faults import stop_signals
 from pipeline.flow import Batch, Losses
 from pipeline.tasks import CachedContrast, FinetuneTask, Pooled, PretrainTask
 
@@ -48,13 +44,15 @@ class _Run:
     engine: Any
     progress: Progress
     average: dict[str, torch.Tensor]  # on rank 0
-    records: Records
+    telemetry: Telemetry
     checkpoints: Checkpoints
-    stop: StopSignals
-    watch: Watch
-    profiler: Profiler
+    told: list[int]  # signals that came to this rank
     agreement: Agreement = field(default_factory=Agreement)
     signum: int = 0  # agreed on
+
+
+class _Interrupted(Exception):  # noqa: N818 - a request, no error
+    """All ranks agreed to stop."""
 
 
 def train(job: Job, world: World) -> None:
@@ -65,24 +63,24 @@ def train(job: Job, world: World) -> None:
             not finite.
         SystemExit: a signal ended the run after a checkpoint; 128 + its number, as shells have it.
     """
-    watch = Watch(job.run_dir, world, job.recipe.run.timeout)
-    run = _start(job, world, StopSignals(), watch)
-    watch.at(run.progress.step, "data")  # before its first note: a rank may hang before the second
-    with run.stop, watch, run.profiler:
+    run = _start(job, world)
+    world.faults.at(run.progress.step, "data")
+    with stop_signals() as run.told, world.faults.watch(job.run_dir, job.recipe.run.timeout), run.telemetry:
         try:
             _steps(run)
-        except Interrupted as interrupted:
+        except _Interrupted as interrupted:
             _save(run)
             run.checkpoints.finish()
-            log.warning("%s: left after step %d; the same command goes on from there", interrupted, run.progress.step)
-            raise SystemExit(128 + interrupted.signum) from interrupted
-        run.records.write_saving(run.progress.step, run.checkpoints.finish())
+            log.warning("%s: left after step %d; the same command goes on from there",
+                        signal.Signals(run.signum).name, run.progress.step)  # fmt: skip
+            raise SystemExit(128 + run.signum) from interrupted
+        run.telemetry.write(run.progress.step, run.checkpoints.finish())
 
 
-def _start(job: Job, world: World, stop: StopSignals, watch: Watch) -> _Run:
+def _start(job: Job, world: World) -> _Run:
     """Engine and state, from the newest checkpoint where there is one; a collective."""
     state = distributed.decide(lambda: checkpoint.read_state(job.run_dir))
-    weights = checkpoint.read_weights(job.run_dir, state) if state else {}
+    weights = dict(checkpoint.stored(job.run_dir, state, "weights")) if state else {}
     if state:
         job.task.load_state_dict(weights)
     engine = build_engine(job.task, job.recipe, job.ds)
@@ -93,19 +91,18 @@ def _start(job: Job, world: World, stop: StopSignals, watch: Watch) -> _Run:
     if state:
         checkpoint.restore(engine, job.run_dir, state, weights, world)
         progress = Progress.of(state)
-        average = checkpoint.read_average(job.run_dir, state) if world.is_main else {}
+        average = dict(checkpoint.stored(job.run_dir, state, "average")) if world.is_main else {}
     data = DataSpec.of(job.loader.manifest, job.recipe.data)
     shape = Shape(data.samples, data.mel_bins, data.frames, len(data.labels))
     at_peak = clips_per_second_at_peak(job.recipe, shape, job.ds, world)
-    stragglers = Stragglers(job.task.model, world, progress.step, job.recipe.log.stragglers)
-    records = Records(job.run_dir, job.tracker, world, progress.step, at_peak, stragglers)
+    telemetry = Telemetry(job.run_dir, job.tracker, world, job.recipe.log, job.task.model, job.batches.total,
+                          progress.step, at_peak)  # fmt: skip
     checkpoints = Checkpoints(job.run_dir, job.recipe.checkpoint, world, job.kept_steps)
-    profiler = Profiler(job.run_dir, engine, world, job.recipe.log)
-    return _Run(job, world, engine, progress, average, records, checkpoints, stop, watch, profiler)
+    return _Run(job, world, engine, progress, average, telemetry, checkpoints, [])
 
 
 def _steps(run: _Run) -> None:
-    job, progress, records, engine = run.job, run.progress, run.records, run.engine
+    job, progress, telemetry, engine = run.job, run.progress, run.telemetry, run.engine
     total, epoch_steps = job.total_steps, job.loader.clips / job.batches.total
     log.info("%d steps of %d clips, from step %d, on %d x %s", total, job.batches.total, progress.step,
              run.world.size, _device(run.world))  # fmt: skip
@@ -119,25 +116,24 @@ def _steps(run: _Run) -> None:
                     "far, and the mean is over about the last tenth of the run", ema, 1 / (1 - ema), total)  # fmt: skip
     if progress.evaluate:
         _evaluate(run)
-    run.watch.at(progress.step, "data")
-    for batch in records.timed(_until(job.loader.train_batches(progress.step), total - progress.step)):
+    run.world.faults.at(progress.step, "data")
+    for batch in telemetry.timed(_until(job.loader.train_batches(progress.step), total - progress.step)):
         step = progress.step
-        run.watch.at(step, "step")
+        run.world.faults.at(step, "step")
         rate = learning_rate(job.recipe.optim, step, total, step / epoch_steps, progress.plateau)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)
-        with run.profiler.step(step + 1):
+        with telemetry.profiled(step + 1, engine):
             named = accumulate(engine, job.task, batch, job.batches)
             grad_norm = _update(engine, job, batch, progress, named["loss"])
         progress.step, progress.metric = step + 1, None
-        records.count(job.batches.total)
         if progress.step % job.recipe.log.every == 0 or progress.step == total:
             bad = float(job.loader.replaced(step) * run.world.size)  # its mean over ranks is their sum
             named["bad_clips"] = torch.tensor(bad, device=run.world.device)
             values = distributed.mean(named, run.world.device)
             _watch(progress, values, job.metric)
             values |= {"lr": rate, "grad_norm": grad_norm, "skipped_steps": progress.skipped}
-            records.write(progress.step, total, values)
+            telemetry.write_step(progress.step, total, values)
             job.loader.bad_clips.check(round(values["bad_clips"]))
         _average(run)
         if job.evaluation_due(step):
@@ -146,7 +142,7 @@ def _steps(run: _Run) -> None:
             _save(run)
         if progress.step < total:
             _agree(run)
-        run.watch.at(progress.step, "data")
+        run.world.faults.at(progress.step, "data")
 
 
 def _device(world: World) -> str:
@@ -157,17 +153,16 @@ def _agree(run: _Run) -> None:
     """Tells the other ranks of a signal and of finished writing, and hears theirs of the step before.
 
     Raises:
-        Interrupted: a rank got a signal; on all ranks at the same step.
+        _Interrupted: a rank got a signal; on all ranks at the same step.
     """
-    agreed = run.agreement.exchange(run.stop.signum, *run.checkpoints.flags)
+    agreed = run.agreement.exchange(next(iter(run.told), 0), *run.checkpoints.flags)
     if agreed is not None:
-        signum, writing, failed = agreed
+        signum, *written = agreed
         run.signum = run.signum or signum
-        if run.checkpoints.pending and not writing:
-            run.records.write_saving(run.progress.step, run.checkpoints.settle(bool(failed)))
+        run.telemetry.write(run.progress.step, run.checkpoints.settle(written))
     if run.signum:
         log.warning("%s: saving, then leaving", signal.Signals(run.signum).name)
-        raise Interrupted(run.signum)
+        raise _Interrupted
 
 
 def accumulate(
@@ -229,7 +224,7 @@ def _update(engine: Any, job: Job, batch: Batch, progress: Progress, loss: torch
 
 def _scale(engine: Any) -> tuple[float, ...]:
     """fp16's dynamic loss scale and the overflows that it still tolerates; empty without one."""
-    state = snapshot.loss_scale(engine)
+    state = checkpoint.loss_scale(engine)
     return (state["cur_scale"], state["cur_hysteresis"]) if state else ()
 
 
@@ -302,7 +297,7 @@ class _Interruptible:
 
     def __call__(self, batch: Batch, **options: Any) -> Any:
         _agree(self._run)
-        self._run.watch.at(self.global_steps, "evaluation")
+        self._run.world.faults.at(self.global_steps, "evaluation")
         return self._run.engine(batch, **options)
 
 
@@ -310,7 +305,7 @@ def _evaluate(run: _Run) -> None:
     """Held-out metrics; a signal interrupts it, and a resumed run makes up for it.
 
     Raises:
-        Interrupted: see `_agree`.
+        _Interrupted: see `_agree`.
     """
     job, progress, engine = run.job, run.progress, run.engine
     progress.evaluate = True
@@ -322,7 +317,7 @@ def _evaluate(run: _Run) -> None:
         engine.eval()
         metrics = job.evaluate(_Interruptible(run))
         engine.train()
-    run.records.write_evaluation(progress.step, metrics)
+    run.telemetry.write_evaluation(progress.step, metrics)
     watched = metrics.get(job.metric, next(iter(metrics.values()), math.nan))
     if not math.isnan(watched):
         progress.metric = watched
@@ -343,7 +338,7 @@ def _average(run: _Run) -> None:
             decay = config.ema ** (progress.step % config.ema_every or config.ema_every)
             before = (progress.step - 1) // config.ema_every
             share = 1 - min(decay, (1 + before) / (10 + before))
-            for name, weight in snapshot.weights(run.engine, keep=run.world.is_main).items():
+            for name, weight in checkpoint.full_weights(run.engine, keep=run.world.is_main).items():
                 run.average.setdefault(name, weight).lerp_(weight, share)
         return
     if not job.due(progress.step - 1, job.loader.clips):
@@ -353,21 +348,21 @@ def _average(run: _Run) -> None:
     if not 1 <= first <= epoch <= last:
         return
     progress.averaged += 1
-    for name, weight in snapshot.weights(run.engine, keep=run.world.is_main).items():
+    for name, weight in checkpoint.full_weights(run.engine, keep=run.world.is_main).items():
         mean = run.average.setdefault(name, torch.zeros_like(weight))
         mean += (weight - mean) / progress.averaged
 
 
 def _save(run: _Run) -> None:
     job, progress = run.job, run.progress
-    run.watch.at(progress.step, "checkpoint")
+    run.world.faults.at(progress.step, "checkpoint")
     state = asdict(progress) | {
         "position": progress.step * job.batches.total,
         "mlflow_run_id": job.tracker.run_id,
     }
     posted = run.agreement.take()  # before this save: its word on writing is about another checkpoint
     run.signum = run.signum or (posted[0] if posted else 0)
-    run.records.write_saving(progress.step, run.checkpoints.save(run.engine, state, run.average))
+    run.telemetry.write(progress.step, run.checkpoints.save(run.engine, state, run.average))
 
 
 def _until(batches: Iterator[Batch], count: int) -> Iterator[Batch]:

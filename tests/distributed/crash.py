@@ -48,8 +48,8 @@ def newest(run_dir: Path) -> int:
     """Step of the newest whole checkpoint, every tensor of which must be of that step."""
     state = checkpoint.read_state(run_dir)
     assert state is not None
-    tensors = list(checkpoint.read_weights(run_dir, state).values())
-    tensors += [tensor for _, tensor in checkpoint.stored_moments(run_dir, state)]
+    tensors = [tensor for files in ("weights", "optimizer-*") for _, tensor in checkpoint.stored(run_dir, state, files)]
+    assert len(tensors) == 3 * len(dict(checkpoint.stored(run_dir, state, "weights")))
     assert all(bool((tensor == state["step"]).all()) for tensor in tensors)
     return int(state["step"])
 
@@ -88,7 +88,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))  # no room for weights; texts still fit
         fill(trainer, steps[-1] + 1)
         saver.save(trainer.engine, {"step": trainer.step}, {})
-        saver.wait()
+        saver.settle()
         after_full = newest(run_dir)
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         fill(trainer, steps[-1] + 2)

@@ -16,7 +16,7 @@ import torch
 from pipeline import distributed
 from pipeline.config import CheckpointConfig, PretrainRecipe
 from pipeline.distributed import World
-from pipeline.engine import checkpoint, snapshot
+from pipeline.engine import checkpoint
 from pipeline.engine.checkpoint import Checkpoints
 from pipeline.engine.loop import accumulate
 from pipeline.engine.setup import build_engine, reconcile
@@ -47,7 +47,7 @@ class Trainer:
         ds, self.batches = reconcile({"zero_optimization": zero, "bf16": {"enabled": bf16}}, recipe, world)
         self.world, self.task, self.batch = world, task_of(recipe), share_of(world)
         state = checkpoint.read_state(run_dir) if run_dir else None
-        weights = checkpoint.read_weights(run_dir, state) if run_dir and state else {}
+        weights = dict(checkpoint.stored(run_dir, state, "weights")) if run_dir and state else {}
         if weights:
             self.task.load_state_dict(weights)
         self.engine = build_engine(self.task, recipe, ds)
@@ -67,9 +67,9 @@ class Trainer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything, on rank 0's word."""
-        weights = snapshot.weights(self.engine, keep=True)
+        weights = checkpoint.full_weights(self.engine, keep=True)
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-        return weights | snapshot.moments(self.engine, set(weights))
+        return weights | checkpoint.full_moments(self.engine, set(weights))
 
     def save(self, run_dir: Path) -> None:
         saver = Checkpoints(run_dir, CheckpointConfig(), self.world)
@@ -103,8 +103,8 @@ def begin(layout: tuple[int, bool, bool], run_dir: Path, world: World) -> dict[s
 def take_over(layout: tuple[int, bool, bool], run_dir: Path, world: World) -> dict[str, Any]:
     trainer = Trainer(layout, world, run_dir)
     found = trainer.state()
-    stored = checkpoint.read_weights(run_dir, {"step": trainer.step})
-    stored |= dict(checkpoint.stored_moments(run_dir, {"step": trainer.step}))
+    stored = {name: tensor for files in ("weights", "optimizer-*")
+              for name, tensor in checkpoint.stored(run_dir, {"step": trainer.step}, files)}  # fmt: skip
     report = {"restored": same(found, stored), "losses": trainer.train(2)}
     trainer.save(run_dir)
     return report

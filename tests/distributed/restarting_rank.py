@@ -10,7 +10,7 @@ import torch
 
 from pipeline import distributed
 from pipeline.errors import UserError, run_cli
-from pipeline.restart import supervise
+from pipeline.faults import supervise
 
 ERRORS = {
     "memory": torch.OutOfMemoryError("no memory"),

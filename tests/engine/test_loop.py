@@ -10,11 +10,11 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-from pipeline.config import PretrainRecipe, TrainConfig
+from pipeline.config import LogConfig, PretrainRecipe, TrainConfig
 from pipeline.distributed import World
 from pipeline.engine.job import Progress
 from pipeline.engine.loop import _update
-from pipeline.engine.records import Records
+from pipeline.engine.telemetry import Telemetry
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.flow import Batch
@@ -86,9 +86,8 @@ def strict(text: str):
 
 
 def test_json_has_no_infinity(tmp_path):
-    stragglers = SimpleNamespace(report=lambda step, last: {})
-    records = Records(tmp_path, NullTracker(), World(), 0, None, stragglers)
-    records.write(1, 2, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.1})
+    telemetry = Telemetry(tmp_path, NullTracker(), World(), LogConfig(), torch.nn.Identity(), 8, 0, None)
+    telemetry.write_step(1, 2, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.1})
     row = strict((tmp_path / "metrics.jsonl").read_text())
     assert row["lr"] == 0.1
     assert not {"loss", "grad_norm"} & row.keys()

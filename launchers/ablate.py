@@ -21,8 +21,8 @@ from pathlib import Path
 from pipeline.ablation.campaign import Campaign, Outcome
 from pipeline.ablation.executors import Executor, LocalExecutor, SlurmExecutor
 from pipeline.ablation.grid import ROOT, build_grid
+from pipeline.command_line import read_deepspeed_config
 from pipeline.config import LogConfig
-from pipeline.engine.setup import read_deepspeed_config
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, read_json, user_path, write_json
 from pipeline.tracking import tracking_uri

@@ -21,12 +21,11 @@ from pipeline.config import FinetuneRecipe
 from pipeline.distributed import session
 from pipeline.engine.evaluation import results, write_predictions, write_results
 from pipeline.engine.metrics import precision_recall
-from pipeline.ensemble import score_averaged_weights, score_ensemble
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, check_output_file, user_path
-from pipeline.jobs import Scored, score_run
 from pipeline.model.weights import weights_file
 from pipeline.recipes import finetuned_recipe, load_recipe
+from pipeline.runs import Scored, score_averaged_weights, score_ensemble, score_run
 from pipeline.tracking import figures
 
 RECORDS = ("config.yaml", "ds.json", "data.json", "init.json", "fold.json", "done.json", "metrics.jsonl")  # of a run

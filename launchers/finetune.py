@@ -13,26 +13,10 @@ the run stopped.
 import sys
 from typing import Any
 
+from pipeline.command_line import parse
 from pipeline.config import FinetuneRecipe
-from pipeline.cross_validation import cross_validate
-from pipeline.distributed import World, session
-from pipeline.engine.job import Job
-from pipeline.engine.loop import train
 from pipeline.errors import run_cli
 from pipeline.faults import supervise
-from pipeline.jobs import finetune_job, finish_finetuning
-from pipeline.launch import Launch, parse
-from pipeline.serving.publish import check_publishable, publish
-
-
-def run(launch: Launch[FinetuneRecipe], world: World) -> Job:
-    """Builds, trains, evaluates, publishes the model."""
-    with finetune_job(launch, world) as job:
-        check_publishable(job)
-        train(job, world)
-        finish_finetuning(job, world)
-        publish(job, world)
-    return job
 
 
 def show(content: dict[str, Any]) -> None:
@@ -54,12 +38,16 @@ def main() -> None:
     """Parses; one run, or one for each fold."""
     launch = parse(FinetuneRecipe, __doc__)
     supervise(launch.max_restarts)
+    from pipeline.cross_validation import cross_validate  # torch: not for --help, and not before the fork
+    from pipeline.distributed import session
+    from pipeline.train import finetune
+
     settings = launch.recipe.run
     with session(settings.timeout, settings.seed) as world:
         if not launch.recipe.finetune.folds:
-            run(launch, world)
+            finetune(launch, world)
             return
-        content = cross_validate(launch, world, run)
+        content = cross_validate(launch, world)
         if world.is_main:
             show(content)
 

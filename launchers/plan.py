@@ -28,7 +28,7 @@ GIB, ROOM = 2**30, 0.9  # share of a GPU's memory that a plan may fill: the rest
 def main() -> None:
     """Parses, plans, prints."""
     args = _arguments()
-    kind = FinetuneRecipe if args.finetune else PretrainRecipe
+    kind: type[PretrainRecipe | FinetuneRecipe] = FinetuneRecipe if args.finetune else PretrainRecipe
     recipe = load_recipe(kind, args.config, args.settings)
     shape, clips = _data(recipe.data.shards, recipe)
     contrast = False
@@ -149,7 +149,7 @@ def _rate(args: argparse.Namespace, cost: Cost) -> float:
         share = ds["train_micro_batch_size_per_gpu"] * ds["gradient_accumulation_steps"]
         size = ds["train_batch_size"] // share
         print(f"\nrate       {rates[len(rates) // 2] / size:.2f} clips/s a GPU: the median of {args.run} on {size}")
-        return rates[len(rates) // 2] / size
+        return float(rates[len(rates) // 2] / size)
     rate = args.tflops * 1e12 * args.mfu / cost.flops
     print(f"\nrate       {rate:.1f} clips/s a GPU, assumed: {args.mfu:.0%} of {args.tflops:g} TFLOP/s")
     return float(rate)

@@ -23,7 +23,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -32,6 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data.manifest import Label
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, check_output_file, new_file, user_path
 from pipeline.serving import events
@@ -87,7 +88,7 @@ class Writer:
             self._labels(heard, events.whole(heard, labels, self.args.top))
         self.out.flush()
 
-    def _labels(self, heard: Heard, best: list[tuple[events.Label, float]]) -> None:
+    def _labels(self, heard: Heard, best: list[tuple[Label, float]]) -> None:
         if self.args.format == "json":
             found = [{"label": label.name, "id": label.id, "score": round(score, 6)} for label, score in best]
             self._json({"path": heard.path, "seconds": round(heard.seconds, 3), "labels": found})
@@ -127,7 +128,7 @@ class Writer:
     def _json(self, content: dict[str, object]) -> None:
         self.out.write(json.dumps(content, ensure_ascii=False) + "\n")
 
-    def _row(self, values: list[object]) -> None:
+    def _row(self, values: Sequence[object]) -> None:
         line = io.StringIO()
         csv.writer(line, lineterminator="\n").writerow(values)
         self.out.write(line.getvalue())

@@ -7,22 +7,22 @@ Without settings: CRAFT-base (180-PSWaCL) as in the paper. The same command agai
 run stopped.
 """
 
+from pipeline.command_line import parse
 from pipeline.config import PretrainRecipe
-from pipeline.distributed import session
-from pipeline.engine.loop import train
 from pipeline.errors import run_cli
 from pipeline.faults import supervise
-from pipeline.jobs import pretrain_job
-from pipeline.launch import parse
 
 
 def main() -> None:
-    """Parses, builds, trains."""
+    """Parses, trains."""
     launch = parse(PretrainRecipe, __doc__)
     supervise(launch.max_restarts)
+    from pipeline.distributed import session  # torch: not for --help, and not before the fork
+    from pipeline.train import pretrain
+
     run = launch.recipe.run
-    with session(run.timeout, run.seed) as world, pretrain_job(launch, world) as job:
-        train(job, world)
+    with session(run.timeout, run.seed) as world:
+        pretrain(launch, world)
 
 
 if __name__ == "__main__":

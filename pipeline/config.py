@@ -7,7 +7,7 @@ under configs/ hold only what differs. `ds.json` owns what DeepSpeed owns (ZeRO 
 offload); `pipeline.engine.setup` reconciles the two.
 
 Each setting states its effect, and nothing else decides what a run directory may be used for again
-(`pipeline.launch`), which finished folds and ablations count, and what an ablation's identity is made of:
+(`pipeline.run_directory`), which finished folds and ablations count, and what an ablation's identity is made of:
 
     result    changes the numbers of the run; a run directory keeps it from its first checkpoint on
     course    changes them too, but only from here on: a run that goes on may be longer, or be evaluated more often

@@ -14,7 +14,7 @@ kept, the interrupted one goes on from its newest checkpoint.
 import gc
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,32 +23,28 @@ from typing import Any
 import numpy as np
 
 from pipeline import distributed
+from pipeline.command_line import Launch
 from pipeline.config import FinetuneRecipe
 from pipeline.data.manifest import Manifest, load_index, load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine.checkpoint import complete_checkpoints
 from pipeline.engine.evaluation import write_results
-from pipeline.engine.job import Job
 from pipeline.engine.setup import reconcile
 from pipeline.errors import UserError
 from pipeline.files import check_output_directory, read_json, write_json
-from pipeline.jobs import finetuning_name
-from pipeline.launch import Launch, check_run, open_run, tracked, write_record
 from pipeline.recipes import differences, read_run
+from pipeline.run_directory import check_run, open_run, write_record
+from pipeline.train import finetune, finetuning_name, tracked
 
 log = logging.getLogger(__name__)
 
-RunFold = Callable[[Launch[FinetuneRecipe], World], Job]
-
-
-def cross_validate(launch: Launch[FinetuneRecipe], world: World, run_fold: RunFold) -> dict[str, Any]:
+def cross_validate(launch: Launch[FinetuneRecipe], world: World) -> dict[str, Any]:
     """Runs the folds that are not done; returns the content of `results.json`, on all ranks.
 
     Args:
         launch: Command line.
         world: Ranks.
-        run_fold: Trains and evaluates one finetuning.
 
     Raises:
         UserError: settings that do not fit, or a finished fold of other settings.
@@ -71,10 +67,9 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World, run_fold: RunFo
                 continue
             log.info("fold %d (%d of %d): %s", fold, number, len(folds), part.recipe.run.dir)
             distributed.seed_host(recipe.run.seed)  # a fold is the run that it would be alone
-            job = run_fold(part, world)
+            finetune(part, world)
             if world.is_main:
-                _note(job, fold)
-            del job
+                _note(Path(part.recipe.run.dir), fold)
             gc.collect()  # an engine holds itself in cycles: its memory is the next fold's
         content = distributed.decide(
             lambda: summarise({fold: read_fold(Path(part.recipe.run.dir)) for fold, part in parts.items()})
@@ -180,11 +175,11 @@ def _spread(values: list[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _note(job: Job, fold: int) -> None:
+def _note(run_dir: Path, fold: int) -> None:
     """Writes `fold.json`: the final result, and the held-out metric of each evaluated epoch."""
-    results = json.loads((job.run_dir / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
     kept = {key: results[key] for key in ("metric", "value", "clips", "weights", "shards_digest", "epochs")}
-    write_json(job.run_dir / "fold.json", {"fold": fold, **kept})
+    write_json(run_dir / "fold.json", {"fold": fold, **kept})
 
 
 def _check(

@@ -30,13 +30,13 @@ from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
 from pipeline.files import check_output_file, check_replaced_directory, new_directory, new_file, write_json
-from pipeline.jobs import load_finetuned
 from pipeline.model.craft import SIZES
 from pipeline.model.encoder import LAYER_NORM_EPS
 from pipeline.model.foreign import to_hf
 from pipeline.model.heads import stream_means
 from pipeline.model.weights import load_weights, weights_file
 from pipeline.recipes import read_run
+from pipeline.runs import load_finetuned
 from pipeline.tasks import FinetuneTask, PretrainTask
 
 EXPORTS = "export"  # directory in the run's

@@ -4,12 +4,13 @@ In: a `Batch`. Out: `Losses`. Everything that reads a weight happens inside `for
 weight exists only there.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from pipeline import distributed
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.augment import mask_fbank
 from pipeline.errors import UserError
@@ -99,6 +100,11 @@ class PretrainTask(nn.Module):
         self._check_masks(mel_bins, frames)
         if method.masked_spec or method.masked_wav:
             self.heads = MaskedPatchHeads(self.model.width, recipe.model.patch**2)
+        temperature = config.temperature if config.contrast == "cosine" else None
+        # Eq. 4a: (wav, spec) -> (loss, accuracy) of this rank's clips, over the global batch (collective) or by token.
+        self.contrast: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = partial(
+            swacl_loss if self.contrasts_batch else token_loss, temperature=temperature, symmetric=config.symmetric
+        )
         if method.contrast and config.projection == "mlp":
             self.projection = ProjectionHead(self.model.width)
 
@@ -126,37 +132,35 @@ class PretrainTask(nn.Module):
             return self._rebuild(encoded, fbank, wav_map, (spec_masks or wav_masks)[0])
         named: dict[str, torch.Tensor] = {}
         total = torch.zeros((), device=batch.position.device)
+        sides = []  # what is masked: name, passes, target, masks, weight
         if method.masked_spec:
             target = patchify(full(_given(fbank)).transpose(1, 2), self.model.config.patch)
-            total = total + self._masked_patches("spec", encoded.spec, target, spec_masks, named)
+            sides.append(("spec", encoded.spec, target, spec_masks, 1.0))
         if method.masked_wav:
             pixels = patchify(full(_given(wav_map).detach()), self.model.config.patch)
             named["wav_target_variance"] = pixels.var(dim=-1, correction=0).mean()  # 0: the map has collapsed
             weight = self.config.r_w if method.masked_spec else 1.0
-            masked = self._masked_patches("wav", encoded.wav, normalise_patches(pixels), wav_masks, named)
-            total = total + weight * masked
+            sides.append(("wav", encoded.wav, normalise_patches(pixels), wav_masks, weight))
+        for name, passes, target, masks, weight in sides:
+            predicted, rebuilt = self.heads(*(gather_patches(p, mask) for p, mask in zip(passes, masks, strict=False)))
+            targets = [gather_patches(target, mask) for mask in masks]
+            loss = masked_patch_loss(predicted, rebuilt, targets[0], self.config.softmax, targets[-1])
+            named |= {f"{name}_nce": loss.nce.detach(), f"{name}_mse": loss.mse.detach()}
+            named[f"{name}_accuracy"] = loss.accuracy
+            total = total + weight * (loss.nce + self.config.r_g * loss.mse)
         value = total.detach()
         if method.contrast:
             weight = 1.0 if method.contrast_only else self.config.r_cl
-            surrogate, loss, accuracy = self._contrast(encoded, cached)
-            total = total + weight * surrogate
-            value = value + weight * loss.detach()
-            named |= {"contrast": loss.detach(), "contrast_accuracy": accuracy}
+            pooled = self._pool(encoded)
+            if cached is None:
+                contrast, accuracy = self.contrast(*pooled)
+                total, contrast = total + weight * contrast, contrast.detach()
+            else:  # only the gradient comes from this micro-batch
+                contrast, accuracy = cached.loss, cached.accuracy
+                total = total + weight * ((pooled.wav * cached.wav).sum() + (pooled.spec * cached.spec).sum())
+            value = value + weight * contrast
+            named |= {"contrast": contrast, "contrast_accuracy": accuracy}
         return Losses(total, {"loss": value, **named})
-
-    def contrast(self, pooled: Pooled) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eq. 4a: (loss, accuracy) of this rank's clips; over the global batch, so a collective, unless by token."""
-        temperature = self.config.temperature if self.config.contrast == "cosine" else None
-        if not self.contrasts_batch:
-            return token_loss(pooled.wav, pooled.spec, temperature=temperature, symmetric=self.config.symmetric)
-        return swacl_loss(
-            pooled.wav,
-            pooled.spec,
-            distributed.gather,
-            distributed.rank(),
-            temperature=temperature,
-            symmetric=self.config.symmetric,
-        )
 
     def _check_masks(self, mel_bins: int, frames: int) -> None:
         """Whether K masked patches leave others; SSAST's generator needs two of them."""
@@ -181,26 +185,6 @@ class PretrainTask(nn.Module):
         masked = self.method.masked_spec if name == "spec" else self.method.masked_wav
         purposes = [f"mask.{name}", f"mask.{name}.second"] if masked and self.config.two_pass else [f"mask.{name}"]
         return [draw(self.seed, purpose, position, grid, count, self.config.clusters) for purpose in purposes]
-
-    def _masked_patches(
-        self,
-        name: str,
-        passes: tuple[torch.Tensor, ...],
-        target: torch.Tensor,
-        masks: list[torch.Tensor],
-        named: dict[str, torch.Tensor],
-    ) -> torch.Tensor:
-        tokens = [gather_patches(encoded, mask) for encoded, mask in zip(passes, masks, strict=False)]
-        targets = [gather_patches(target, mask) for mask in masks]
-        predicted, reconstructed = self.heads(*tokens)
-        second = targets[1] if len(targets) > 1 else None
-        loss = masked_patch_loss(predicted, reconstructed, targets[0], self.config.softmax, second)
-        named |= {
-            f"{name}_nce": loss.nce.detach(),
-            f"{name}_mse": loss.mse.detach(),
-            f"{name}_accuracy": loss.accuracy,
-        }
-        return loss.nce + self.config.r_g * loss.mse
 
     def _rebuild(
         self, encoded: Encoded, fbank: torch.Tensor | None, wav_map: torch.Tensor | None, mask: torch.Tensor
@@ -227,16 +211,6 @@ class PretrainTask(nn.Module):
         if self.config.projection == "mlp":
             views = [full(self.projection(view.to(self.model.dtype))) for view in views]
         return Pooled(*views)
-
-    def _contrast(
-        self, encoded: Encoded, cached: CachedContrast | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        pooled = self._pool(encoded)
-        if cached is None:
-            loss, accuracy = self.contrast(pooled)
-            return loss, loss, accuracy
-        surrogate = (pooled.wav * cached.wav).sum() + (pooled.spec * cached.spec).sum()
-        return surrogate, cached.loss, cached.accuracy
 
 
 class FinetuneTask(nn.Module):

@@ -15,6 +15,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
+from pipeline.command_line import Launch
 from pipeline.config import FinetuneRecipe
 from pipeline.cross_validation import choose_folds, cross_validate, fold_launch, summarise
 from pipeline.data.manifest import load_manifest
@@ -25,8 +26,8 @@ from pipeline.engine.setup import reconcile
 from pipeline.errors import UserError
 from pipeline.export import export_safetensors, open_exported
 from pipeline.files import write_json
-from pipeline.launch import Launch, write_record
 from pipeline.recipes import load_recipe
+from pipeline.run_directory import write_record
 from tests.conftest import ROOT
 from tests.helpers import synth_shards
 from tests.ranks import free_port, run_ranks
@@ -75,7 +76,9 @@ def test_folds_that_are_not_there_or_contradict_are_said(shards, tmp_path):
         chosen("finetune.folds=all", "data.train_split=eval")
 
 
-def test_a_directory_of_other_folds_or_of_a_single_run_is_refused_before_anything_is_written(shards, tmp_path):
+def test_a_directory_of_other_folds_or_of_a_single_run_is_refused_before_anything_is_written(
+    shards, tmp_path, monkeypatch
+):
     """Also where the fold of other settings is none that the command names."""
     run_dir = tmp_path / "cv"
 
@@ -83,9 +86,11 @@ def test_a_directory_of_other_folds_or_of_a_single_run_is_refused_before_anythin
         words = (f"run.dir={run_dir}", f"data.shards={shards}", "finetune.folds=[1,2]", "log.mlflow=false", *words)
         return Launch(load_recipe(FinetuneRecipe, [], list(words)), {})
 
+    monkeypatch.setattr("pipeline.cross_validation.finetune", lambda part, world: pytest.fail("a fold was begun"))
+
     def refused(launch: Launch[FinetuneRecipe], said: str) -> None:
         with pytest.raises(UserError, match=said):
-            cross_validate(launch, World(), lambda part, world: pytest.fail("a fold was begun"))
+            cross_validate(launch, World())
 
     launch = command()
     ds, _ = reconcile({}, launch.recipe, World())

@@ -20,11 +20,11 @@ from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.manifest import load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
-from pipeline.ensemble import mean_probability, score_averaged_weights, score_ensemble
 from pipeline.errors import UserError
 from pipeline.model.weights import weights_file
 from pipeline.recipes import dump_recipe, load_recipe
 from pipeline.report.significance import Predictions
+from pipeline.runs import mean_probability, score_averaged_weights, score_ensemble
 from pipeline.tasks import FinetuneTask
 from tests.conftest import ROOT
 

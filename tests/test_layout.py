@@ -13,8 +13,10 @@ FLOORS = [
     {"data", "model", "objectives"},
     {"tasks"},
     {"engine", "tracking"},
-    {"launch", "initial", "jobs", "ensemble"},
-    {"ablation", "serving", "export", "cross_validation"},
+    {"command_line", "run_directory", "runs"},
+    {"serving", "export"},
+    {"train"},
+    {"ablation", "cross_validation"},
     {"report"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

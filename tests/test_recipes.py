@@ -1,15 +1,13 @@
 """The shipped recipes are the paper's, number by number, and their schedules do what it says."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
-from pipeline.distributed import World
-from pipeline.engine import loop
-from pipeline.engine.schedule import Plateau, learning_rate
+from pipeline.engine.job import Plateau
+from pipeline.engine.loop import ema_share
 from pipeline.engine.setup import parameter_groups
+from pipeline.engine.step import learning_rate
 from pipeline.errors import UserError
 from pipeline.recipes import load_recipe
 from pipeline.tasks import FinetuneTask
@@ -76,28 +74,26 @@ def test_layer_decay_gives_every_weight_one_rate():
     assert found["model.spec_patch.proj.weight"] == found["model.spec_tokens.positions"] == pytest.approx(0.75**5)
 
 
-def test_ema_is_an_exponential_mean_of_sampled_weights(monkeypatch):
+def test_ema_is_an_exponential_mean_of_sampled_weights():
     """Its decay rises with the updates: a short run's average is not that of its first weights."""
-    recipe = finetune("modern", "checkpoint.ema=0.9", "checkpoint.ema_every=2")
-    weights = iter([1.0, 3.0, 7.0])
-    monkeypatch.setattr(loop.checkpoint, "full_weights", lambda engine, keep: {"w": torch.tensor([next(weights)])})
-    job = SimpleNamespace(recipe=recipe, total_steps=5)
-    run = SimpleNamespace(job=job, engine=None, world=World(), average={})
-    for step in range(1, 6):  # sampled at 2, 4 and, as the last, 5
-        run.progress = loop.Progress(step=step)
-        loop._average(run)
-    second, third = min(0.9**2, 2 / 11), min(0.9, 3 / 12)
-    assert float(run.average["w"]) == pytest.approx((1 * second + 3 * (1 - second)) * third + 7 * (1 - third))
 
-    config = recipe.checkpoint.model_copy(update={"ema": 0.9998, "ema_every": 32})
-    recipe = recipe.model_copy(update={"checkpoint": config})
-    run = SimpleNamespace(job=SimpleNamespace(recipe=recipe, total_steps=1650), engine=None, world=World(), average={})
-    of_step = lambda engine, keep: {"w": torch.tensor(float(run.progress.step))}  # noqa: E731
-    monkeypatch.setattr(loop.checkpoint, "full_weights", of_step)
-    for step in range(32, 1651, 2):  # as long as ESC-50's finetuning
-        run.progress = loop.Progress(step=step)
-        loop._average(run)
-    assert float(run.average["w"]) > 1200  # without the rise 72 % of it are the weights of step 32
+    def averaged(weights: dict[int, float], config, total: int) -> tuple[list[int], float]:
+        """The steps that are sampled, and the mean."""
+        shares = {step: share for step in weights if (share := ema_share(config, step, total))}
+        mean = weights[min(shares)]
+        for step, share in shares.items():
+            mean += share * (weights[step] - mean)
+        return list(shares), mean
+
+    config = finetune("modern", "checkpoint.ema=0.9", "checkpoint.ema_every=2").checkpoint
+    sampled, mean = averaged({1: 0.0, 2: 1.0, 3: 0.0, 4: 3.0, 5: 7.0}, config, 5)
+    assert sampled == [2, 4, 5]
+    second, third = min(0.9**2, 2 / 11), min(0.9, 3 / 12)
+    assert mean == pytest.approx((1 * second + 3 * (1 - second)) * third + 7 * (1 - third))
+
+    config = config.model_copy(update={"ema": 0.9998, "ema_every": 32})
+    _, mean = averaged({step: float(step) for step in range(1, 1651)}, config, 1650)  # as long as ESC-50's finetuning
+    assert mean > 1200  # without the rise 72 % of it are the weights of step 32
 
 
 def test_two_ways_of_averaging_are_refused():

@@ -17,13 +17,13 @@ from pipeline.data.manifest import Label
 from pipeline.engine.bootstrap import interval, weighted_metric
 from pipeline.engine.evaluation import results, write_predictions, write_results
 from pipeline.engine.inference import Scores
-from pipeline.ensemble import mean_probability
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.report import render
 from pipeline.report.__main__ import main, write
 from pipeline.report.collect import collect
 from pipeline.report.significance import Predictions, paired_bootstrap
+from pipeline.runs import mean_probability
 from tests.conftest import ROOT
 
 

@@ -17,10 +17,11 @@ from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
 from pipeline.export import export_safetensors, open_exported
 from pipeline.files import write_json
-from pipeline.initial import initialise
-from pipeline.launch import check_held_out, check_run, write_record
 from pipeline.recipes import load_recipe
+from pipeline.run_directory import check_run, write_record
+from pipeline.runs import initialise
 from pipeline.tasks import FinetuneTask
+from pipeline.train import check_held_out
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 

@@ -19,9 +19,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from pipeline.command_line import parse
 from pipeline.config import LogConfig, PretrainRecipe
 from pipeline.errors import UserError
-from pipeline.launch import parse
 from pipeline.tracking import DatasetNote, NullTracker, figures, open_tracker, tracking_uri
 from pipeline.tracking.nodes import NodeMonitor
 from pipeline.tracking.spool import BATCH_LINES, Feed, Spool, without_password

@@ -9,20 +9,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.loader import Loader
-from pipeline.engine.schedule import Plateau
 from pipeline.engine.setup import Batches
-from pipeline.flow import Batch, Losses
+from pipeline.flow import Losses
 from pipeline.tasks import FinetuneTask, PretrainTask
 from pipeline.tracking import Tracker
 
-Forward = Callable[[Batch], Losses]
+Forward = Callable[..., Losses]
 
 
-def total_steps(recipe: Recipe, clips: int, batches: Batches) -> int:
-    """Optimiser steps that `train.steps`, else `train.epochs` over so many training clips, come to."""
-    return recipe.train.steps or math.ceil(recipe.train.epochs * clips / batches.total)
+@dataclass(slots=True)
+class Plateau:
+    """State of the plateau rule: halve when the metric stops improving (SSAST).
+
+    Attributes:
+        best: Highest metric so far.
+        waited: Evaluations since then.
+        cuts: Times the rate was cut.
+    """
+
+    best: float = -math.inf
+    waited: int = 0
+    cuts: int = 0
+
+    def observe(self, metric: float, patience: int, threshold: float) -> None:
+        """Takes one evaluation; cuts after more than `patience` in a row without improvement.
+
+        As torch's ReduceLROnPlateau (mode "max", threshold_mode "rel"), which SSAST uses: an improvement is at least
+        `threshold` of the best so far.
+        """
+        if metric > self.best + threshold * abs(self.best) or self.best == -math.inf:
+            self.best, self.waited = metric, 0
+            return
+        self.waited += 1
+        if self.waited > patience:
+            self.cuts, self.waited = self.cuts + 1, 0
 
 
 @dataclass(frozen=True)
@@ -35,7 +57,8 @@ class Job:
         batches: Batch arithmetic.
         task: What DeepSpeed wraps.
         loader: Training clips.
-        evaluate: Forward function -> held-out metrics, equal on all ranks; None: nothing is held out.
+        total_steps: Optimiser steps of the run.
+        evaluate: (forward function, step) -> held-out metrics, equal on all ranks; None: nothing is held out.
         metric: The metric that must grow: the plateau rule and the best checkpoint go by it.
         run_dir: Where the run lives.
         tracker: MLflow.
@@ -46,15 +69,11 @@ class Job:
     batches: Batches
     task: PretrainTask | FinetuneTask
     loader: Loader
-    evaluate: Callable[[Forward], dict[str, float]] | None
+    total_steps: int
+    evaluate: Callable[[Forward, int], dict[str, float]] | None
     metric: str
     run_dir: Path
     tracker: Tracker
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the run."""
-        return total_steps(self.recipe, self.loader.clips, self.batches)
 
     @property
     def kept_steps(self) -> frozenset[int]:

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.engine.setup import BUCKET
 from pipeline.flow import Batch, Losses
-from pipeline.tasks import FinetuneTask, Pooled, PretrainTask
+from pipeline.tasks import FinetuneTask, PretrainTask
 
 PROBES = (4, 12)  # micro-batches that are recorded; memory and FLOPs are linear between and beyond
 
@@ -127,15 +127,15 @@ def model_flops(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape) -> float:
         task = _task(plain, shape)
         batch = _batch(1, shape)
     if isinstance(task, PretrainTask):
-        task.contrast = _pooled_sum  # type: ignore[method-assign]
+        task.contrast = _pooled_sum
     with FlopCounterMode(display=False) as counter:
         losses: Losses = task(batch)
         losses.total.backward()  # type: ignore[no-untyped-call]
     return float(counter.get_total_flops())
 
 
-def _pooled_sum(pooled: Pooled) -> tuple[torch.Tensor, torch.Tensor]:
-    total = pooled.wav.sum() + pooled.spec.sum()
+def _pooled_sum(wav: torch.Tensor, spec: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    total = wav.sum() + spec.sum()
     return total, total.detach()
 
 

@@ -8,7 +8,6 @@ import logging
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +17,7 @@ from torch import nn
 from pipeline.config import OptimConfig, Recipe
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.files import user_path
 from pipeline.tasks import FinetuneTask, PretrainTask
-
-DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 
 # Top-level keys that DeepSpeed reads; it ignores any other silently, a typo such as "zero_optimisation" too.
 KNOWN_KEYS = frozenset(
@@ -69,27 +65,6 @@ class Batches:
     total: int
     micro: int
     accumulation: int
-
-
-def read_deepspeed_config(name: str) -> dict[str, Any]:
-    """Reads a DeepSpeed configuration: a path, or the name of a file in configs/deepspeed/.
-
-    Raises:
-        UserError: no such file, or not a JSON object.
-    """
-    path = user_path(name, "--deepspeed_config")
-    if not path.exists() and path.name == name:
-        path = DEEPSPEED_CONFIGS / name
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        shipped = ", ".join(sorted(file.name for file in DEEPSPEED_CONFIGS.glob("*.json")))
-        raise UserError(f"--deepspeed_config {name}: {error.strerror}; give a path, or one of {shipped}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--deepspeed_config {path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--deepspeed_config {path}: holds no JSON object")
-    return content
 
 
 def numeric_differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from pipeline import distributed
 from pipeline.precision import full
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -60,47 +61,39 @@ def _chunks(rows: int) -> list[slice]:
     return [slice(start, start + CHUNK) for start in range(0, rows, CHUNK)]
 
 
-def global_info_nce(
-    query: torch.Tensor, key: torch.Tensor, gather: Gather, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """-log softmax of query i at key i over all keys of all ranks.
-
-    Args:
-        query: [n, D], scaled (1 / temperature) if at all.
-        key: [n, D], row i the partner of query i.
-        gather: All ranks' rows in rank order, without gradient: [n, ...] -> [R n, ...].
-        rank: This rank.
-
-    Returns:
-        (loss, accuracy): float32 scalars, means over this rank's queries. The mean over ranks is the
-        global value; the gradient is R times d(global loss)/d(local rows), so that the ranks'
-        average is the global gradient, the remote softmax terms included.
-    """
-    with torch.autocast(query.device.type, enabled=False):
-        loss, accuracy = _GlobalInfoNCE.apply(full(query), full(key), gather, rank)
-    return loss, accuracy
-
-
 def swacl_loss(
-    wav: torch.Tensor, spec: torch.Tensor, gather: Gather, rank: int, *, temperature: float | None, symmetric: bool
+    wav: torch.Tensor,
+    spec: torch.Tensor,
+    gather: Gather = distributed.gather,
+    rank: int | None = None,
+    *,
+    temperature: float | None,
+    symmetric: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eq. 4a on pooled representations, waveform -> spectrogram.
+    """Eq. 4a on pooled representations: -log softmax of waveform i at spectrogram i over all spectrograms of all ranks.
 
     Args:
         wav: [n, D].
-        spec: [n, D].
-        gather: As in `global_info_nce`.
-        rank: This rank.
+        spec: [n, D], row i of the same clip as `wav`'s.
+        gather: All ranks' rows in rank order, without gradient: [n, ...] -> [R n, ...].
+        rank: This rank; None: of the process group.
         temperature: L2-normalise and divide by it; None: the raw dot products of Eq. 4a.
         symmetric: Average with the spectrogram -> waveform direction.
+
+    Returns:
+        (loss, accuracy): float32 scalars, means over this rank's clips. The mean over ranks is the
+        global value; the gradient is R times d(global loss)/d(local rows), so that the ranks'
+        average is the global gradient, the remote softmax terms included.
     """
-    wav, spec = full(wav), full(spec)
-    if temperature is not None:
-        wav, spec = _unit(wav) / temperature, _unit(spec)
-    loss, accuracy = global_info_nce(wav, spec, gather, rank)
-    if symmetric:
-        back, back_accuracy = global_info_nce(spec, wav, gather, rank)
-        loss, accuracy = (loss + back) / 2, (accuracy + back_accuracy) / 2
+    rank = distributed.rank() if rank is None else rank
+    with torch.autocast(wav.device.type, enabled=False):
+        wav, spec = full(wav), full(spec)
+        if temperature is not None:
+            wav, spec = _unit(wav) / temperature, _unit(spec)
+        loss, accuracy = _GlobalInfoNCE.apply(wav, spec, gather, rank)
+        if symmetric:
+            back, back_accuracy = _GlobalInfoNCE.apply(spec, wav, gather, rank)
+            loss, accuracy = (loss + back) / 2, (accuracy + back_accuracy) / 2
     return loss, accuracy
 
 

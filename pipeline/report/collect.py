@@ -16,10 +16,10 @@ from pipeline.cross_validation import summarise
 from pipeline.data.manifest import Manifest, load_manifest
 from pipeline.engine.evaluation import metric_name
 from pipeline.engine.metrics import evaluate_multilabel, evaluate_single
-from pipeline.ensemble import mean_probability
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.report.significance import Difference, Predictions, paired_bootstrap
+from pipeline.runs import mean_probability
 
 # What the paper evaluates on: name of the data set, classes, listed clips. Anything else is said in the caption.
 PAPER_DATA = {"as_bal": ("audioset", 527, 20371), "as_full": ("audioset", 527, 20371), "esc50": ("esc50", 50, 2000)}

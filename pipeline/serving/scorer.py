@@ -153,8 +153,8 @@ def load_scorer(run_dir: Path, file: Path | None = None) -> Scorer:
         run_dir: Directory with config.yaml and data.json.
         file: Weights; None: those of the newest checkpoint.
     """
-    from pipeline.jobs import load_finetuned
     from pipeline.model.weights import weights_file
+    from pipeline.runs import load_finetuned
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Scorer(*load_finetuned(run_dir, file or weights_file(run_dir), device))

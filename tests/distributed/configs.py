@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 from pipeline import distributed
+from pipeline.command_line import DEEPSPEED_CONFIGS, read_deepspeed_config
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.distributed import World
-from pipeline.engine.loop import accumulate
-from pipeline.engine.setup import DEEPSPEED_CONFIGS, build_engine, read_deepspeed_config, reconcile
+from pipeline.engine.setup import build_engine, reconcile
+from pipeline.engine.step import accumulate
 from pipeline.errors import UserError
 from pipeline.recipes import load_recipe
 from tests.distributed.gradients import COMMON, share_of, task_of

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from pipeline import distributed
 from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe
 from pipeline.distributed import World
-from pipeline.engine.loop import accumulate
 from pipeline.engine.setup import build_engine, reconcile
+from pipeline.engine.step import accumulate
 from pipeline.flow import Batch
 from pipeline.recipes import load_recipe
 from pipeline.tasks import FinetuneTask, PretrainTask

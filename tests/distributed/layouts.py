@@ -18,8 +18,8 @@ from pipeline.config import CheckpointConfig, PretrainRecipe
 from pipeline.distributed import World
 from pipeline.engine import checkpoint
 from pipeline.engine.checkpoint import Checkpoints
-from pipeline.engine.loop import accumulate
 from pipeline.engine.setup import build_engine, reconcile
+from pipeline.engine.step import accumulate
 from pipeline.recipes import load_recipe
 from tests.distributed.gradients import COMMON, share_of, task_of
 

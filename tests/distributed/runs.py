@@ -13,13 +13,11 @@ import sys
 from pathlib import Path
 
 from pipeline import distributed
+from pipeline.command_line import Launch, read_deepspeed_config
 from pipeline.config import FinetuneRecipe
 from pipeline.distributed import World
-from pipeline.engine.loop import train
-from pipeline.engine.setup import read_deepspeed_config
-from pipeline.jobs import finetune_job, finish_finetuning
-from pipeline.launch import Launch
 from pipeline.recipes import load_recipe
+from pipeline.train import finetune
 from tests.ranks import ROOT
 
 MODERN = ["train.steps=6", "train.batch_size=8", "model.size=micro", "checkpoint.ema=0.9", "checkpoint.ema_every=2",
@@ -28,11 +26,9 @@ MODERN = ["train.steps=6", "train.batch_size=8", "model.size=micro", "checkpoint
 
 
 def run(files: list[Path], words: list[str], ds: str, world: World) -> None:
-    recipe = load_recipe(FinetuneRecipe, files, [*words, "log.mlflow=false"])
+    recipe = load_recipe(FinetuneRecipe, files, [*words, "log.mlflow=false", "log.model=false"])
     distributed.seed_host(recipe.run.seed)
-    with finetune_job(Launch(recipe, read_deepspeed_config(ds)), world) as job:
-        train(job, world)
-        finish_finetuning(job, world)
+    finetune(Launch(recipe, read_deepspeed_config(ds)), world)
     gc.collect()
 
 

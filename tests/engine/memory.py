@@ -17,8 +17,8 @@ import torch
 from pipeline import distributed
 from pipeline.config import PretrainRecipe
 from pipeline.engine import plan
-from pipeline.engine.loop import accumulate
 from pipeline.engine.setup import build_engine, reconcile
+from pipeline.engine.step import accumulate
 from pipeline.flow import Batch
 from pipeline.recipes import load_recipe
 from pipeline.tasks import PretrainTask

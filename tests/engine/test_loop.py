@@ -13,7 +13,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from pipeline.config import LogConfig, PretrainRecipe, TrainConfig
 from pipeline.distributed import World
 from pipeline.engine.job import Progress
-from pipeline.engine.loop import _update
+from pipeline.engine.step import update
 from pipeline.engine.telemetry import Telemetry
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
@@ -62,7 +62,7 @@ def test_a_loss_scale_that_falls_is_no_bad_step(tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
     engine, progress = Engine(largest=2.0**10), Progress()
     for _ in range(25):
-        _update(engine, job(tmp_path, 3), BATCH, progress, torch.tensor(1.0))
+        update(engine, job(tmp_path, 3), BATCH, progress, torch.tensor(1.0))
     assert (progress.skipped, progress.bad_steps) == (23, 0)  # the hysteresis, and from 2^32 to 2^10
     assert "loss scale 2048, skipped; the scale is now 1024" in caplog.text
     assert "not finite" not in caplog.text
@@ -72,9 +72,9 @@ def test_a_loss_scale_that_falls_is_no_bad_step(tmp_path, caplog, monkeypatch):
 def test_a_scale_that_cannot_fall_or_a_loss_that_is_not_finite_ends_the_run(tmp_path, loss, steps):
     engine, progress = Engine(largest=0.0), Progress()
     for _ in range(steps - 1):
-        _update(engine, job(tmp_path, 3), BATCH, progress, torch.tensor(loss))
+        update(engine, job(tmp_path, 3), BATCH, progress, torch.tensor(loss))
     with pytest.raises(UserError, match=r"train\.max_bad_steps = 3.*use bf16"):
-        _update(engine, job(tmp_path, 3), BATCH, progress, torch.tensor(loss))
+        update(engine, job(tmp_path, 3), BATCH, progress, torch.tensor(loss))
     assert (tmp_path / "bad_clips.txt").read_text() == "clip-0\nclip-1\n"
 
 

@@ -5,12 +5,13 @@ import re
 import pytest
 import torch
 
+from pipeline.command_line import parse, read_deepspeed_config
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.distributed import World
-from pipeline.engine.schedule import Plateau, learning_rate
-from pipeline.engine.setup import Batches, read_deepspeed_config, reconcile
+from pipeline.engine.job import Plateau
+from pipeline.engine.setup import Batches, reconcile
+from pipeline.engine.step import learning_rate
 from pipeline.errors import UserError
-from pipeline.launch import parse
 from pipeline.recipes import load_recipe
 
 

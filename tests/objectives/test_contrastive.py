@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.engine.plan import LiveBytes
 from pipeline.objectives import contrastive
-from pipeline.objectives.contrastive import global_info_nce, swacl_loss, token_loss
+from pipeline.objectives.contrastive import swacl_loss, token_loss
 from tests.reference.swacl import contrast
 
 
@@ -20,7 +20,8 @@ def sharded(query: torch.Tensor, key: torch.Tensor, ranks: int) -> tuple[list, t
         local_query = query.chunk(ranks)[rank].clone().requires_grad_()
         local_key = key.chunk(ranks)[rank].clone().requires_grad_()
         answers = iter([query, key, normaliser])
-        loss, _ = global_info_nce(local_query, local_key, lambda _, answers=answers: next(answers), rank)
+        gather = lambda _, answers=answers: next(answers)  # noqa: E731
+        loss, _ = swacl_loss(local_query, local_key, gather, rank, temperature=None, symmetric=False)
         loss.backward()
         losses.append(loss.detach())
         query_grads.append(local_query.grad / ranks)  # data parallelism averages over ranks
@@ -122,7 +123,7 @@ def test_memory_grows_with_the_global_batch_and_not_with_its_square(ranks, monke
         return F.cross_entropy(query @ gather(key).T, torch.arange(first, first + len(query)))
 
     def chunked(query, key, gather, rank):
-        return global_info_nce(query, key, gather, rank)[0]
+        return swacl_loss(query, key, gather, rank, temperature=None, symmetric=False)[0]
 
     small, large = (peak_bytes(chunked, clips, ranks) for clips in (1024, 4096))
     assert small < 12 * 1024 * 32 * 4  # a dozen times G x D floats: vectors, gradients, chunks

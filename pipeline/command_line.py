@@ -1,0 +1,103 @@
+"""The command line of pretrain.py and finetune.py: `--deepspeed_config`, `--config`, `key=value` words.
+
+In: words. Out: a resolved recipe and DeepSpeed configuration. Imports no torch: `--help` answers at once.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+from pipeline.errors import UserError
+from pipeline.files import user_path
+from pipeline.recipes import RecipeT, describe, dump_recipe, load_recipe
+
+DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "deepspeed"
+
+
+@dataclass(frozen=True)
+class Launch(Generic[RecipeT]):
+    """A parsed command line.
+
+    Attributes:
+        recipe: Resolved settings.
+        ds: Content of ds.json, not yet reconciled.
+        max_restarts: For `faults.supervise`.
+        part_of: Run directory of the cross-validation that the run is a fold of.
+    """
+
+    recipe: RecipeT
+    ds: dict[str, Any]
+    max_restarts: int = 0
+    part_of: Path | None = None
+
+
+def parse(kind: type[RecipeT], description: str | None, argv: list[str] | None = None) -> Launch[RecipeT]:
+    """Reads the command line; `--print-config` prints the resolved recipe and exits.
+
+    Raises:
+        UserError: a file or setting that is wrong.
+        SystemExit: after `--help` or `--print-config`.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"settings (key = default):\n{describe(kind)}",
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        default="ds.json",
+        metavar="JSON",
+        help="DeepSpeed configuration: a path, or a file of configs/deepspeed/ (default: ds.json)",
+    )
+    meaning = "is always so; taken because DeepSpeed's own pages write it"
+    parser.add_argument("--deepspeed", action="store_true", help=meaning)
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="YAML", help="overrides; may be repeated (default: none)"
+    )
+    if "finetune" in kind.model_fields:
+        meaning = "put the final model into MLflow's registry, as log.register_as does (default: do not)"
+        parser.add_argument("--register", metavar="NAME", help=meaning)
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="after a fault go on from the newest checkpoint, "
+        "at most N times (default: 0)",
+    )  # fmt: skip
+    parser.add_argument("--print-config", action="store_true", help="show all settings and stop (default: off)")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="override any setting below (default: none)")
+    args = parser.parse_intermixed_args(argv)
+    words = [f"log.register_as={args.register}"] if getattr(args, "register", None) else []
+    recipe = load_recipe(kind, args.config, [*args.settings, *words])
+    if args.print_config:
+        sys.stdout.write(dump_recipe(recipe))
+        raise SystemExit(0)
+    if not recipe.data.shards:
+        raise UserError("data.shards is not set; give data.shards=DIR, the --out of shard_tools/build_shards.py")
+    if recipe.log.mlflow:
+        from pipeline.tracking import tracking_uri  # not for --print-config
+
+        tracking_uri(recipe.log, Path(recipe.run.dir or "runs/run"))  # refuses one that can never work
+    return Launch(recipe, read_deepspeed_config(args.deepspeed_config), max(0, args.max_restarts))
+
+
+def read_deepspeed_config(name: str) -> dict[str, Any]:
+    """Reads a DeepSpeed configuration: a path, or the name of a file in configs/deepspeed/.
+
+    Raises:
+        UserError: no such file, or not a JSON object.
+    """
+    path = user_path(name, "--deepspeed_config")
+    if not path.exists() and path.name == name:
+        path = DEEPSPEED_CONFIGS / name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        shipped = ", ".join(sorted(file.name for file in DEEPSPEED_CONFIGS.glob("*.json")))
+        raise UserError(f"--deepspeed_config {name}: {error.strerror}; give a path, or one of {shipped}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--deepspeed_config {path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--deepspeed_config {path}: holds no JSON object")
+    return content

@@ -1,0 +1,139 @@
+"""A run directory is for one run: what may differ when a command goes on there, its record and its logs.
+
+In: a resolved recipe, a reconciled DeepSpeed configuration, the data's format. Out: a run directory with `config.yaml`,
+`ds.json`, `data.json` and `logs/`, or a refusal before anything is written. What may differ is what `pipeline.config`
+says of each setting.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline import distributed
+from pipeline.config import FinetuneRecipe, Recipe
+from pipeline.data.spec import DataSpec
+from pipeline.distributed import World
+from pipeline.engine import checkpoint
+from pipeline.engine.setup import numeric_differences
+from pipeline.errors import UserError
+from pipeline.files import check_output_directory, read_json, write_json, write_text
+from pipeline.recipes import differences, dump_recipe, effect, read_run
+from pipeline.tracking import check_tracking
+
+
+def check_run(run_dir: Path, recipe: Recipe, ds: dict[str, Any], spec: DataSpec) -> tuple[int, list[str]]:
+    """Refuses a run directory that holds another run or cannot be written; writes nothing. For rank 0.
+
+    Another run: its newest checkpoint, or its results, were made with another value of a setting whose effect is
+    "result", from other weights, on other data, or in another precision. Without either, nothing is lost.
+
+    Args:
+        run_dir: Run directory; need not exist.
+        recipe: Resolved settings.
+        ds: Reconciled DeepSpeed configuration.
+        spec: What the run will remember of its data.
+
+    Returns:
+        Step of the checkpoint that the run goes on from (0: none), and a line for each setting of effect "course"
+        that is another one from there on.
+
+    Raises:
+        UserError: see above; or a checkpoint is there, and `run.resume` is "never" or none is whole.
+    """
+    saved, state = checkpoint.complete_checkpoints(run_dir), checkpoint.read_state(run_dir)
+    lines = []
+    if saved and recipe.run.resume == "never":
+        raise UserError(f"run.resume = never, but {run_dir} holds a checkpoint; give another run.dir")
+    if saved and state is None:
+        raise UserError(
+            f"{run_dir}: none of its checkpoints is whole; delete {run_dir / 'checkpoints'} to train from the start, "
+            "or give another run.dir"
+        )
+    if saved or (run_dir / "results.json").exists():
+        made = run_dir / "checkpoints" / f"step-{state['step']:08d}" if state else run_dir
+        made = made if (made / "config.yaml").exists() else run_dir
+        before = read_run(made)
+        if type(before) is not type(recipe):
+            names = ["a finetuning" if isinstance(one, FinetuneRecipe) else "a pretraining" for one in (before, recipe)]
+            raise UserError(f"run.dir = {run_dir} holds {names[0]}, this is {names[1]}; give another run.dir")
+        found = differences(before, recipe)
+        free = {key for key in found if key != "model.init" and effect(key) == "course"}
+        lines = [f"{key} = {now}, no longer {was}" for key, (was, now) in found.items() if key in free]
+        fixed = {key: pair for key, pair in found.items() if key not in free}
+        if (made / "ds.json").exists():
+            was = read_json(made / "ds.json", "the run directory is damaged; give another run.dir")
+            fixed |= {f"ds.json's {key}": pair for key, pair in numeric_differences(was, ds).items()}
+        if (made / "data.json").exists():
+            digest = DataSpec.load(made).digest
+            fixed |= {"data.shards digest": (digest[:16], spec.digest[:16])} if digest != spec.digest else {}
+        for key, (was, now) in fixed.items():
+            raise UserError(
+                f"run.dir = {run_dir} was trained with {key} = {was}, not {now}; repeat that command, or give another "
+                "run.dir"
+            )
+    check_output_directory(run_dir, "run.dir")
+    check_tracking(recipe.log, run_dir)
+    return state["step"] if state else 0, lines
+
+
+def write_record(
+    run_dir: Path, recipe: Recipe, ds: dict[str, Any], spec: DataSpec, init: dict[str, Any] | None = None
+) -> None:
+    """Writes what the run is: `config.yaml`, `ds.json`, `data.json`, and `init.json` of one that begins. For rank 0.
+
+    Raises:
+        UserError: the disk does not take them.
+    """
+    try:
+        write_text(run_dir / "config.yaml", dump_recipe(recipe))
+        write_json(run_dir / "ds.json", ds)
+        spec.save(run_dir)
+        if init:
+            write_json(run_dir / "init.json", init)
+    except OSError as error:
+        raise UserError(f"run.dir = {run_dir}: {error.strerror}: {error.filename}") from error
+
+
+@contextmanager
+def open_run(run_dir: Path, world: World) -> Iterator[None]:
+    """Makes the run directory and keeps the logs while it is open; a collective: rank 0 makes the directory.
+
+    Logs: rank 0 to stderr, every rank to `logs/rank-N.log`. Those of a run around it are silent meanwhile.
+
+    Raises:
+        UserError: this rank cannot write there.
+    """
+    logs = run_dir / "logs"
+
+    def make() -> None:
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir = {run_dir}: {error.strerror}: {error.filename}") from error
+
+    distributed.decide(make)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)  # on a host that does not share it, or not yet
+        handlers: list[logging.Handler] = [logging.FileHandler(logs / f"rank-{world.rank}.log")]
+    except OSError as error:
+        raise UserError(
+            f"rank {world.rank}: run.dir = {run_dir}: {error.strerror}: {error.filename}; every host must be able to "
+            "write there", local=True
+        ) from error  # fmt: skip
+    if world.is_main:
+        handlers.append(logging.StreamHandler())
+    root = logging.getLogger("pipeline")
+    before = (root.handlers, root.level, root.propagate)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    root.handlers, root.propagate = handlers, False
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.handlers, level, root.propagate = before
+        root.setLevel(level)
+        for handler in handlers:
+            handler.close()

@@ -1,0 +1,280 @@
+"""A parsed command line -> a trained run: what pretrain.py and finetune.py do on each rank.
+
+In: `command_line.Launch` and the world. Out: a run directory with checkpoints, metrics and, of a finetuning, results
+and the model to be served; in MLflow a run that is finished, failed or killed.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline import distributed
+from pipeline.command_line import Launch
+from pipeline.config import DataConfig, FinetuneRecipe, PretrainRecipe, Recipe
+from pipeline.data.loader import Loader, Needs, Place, build_loader
+from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.data.spec import DataSpec
+from pipeline.distributed import World
+from pipeline.engine.evaluation import (
+    evaluate_task,
+    metric_name,
+    read_predictions,
+    results,
+    write_predictions,
+    write_results,
+)
+from pipeline.engine.inference import mean_losses
+from pipeline.engine.job import Forward, Job
+from pipeline.engine.loop import train
+from pipeline.engine.setup import reconcile
+from pipeline.errors import UserError
+from pipeline.methods import FINETUNE, PRETRAIN, Reads
+from pipeline.model.weights import weights_file
+from pipeline.recipes import RecipeT, flatten, read_run
+from pipeline.run_directory import check_run, open_run, write_record
+from pipeline.runs import eval_batch_size, initialise, score_run
+from pipeline.serving.publish import check_publishable, publish
+from pipeline.tasks import FinetuneTask, PretrainTask
+from pipeline.tracking import DatasetNote, Tracker, facts, figures, open_tracker, run_of
+from pipeline.tracking.pictures import Pictures
+
+log = logging.getLogger(__name__)
+
+
+def pretrain(launch: Launch[PretrainRecipe], world: World) -> None:
+    """Trains as launchers/pretrain.py says.
+
+    Raises:
+        UserError: settings, ds.json, shards and ranks that do not fit each other.
+    """
+    recipe = launch.recipe
+    method = PRETRAIN[recipe.pretrain.method]
+    name = recipe.run.name or f"{recipe.train.batch_size}-{method.label}"
+    names = ("spec_accuracy", "wav_accuracy", "contrast_accuracy")
+    used = (method.masked_spec, method.masked_wav, method.contrast)
+    metric = "eval_" + next(name for name, present in zip(names, used, strict=True) if present)
+
+    def build(spec: DataSpec) -> PretrainTask:
+        return PretrainTask(recipe, spec.mel_bins, spec.frames)
+
+    with _prepared(launch, world, "pretrain", name, method, build, metric) as (job, held_out):
+        count = recipe.log.pictures if method.masked_spec or method.masked_wav else 0
+        pictures = Pictures(job.run_dir, job.tracker, count, world.is_main)
+
+        def evaluate(forward: Forward, step: int) -> dict[str, float]:
+            assert held_out is not None
+            batches = pictures.watch(held_out.eval_batches(full=True))
+            losses = mean_losses(forward, batches, held_out, world.device)
+            pictures.draw(forward, step, job.total_steps)
+            return {f"eval_{key}": value for key, value in losses.items()}
+
+        train(replace(job, evaluate=evaluate if held_out else None), world)
+
+
+def finetune(launch: Launch[FinetuneRecipe], world: World) -> None:
+    """Trains, evaluates and publishes as launchers/finetune.py says.
+
+    Raises:
+        UserError: settings, ds.json, shards, initial weights and ranks that do not fit each other.
+    """
+    recipe = launch.recipe
+    method = FINETUNE[recipe.finetune.method]
+    single = load_manifest(recipe.data.shards).single_label
+    metric = f"eval_{metric_name(single)}"
+
+    def build(spec: DataSpec) -> FinetuneTask:
+        return FinetuneTask(recipe, spec.mel_bins, spec.frames, len(spec.labels), spec.single_label)
+
+    with _prepared(launch, world, "finetune", finetuning_name(recipe), method, build, metric) as (job, held_out):
+
+        def evaluate(forward: Forward, step: int) -> dict[str, float]:
+            assert held_out is not None
+            return evaluate_task(forward, held_out, single)
+
+        check_publishable(job)
+        train(replace(job, evaluate=evaluate if held_out else None), world)
+        if held_out:
+            _write_results(job, world)
+        else:
+            log.warning("nothing is held out: no results.json; see data.eval_split and data.fold")
+        publish(job, world)
+
+
+@contextmanager
+def _prepared(
+    launch: Launch[Any], world: World, kind: str, name: str, method: Reads,
+    build: Callable[[DataSpec], PretrainTask | FinetuneTask], metric: str,
+) -> Iterator[tuple[Job, Loader | None]]:  # fmt: skip
+    """A job without an evaluation, and the loader of the held-out clips; closes loaders, logs and tracking at the end.
+
+    Nothing is written before all is known to fit; from the record on the directory is this run's.
+
+    Args:
+        launch: Command line.
+        world: Ranks.
+        kind: "pretrain" or "finetune".
+        name: Of the run.
+        method: Which representations are read.
+        build: Makes the task, with random weights.
+        metric: See `Job`.
+    """
+    recipe: PretrainRecipe | FinetuneRecipe = launch.recipe
+    ds, batches = reconcile(launch.ds, recipe, world)
+    run_dir = Path(recipe.run.dir or f"runs/{kind}-{name}")
+    manifest = load_manifest(recipe.data.shards)
+    spec = DataSpec.of(manifest, recipe.data)
+    check_held_out(recipe.data, manifest)
+    step, changed = distributed.decide(lambda: check_run(run_dir, recipe, ds, spec))
+    needs = Needs(waveform=method.wav, fbank=method.spec)
+    with open_run(run_dir, world), _loaders(recipe, spec, needs, world) as (loader, held_out):
+        for line in changed:
+            log.info("from step %d on: %s", step, line)
+        log.info("%d training clips, %d classes, T = %d", loader.clips, len(spec.labels), spec.frames)
+        task = build(spec)
+        total = recipe.train.steps or math.ceil(recipe.train.epochs * loader.clips / batches.total)
+        if total < step:
+            raise UserError(
+                f"run.dir = {run_dir} was trained for {step} steps, and train.steps or train.epochs now ends at "
+                f"{total}; give as many or more, or another run.dir"
+            )
+        init = initialise(task, recipe, spec) if recipe.model.init and not step else None
+        distributed.decide(lambda: write_record(run_dir, recipe, ds, spec, init))
+        with tracked(launch, run_dir, name, kind, world, manifest) as tracker:
+            yield Job(recipe, ds, batches, task, loader, total, None, metric, run_dir, tracker), held_out
+
+
+@contextmanager
+def _loaders(recipe: Recipe, spec: DataSpec, needs: Needs, world: World) -> Iterator[tuple[Loader, Loader | None]]:
+    """Training loader, and the held-out one where the shards have such clips."""
+    seed, place = recipe.run.seed, Place(world.rank, world.size, world.device)
+    with build_loader(recipe.data, recipe.augment, part="train", needs=needs, batch_size=recipe.train.batch_size,
+                      seed=seed, place=place) as loader:  # fmt: skip
+        if not recipe.data.fold and recipe.data.eval_split not in loader.manifest.splits:
+            if recipe.data.eval_split:
+                log.warning("data.eval_split = '%s' is not in the shards: nothing is held out", recipe.data.eval_split)
+            yield loader, None
+            return
+        data = recipe.data.model_copy(update={"mean": spec.mean, "std": spec.std})
+        with build_loader(data, None, part="eval", needs=needs, batch_size=eval_batch_size(recipe, world), seed=seed,
+                          place=place, limit=recipe.eval.clips) as held_out:  # fmt: skip
+            yield loader, held_out
+
+
+def check_held_out(data: DataConfig, manifest: Manifest) -> None:
+    """Refuses an `eval_split` that was named and is not there; the default may be missing.
+
+    Raises:
+        UserError: see above.
+    """
+    default = DataConfig.model_fields["eval_split"].default
+    if not data.fold and data.eval_split not in (default, "") and data.eval_split not in manifest.splits:
+        raise UserError(
+            f"data.eval_split = '{data.eval_split}' is not in {data.shards}, which has {', '.join(manifest.splits)}; "
+            "name one of these, or leave it empty to hold out nothing"
+        )
+
+
+@contextmanager
+def tracked(
+    launch: Launch[RecipeT], run_dir: Path, name: str, kind: str, world: World, manifest: Manifest
+) -> Iterator[Tracker]:
+    """The run's tracker, with settings, data and host told; at the end the run is finished, failed or killed."""
+    recipe = launch.recipe
+    tracker = open_tracker(
+        recipe.log,
+        run_dir,
+        name=name,
+        rank=world.rank,
+        kind=kind,
+        parent=recipe.model.init or None,
+        part_of=launch.part_of,
+        first_of_node=distributed.local_rank() == 0,
+    )
+    tracker.params(flatten(recipe))
+    tracker.tags({"manifest_digest": manifest.digest, "ranks": str(world.size), "device": world.device.type})
+    tracker.tags(facts.coverage(manifest) | recipe.log.tags)
+    source, counts = str(recipe.data.shards), facts.profile(manifest)
+    for context in ("training", "evaluation"):
+        tracker.dataset(DatasetNote(manifest.dataset, manifest.digest, source, counts, context))
+    for file in ("config.yaml", "ds.json", "data.json"):
+        if world.is_main:
+            tracker.artifact(run_dir / file)
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        with world.faults.before_exit(lambda: tracker.finish("FAILED")):
+            yield tracker
+        status = "FINISHED"
+    except Exception as error:
+        world.faults.report(error)  # the others learn of it now, not after the tracking's last delivery
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        if world.is_main and figures.curves(run_dir / "metrics.jsonl", run_dir / "curves.png"):
+            tracker.artifact(run_dir / "curves.png")
+        tracker.finish(status)
+
+
+def _write_results(job: Job, world: World) -> None:
+    """Scores the held-out clips with the final (averaged) weights and writes `results.json`.
+
+    A module of its own, outside the engine, reads the consolidated weights: what is reported is what
+    evaluate.py and predict.py will load.
+    """
+    file = distributed.decide(lambda: weights_file(job.run_dir))
+    scored = score_run(job.run_dir, file, job.recipe, world)
+    content = results(scored.scores, scored.spec.labels, scored.spec.single_label, scored.about)
+    if world.is_main:
+        write_predictions(scored.scores, scored.keys, job.run_dir / "predictions.parquet")
+        write_results(content | {"epochs": _epochs(job)}, job.run_dir / "results.json")
+        _draw_results(job, content)
+    job.tracker.metrics({f"final_{name}": value for name, value in content["metrics"].items()}, job.total_steps)
+    log.info("%s %.4f on %d clips (%s)", content["metric"], content["value"], content["clips"], file.name)
+
+
+def _epochs(job: Job) -> dict[str, float]:
+    """The held-out metric at the end of each evaluated epoch: {"1": 0.5, ...}."""
+    found = {}
+    for line in (job.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if job.metric in row and job.due(row["step"] - 1, job.loader.clips):  # with that step an epoch ends
+            found[str(row["step"] * job.batches.total // job.loader.clips)] = row[job.metric]
+    return found
+
+
+def _draw_results(job: Job, content: dict[str, Any]) -> None:
+    """Tables and pictures of an evaluation: per class, confusion matrix, a sample of the predictions."""
+    keys, targets, logits = read_predictions(job.run_dir / "predictions.parquet")
+    names = [row["label"] for row in content["per_class"]]
+    folder = job.run_dir / "evaluation"
+    folder.mkdir(exist_ok=True)
+    figures.per_class(content, folder / "per_class.csv")
+    figures.prediction_sample(keys, targets, logits, names, folder / "predictions_sample.json")
+    files = [folder / "per_class.csv", folder / "predictions_sample.json"]
+    if content["metric"] == "accuracy":
+        files += figures.confusion(targets, logits, names, folder)
+    job.tracker.artifact(job.run_dir / "results.json")
+    for file in files:
+        job.tracker.artifact(file, "evaluation")
+
+
+def finetuning_name(recipe: FinetuneRecipe) -> str:
+    """`run.name`, or BatchSize-Pretrain-Finetune as the paper writes it; pretrained is what `model.init` names."""
+    if recipe.run.name:
+        return recipe.run.name
+    source = run_of(recipe.model.init)
+    if not recipe.model.init:
+        before = f"{recipe.train.batch_size}-Scratch"
+    elif not (source / "config.yaml").is_file():
+        before = source.stem
+    elif isinstance(known := read_run(source), PretrainRecipe):
+        before = f"{known.train.batch_size}-{PRETRAIN[known.pretrain.method].label}"
+    else:
+        before = source.name
+    return f"{before}-{FINETUNE[recipe.finetune.method].label}"

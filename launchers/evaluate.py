@@ -19,10 +19,9 @@ from typing import Any
 from pipeline import distributed
 from pipeline.config import FinetuneRecipe
 from pipeline.distributed import session
-from pipeline.engine.evaluation import results, write_predictions, write_results
-from pipeline.engine.metrics import precision_recall
+from pipeline.engine.evaluation import precision_recall, results, write_predictions
 from pipeline.errors import UserError, run_cli
-from pipeline.files import check_output_directory, check_output_file, user_path
+from pipeline.files import check_output_directory, check_output_file, user_path, write_json
 from pipeline.model.weights import weights_file
 from pipeline.recipes import finetuned_recipe, load_recipe
 from pipeline.runs import Scored, score_averaged_weights, score_ensemble, score_run
@@ -133,7 +132,8 @@ def main() -> None:
             if args.plots:
                 plot(scored, content, args.plots)
             if args.out:
-                write_results(content, args.out)
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                write_json(args.out, content)
                 sys.stdout.write(f"written to {args.out}\n")
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}; the metrics above are all that is left") from error

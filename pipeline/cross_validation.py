@@ -29,7 +29,6 @@ from pipeline.data.manifest import Manifest, load_index, load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine.checkpoint import complete_checkpoints
-from pipeline.engine.evaluation import write_results
 from pipeline.engine.setup import reconcile
 from pipeline.errors import UserError
 from pipeline.files import check_output_directory, read_json, write_json
@@ -76,7 +75,7 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World) -> dict[str, An
         )
         content["pool"] = recipe.finetune.pool
         if world.is_main:
-            write_results(content, run_dir / "results.json")
+            write_json(run_dir / "results.json", content)
         tracker.metrics({f"final_{content['metric']}": content["value"]}, 0)
         for epoch, value in content["epochs"].items():
             tracker.metrics({f"mean_eval_{content['metric']}": value}, int(epoch))

@@ -24,7 +24,7 @@ from pipeline.config import Recipe
 from pipeline.data.loader import Needs, Place, build_loader
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
-from pipeline.engine.inference import Scores, score
+from pipeline.engine.evaluation import Scores, score
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.model.weights import load_weights, read_weights, weights_file

@@ -21,18 +21,19 @@ from pipeline.data.manifest import Manifest, load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine.evaluation import (
-    evaluate_task,
+    all_metrics,
+    mean_losses,
     metric_name,
     read_predictions,
     results,
+    score,
     write_predictions,
-    write_results,
 )
-from pipeline.engine.inference import mean_losses
 from pipeline.engine.job import Forward, Job
 from pipeline.engine.loop import train
 from pipeline.engine.setup import reconcile
 from pipeline.errors import UserError
+from pipeline.files import write_json
 from pipeline.methods import FINETUNE, PRETRAIN, Reads
 from pipeline.model.weights import weights_file
 from pipeline.recipes import RecipeT, flatten, read_run
@@ -94,7 +95,10 @@ def finetune(launch: Launch[FinetuneRecipe], world: World) -> None:
 
         def evaluate(forward: Forward, step: int) -> dict[str, float]:
             assert held_out is not None
-            return evaluate_task(forward, held_out, single)
+            scores = score(forward, held_out.eval_batches())
+            held_out.bad_clips.check(held_out.clips - len(scores.rows))
+            metrics = all_metrics(scores.logits, scores.targets, single)
+            return {f"eval_{name}": value for name, value in metrics.items()}
 
         check_publishable(job)
         train(replace(job, evaluate=evaluate if held_out else None), world)
@@ -232,7 +236,7 @@ def _write_results(job: Job, world: World) -> None:
     content = results(scored.scores, scored.spec.labels, scored.spec.single_label, scored.about)
     if world.is_main:
         write_predictions(scored.scores, scored.keys, job.run_dir / "predictions.parquet")
-        write_results(content | {"epochs": _epochs(job)}, job.run_dir / "results.json")
+        write_json(job.run_dir / "results.json", content | {"epochs": _epochs(job)})
         _draw_results(job, content)
     job.tracker.metrics({f"final_{name}": value for name, value in content["metrics"].items()}, job.total_steps)
     log.info("%s %.4f on %d clips (%s)", content["metric"], content["value"], content["clips"], file.name)

@@ -14,8 +14,7 @@ from pipeline.ablation.campaign import DAMAGED, Campaign
 from pipeline.ablation.grid import Row, Run, Table
 from pipeline.cross_validation import summarise
 from pipeline.data.manifest import Manifest, load_manifest
-from pipeline.engine.evaluation import metric_name
-from pipeline.engine.metrics import evaluate_multilabel, evaluate_single
+from pipeline.engine.evaluation import all_metrics, metric_name
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.report.significance import Difference, Predictions, paired_bootstrap
@@ -255,7 +254,7 @@ class _Reader:
                         "ensemble needs the same for all its members"
                     )
             scores = mean_probability([part.scores for part in predictions], single)
-            values.append((evaluate_single if single else evaluate_multilabel)(scores, predictions[0].targets)[metric])
+            values.append(all_metrics(scores, predictions[0].targets, single)[metric])
         return float(np.mean(values))
 
     def _listed(self, run: Run, content: dict[str, Any]) -> int:

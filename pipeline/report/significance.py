@@ -5,7 +5,7 @@ In: predictions of two systems on the same clips. Out: difference of the metric,
 Clips are drawn with replacement, the same draw for both systems, and the metric is taken again. That is
 the uncertainty of the evaluation set; the one of training shows in the spread over seeds.
 
-Cost: that of `engine.bootstrap` for every run.
+Cost: that of `engine.evaluation`'s interval for every run.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.engine.bootstrap import clip_weights, draws_for, weighted_metric
-from pipeline.engine.evaluation import read_predictions
+from pipeline.engine.evaluation import clip_weights, draws_for, read_predictions, weighted_metric
 
 
 @dataclass(frozen=True)

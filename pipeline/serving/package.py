@@ -27,7 +27,7 @@ PACKAGE = frozenset({
     "requirements.txt", "serving_input_example.json",
 })  # fmt: skip
 REQUIREMENTS = (
-    "mlflow", "torch", "numpy", "pandas", "scipy", "scikit-learn", "pyarrow", "fsspec", "pydantic", "pyyaml",
+    "mlflow", "torch", "numpy", "pandas", "scipy", "pyarrow", "fsspec", "pydantic", "pyyaml",
     "safetensors", "soundfile", "soxr", "av", "xxhash", "tqdm", "matplotlib", "psutil",
 )  # fmt: skip
 DEFAULT_TOP = 5

@@ -19,7 +19,7 @@ from pipeline.data.bad import stand_ins
 from pipeline.data.loader import Needs, Place, build_loader
 from pipeline.data.manifest import load_index
 from pipeline.data.reader import PASSING
-from pipeline.engine.inference import mean_losses
+from pipeline.engine.evaluation import mean_losses
 from pipeline.errors import UserError
 
 BATCH = 12
@@ -327,12 +327,12 @@ def test_held_out_losses_lose_bad_clips_alone_alike_on_any_ranks(copy, monkeypat
         sent.append({name: float(value) for name, value in values.items()})
         return answers[0] if answers else sent[-1]
 
-    monkeypatch.setattr("pipeline.engine.inference.distributed.mean", mean)
+    monkeypatch.setattr("pipeline.engine.evaluation.distributed.mean", mean)
 
     def measure(ranks, **data):
         sent.clear()
         seen.clear()
-        monkeypatch.setattr("pipeline.engine.inference.distributed.world_size", lambda: ranks)
+        monkeypatch.setattr("pipeline.engine.evaluation.distributed.world_size", lambda: ranks)
         for rank in range(ranks):
             config = DataConfig(shards=str(copy), eval_split="train", **{"workers": 0, "max_bad_share": 1} | data)
             place = Place(rank, ranks, torch.device("cpu"))

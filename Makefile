@@ -86,7 +86,7 @@ demo: install  ## Audio -> shards -> pretraining -> finetuning -> metric, in und
 
 lint: $(TESTED)  ## ruff and mypy
 	ruff check .
-	mypy --strict pipeline shard_tools
+	mypy --strict pipeline shard_tools launchers
 
 test: programs  ## Everything a developer must pass: ruff, mypy --strict, pytest with real 2-rank launches
 	@$(MAKE) --no-print-directory lint

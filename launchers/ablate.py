@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipeline.ablation.campaign import Campaign, Outcome
 from pipeline.ablation.executors import Executor, LocalExecutor, SlurmExecutor
 from pipeline.ablation.grid import ROOT, build_grid
 from pipeline.command_line import read_deepspeed_config
@@ -26,6 +26,9 @@ from pipeline.config import LogConfig
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, read_json, user_path, write_json
 from pipeline.tracking import tracking_uri
+
+if TYPE_CHECKING:
+    from pipeline.ablation.campaign import Campaign, Outcome
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,6 +64,8 @@ def main() -> int:
     out = out.resolve()  # recipes name it, and launchers may run elsewhere
     if args.scale.endswith(".yaml"):
         args.scale = str(user_path(args.scale, "--scale").resolve())
+    from pipeline.ablation.campaign import Campaign  # torch: not for --help
+
     grid = build_grid(args.tables, args.scale, _pairs(args.shards, "--shards"), args.seeds)
     campaign = Campaign(grid, out)
     if args.dry_run:
@@ -107,14 +112,14 @@ def _executor(args: argparse.Namespace, out: Path) -> Executor:
     return LocalExecutor(args.jobs, args.ranks, torch.cuda.device_count())
 
 
-def _print_plan(campaign: Campaign) -> None:
+def _print_plan(campaign: "Campaign") -> None:
     """One line for each run: kind, name, what distinguishes it, state, tables."""
     for run in campaign.grid.runs:
         used = " ".join(run.used_by)
         print(f"{run.kind:8s}  {run.name:20s}  {run.digest}  {run.about:44s}  {campaign.state(run):6s}  {used}")
 
 
-def _build_shards(campaign: Campaign) -> None:
+def _build_shards(campaign: "Campaign") -> None:
     """Makes generated data sets where they are missing."""
     for name in sorted({run.data for run in campaign.grid.runs}):
         folder = Path(campaign.shards(name))
@@ -136,7 +141,7 @@ def _make_store(out: Path) -> None:
             client.create_experiment("ablation", (out.resolve() / "mlartifacts").as_uri())
 
 
-def _sum_up(outcome: Outcome, tables: list[Path], out: Path) -> int:
+def _sum_up(outcome: "Outcome", tables: list[Path], out: Path) -> int:
     _say(f"{len(outcome.done)} done, {len(outcome.failed)} failed, {len(outcome.blocked)} not begun")
     for folder in outcome.failed:
         _say(f"  failed: {out / folder / 'output.log'}")

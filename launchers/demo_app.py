@@ -11,8 +11,6 @@ import socket
 
 from pipeline.errors import UserError, run_cli
 from pipeline.files import user_path
-from pipeline.serving.demo import MAX_UPLOAD, build_page
-from pipeline.serving.scorer import load_scorer
 
 
 def check_address(host: str, port: int) -> None:
@@ -39,6 +37,9 @@ def main() -> None:
     args = parser.parse_args()
     run_dir = user_path(args.checkpoint, "--checkpoint")
     check_address(args.host, args.port)
+    from pipeline.serving.demo import MAX_UPLOAD, build_page  # torch: not for --help
+    from pipeline.serving.scorer import load_scorer
+
     page = build_page(load_scorer(run_dir), run_dir.resolve().name)
     print(f"http://{args.host}:{args.port}", flush=True)
     page.launch(server_name=args.host, server_port=args.port, quiet=True, share=False, max_file_size=MAX_UPLOAD)

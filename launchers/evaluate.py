@@ -14,18 +14,15 @@ import logging
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline import distributed
 from pipeline.config import FinetuneRecipe
-from pipeline.distributed import session
-from pipeline.engine.evaluation import precision_recall, results, write_predictions
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, check_output_file, user_path, write_json
-from pipeline.model.weights import weights_file
 from pipeline.recipes import finetuned_recipe, load_recipe
-from pipeline.runs import Scored, score_averaged_weights, score_ensemble, score_run
-from pipeline.tracking import figures
+
+if TYPE_CHECKING:
+    from pipeline.runs import Scored
 
 RECORDS = ("config.yaml", "ds.json", "data.json", "init.json", "fold.json", "done.json", "metrics.jsonl")  # of a run
 
@@ -89,8 +86,11 @@ def show(content: dict[str, Any]) -> None:
     )
 
 
-def plot(scored: Scored, content: dict[str, Any], folder: Path) -> None:
+def plot(scored: "Scored", content: dict[str, Any], folder: Path) -> None:
     """Writes per_class.csv, pr_curves.csv and .png, and of single-label data confusion.csv and .png."""
+    from pipeline.engine.evaluation import precision_recall
+    from pipeline.tracking import figures
+
     folder.mkdir(parents=True, exist_ok=True)
     names = [label.name for label in scored.spec.labels]
     scores = scored.scores
@@ -110,12 +110,17 @@ def main() -> None:
         raise UserError(f"--batch-size {args.batch_size} --workers {args.workers}: at least 1, and at least 0")
     for run_dir in args.checkpoint:
         finetuned_recipe(run_dir)
+    from pipeline import distributed  # torch: not for --help
+    from pipeline.engine.evaluation import results, write_predictions
+    from pipeline.model.weights import weights_file
+    from pipeline.runs import score_averaged_weights, score_ensemble, score_run
+
     runs = [(run_dir, weights_file(run_dir, average=not args.last)) for run_dir in args.checkpoint]
     words = [f"data.shards={args.shards}", f"eval.batch_size={args.batch_size}", f"data.workers={args.workers}"]
     if args.split:
         words += [f"data.eval_split={args.split}", "data.fold=0"]
     recipe = load_recipe(FinetuneRecipe, [args.checkpoint[0] / "config.yaml"], words)
-    with session(recipe.run.timeout, recipe.run.seed) as world:
+    with distributed.session(recipe.run.timeout, recipe.run.seed) as world:
         distributed.decide(lambda: check_places(args))
         if len(runs) == 1:
             scored = score_run(*runs[0], recipe, world)

@@ -12,14 +12,9 @@ import argparse
 import sys
 
 from pipeline.errors import run_cli
-from pipeline.export import EXPORTS, check_place, export_hf, export_onnx, export_safetensors, open_exported
 from pipeline.files import user_path
 
-FORMATS = {
-    "safetensors": (export_safetensors, "model.safetensors"),
-    "hf": (export_hf, "hf"),
-    "onnx": (export_onnx, "model.onnx"),
-}
+FORMATS = {"safetensors": "model.safetensors", "hf": "hf", "onnx": "model.onnx"}  # name in RUN_DIR/export
 
 
 def main() -> None:
@@ -30,11 +25,13 @@ def main() -> None:
     parser.add_argument("--out", metavar="PATH", help="where (default: in RUN_DIR/export)")
     parser.add_argument("--last", action="store_true", help="the last weights, not the averaged ones (default: off)")
     args = parser.parse_args()
-    write, name = FORMATS[args.format]
+    from pipeline import export  # torch: not for --help
+
+    writers = {"safetensors": export.export_safetensors, "hf": export.export_hf, "onnx": export.export_onnx}
     run_dir = user_path(args.checkpoint, "--checkpoint")
-    out = run_dir / EXPORTS / name if args.out is None else user_path(args.out, "--out")
-    check_place(run_dir, out, directory=args.format == "hf")
-    held = write(open_exported(run_dir, average=not args.last), out)
+    out = run_dir / export.EXPORTS / FORMATS[args.format] if args.out is None else user_path(args.out, "--out")
+    export.check_place(run_dir, out, directory=args.format == "hf")
+    held = writers[args.format](export.open_exported(run_dir, average=not args.last), out)
     sys.stdout.write(f"{out}: {held}\n")
 
 

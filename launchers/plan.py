@@ -10,17 +10,16 @@ import argparse
 import json
 import math
 from functools import partial
+from typing import TYPE_CHECKING
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
-from pipeline.data.manifest import load_manifest
-from pipeline.data.spec import DataSpec
-from pipeline.engine import plan
-from pipeline.engine.plan import Cost, Shape
-from pipeline.engine.setup import nearest_batches, plan_batches
 from pipeline.errors import UserError, run_cli
 from pipeline.files import read_json, user_path
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.recipes import load_recipe
+
+if TYPE_CHECKING:
+    from pipeline.engine.plan import Cost, Shape
 
 GIB, ROOM = 2**30, 0.9  # share of a GPU's memory that a plan may fill: the rest is CUDA, nccl, fragments
 
@@ -28,6 +27,8 @@ GIB, ROOM = 2**30, 0.9  # share of a GPU's memory that a plan may fill: the rest
 def main() -> None:
     """Parses, plans, prints."""
     args = _arguments()
+    from pipeline.engine import plan  # torch: not for --help
+
     kind: type[PretrainRecipe | FinetuneRecipe] = FinetuneRecipe if args.finetune else PretrainRecipe
     recipe = load_recipe(kind, args.config, args.settings)
     shape, clips = _data(recipe.data.shards, recipe)
@@ -85,8 +86,12 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _data(shards: str, recipe: PretrainRecipe | FinetuneRecipe) -> tuple[Shape, int]:
+def _data(shards: str, recipe: PretrainRecipe | FinetuneRecipe) -> tuple["Shape", int]:
     """Audio format and training clips: of the shards, else AudioSet's."""
+    from pipeline.data.manifest import load_manifest
+    from pipeline.data.spec import DataSpec
+    from pipeline.engine.plan import Shape
+
     if not shards:
         return Shape(), 20_000 if isinstance(recipe, FinetuneRecipe) else 2_000_000
     manifest = load_manifest(shards)
@@ -97,6 +102,8 @@ def _data(shards: str, recipe: PretrainRecipe | FinetuneRecipe) -> tuple[Shape, 
 
 def _batch(recipe: PretrainRecipe | FinetuneRecipe, gpus: int) -> int:
     """The recipe's batch, or the nearest that divides, with a word on it."""
+    from pipeline.engine.setup import nearest_batches, plan_batches
+
     total = recipe.train.batch_size
     try:
         plan_batches(recipe, {}, gpus)
@@ -110,7 +117,9 @@ def _batch(recipe: PretrainRecipe | FinetuneRecipe, gpus: int) -> int:
         return sizes[0]
 
 
-def _print_memory(cost: Cost, gpus: int, batch: int, gigabytes: float) -> None:
+def _print_memory(cost: "Cost", gpus: int, batch: int, gigabytes: float) -> None:
+    from pipeline.engine import plan
+
     share = batch // gpus
     micros = [micro for micro in range(share, 0, -1) if share % micro == 0]
     micros = micros if len(micros) <= 6 else [*micros[:5], 1]
@@ -125,12 +134,12 @@ def _print_memory(cost: Cost, gpus: int, batch: int, gigabytes: float) -> None:
         print(f"           {stage:4d}{states.total / GIB:8.2f} " + "".join(cells))
 
 
-def _stages(cost: Cost) -> list[int]:
+def _stages(cost: "Cost") -> list[int]:
     """ZeRO stages; half precision has no stage 0 here."""
     return [1, 2, 3] if cost.half else [0, 1, 2, 3]
 
 
-def _rate(args: argparse.Namespace, cost: Cost) -> float:
+def _rate(args: argparse.Namespace, cost: "Cost") -> float:
     """Clips a second of one GPU."""
     if args.clips_per_second:
         print(f"\nrate       {args.clips_per_second:g} clips/s a GPU, as given")

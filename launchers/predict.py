@@ -26,7 +26,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -36,8 +36,10 @@ from pipeline.data.manifest import Label
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, check_output_file, new_file, user_path
 from pipeline.serving import events
-from pipeline.serving.listen import Heard, find_audio, listen
-from pipeline.serving.scorer import Scorer, load_scorer
+
+if TYPE_CHECKING:
+    from pipeline.serving.listen import Heard
+    from pipeline.serving.scorer import Scorer
 
 FORMATS = ("table", "json", "csv", "audacity")
 LABEL_COLUMNS = ["path", "rank", "label", "id", "score"]
@@ -74,12 +76,12 @@ class Writer:
         tracks: File of each recording's label track; empty: they go to `out`.
     """
 
-    def __init__(self, args: argparse.Namespace, scorer: Scorer, out: TextIO, tracks: dict[str, Path]) -> None:
+    def __init__(self, args: argparse.Namespace, scorer: "Scorer", out: TextIO, tracks: dict[str, Path]) -> None:
         self.args, self.scorer, self.out, self.tracks = args, scorer, out, tracks
         if args.format == "csv":
             self._row(EVENT_COLUMNS if args.events else LABEL_COLUMNS)
 
-    def write(self, heard: Heard) -> None:
+    def write(self, heard: "Heard") -> None:
         """One recording."""
         labels = self.scorer.spec.labels
         if self.args.events:
@@ -88,7 +90,7 @@ class Writer:
             self._labels(heard, events.whole(heard, labels, self.args.top))
         self.out.flush()
 
-    def _labels(self, heard: Heard, best: list[tuple[Label, float]]) -> None:
+    def _labels(self, heard: "Heard", best: list[tuple[Label, float]]) -> None:
         if self.args.format == "json":
             found = [{"label": label.name, "id": label.id, "score": round(score, 6)} for label, score in best]
             self._json({"path": heard.path, "seconds": round(heard.seconds, 3), "labels": found})
@@ -100,7 +102,7 @@ class Writer:
             for label, score in best:
                 self.out.write(f"  {score:6.3f} {events.bar(score):30s} {label.name}\n")
 
-    def _events(self, heard: Heard, found: list[events.Event]) -> None:
+    def _events(self, heard: "Heard", found: list[events.Event]) -> None:
         if self.args.format == "json":
             rows = [{"start": round(e.start, 3), "end": round(e.end, 3), "label": e.label.name, "id": e.label.id,
                      "score": round(e.score, 6)} for e in found]  # fmt: skip
@@ -135,7 +137,7 @@ class Writer:
 
 
 @contextmanager
-def embeddings_file(path: Path, scorer: Scorer) -> Iterator[Callable[[Heard], None]]:
+def embeddings_file(path: Path, scorer: "Scorer") -> Iterator[Callable[["Heard"], None]]:
     """Writes windows' vectors, a row group a recording; the file appears whole at the end, or not at all."""
     width = scorer.hear([np.zeros(1, np.float32)])[1].shape[1]
     schema = pa.schema({"path": pa.string(), "start": pa.float64(), "end": pa.float64(),
@@ -143,7 +145,7 @@ def embeddings_file(path: Path, scorer: Scorer) -> Iterator[Callable[[Heard], No
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
 
-        def write(heard: Heard) -> None:
+        def write(heard: "Heard") -> None:
             vectors = pa.FixedSizeListArray.from_arrays(pa.array(heard.embeddings.reshape(-1)), width)
             columns = [[heard.path] * len(vectors), heard.starts, heard.ends(scorer.seconds), vectors]
             writer.write_table(pa.table(columns, schema=schema))
@@ -157,6 +159,9 @@ def main() -> int:
     args.format = args.format or "table"
     args.events = args.events or args.format == "audacity"
     check(args)
+    from pipeline.serving.listen import find_audio  # torch: not for --help
+    from pipeline.serving.scorer import load_scorer
+
     names, unread, skipped = find_audio(args.audio)
     if "-" in names and sys.stdin is None:
         raise UserError("-: standard input is closed; pipe a recording into it")
@@ -171,8 +176,10 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def hear(args: argparse.Namespace, scorer: Scorer, names: list[str], tracks: dict[str, Path]) -> int:
+def hear(args: argparse.Namespace, scorer: "Scorer", names: list[str], tracks: dict[str, Path]) -> int:
     """Writes what is heard in the recordings; returns how many could not be read."""
+    from pipeline.serving.listen import listen
+
     hop = args.hop or scorer.seconds / (2 if args.events else 1)
     failed = 0
     with one_line_of_errors(args), ExitStack() as stack:

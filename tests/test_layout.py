@@ -1,6 +1,7 @@
 """The house: imports point down, and the top level holds what it should."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 
@@ -40,6 +41,61 @@ def test_imports_point_down(path):
     for other in imported_rooms(path) - {room}:
         same_floor_is_fine = FLOOR[room] in (0, 3, 4)
         assert FLOOR[other] < FLOOR[room] or (same_floor_is_fine and FLOOR[other] == FLOOR[room]), f"{room} -> {other}"
+
+
+ROOMS = ("pipeline", "shard_tools", "launchers")
+
+
+def imported_modules(path, modules: set[str]) -> set[str]:
+    """Modules of ours that are imported with this one: not inside a function, nor for types alone."""
+    found, below = set(), [ast.parse(path.read_text(encoding="utf-8"))]
+    while below:
+        node = below.pop()
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not isinstance(node, (ast.FunctionDef, ast.Lambda)) and not for_types:
+            below += ast.iter_child_nodes(node)
+    return found & modules
+
+
+def test_no_module_imports_itself_through_others():
+    files = {}
+    for path in (path for room in ROOMS for path in (ROOT / room).rglob("*.py")):
+        files[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
+    imports = {name: imported_modules(path, files.keys()) - {name} for name, path in files.items()}
+    order = graphlib.TopologicalSorter(imports)
+    order.prepare()  # CycleError names the circle
+
+
+LIGHT = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {"torch", "mlflow", "sklearn", "deepspeed", "pandas", "matplotlib"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launchers").glob("*.py")), ids=lambda path: path.stem)
+def test_help_and_settings_are_said_without_torch(path):
+    if path.stem == "__init__":
+        return
+    for word in ("--help", "--print-config") if path.stem in ("pretrain", "finetune") else ("--help",):
+        done = subprocess.run([sys.executable, "-c", LIGHT, path, word], cwd=ROOT, capture_output=True, text=True,
+                              check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout) > 300
+
+
+def test_training_needs_no_scikit_learn():
+    code = "import sys, pipeline.cross_validation; assert not {'sklearn', 'mlflow'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_shard_tools_need_no_deepspeed():

@@ -9,11 +9,14 @@ a clip.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.data.manifest import Label
-from pipeline.serving.listen import Heard
+
+if TYPE_CHECKING:
+    from pipeline.serving.listen import Heard  # torch: events are for --help too
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +29,14 @@ class Event:
     score: float
 
 
-def whole(heard: Heard, labels: Sequence[Label], top: int) -> list[tuple[Label, float]]:
+def whole(heard: "Heard", labels: Sequence[Label], top: int) -> list[tuple[Label, float]]:
     """The best labels of a recording: mean probability over its windows, the highest first."""
     mean = heard.scores.mean(axis=0)
     best = np.argsort(-mean, kind="stable")[:top]
     return [(labels[i], float(mean[i])) for i in best]
 
 
-def stretches(heard: Heard, window: float) -> tuple[np.ndarray, np.ndarray]:
+def stretches(heard: "Heard", window: float) -> tuple[np.ndarray, np.ndarray]:
     """Edges [m + 1] in seconds, and probabilities [m, C] between them: the mean of the windows over each."""
     ends = heard.ends(window)
     edges = np.unique(np.concatenate([heard.starts, ends]).round(6))
@@ -47,7 +50,7 @@ def stretches(heard: Heard, window: float) -> tuple[np.ndarray, np.ndarray]:
     return edges, scores
 
 
-def events(heard: Heard, labels: Sequence[Label], window: float, threshold: float) -> list[Event]:
+def events(heard: "Heard", labels: Sequence[Label], window: float, threshold: float) -> list[Event]:
     """Runs of stretches whose probability is `threshold` or more, by start, then by score."""
     edges, scores = stretches(heard, window)
     found = []

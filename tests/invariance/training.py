@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import distributed
+from pipeline.command_line import Launch, read_deepspeed_config
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.distributed import World
-from pipeline.engine.loop import train
-from pipeline.engine.setup import read_deepspeed_config
-from pipeline.jobs import evaluate_run, finetune_job, finish_finetuning, pretrain_job
-from pipeline.launch import Launch
+from pipeline.engine.evaluation import all_metrics
 from pipeline.model import craft
 from pipeline.model.weights import weights_file
 from pipeline.recipes import load_recipe
+from pipeline.runs import score_run
 from pipeline.tracking import figures
+from pipeline.train import finetune, pretrain
 from tests.ranks import ROOT
 
 FORMER = Path(__file__).with_name("former")
@@ -38,7 +38,7 @@ COMMON = [
     "model.size=micro", "model.patch=4", "model.stride=4", "model.channels=[6,5,5]", "model.kernels=[5,11,21]",
     "model.kernel_strides=[1,5,10]", "optim.lr=1e-4", "optim.warmup=4", "checkpoint.average=[0,0]",
     "eval.batch_size=4", "eval.every_epochs=0", "eval.every_clips=0",
-    "log.every=1", "log.mlflow=false", "log.pictures=0", "log.stragglers=0", "log.peak_tflops=null",
+    "log.every=1", "log.mlflow=false", "log.model=false", "log.pictures=0", "log.stragglers=0", "log.peak_tflops=null",
 ]  # fmt: skip
 PRETRAIN = [*COMMON, "pretrain.clusters=[1,2]"]
 FINETUNE = [*COMMON, "augment.freq_mask=4", "augment.time_mask=3", "finetune.bottlenecks=4"]
@@ -71,16 +71,13 @@ def is_finetuning(name: str) -> bool:
     return RUNS[name][1].startswith("finetune/") or name.split(",")[0] in ("ast", "wast", "swast", "swab")
 
 
-def run(finetune: bool, ds: str, files: list[Path], words: list[str], world: World) -> None:
+def run(finetuning: bool, ds: str, files: list[Path], words: list[str], world: World) -> None:
     """What the launchers do, in this group."""
-    kind = FinetuneRecipe if finetune else PretrainRecipe
-    recipe = load_recipe(kind, files, [*(FINETUNE if finetune else PRETRAIN), *words])
+    kind = FinetuneRecipe if finetuning else PretrainRecipe
+    recipe = load_recipe(kind, files, [*(FINETUNE if finetuning else PRETRAIN), *words])
     distributed.seed_host(recipe.run.seed)
     launch: Any = Launch(recipe, read_deepspeed_config(ds))
-    with (finetune_job if finetune else pretrain_job)(launch, world) as job:
-        train(job, world)
-        if finetune:
-            finish_finetuning(job, world)
+    (finetune if finetuning else pretrain)(launch, world)
     gc.collect()  # the engine, before the next one
 
 
@@ -130,7 +127,8 @@ def main() -> None:
                 report[f"resumed {name}"] = Path(f"resumed/{number}")
         finetuned = Path("former/finetune")
         recipe = load_recipe(FinetuneRecipe, [finetuned / "config.yaml"], ["data.shards=former/shards"])
-        found = evaluate_run(finetuned, weights_file(finetuned), recipe, world)["metrics"]
+        scored = score_run(finetuned, weights_file(finetuned), recipe, world)
+        found = all_metrics(scored.scores.logits, scored.scores.targets, scored.spec.single_label)
         before = results(finetuned)
         for name, ds in (("pretrain", "zero2.json"), ("finetune", "zero3.json")):
             run_dir = Path("former", name)

@@ -128,3 +128,11 @@ class Losses(NamedTuple):
     total: torch.Tensor
     named: dict[str, torch.Tensor]
     logits: torch.Tensor | None = None
+
+
+def full(x: torch.Tensor) -> torch.Tensor:
+    """`x` in float32, where half precision stops: losses, softmaxes and means; float64, of references, stays.
+
+    Any float type in, float32 of bf16 and fp16 out.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))

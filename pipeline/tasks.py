@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.augment import mask_fbank
 from pipeline.errors import UserError
-from pipeline.flow import Batch, Encoded, Losses
+from pipeline.flow import Batch, Encoded, Losses, full
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.model.craft import Craft, Streams
 from pipeline.model.embed import patchify
@@ -23,7 +23,6 @@ from pipeline.model.masking import cluster_masks, masked_count, ssast_masks
 from pipeline.objectives.classification import classification_loss
 from pipeline.objectives.contrastive import swacl_loss, token_loss
 from pipeline.objectives.masked_patch import gather_patches, masked_patch_loss, normalise_patches
-from pipeline.precision import full
 
 
 class Pooled(NamedTuple):

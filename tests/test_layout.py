@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ROOT
 
 FLOORS = [
-    {"errors", "faults", "files", "flow", "rng", "precision", "methods", "config", "recipes", "distributed"},
+    {"errors", "faults", "files", "flow", "rng", "methods", "config", "recipes", "distributed"},
     {"data", "model", "objectives"},
     {"tasks"},
     {"engine", "tracking"},

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from pipeline.flow import full
 from pipeline.model.pooled_conv import pooled_conv, real_positions
-from pipeline.precision import full
 
 SAMPLES_PER_FRAME = 160  # 10 ms at 16 kHz, the fbank's hop: both representations share a time axis
 NORM_EPS = 1e-6

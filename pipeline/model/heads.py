@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.flow import Encoded
-from pipeline.precision import full
+from pipeline.flow import Encoded, full
 
 HEAD_NORM_EPS = 1e-5  # torch's default, which SSAST's and AST's heads have; their blocks have 1e-6
 

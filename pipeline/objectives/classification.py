@@ -6,7 +6,7 @@ In: logits [B, C] and targets [B, C]. Out: a scalar in float32 or better, the me
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from pipeline.precision import full
+from pipeline.flow import full
 
 
 def classification_loss(logits: torch.Tensor, targets: torch.Tensor, kind: str) -> torch.Tensor:

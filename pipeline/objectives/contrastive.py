@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from pipeline import distributed
-from pipeline.precision import full
+from pipeline.flow import full
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 CHUNK = 1024  # rows of the similarity matrix that exist at once

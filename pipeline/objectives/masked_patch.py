@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from pipeline.precision import full
+from pipeline.flow import full
 
 
 @dataclass(slots=True)

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.manifest import Label
 from pipeline.errors import UserError, run_cli
-from pipeline.files import check_output_directory, check_output_file, new_file, user_path
+from pipeline.files import check_output_directory, check_output_file, new_file, user_path, write_text
 from pipeline.serving import events
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Writer:
     def _track(self, path: str, text: str) -> None:
         if self.tracks:
             self.tracks[path].parent.mkdir(parents=True, exist_ok=True)
-            self.tracks[path].write_text(text, encoding="utf-8")
+            write_text(self.tracks[path], text)
         else:
             self.out.write(text)
 

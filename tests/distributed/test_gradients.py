@@ -34,7 +34,7 @@ def test_gradients_do_not_depend_on_the_split(matrix, ranks, method):
     cells = {name: cell for name, cell in matrix[ranks].items() if name.split()[0] == method}
     assert len(cells) == len(STAGES) * len(ACCUMULATIONS)
     for name, cell in cells.items():
-        assert cell["parameters"] > 50
+        assert cell["parameters"] > 30
         assert cell["without_gradient"] == [], name
         assert cell["loss"][0] <= 1e-5, (name, cell)
         assert cell["grad"][0] <= 1e-5, (name, cell)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import CheckpointConfig
-from pipeline.engine.checkpoint import complete_checkpoints, delete_old, read_state
+from pipeline.distributed import World
+from pipeline.engine.checkpoint import Checkpoints, complete_checkpoints, delete_old, read_state
+from pipeline.errors import UserError
 from pipeline.files import write_json
 from tests.distributed.conftest import MICRO
 from tests.distributed.crash import KILLS
@@ -87,3 +89,11 @@ def test_an_emptied_file_of_the_newest_checkpoint_is_no_end(tmp_path, name, cont
     assert read_state(tmp_path)["step"] == 1
     delete_old(tmp_path, CheckpointConfig(keep=1), frozenset())
     assert read_state(tmp_path)["step"] == 1
+
+
+def test_a_last_checkpoint_without_a_directory_ends_the_run_with_a_line(tmp_path):
+    (tmp_path / "checkpoints").write_text("in its place")
+    saver = Checkpoints(tmp_path, CheckpointConfig(), World())
+    assert saver.save(None, {"step": 1}, {}) == {}
+    with pytest.raises(UserError, match="step-00000001: the last checkpoint could not be written; make room"):
+        saver.finish()

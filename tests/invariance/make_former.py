@@ -50,6 +50,7 @@ def make_shards(out: Path, source: Path) -> None:
 
 def rank_program(kind: str) -> None:
     """On each rank, in the folder that holds former/."""
+    training.shrink()
     words = f"run.dir=former/{kind} train.steps=6 checkpoint.every=3 checkpoint.keep=1 checkpoint.keep_best=0".split()
     with distributed.session(300, seed=0) as world:
         if kind == "pretrain":

@@ -29,9 +29,6 @@ from tests.ranks import ROOT
 
 FORMER = Path(__file__).with_name("former")
 STEPS = 20
-# The runs of former/ shall be small files. Theirs is the size of this name.
-craft.SIZES["micro"] = craft.Size(width=8, depth=2, heads=2)
-figures.curves = lambda *_: False  # a picture of a run costs as much as its training
 
 COMMON = [
     "data.shards=former/shards", "data.streams=2", "data.window=4", "data.workers=0", "train.batch_size=6",
@@ -106,7 +103,16 @@ def results(run_dir: Path) -> dict[str, float]:
     return json.loads(file.read_text())["metrics"] if file.exists() else {}
 
 
+def shrink() -> None:
+    """For rank programs, as it stays: a smaller "micro", as former/ shall be small files, and no picture of a run,
+    which costs as much as its training.
+    """
+    craft.SIZES["micro"] = craft.Size(width=8, depth=2, heads=2)
+    figures.curves = lambda *_: False
+
+
 def main() -> None:
+    shrink()
     os.chdir(sys.argv[1])
     report: dict[str, Path] = {}
     with distributed.session(300, seed=0) as world:

@@ -135,7 +135,7 @@ class AugmentConfig(Section):
     mixup: float = result(0.0, ge=0, le=1, description="share of clips mixed with another one, on the waveform")
     mixup_alpha: float = result(10.0, gt=0, description="lambda ~ Beta(alpha, alpha)")
     partners: Literal["uniform", "sampler"] = result(
-        "uniform", description="mixup's other clips; uniform: each as often (SSAST, PSLA); sampler: as that draws"
+        "uniform", description="mixup's other clips; uniform: all equally often (SSAST, PSLA); sampler: as data.sampler"
     )
     freq_mask: int = result(0, ge=0, description="SpecAugment: widest masked band, in mel bins")
     time_mask: int = result(0, ge=0, description="SpecAugment: longest masked span, in frames")

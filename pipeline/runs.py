@@ -67,7 +67,11 @@ class Scored:
 
 
 def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World) -> Scored:
-    """Scores the evaluation part of `recipe.data`; as `evaluate_run`, without a metric."""
+    """Scores the evaluation part of `recipe.data` with a finished run's weights; a collective.
+
+    Raises:
+        UserError: the shards' audio format or labels are not those of the run; too many bad clips.
+    """
     task, spec = load_finetuned(run_dir, file, world.device)
     needs = Needs(waveform=task.method.wav, fbank=task.method.spec)
     data = recipe.data.model_copy(update={"mean": spec.mean, "std": spec.std, "frames": spec.frames})

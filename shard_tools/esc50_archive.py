@@ -21,7 +21,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from pipeline.data.storage import SILENCE, LongerError, Watch
+from pipeline.data.storage import SILENCE, LongerError, TransferLimit
 from pipeline.errors import UserError
 from pipeline.files import check_output_directory
 from shard_tools.store import sha256 as digest
@@ -110,11 +110,11 @@ def _fetch(url: str, archive: Path) -> None:
 
 def _download(url: str, file: BinaryIO) -> str | None:
     """Writes what a URL gives; returns the length that the server promised, if it did."""
-    watch = Watch(LARGEST)
+    limit = TransferLimit(LARGEST)
     with urllib.request.urlopen(url, timeout=SILENCE) as reply:  # knows the proxies of this machine
         while piece := reply.read1(PIECE):
             try:
-                watch.relative_update(len(piece))
+                limit.relative_update(len(piece))
             except LongerError as error:
                 raise UserError(
                     f"{url}: gives more than {LARGEST} bytes, far more than ESC-50 has; correct --archive-url"

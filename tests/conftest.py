@@ -49,9 +49,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Refuses a pytest and an xdist that disagree on how a group is told: fixtures of minutes would be made twice."""
+    """Refuses versions of pytest and pytest-xdist that do not group tests: each process would make slow fixtures."""
     if session.config.getoption("loadgroup", False) and not all("@" in item.nodeid for item in session.items):
-        raise pytest.UsageError("pytest-xdist does not know the groups of the tests; install the versions of '.[test]'")
+        raise pytest.UsageError("pytest-xdist does not group the tests; install the versions that '.[test]' names")
 
 
 def leave_out(reason: str) -> NoReturn:

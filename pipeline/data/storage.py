@@ -136,7 +136,7 @@ def transfer(system: Any, call: str, size: int, *args: Any, **words: Any) -> Any
         raise OSError(f"no answer, or less than {size} bytes in {seconds:.0f} s") from error
 
 
-class Watch(Callback):  # type: ignore[misc]
+class TransferLimit(Callback):  # type: ignore[misc]
     """Ends a transfer from a web server, which may not say how long a file is.
 
     It must not go beyond `limit` bytes (None: any), of which at most one block more was written; and bring
@@ -187,9 +187,9 @@ def fetch(
     if "http" in system.protocol:
         known = size or limit
         if known is None:
-            system.get_file(path, target, callback=Watch(None))
+            system.get_file(path, target, callback=TransferLimit(None))
         else:
-            transfer(system, "get_file", known, path, target, callback=Watch(limit))
+            transfer(system, "get_file", known, path, target, callback=TransferLimit(limit))
         return
     if size is None:
         size = int(transfer(system, "info", 0, path)["size"] or 0)

@@ -133,9 +133,10 @@ class Checkpoints:
         if writing:
             return {}
         self.pending = None
-        self._lost = None if distributed.decide(lambda: self._complete(folder, bool(failed))) else folder
-        seconds = 0.0 if self._writing.exception() else self._writing.result()
-        return {"checkpoint_stall_seconds": self._stall, "checkpoint_write_seconds": seconds}
+        if not distributed.decide(lambda: self._complete(folder, bool(failed))):
+            self._lost = folder
+            return {}
+        return {"checkpoint_stall_seconds": self._stall, "checkpoint_write_seconds": self._writing.result()}
 
     @property
     def flags(self) -> tuple[int, int]:

@@ -233,5 +233,5 @@ def _say_beginning(job: Job, world: World, step: int) -> None:
                     else "more than a fifth of it is spent below optim.lr")  # fmt: skip
     ema = job.recipe.checkpoint.ema
     if ema and 1 / (1 - ema) > total:
-        log.warning("checkpoint.ema = %g is a mean over some %.0f steps, of a run of %d: its decay does not rise so "
-                    "far, and the mean is over about the last tenth of the run", ema, 1 / (1 - ema), total)  # fmt: skip
+        log.warning("checkpoint.ema = %g averages about %.0f steps, more than the %d of this run: the average covers "
+                    "about its last tenth", ema, 1 / (1 - ema), total)  # fmt: skip

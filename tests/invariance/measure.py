@@ -139,7 +139,8 @@ def _size(values: np.ndarray) -> float:
 def shards(folder: Path) -> dict[str, Entry]:
     """Every byte of a seeded build of all kinds of audio, good and bad, and of segments of some.
 
-    Left out: forbidden.wav, which root may read and others may not.
+    Left out: forbidden.wav, which root may read and others may not, and vanishes.wav, which is to be deleted after it
+    was listed.
     """
     sound = folder / "audio" / "sound"
     make_corpus(sound)

@@ -116,14 +116,13 @@ def open_run(run_dir: Path, world: World) -> Iterator[None]:
     distributed.decide(make)
     try:
         logs.mkdir(parents=True, exist_ok=True)  # on a host that does not share it, or not yet
-        handlers: list[logging.Handler] = [logging.FileHandler(logs / f"rank-{world.rank}.log")]
+        file = logging.FileHandler(logs / f"rank-{world.rank}.log", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(
             f"rank {world.rank}: run.dir = {run_dir}: {error.strerror}: {error.filename}; every host must be able to "
             "write there", local=True
         ) from error  # fmt: skip
-    if world.is_main:
-        handlers.append(logging.StreamHandler())
+    handlers: list[logging.Handler] = [file, *([logging.StreamHandler()] if world.is_main else [])]
     root = logging.getLogger("pipeline")
     before = (root.handlers, root.level, root.propagate)
     for handler in handlers:

@@ -9,9 +9,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -52,6 +52,20 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Refuses versions of pytest and pytest-xdist that do not group tests: each process would make slow fixtures."""
     if session.config.getoption("loadgroup", False) and not all("@" in item.nodeid for item in session.items):
         raise pytest.UsageError("pytest-xdist does not group the tests; install the versions that '.[test]' names")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Escapes bytes of names that are not UTF-8: pytest-xdist cannot send such a report, and would end the run."""
+    return _utf8((yield))
+
+
+def _utf8(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {name: _utf8(inner) for name, inner in value.items()}
+    return type(value)(map(_utf8, value)) if isinstance(value, (list, tuple)) else value
 
 
 def leave_out(reason: str) -> NoReturn:

@@ -110,7 +110,11 @@ class PretrainTask(nn.Module):
     def forward(
         self, batch: Batch, cached: CachedContrast | None = None, pooled_only: bool = False, rebuild: bool = False
     ) -> Losses | Pooled | Rebuilt:
-        """One micro-batch.
+        """One micro-batch: sum over masked sides s of w_s (nce_s + r_g mse_s), + w contrast (Eq. 2, 3, 4b).
+
+        w_s is 1 for the spectrogram and r_w for the waveform beside it; w is r_cl, or 1 for the contrast alone. With
+        `cached`, (pooled * cached gradient).sum() stands for the contrast: its gradient is this micro-batch's part of
+        that of the whole batch's contrast (GradCache), whose value is only reported.
 
         Args:
             batch: With the representations that the method reads.

@@ -121,7 +121,14 @@ class Draws:
         return np.asarray(starts + hashed(self._hash, numbers) % (stops - starts))
 
     def _before(self, edges: np.ndarray) -> np.ndarray:
-        """How many points lie before each place. Products of weights and draws need more than 64 bits."""
+        """How many points lie before each place: int64 [k] -> int64 [k].
+
+        Without replacement point n lies at floor((n total + offset) / m), so before `edge` lie the n with n total +
+        offset < edge m. With it, point n is anywhere in slice n, [n total / m, (n + 1) total / m): all slices before
+        the edge's own count, and that one if its point lies before the edge. Four draws of a line of 10: slices begin
+        at 0, 2, 5, 7; before 6 lie the points of the first two, and that of [5, 7) if it is 5. Products of weights
+        and draws need more than 64 bits, hence Python's integers.
+        """
         total, count = self._total, self._count
         if not self._replacement:
             return np.array([max(0, -((self._offset - edge * count) // total)) for edge in edges.tolist()])

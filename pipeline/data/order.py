@@ -176,7 +176,13 @@ class TrainOrder:
         return self._clips
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
-        """Index rows of these positions: int64 [m] -> int64 [m]."""
+        """Index rows of these positions: int64 [m] -> int64 [m].
+
+        An epoch of 20 clips in 2 streams: position 27 is place 7 of epoch 1, so slot 3 of stream 1, which holds places
+        10 .. 19 of the epoch's sequence. Slot 3 lies in one of the stream's windows, say slots 2 .. 5: places 12 .. 15
+        of the sequence, permuted by the window's own key; the position gets the second of them. Windows are
+        kept in `_lines`, so that a batch makes only those that it is the first to meet.
+        """
         epoch, stream, slot = self._split(positions)
         number, first, stop = self._bounds(stream, slot)
         key = (epoch * (int(self._cuts.max()) + 1) + number) * self.streams + stream  # names the window

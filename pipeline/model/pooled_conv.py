@@ -62,6 +62,16 @@ class _PooledConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of weight, gain and shift, summed over the clips.
+
+        Of one clip, with y = g z_hat + b, z_hat = r (z - m), z = W u, and N = `count` values of z behind m and r:
+
+            dy = dout / pool where y > 0, else 0
+            A = sum dy u^T, t = sum dy                       over all positions: `cross`, `total`
+            sum dy z_hat = r (sum over k of A * W - m t)     the gradient of g; that of b is t
+            dW = r (g A - mean_dz S^T - mean_dz_z Z)         S and Z over the positions that m and r are taken of
+            mean_dz = sum g t / N,  mean_dz_z = sum g (sum dy z_hat) / N,  Z = sum z_hat u^T = r (W R - m S^T)
+        """
         waveform, weight, gain, shift, mean, rstd, moments, count = ctx.saved_tensors
         windows: _Windows = ctx.windows
         wide = moments.dtype

@@ -174,7 +174,8 @@ def test_a_store_that_sends_a_byte_now_and_then_is_given_up(shards, server, tmp_
     described = remote(server.url, shards, tmp_path)
     server.faults[described.shards[0].name] = ["trickle"]
     assert content(Cache(described).open(0)) == (shards / described.shards[0].name).read_bytes()
-    assert re.search(r"attempt 1 of 7: \d+ bytes in 0 s, which is too slow", caplog.text)
+    # Whichever of the two limits is met first: that of the blocks, or that of the whole.
+    assert re.search(r"attempt 1 of 7: (\d+ bytes in 0 s, which is too slow|no answer, or less than \d+)", caplog.text)
 
     (tmp_path / "bucket").mkdir()
     (tmp_path / "bucket" / "index").write_bytes(b"x" * 50_000)

@@ -205,7 +205,8 @@ class Faults:
             now, blamed = time.monotonic(), ""
             with self._setting:
                 timeout = self._timeout
-                silence = min(SILENCE, timeout or SILENCE)
+                # Shorter than the timeout, by more than two of the rounds: who is silent is not said to be stuck.
+                silence = SILENCE if timeout is None else min(SILENCE, timeout * 2 / 3)
                 wait = min(POLL_SECONDS, silence / 6)
                 if timeout is None:
                     heard = answered = now

@@ -8,7 +8,6 @@ kept, failed ones tried again, interrupted ones resumed. Exit status: 0 all done
 """
 
 import argparse
-import fcntl
 import shlex
 import signal
 import subprocess
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.ablation.executors import Executor, LocalExecutor, SlurmExecutor
-from pipeline.ablation.grid import ROOT, build_grid
+from pipeline.ablation.grid import ROOT, Grid
 from pipeline.command_line import read_deepspeed_config
 from pipeline.config import LogConfig
 from pipeline.errors import UserError, run_cli
-from pipeline.files import check_output_directory, read_json, user_path, write_json
+from pipeline.files import check_output_directory, lock, read_json, user_path, write_json
 from pipeline.tracking import tracking_uri
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def main() -> int:
         args.scale = str(user_path(args.scale, "--scale").resolve())
     from pipeline.ablation.campaign import Campaign  # torch: not for --help
 
-    grid = build_grid(args.tables, args.scale, _pairs(args.shards, "--shards"), args.seeds)
+    grid = Grid(args.tables, args.scale, _pairs(args.shards, "--shards"), args.seeds)
     campaign = Campaign(grid, out)
     if args.dry_run:
         _print_plan(campaign)
@@ -142,16 +141,16 @@ def _make_store(out: Path) -> None:
 
 
 def _sum_up(outcome: "Outcome", tables: list[Path], out: Path) -> int:
-    _say(f"{len(outcome.done)} done, {len(outcome.failed)} failed, {len(outcome.blocked)} not begun")
-    for folder in outcome.failed:
+    _say(f"{len(outcome['done'])} done, {len(outcome['failed'])} failed, {len(outcome['blocked'])} not begun")
+    for folder in outcome["failed"]:
         _say(f"  failed: {out / folder / 'output.log'}")
-    for folder in outcome.blocked:
+    for folder in outcome["blocked"]:
         _say(f"  not begun, its pretraining failed: {folder}")
     uri = tracking_uri(LogConfig(), out / "run")
     page = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
     _say(f"compare: {page} (experiment ablation; sort by the final metric, tick runs, Compare)")
     _say(f"report: python -m pipeline.report {' '.join(map(str, tables))} --runs {out} --out report/")
-    return 1 if outcome.failed else 0
+    return 1 if outcome["failed"] else 0
 
 
 @contextmanager
@@ -162,11 +161,9 @@ def _alone(out: Path) -> Iterator[None]:
         UserError: another one is there.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "ablate.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{out}: another ablate.py works there; wait for it or give another --out") from None
+    with (out / "ablate.lock").open("ab") as file:
+        if not lock(file.fileno(), wait=False):
+            raise UserError(f"{out}: another ablate.py works there; wait for it or give another --out")
         yield
 
 

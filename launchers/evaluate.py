@@ -92,12 +92,9 @@ def plot(scored: "Scored", content: dict[str, Any], folder: Path) -> None:
     from pipeline.tracking import figures
 
     folder.mkdir(parents=True, exist_ok=True)
-    names = [label.name for label in scored.spec.labels]
-    scores = scored.scores
-    figures.per_class(content, folder / "per_class.csv")
+    scores, names = scored.scores, [label.name for label in scored.spec.labels]
+    figures.evaluation(content, scores.targets, scores.logits, folder)
     figures.precision_recall_curves(precision_recall(scores.logits, scores.targets), names, folder)
-    if scored.spec.single_label:
-        figures.confusion(scores.targets, scores.logits, names, folder)
 
 
 def main() -> None:

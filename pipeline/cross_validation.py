@@ -38,6 +38,7 @@ from pipeline.train import finetune, finetuning_name, tracked
 
 log = logging.getLogger(__name__)
 
+
 def cross_validate(launch: Launch[FinetuneRecipe], world: World) -> dict[str, Any]:
     """Runs the folds that are not done; returns the content of `results.json`, on all ranks.
 
@@ -76,9 +77,9 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World) -> dict[str, An
         content["pool"] = recipe.finetune.pool
         if world.is_main:
             write_json(run_dir / "results.json", content)
-        tracker.metrics({f"final_{content['metric']}": content["value"]}, 0)
+        tracker.summary({f"final_{content['metric']}": content["value"]}, 0)
         for epoch, value in content["epochs"].items():
-            tracker.metrics({f"mean_eval_{content['metric']}": value}, int(epoch))
+            tracker.summary({f"mean_eval_{content['metric']}": value}, int(epoch))
         tracker.artifact(run_dir / "results.json")
     return content
 

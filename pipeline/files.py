@@ -1,10 +1,14 @@
-"""Paths that a user names, and files that appear whole or not at all.
+"""Paths that a user names, files that appear whole or not at all, locks and hashes of files.
 
 In: words of a command line or a setting. Out: paths as they were meant; a place that cannot be written is refused
 before the work, not after it.
 """
 
+import csv
 import errno
+import fcntl
+import hashlib
+import io
 import json
 import math
 import os
@@ -13,15 +17,16 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
 
 # Names that become parts of file names: splits, shards. No separator, no leading dot or dash, nothing to escape.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # file systems without them
 
 
 def check_name(name: str, what: str) -> str:
@@ -205,12 +210,55 @@ def read_json(path: Path, remedy: str) -> Any:
         raise UserError(f"{path}: not JSON ({error}); {remedy}") from error
 
 
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Likewise, as CSV; the first row is the header."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    write_text(path, text.getvalue())
+
+
 def _finite(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def lock(descriptor: int, wait: bool = True) -> bool:
+    """Locks an open file until its last descriptor is closed, in this process or in one that inherited it (flock).
+
+    Args:
+        descriptor: Of the file.
+        wait: Until another process gives it up.
+
+    Returns:
+        False: another process has it. Where the file system has no locks, all have it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process, and one thread of it, at a time; the file is made where it is missing, and stays."""
+    with path.open("ab") as file:
+        lock(file.fileno())
+        yield
+
+
+def sha256(file: BinaryIO) -> str:
+    """Hash of an open file from where it stands to its end, read in pieces: 64 hex digits."""
+    whole = hashlib.sha256()
+    while piece := file.read(1 << 22):
+        whole.update(piece)
+    return whole.hexdigest()
 
 
 def sync(path: Path) -> None:

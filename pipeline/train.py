@@ -4,7 +4,6 @@ In: `command_line.Launch` and the world. Out: a run directory with checkpoints, 
 and the model to be served; in MLflow a run that is finished, failed or killed.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -41,8 +40,8 @@ from pipeline.run_directory import check_run, open_run, write_record
 from pipeline.runs import eval_batch_size, initialise, score_run
 from pipeline.serving.publish import check_publishable, publish
 from pipeline.tasks import FinetuneTask, PretrainTask
-from pipeline.tracking import DatasetNote, Tracker, facts, figures, open_tracker, run_of
-from pipeline.tracking.pictures import Pictures
+from pipeline.tracking import Tracker, figures, open_tracker, run_of
+from pipeline.tracking.spool import Feed
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +64,11 @@ def pretrain(launch: Launch[PretrainRecipe], world: World) -> None:
 
     with _prepared(launch, world, "pretrain", name, method, build, metric) as (job, held_out):
         count = recipe.log.pictures if method.masked_spec or method.masked_wav else 0
-        pictures = Pictures(job.run_dir, job.tracker, count, world.is_main)
+        pictures = figures.Reconstructions(job.run_dir, job.tracker, count, world.is_main)
 
         def evaluate(forward: Forward, step: int) -> dict[str, float]:
             assert held_out is not None
-            batches = pictures.watch(held_out.eval_batches(full=True))
+            batches = pictures.keep(held_out.eval_batches(full=True))
             losses = mean_losses(forward, batches, held_out, world.device)
             pictures.draw(forward, step, job.total_steps)
             return {f"eval_{key}": value for key, value in losses.items()}
@@ -200,14 +199,10 @@ def tracked(
         first_of_node=distributed.local_rank() == 0,
     )
     tracker.params(flatten(recipe))
-    tracker.tags({"manifest_digest": manifest.digest, "ranks": str(world.size), "device": world.device.type})
-    tracker.tags(facts.coverage(manifest) | recipe.log.tags)
-    source, counts = str(recipe.data.shards), facts.profile(manifest)
-    for context in ("training", "evaluation"):
-        tracker.dataset(DatasetNote(manifest.dataset, manifest.digest, source, counts, context))
+    tracker.dataset(manifest, str(recipe.data.shards))
+    tracker.tags({"ranks": str(world.size), "device": world.device.type} | recipe.log.tags)
     for file in ("config.yaml", "ds.json", "data.json"):
-        if world.is_main:
-            tracker.artifact(run_dir / file)
+        tracker.artifact(run_dir / file)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         with world.faults.before_exit(lambda: tracker.finish("FAILED")):
@@ -238,15 +233,14 @@ def _write_results(job: Job, world: World) -> None:
         write_predictions(scored.scores, scored.keys, job.run_dir / "predictions.parquet")
         write_json(job.run_dir / "results.json", content | {"epochs": _epochs(job)})
         _draw_results(job, content)
-    job.tracker.metrics({f"final_{name}": value for name, value in content["metrics"].items()}, job.total_steps)
+    job.tracker.summary({f"final_{name}": value for name, value in content["metrics"].items()}, job.total_steps)
     log.info("%s %.4f on %d clips (%s)", content["metric"], content["value"], content["clips"], file.name)
 
 
 def _epochs(job: Job) -> dict[str, float]:
     """The held-out metric at the end of each evaluated epoch: {"1": 0.5, ...}."""
     found = {}
-    for line in (job.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in Feed(job.run_dir / "metrics.jsonl").read():
         if job.metric in row and job.due(row["step"] - 1, job.loader.clips):  # with that step an epoch ends
             found[str(row["step"] * job.batches.total // job.loader.clips)] = row[job.metric]
     return found
@@ -258,11 +252,8 @@ def _draw_results(job: Job, content: dict[str, Any]) -> None:
     names = [row["label"] for row in content["per_class"]]
     folder = job.run_dir / "evaluation"
     folder.mkdir(exist_ok=True)
-    figures.per_class(content, folder / "per_class.csv")
     figures.prediction_sample(keys, targets, logits, names, folder / "predictions_sample.json")
-    files = [folder / "per_class.csv", folder / "predictions_sample.json"]
-    if content["metric"] == "accuracy":
-        files += figures.confusion(targets, logits, names, folder)
+    files = [folder / "predictions_sample.json", *figures.evaluation(content, targets, logits, folder)]
     job.tracker.artifact(job.run_dir / "results.json")
     for file in files:
         job.tracker.artifact(file, "evaluation")

@@ -15,7 +15,7 @@ from launchers.ablate import main
 from pipeline.ablation import campaign
 from pipeline.ablation.campaign import Campaign
 from pipeline.ablation.executors import LocalExecutor, SlurmExecutor
-from pipeline.ablation.grid import build_grid
+from pipeline.ablation.grid import Grid
 from pipeline.errors import UserError
 from tests.conftest import ROOT
 
@@ -59,7 +59,7 @@ def world(tmp_path):
 
     class World:
         plan = tmp_path / "plan.json"
-        campaign = Campaign(build_grid([ROOT / "configs/ablation/table3.yaml"], "micro", {}), tmp_path / "out")
+        campaign = Campaign(Grid([ROOT / "configs/ablation/table3.yaml"], "micro", {}), tmp_path / "out")
 
         def __init__(self) -> None:
             self.said: list[str] = []
@@ -85,7 +85,7 @@ def world(tmp_path):
 @pytest.mark.parametrize("scale", ["paper", "micro"])
 def test_fifteen_pretrainings_serve_all_tables(scale):
     """The paper's twelve, and three with Eq. 4a's dot products beside the weights of its Appendix A.1."""
-    grid = build_grid(TABLES, scale, {})
+    grid = Grid(TABLES, scale, {})
     pretrainings = [run for run in grid.runs if run.kind == "pretrain"]
     assert len(TABLES) == 12
     assert len(pretrainings) == len({run.digest for run in pretrainings}) == 15
@@ -93,8 +93,8 @@ def test_fifteen_pretrainings_serve_all_tables(scale):
     assert len({run.folder for run in grid.runs}) == len(grid.runs)
     for run in grid.runs[15:]:
         assert run.init in pretrainings
-    craft = next(row for table in grid.tables for row in table.rows if row.spec.name == "CRAFT")
-    assert [run.recipe.data.fold for run in craft.cells["esc50"]] == ([1, 2, 3, 4, 5] if scale == "paper" else [1, 2])
+    craft = grid.cells["table1", "CRAFT", "esc50"]
+    assert [run.recipe.data.fold for run in craft] == ([1, 2, 3, 4, 5] if scale == "paper" else [1, 2])
 
 
 def test_dry_run_prints_a_line_for_each_distinct_run():
@@ -102,17 +102,16 @@ def test_dry_run_prints_a_line_for_each_distinct_run():
     assert done.returncode == 0, done.stderr
     kinds = [line.split()[0] for line in done.stdout.splitlines()]
     assert kinds == ["pretrain"] * 15 + ["finetune"] * (len(kinds) - 15)
-    one = build_grid([ROOT / "configs/ablation/table5c.yaml"], "paper", {}).runs
+    one = Grid([ROOT / "configs/ablation/table5c.yaml"], "paper", {}).runs
     assert [run.kind for run in one] == ["pretrain"] + ["finetune"] * 4
 
 
 def test_paper_numbers_are_the_specification_s():
-    grid = build_grid(TABLES, "paper", {})
-    numbers = {(t.file.stem, r.spec.name): r.spec.paper for t in grid.tables for r in t.rows}
+    grid = Grid(TABLES, "paper", {})
+    numbers = {(name, row.name): row.paper for name, table in grid.tables.items() for row in table.rows}
     assert numbers["table1", "CRAFT"] == {"as_bal": 33.4, "as_full": 43.0, "esc50": 90.1}
     assert numbers["table4", "24-PSWaCL-SWaB"] == {"as_bal": 13.9}
-    assert [r.spec.paper["as_bal"] for r in grid.tables[[t.file.stem for t in grid.tables].index("table5d")].rows] == [
-        33.1, 33.4, 32.8, 33.0]  # fmt: skip
+    assert [row.paper["as_bal"] for row in grid.tables["table5d"].rows] == [33.1, 33.4, 32.8, 33.0]
     batch = {r.name: (r.recipe.train.batch_size, r.recipe.optim.lr) for r in grid.runs if r.name == "24-SSAST"}
     assert batch == {"24-SSAST": (24, 1e-4)}
     assert {r.recipe.data.train_split for r in grid.runs if r.kind == "pretrain"} == {"unbalanced,train"}
@@ -122,7 +121,7 @@ def test_a_row_from_scratch_has_no_pretraining_and_one_share(tmp_path):
     row = {"name": "random", "scratch": True, "finetune": {"finetune.method": "ast"}, "paper": {"as_bal": None}}
     table = {"title": "T", "columns": ["as_bal"], "shares": [0.5, 1.0], "pretrain_seeds": [0, 1], "rows": [row]}
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
-    grid = build_grid([tmp_path / "table.yaml"], "micro", {}, [3, 4])
+    grid = Grid([tmp_path / "table.yaml"], "micro", {}, [3, 4])
     assert [(run.name, run.init, run.share, run.recipe.run.seed) for run in grid.runs] == [
         ("Scratch-AST", None, 1.0, 3), ("Scratch-AST", None, 1.0, 4)]  # fmt: skip
     assert Campaign(grid, tmp_path).state(grid.runs[0]) == "to do"
@@ -136,7 +135,7 @@ def test_what_changes_no_number_changes_no_run_and_the_rest_does(tmp_path):
         pretrain = {**scale["pretrain"], "settings": {**scale["pretrain"]["settings"], **settings}}
         file = tmp_path / "scale.yaml"
         file.write_text(yaml.safe_dump({**scale, "pretrain": pretrain}))
-        return [run.digest for run in build_grid([table], str(file), {"synth": str(tmp_path)}).runs]
+        return [run.digest for run in Grid([table], str(file), {"synth": str(tmp_path)}).runs]
 
     base = digests()
     assert len(set(base)) == 4
@@ -152,7 +151,7 @@ def test_a_new_setting_counts_where_runs_before_had_another_value(tmp_path):
         row = {"name": "random", "scratch": True, "finetune": settings, "paper": {"as_bal": None, "as_full": None}}
         table = {"title": "T", "columns": ["as_bal", "as_full"], "rows": [row]}
         (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
-        return [run.digest for run in build_grid([tmp_path / "table.yaml"], "micro", {}, [0]).runs]
+        return [run.digest for run in Grid([tmp_path / "table.yaml"], "micro", {}, [0]).runs]
 
     assert digests() == ["8ae4250f27", "039416bd76"]
     assert digests(**{"augment.mixup": 0.5}) == ["7461c6e078", "946c5d3df0"]
@@ -163,22 +162,22 @@ def test_finished_runs_stay_failed_ones_are_tried_again(world):
     swapt = world.pretraining("-SWaPT")
     outcome = world.run({"SSAST-AST": "fail once", swapt: "bad settings", "SWaPT-SWAST": "slow"})
     starts = world.starts()
-    assert outcome.failed == [swapt]
+    assert outcome["failed"] == [swapt]
     assert starts[swapt] == 1  # exit status 2: the settings are wrong, the next try would meet it too
-    assert len(outcome.blocked) == 3
+    assert len(outcome["blocked"]) == 3
     assert {count for name, count in starts.items() if "SSAST-AST" in name} == {2}
     assert sum("once more" in line for line in world.said) == 1
     assert any("this one fails" in line for line in world.said)
     assert world.campaign.state(next(r for r in world.campaign.grid.runs if r.folder == swapt)) == "failed"
     before = world.starts()
     again = world.run({})
-    assert again.failed == again.blocked == []
-    assert len(again.done) == 10
+    assert again["failed"] == again["blocked"] == []
+    assert len(again["done"]) == 10
     after = world.starts()
     assert {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)} == {
         name: 1 for name in after if "SWaPT" in name
     }
-    assert world.run({}).done
+    assert world.run({})["done"]
     assert world.starts() == after
 
 
@@ -197,7 +196,7 @@ def test_a_run_whose_ablate_was_killed_is_not_started_twice(world):
         begun = time.monotonic()
         outcome = world.run({})
         assert time.monotonic() - begun > 3.5
-        assert len(outcome.done) == 10
+        assert len(outcome["done"]) == 10
         assert world.starts()[run.folder] == 1
     finally:
         orphan.kill()
@@ -219,11 +218,11 @@ def test_interrupting_stops_the_running_ones(world, monkeypatch):
             world.run({world.pretraining("-SWaPT"): "slow", world.pretraining("-SSAST"): "slow"})
     assert time.monotonic() - begun < 30
     assert "interrupted: 2 runs" in world.said[-1]
-    assert len(world.run({}).done) == 10
+    assert len(world.run({})["done"]) == 10
 
 
 def test_other_data_is_refused(world, shards):
-    grid = build_grid([ROOT / "configs/ablation/table3.yaml"], "micro", {"synth": str(shards)})
+    grid = Grid([ROOT / "configs/ablation/table3.yaml"], "micro", {"synth": str(shards)})
     campaign = Campaign(grid, world.campaign.out)
     campaign.check_data()
     world.run({})
@@ -235,10 +234,9 @@ def test_other_data_is_refused(world, shards):
 def test_submitit_runs_a_job_and_reports_its_failure(tmp_path):
     """submitit's own local cluster: the same objects, files and environment as with sbatch."""
     executor = SlurmExecutor(tmp_path, 1, 1, 1, {}, cluster="local")
-    handle = executor.start(tmp_path, "pretrain.py", ["data.shards=/no/such", f"run.dir={tmp_path}/run"])
-    assert handle is not None
+    assert executor.start(tmp_path, "pretrain.py", ["data.shards=/no/such", f"run.dir={tmp_path}/run"])
     deadline = time.monotonic() + 120
-    while (status := handle.poll()) is None and time.monotonic() < deadline:
+    while (status := executor.poll(tmp_path)) is None and time.monotonic() < deadline:
         time.sleep(0.5)
     assert status == 1
     assert "/no/such" in (tmp_path / "output.log").read_text()
@@ -292,15 +290,15 @@ def test_wrong_tables_are_one_line(tmp_path, content, said):
     file = tmp_path / "table.yaml"
     file.write_text(content)
     with pytest.raises(UserError, match=said):
-        build_grid([file], "micro", {})
+        Grid([file], "micro", {})
 
 
 def test_options_that_cannot_be_are_one_line(tmp_path):
     table = ROOT / "configs/ablation/table5b.yaml"
     with pytest.raises(UserError, match=r"huge\.yaml"):
-        build_grid([table], "huge", {})
+        Grid([table], "huge", {})
     with pytest.raises(UserError, match="moon"):
-        build_grid([table], "micro", {"moon": "/x"})
+        Grid([table], "micro", {"moon": "/x"})
     done = ablate(table, "--dry-run", "--out", tmp_path, "--jobs", "0")
     assert done.returncode == 2
     assert "--jobs 0" in done.stderr
@@ -334,13 +332,13 @@ def test_only_a_leading_out_stands_for_the_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     for place, meant in (("/data/OUTPUT/esc", "/data/OUTPUT/esc"), ("OUT/esc", f"{tmp_path}/esc"), ("OUTER", "OUTER"),
                          ("s3://b/OUT/x", "s3://b/OUT/x"), ("~/OUT", "/home/me/OUT")):  # fmt: skip
-        campaign = Campaign(build_grid([ROOT / "configs/ablation/table5b.yaml"], "micro", {"synth": place}), tmp_path)
+        campaign = Campaign(Grid([ROOT / "configs/ablation/table5b.yaml"], "micro", {"synth": place}), tmp_path)
         assert campaign.shards("synth") == meant
 
 
 def test_gpus_are_split_between_the_jobs():
     executor = LocalExecutor(2, 0, 8)
-    assert (executor._ranks, executor._free) == (4, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    assert (executor.ranks, executor._free) == (4, [[0, 1, 2, 3], [4, 5, 6, 7]])
     with pytest.raises(UserError, match="--jobs 4"):
         LocalExecutor(4, 3, 8)
 
@@ -348,7 +346,7 @@ def test_gpus_are_split_between_the_jobs():
 @pytest.mark.parametrize("scale", ["paper", "micro"])
 def test_figure_2_finds_its_checkpoints_at_every_scale(scale):
     """Any table's pretraining keeps them, so the figure may come later; they change no run's identity."""
-    runs = build_grid(TABLES, scale, {}).runs
+    runs = Grid(TABLES, scale, {}).runs
     shares = {run.share for run in runs if run.init}
     assert shares == {0.25, 0.5, 0.75, 1.0}
     for run in runs:
@@ -359,7 +357,7 @@ def test_figure_2_finds_its_checkpoints_at_every_scale(scale):
 
 
 def test_a_share_of_pretraining_is_a_kept_checkpoint(tmp_path):
-    grid = build_grid([ROOT / "configs/ablation/figure2.yaml"], "micro", {})
+    grid = Grid([ROOT / "configs/ablation/figure2.yaml"], "micro", {})
     campaign = Campaign(grid, tmp_path)
     run = next(run for run in grid.runs if run.share == 0.5)
     for step in (10, 20, 30, 40):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.ablation.grid import build_grid
+from pipeline.ablation.grid import Grid
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.errors import UserError
 from pipeline.recipes import changes_result, describe, differences, dump_recipe, flatten, load_recipe, read_run
@@ -96,7 +96,7 @@ def test_files_that_are_no_sane_yaml_are_one_line(tmp_path, content):
     with pytest.raises(UserError, match=r"x\.yaml: not YAML: "):
         load_recipe(PretrainRecipe, [file])
     with pytest.raises(UserError, match=r"x\.yaml: not YAML: "):
-        build_grid([file], "micro", {})
+        Grid([file], "micro", {})
 
 
 def test_anchors_and_merge_keys_are_yaml(tmp_path):
@@ -153,7 +153,7 @@ NAMES = [("paper", 112, "adaef32e8041e5c7"), ("micro", 79, "68c77d7d50dbd838")]
 @pytest.mark.parametrize(("scale", "runs", "digest"), NAMES)
 def test_finished_ablations_keep_their_names(scale, runs, digest):
     """With other names finished runs would be trained again: a change of theirs must be meant."""
-    folders = [run.folder for run in build_grid(sorted((ROOT / "configs/ablation").glob("*.yaml")), scale, {}).runs]
+    folders = [run.folder for run in Grid(sorted((ROOT / "configs/ablation").glob("*.yaml")), scale, {}).runs]
     assert len(folders) == runs
     assert hashlib.sha256("\n".join(folders).encode()).hexdigest()[:16] == digest
 

@@ -20,6 +20,7 @@ from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.manifest import load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
+from pipeline.engine.evaluation import read_predictions
 from pipeline.errors import UserError
 from pipeline.model.weights import weights_file
 from pipeline.recipes import dump_recipe, load_recipe
@@ -63,7 +64,7 @@ def single(runs, shards, tmp_path_factory):
                     out / "predictions.parquet", "--plots", out / "plots", "--workers", 0)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "95 % interval" in done.stdout
-    return json.loads((out / "results.json").read_text()), Predictions.read(out / "predictions.parquet"), out / "plots"
+    return json.loads((out / "results.json").read_text()), Predictions(*read_predictions(out / "predictions.parquet")), out / "plots"
 
 
 @pytest.mark.slow
@@ -93,7 +94,7 @@ def test_every_number_is_scikit_learns_on_the_written_predictions(single, shards
 def test_two_ranks_score_what_one_scores(deepspeed_run, runs, shards, single, tmp_path):
     deepspeed_run(2, "launchers/evaluate.py", "--checkpoint", runs[0], "--shards", shards, "--batch-size", 6,
                   "--predictions", tmp_path / "p.parquet", "--out", tmp_path / "r.json")  # fmt: skip
-    found = Predictions.read(tmp_path / "p.parquet")
+    found = Predictions(*read_predictions(tmp_path / "p.parquet"))
     assert found.keys == single[1].keys
     np.testing.assert_array_equal(found.targets, single[1].targets)
     np.testing.assert_allclose(found.scores, single[1].scores, rtol=1e-4, atol=1e-5)  # another batch, another GEMM
@@ -108,8 +109,8 @@ def test_an_ensemble_averages_probabilities_and_a_mean_model_averages_weights(ru
         assert done.returncode == 0, done.stderr
     other = evaluate("--checkpoint", runs[1], "--shards", shards, "--workers", 0, "--predictions", tmp_path / "b")
     assert other.returncode == 0, other.stderr
-    mean = (expit(single[1].scores) + expit(Predictions.read(tmp_path / "b").scores)) / 2
-    np.testing.assert_allclose(Predictions.read(tmp_path / "scores").scores, mean, atol=1e-6)
+    mean = (expit(single[1].scores) + expit(Predictions(*read_predictions(tmp_path / "b")).scores)) / 2
+    np.testing.assert_allclose(Predictions(*read_predictions(tmp_path / "scores")).scores, mean, atol=1e-6)
     assert json.loads((tmp_path / "scores.json").read_text())["ensemble"] == [str(run) for run in runs]
     halves = [load_file(run / "checkpoints" / "step-00000001" / "weights.safetensors") for run in runs]
     merged = tmp_path / "merged.safetensors"
@@ -124,7 +125,7 @@ def test_an_ensemble_averages_probabilities_and_a_mean_model_averages_weights(ru
         original.write_bytes(kept)
     assert again.returncode == 0, again.stderr
     np.testing.assert_allclose(
-        Predictions.read(tmp_path / "weights").scores, Predictions.read(tmp_path / "m").scores, atol=1e-5
+        Predictions(*read_predictions(tmp_path / "weights")).scores, Predictions(*read_predictions(tmp_path / "m")).scores, atol=1e-5
     )
     assert pq.read_table(tmp_path / "weights").num_rows == single[0]["clips"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.ablation.grid import Grid, Run, build_grid
+from pipeline.ablation.grid import Grid, Run
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.recipes import changes_result, flatten
 from tests.conftest import ROOT
@@ -138,7 +138,7 @@ ROWS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
 
 @pytest.fixture(scope="module")
 def grid() -> Grid:
-    return build_grid(sorted((ROOT / "configs" / "ablation").glob("*.yaml")), "paper", {})
+    return Grid(sorted((ROOT / "configs" / "ablation").glob("*.yaml")), "paper", {})
 
 
 def settings(run: Run) -> dict[str, Any]:
@@ -155,20 +155,18 @@ def test_the_values_name_every_key_that_changes_a_result():
 
 
 def test_every_row_is_named(grid):
-    found = {table.file.stem: [row.spec.name for row in table.rows if row.spec.run] for table in grid.tables}
+    found = {name: [row.name for row in table.rows if row.run] for name, table in grid.tables.items()}
     assert {name: sorted(rows) for name, rows in found.items()} == {name: sorted(rows) for name, rows in ROWS.items()}
 
 
 def test_every_cell_is_the_papers(grid):
-    for table in grid.tables:
-        for row in table.rows:
-            for column, runs in row.cells.items():
-                pretrain, finetune = ROWS[table.file.stem][row.spec.name]
-                for run in runs:
-                    where = f"{table.file.stem}: {row.spec.name}: {column}"
-                    assert run.init is not None, where
-                    assert plain(settings(run.init)) == plain(PRETRAIN | pretrain), where
-                    own = {"run.seed": run.recipe.run.seed, "data.fold": run.recipe.data.fold}
-                    assert plain(settings(run)) == plain(FINETUNE | COLUMNS[column] | finetune | own), where
-                folds = sorted({run.recipe.data.fold for run in runs})
-                assert folds == ([1, 2, 3, 4, 5] if column == "esc50" else [0])
+    for (table, row, column), runs in grid.cells.items():
+        pretrain, finetune = ROWS[table][row]
+        for run in runs:
+            where = f"{table}: {row}: {column}"
+            assert run.init is not None, where
+            assert plain(settings(run.init)) == plain(PRETRAIN | pretrain), where
+            own = {"run.seed": run.recipe.run.seed, "data.fold": run.recipe.data.fold}
+            assert plain(settings(run)) == plain(FINETUNE | COLUMNS[column] | finetune | own), where
+        folds = sorted({run.recipe.data.fold for run in runs})
+        assert folds == ([1, 2, 3, 4, 5] if column == "esc50" else [0])

@@ -12,14 +12,22 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from pipeline.ablation.campaign import Campaign
-from pipeline.ablation.grid import build_grid
+from pipeline.ablation.grid import Grid
 from pipeline.data.manifest import Label
-from pipeline.engine.evaluation import Scores, all_metrics, interval, results, weighted_metric, write_predictions
+from pipeline.engine.evaluation import (
+    Scores,
+    all_metrics,
+    interval,
+    read_predictions,
+    results,
+    weighted_metric,
+    write_predictions,
+)
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.report import render
 from pipeline.report.__main__ import main, write
-from pipeline.report.collect import collect
+from pipeline.report.collect import Collected
 from pipeline.report.significance import Predictions, paired_bootstrap
 from pipeline.runs import mean_probability
 from tests.conftest import ROOT
@@ -114,20 +122,19 @@ def finish(campaign: Campaign, run, value_seed: int, skill: float, manifest) -> 
 @pytest.fixture
 def campaign(shards, tmp_path):
     tables = [ROOT / "configs/ablation/table5c.yaml", ROOT / "configs/ablation/figure2.yaml"]
-    return Campaign(build_grid(tables, "micro", {"synth": str(shards)}, seeds=[0, 1]), tmp_path)
+    return Campaign(Grid(tables, "micro", {"synth": str(shards)}, seeds=[0, 1]), tmp_path)
 
 
 def test_numbers_spread_differences_and_empty_cells(campaign, shards, tmp_path):
     from pipeline.data.manifest import load_manifest
 
     manifest = load_manifest(shards)
-    table = campaign.grid.tables[0]
-    cells = {row.spec.name: row.cells["as_bal"] for row in table.rows}
+    cells = {row: runs for (table, row, _), runs in campaign.grid.cells.items() if table == "table5c"}
     for run in campaign.grid.runs[:3]:
         campaign.run_dir(run).mkdir(parents=True)
     best = [finish(campaign, run, seed, 3.0, manifest) for seed, run in enumerate(cells["64"])]
     weak = finish(campaign, cells["4"][0], 9, 0.2, manifest)
-    part = collect(table, campaign)
+    part = Collected("table5c", campaign)
     result = part.results["64", "as_bal"]
     assert (result.paper, result.done, result.wanted) == (33.4, 2, 2)
     assert result.mean == pytest.approx(np.mean(best))
@@ -138,12 +145,12 @@ def test_numbers_spread_differences_and_empty_cells(campaign, shards, tmp_path):
     assert one.difference.value * 100 == pytest.approx(weak - np.mean(best))
     assert one.difference.high < 0
     assert part.results["128", "as_bal"].mean is None
-    text = render.markdown("T", [part])
+    text = render.markdown("T", render.tables([part]))
     assert "| 128 | 32.6 |  | 0/2 |  |  |" in text
     assert f"| 4 | 33.3 | {weak:.1f} | 1/2 |" in text
     assert "data set 'csv' with 13 labels, the paper's is audioset with 527" in text
     assert "train.batch_size 180 as 32" in text
-    files = write([part, collect(campaign.grid.tables[1], campaign)], tmp_path / "report")
+    files = write([part, Collected("figure2", campaign)], tmp_path / "report")
     assert {file.name for file in files} == {"report.md", "report.html", "numbers.json", "table5c.png", "figure2.png"}
     for name in ("table5c.png", "figure2.png"):
         colours = np.unique(np.asarray(Image.open(tmp_path / "report" / name).convert("L")))
@@ -193,18 +200,18 @@ def test_cross_validations_show_the_last_epoch_and_the_best_common_one(tmp_path)
             for name, rate in (("two seeds", 1e-3), ("before", 2e-3), ("one", 3e-3))]  # fmt: skip
     table = {"title": "T", "columns": ["as_bal", "esc50"], "rows": rows, "seeds": [0, 1]}
     write_json(tmp_path / "table.yaml", table)
-    campaign = Campaign(build_grid([tmp_path / "table.yaml"], "micro", {}), tmp_path)
+    campaign = Campaign(Grid([tmp_path / "table.yaml"], "micro", {}), tmp_path)
     values: dict[str, list[float]] = {}
-    for row in campaign.grid.tables[0].rows:
-        for run in row.cells["esc50"]:
+    for name in ("two seeds", "before", "one"):
+        for run in campaign.grid.cells["table", name, "esc50"]:
             seed, fold = run.recipe.run.seed, run.recipe.data.fold
-            if row.spec.name == "one" and seed:
+            if name == "one" and seed:
                 continue
             curve = {epoch: value - 0.1 * seed for epoch, value in curves[fold].items()}
-            epochs = None if row.spec.name == "before" else curve
+            epochs = None if name == "before" else curve
             value = leave(campaign.run_dir(run), predictions(10 * seed + fold, 1.0), "accuracy", epochs)
-            values.setdefault(row.spec.name, []).append(value)
-    part = collect(campaign.grid.tables[0], campaign)
+            values.setdefault(name, []).append(value)
+    part = Collected("table", campaign)
     both, before, one = (part.results[name, "esc50"] for name in ("two seeds", "before", "one"))
     assert (both.best, both.best_epochs) == (pytest.approx(65), [2, 2])
     assert both.best_spread == pytest.approx(np.std([70, 60], ddof=1))
@@ -213,7 +220,7 @@ def test_cross_validations_show_the_last_epoch_and_the_best_common_one(tmp_path)
     assert one.best_spread == pytest.approx(np.std([80, 60], ddof=1))
     assert one.spread == pytest.approx(np.std(values["one"], ddof=1))
     assert (before.best, before.mean) == (None, pytest.approx(np.mean(values["before"])))
-    text = render.markdown("T", [part])
+    text = render.markdown("T", render.tables([part]))
     head = next(line for line in text.splitlines() if line.startswith("| system"))
     assert "| ESC-50: ours | ESC-50: best epoch (number) | ESC-50: n |" in head
     assert "AudioSet-bal: best" not in head
@@ -228,8 +235,8 @@ def test_an_ensemble_s_number_is_the_one_that_evaluate_gives(tmp_path, metric):
     row = {"name": "E", "ensemble": True, "seeds": [0, 1], "paper": {"esc50": None}}
     table = {"title": "T", "columns": ["esc50"], "rows": [row, {"name": "one", "paper": {"esc50": None}}]}
     write_json(tmp_path / "table.yaml", table)
-    campaign = Campaign(build_grid([tmp_path / "table.yaml"], "micro", {}), tmp_path)
-    (cells,) = [row.cells["esc50"] for row in campaign.grid.tables[0].rows if row.spec.ensemble]
+    campaign = Campaign(Grid([tmp_path / "table.yaml"], "micro", {}), tmp_path)
+    cells = campaign.grid.cells["table", "E", "esc50"]
     folds = sorted({run.recipe.data.fold for run in cells})
     assert len(folds) == 2
     assert len(cells) == 4
@@ -244,20 +251,20 @@ def test_an_ensemble_s_number_is_the_one_that_evaluate_gives(tmp_path, metric):
         logits[fold].append(noise)
     expected = []
     for fold in folds:
-        targets = Predictions.read(campaign.run_dir(next(r for r in cells if r.recipe.data.fold == fold)) /
-                                   "predictions.parquet").targets.astype(np.float32)  # fmt: skip
+        run_dir = campaign.run_dir(next(r for r in cells if r.recipe.data.fold == fold))
+        targets = read_predictions(run_dir / "predictions.parquet")[1].astype(np.float32)
         scores = Scores(np.arange(80), mean_probability(logits[fold], metric == "accuracy"), targets)
         expected.append(100 * results(scores, [Label(id="", name="")] * 5, metric == "accuracy", {})["value"])
-    part = collect(campaign.grid.tables[0], campaign)
+    part = Collected("table", campaign)
     assert part.results["E", "esc50"].mean == pytest.approx(np.mean(expected), abs=1e-9)
     other = campaign.run_dir(cells[0])
     shutil.rmtree(other)
     leave(other, Predictions([f"x{i:03d}" for i in range(80)], targets > 0, noise), metric)
     with pytest.raises(UserError, match="scored other clips"):
-        collect(campaign.grid.tables[0], campaign)
+        Collected("table", campaign)
     (other / "results.json").write_text("{")
     with pytest.raises(UserError, match=r"results\.json: not JSON"):
-        collect(campaign.grid.tables[0], campaign)
+        Collected("table", campaign)
 
 
 def test_places_and_damaged_records_are_one_line(tmp_path, monkeypatch):

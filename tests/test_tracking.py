@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,10 +23,10 @@ from PIL import Image
 from pipeline.command_line import parse
 from pipeline.config import LogConfig, PretrainRecipe
 from pipeline.errors import UserError
-from pipeline.tracking import DatasetNote, NullTracker, figures, open_tracker, tracking_uri
+from pipeline.tracking import figures, open_tracker, tracking_uri
 from pipeline.tracking.nodes import NodeMonitor
-from pipeline.tracking.spool import BATCH_LINES, Feed, Spool, without_password
-from pipeline.tracking.tracker import check_uri
+from pipeline.tracking.spool import BATCH_LINES, Feed, Spool
+from pipeline.tracking.store import check_uri, without_password
 from tests.conftest import ROOT, free_port
 
 
@@ -57,12 +58,47 @@ def history(uri: str, experiment: str = "craft") -> tuple[str, list[tuple[int, f
     return run.info.status, [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")]
 
 
-def test_other_ranks_and_untracked_runs_do_nothing(tmp_path):
-    assert isinstance(open_tracker(LogConfig(), tmp_path, name="x", rank=1, kind="pretrain", parent=None), NullTracker)
-    untracked = open_tracker(LogConfig(mlflow=False), tmp_path, name="x", rank=0, kind="pretrain", parent=None)
-    untracked.metrics({"loss": 1.0}, 1)
-    untracked.finish("FINISHED")
-    assert list(tmp_path.iterdir()) == []
+def test_other_ranks_write_nothing_and_untracked_runs_their_metrics_alone(tmp_path):
+    for config, rank in ((LogConfig(), 1), (LogConfig(mlflow=False), 1), (LogConfig(mlflow=False), 0)):
+        assert list(tmp_path.iterdir()) == []
+        tracker = open_tracker(config, tmp_path, name="x", rank=rank, kind="pretrain", parent=None)
+        tracker.resume(0)
+        tracker.tags({"a": "b"})
+        tracker.metrics({"loss": 1.0, "broken": float("nan")}, 1)
+        tracker.summary({"final_mAP": 1.0}, 1)
+        tracker.finish("FINISHED")
+        assert tracker.run_id == ""
+    tracker.resume(1)
+    (file,) = tmp_path.iterdir()
+    row = json.loads(file.read_text())
+    assert abs(row.pop("time") - 1000 * time.time()) < 60_000
+    assert (file.name, row) == ("metrics.jsonl", {"step": 1, "loss": 1.0})
+
+
+def test_lines_of_a_lost_attempt_are_cut_and_not_sent_again(tmp_path):
+    """A resumed run writes steps again that the server has; with lines of an earlier version and one half written."""
+    feed, sent = Feed(tmp_path / "metrics.jsonl"), []
+    feed.lines.write_text('{"step": 1, "loss": 0.5}\n')  # of an earlier version: sent in another way
+    for step in (2, 3, 4):
+        feed.append({"step": step, "loss": step / 2})
+    assert feed.deliver(sent.extend)
+    feed.append({"step": 4, "eval_loss": 9.0})
+    with feed.lines.open("a") as file:
+        file.write('{"step": 5, "lo')
+    feed.cut(2, {"old": 3})
+    assert [row["step"] for row in feed.read()] == [1, 2]
+    assert not feed.waiting
+    for step in (3, 4, 5):
+        feed.append({"step": step, "loss": step / 2, "old": 0.0})
+        feed.append({"step": step, "eval_loss": 9.0})
+    feed.cut(9, {})  # and once more, with nothing lost
+    while feed.deliver(sent.extend):
+        pass
+    assert {line["kind"] for line in sent} == {"metrics"}
+    assert all(line["time"] > 1e12 for line in sent)
+    told = [(line["step"], name, value) for line in sent for name, value in line["values"].items()]
+    assert told == [(2, "loss", 1.0), (3, "loss", 1.5), (4, "loss", 2.0), (3, "eval_loss", 9.0), (4, "old", 0.0),
+                    (4, "eval_loss", 9.0), (5, "loss", 2.5), (5, "old", 0.0), (5, "eval_loss", 9.0)]  # fmt: skip
 
 
 def test_where_runs_are_tracked(tmp_path, monkeypatch):
@@ -135,7 +171,10 @@ def test_a_wrong_uri_is_mended_by_the_next_command(tmp_path, monkeypatch):
 
 
 def test_a_resumed_job_goes_on_in_its_run(tmp_path, monkeypatch):
-    """Two attempts; the first is lost after the checkpoint of step 3, with step 4 told and a line half written."""
+    """Two attempts; the first is lost after the checkpoint of step 3, with step 4 told and lines half written."""
+    parts = {"train": SimpleNamespace(clips=60, listed=80)}
+    audio = SimpleNamespace(sample_rate=16000, seconds=1.0)
+    manifest = SimpleNamespace(dataset="synth", digest="d" * 64, labels=[1, 2], shards=[], audio=audio, splits=parts)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -143,18 +182,21 @@ def test_a_resumed_job_goes_on_in_its_run(tmp_path, monkeypatch):
     (run_dir / "picture.png").write_bytes(b"png")
     for first, last in ((1, 4), (4, 6)):
         tracker = open_tracker(LogConfig(), run_dir, name="8-PSWaCL", rank=0, kind="pretrain", parent=None)
+        tracker.resume(first - 1)
         tracker.params({"train.steps": last, "data.shards": "x" * 7000})
         tracker.artifact(run_dir / "config.yaml")
         tracker.artifact(run_dir / "picture.png", "pictures")
-        tracker.dataset(DatasetNote("synth", "d" * 64, "/data", {"train_clips": 60}, "training"))
+        tracker.dataset(manifest, "/data")
         for step in range(first, last + 1):
             tracker.metrics({"loss": step / 2, "broken": float("nan")}, step)
         tracker.metrics({"eval_loss": last + 0.5}, last)
+        tracker.summary({"final": 0.5}, 6)
         tracker.finish("FINISHED")
         assert tracker.run_id
         if first == 1:
-            with (run_dir / "tracking.jsonl").open("a") as file:
-                file.write('{"kind": "metrics", "ti')
+            for name in ("tracking.jsonl", "metrics.jsonl"):
+                with (run_dir / name).open("a") as file:
+                    file.write('{"kind": "metrics", "ti')
     status, values = history(f"sqlite:///{tmp_path}/mlflow.db")
     assert status == "FINISHED"
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -163,9 +205,12 @@ def test_a_resumed_job_goes_on_in_its_run(tmp_path, monkeypatch):
     assert (run.data.tags["resumes"], run.data.tags["gpus"]) == ("1", "none")
     assert values == [(step, step / 2) for step in range(1, 7)]
     assert [m.value for m in client.get_metric_history(tracker.run_id, "eval_loss")] == [4.5, 6.5]
+    assert [m.value for m in client.get_metric_history(tracker.run_id, "final")] == [0.5]
     (given,) = run.inputs.dataset_inputs
-    assert (given.dataset.name, json.loads(given.dataset.profile), given.tags[0].value) == (
-        "synth", {"train_clips": 60}, "training")  # fmt: skip
+    profile = {"classes": 2, "shards": 0, "sample_rate": 16000, "seconds_per_clip": 1.0, "train_clips": 60,
+               "train_listed": 80}  # fmt: skip
+    assert (given.dataset.name, json.loads(given.dataset.profile)) == ("synth", profile)
+    assert run.data.tags["coverage.train"] == "60 of 80 (75.0%)"
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["config.yaml", "pictures"]
     assert not Spool(run_dir).waiting
 
@@ -177,7 +222,8 @@ def test_a_run_and_a_sync_at_the_same_time_deliver_each_line_once(tmp_path):
 
     def deliver() -> None:
         own = Spool(tmp_path)
-        while own.deliver(lambda batch: sent.append([line["step"] for line in batch])):
+        own.send = lambda batch: sent.append([line["step"] for line in batch])
+        while own.deliver():
             time.sleep(0)  # the other one's turn
 
     with ThreadPoolExecutor(4) as pool:
@@ -193,7 +239,7 @@ def test_each_node_s_metrics_reach_the_run(tmp_path, monkeypatch):
     run_dir.mkdir()
     other = Feed(run_dir / "system" / "node2.jsonl")  # what another node's first rank writes
     other.lines.parent.mkdir()
-    other.append("metrics", {"values": {"system/node2/cpu_utilization_percentage": 50.0}, "step": 0})
+    other.append({"kind": "metrics", "values": {"system/node2/cpu_utilization_percentage": 50.0}, "step": 0})
     config = LogConfig(system_every=0.05)
     tracker = open_tracker(config, run_dir, name="x", rank=0, kind="pretrain", parent=None, first_of_node=True)
     deadline = time.monotonic() + 60
@@ -239,7 +285,7 @@ def test_confusion_counts_and_tables(tmp_path):
     rows = [{"label": "a", "id": "1", "positives": 2, "average_precision": 0.2},
             {"label": "b", "id": "2", "positives": 0, "average_precision": None},
             {"label": "c", "id": "3", "positives": 5, "average_precision": 0.9}]  # fmt: skip
-    figures.per_class({"per_class": rows}, tmp_path / "per_class.csv")
+    figures.evaluation({"per_class": rows, "metric": "mAP"}, targets, logits, tmp_path)
     assert [line[0] for line in (tmp_path / "per_class.csv").read_text().splitlines()[1:]] == ["c", "a", "b"]
     assert not figures.curves(tmp_path / "none.jsonl", tmp_path / "curves.png")
 
@@ -293,7 +339,7 @@ def test_a_server_that_is_down_hangs_or_dies_costs_nothing_and_gets_everything(t
     tracker = open_tracker(config, run_dir, name="8-PSWaCL", rank=0, kind="pretrain", parent=None)
     for step in range(1, 11):  # taken by a door behind which nobody answers: the calls return all the same
         tracker.metrics({"loss": float(step)}, step)
-    assert Spool(run_dir).main.delivered == 0
+    assert Spool(run_dir).metrics.delivered == 0
     with server(tmp_path, port):
         gate.open.set()
         for step in range(11, 21):
@@ -316,8 +362,10 @@ def test_a_server_that_is_down_hangs_or_dies_costs_nothing_and_gets_everything(t
         assert done.returncode == 0, done.stderr
         assert "all delivered" in done.stdout
         assert history(uri) == ("FINISHED", [(step, float(step)) for step in range(1, 31)])
-    kinds = [json.loads(line)["kind"] for line in (run_dir / "tracking.jsonl").read_text().splitlines()]
-    assert kinds == ["metrics"] * 30 + ["finish"]
+    assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == [
+        *range(1, 31)
+    ]
+    assert [json.loads(line)["kind"] for line in (run_dir / "tracking.jsonl").read_text().splitlines()] == ["finish"]
     nothing = subprocess.run([sys.executable, "-m", "pipeline.tracking", "sync", str(tmp_path)], cwd=ROOT,
                              capture_output=True, text=True, check=False)  # fmt: skip
     assert nothing.returncode == 2

@@ -129,7 +129,7 @@ import sys
 from pathlib import Path
 from pipeline.config import LogConfig
 from pipeline.tracking import open_tracker
-from pipeline.tracking.spool import load_mlflow
+from pipeline.tracking.store import load_mlflow
 load_mlflow()
 run_dir = Path(sys.argv[1])
 run_dir.mkdir()

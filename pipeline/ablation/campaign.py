@@ -13,13 +13,12 @@ again, and the launcher goes on from its newest checkpoint; so a crash at any mo
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from pipeline.ablation.executors import GRACE_SECONDS, Executor, Handle
+from pipeline.ablation.executors import Executor
 from pipeline.ablation.grid import Grid, Run
 from pipeline.data.manifest import load_manifest
 from pipeline.engine.checkpoint import complete_checkpoints
@@ -34,15 +33,7 @@ DAMAGED = "that run is damaged; delete its directory to run it again"
 COLOURS = ("#1f6f8b", "#e07a3f", "#6a4c93", "#3a8f5c", "#b23a48", "#c9a227", "#2b59c3", "#d1495b", "#00798c", "#8d5524",
            "#7a9e1f", "#c74bb0")  # fmt: skip
 State = Literal["done", "failed", "begun", "to do"]
-
-
-@dataclass
-class Outcome:
-    """What became of the runs: folder names."""
-
-    done: list[str]
-    failed: list[str]
-    blocked: list[str]
+Outcome = dict[Literal["done", "failed", "blocked"], list[str]]
 
 
 class Campaign:
@@ -54,9 +45,7 @@ class Campaign:
     """
 
     def __init__(self, grid: Grid, out: Path) -> None:
-        self.grid = grid
-        self.out = out
-        self.tables = {table.file.stem: table for table in grid.tables}
+        self.grid, self.out = grid, out
 
     def run_dir(self, run: Run) -> Path:
         """Of a run."""
@@ -102,26 +91,30 @@ class Campaign:
             retries: Times a failed run is tried again.
             say: Receives a line for each event.
 
+        Returns:
+            What became of the runs: folder names.
+
         Raises:
             KeyboardInterrupt: after the running ones were told to save and end.
         """
         todo = [run for run in self.grid.runs if self.state(run) != "done"]
-        outcome = Outcome([run.folder for run in self.grid.runs if run not in todo], [], [])
+        outcome: Outcome = {"done": [], "failed": [], "blocked": []}
+        outcome["done"] += [run.folder for run in self.grid.runs if run not in todo]
         attempts: dict[str, int] = {}
-        running: dict[Run, tuple[Handle, float]] = {}
+        running: dict[Run, float] = {}  # since when
         total = len(self.grid.runs)
         try:
             while todo or running:
                 self._start(todo, running, executor, ds, outcome, say)
-                for run, (handle, begun) in list(running.items()):
-                    status = handle.poll()
+                for run, begun in list(running.items()):
+                    status = executor.poll(self.run_dir(run))
                     if status is None:
                         continue
                     del running[run]
                     seconds = time.monotonic() - begun
                     if status == 0:
-                        say(f"[{len(outcome.done) + 1}/{total}] done    {self._finish(run, seconds)}")
-                        outcome.done.append(run.folder)
+                        say(f"[{len(outcome['done']) + 1}/{total}] done    {self._finish(run, seconds)}")
+                        outcome["done"].append(run.folder)
                         continue
                     attempts[run.folder] = attempts.get(run.folder, 0) + 1
                     # Exit status 2 is an error of the settings or the data: the next try would meet it too.
@@ -131,37 +124,33 @@ class Campaign:
                     if again:
                         todo.insert(0, run)
                     else:
-                        self._note_failure(run, status)
-                        outcome.failed.append(run.folder)
+                        note = {"status": status, "output": str(self.run_dir(run) / "output.log")}
+                        write_json(self.run_dir(run) / "failed.json", note)
+                        outcome["failed"].append(run.folder)
                 time.sleep(POLL_SECONDS if running or todo else 0)
         except KeyboardInterrupt:
             say(f"interrupted: {len(running)} runs are told to save and end")
-            for handle, _ in running.values():
-                handle.stop()
-            for handle, _ in running.values():
-                handle.wait(GRACE_SECONDS)
+            executor.stop(map(self.run_dir, running))
             raise
         return outcome
 
     def _start(
-        self, todo: list[Run], running: dict[Run, tuple[Handle, float]], executor: Executor, ds: str,
+        self, todo: list[Run], running: dict[Run, float], executor: Executor, ds: str,
         outcome: Outcome, say: Callable[[str], None],
     ) -> None:  # fmt: skip
         """Fills the free slots: finetunings first, so that results come early."""
-        for run in [r for r in todo if r.init and r.init.folder in outcome.failed]:
+        for run in [r for r in todo if r.init and r.init.folder in outcome["failed"]]:
             todo.remove(run)
-            outcome.blocked.append(run.folder)
-        ready = [r for r in todo if r.init is None or r.init.folder in outcome.done]
+            outcome["blocked"].append(run.folder)
+        ready = [r for r in todo if r.init is None or r.init.folder in outcome["done"]]
         for run in sorted(ready, key=lambda r: r.kind == "pretrain"):
-            if len(running) >= executor.slots():
+            if len(running) >= executor.jobs:
                 return
-            words = self._prepare(run, ds)
-            handle = executor.start(self.run_dir(run), f"{run.kind}.py", words)
-            if handle is None:  # a process of an earlier ablate.py still trains it: look again later
-                continue
+            if not executor.start(self.run_dir(run), f"{run.kind}.py", self._prepare(run, ds)):
+                continue  # a process of an earlier ablate.py still trains it: look again later
             (self.run_dir(run) / "failed.json").unlink(missing_ok=True)
             todo.remove(run)
-            running[run] = (handle, time.monotonic())
+            running[run] = time.monotonic()
             say(f"started {run.folder} ({run.about})")
 
     def _prepare(self, run: Run, ds: str) -> list[str]:
@@ -215,10 +204,6 @@ class Campaign:
             said += f", {content['metric']} {content['value']:.4f}"
         write_json(folder / "done.json", note)
         return said
-
-    def _note_failure(self, run: Run, status: int) -> None:
-        content = {"status": status, "output": str(self.run_dir(run) / "output.log")}
-        write_json(self.run_dir(run) / "failed.json", content)
 
     def _last_words(self, run: Run) -> str:
         """The last lines of a run's output, indented."""

@@ -1,10 +1,12 @@
 """Where a run of an ablation is launched: on this machine, or by Slurm.
 
-In: a command for one process, ranks. Out: handles that are polled. Both executors run the launchers as a
-user would, so a run started by hand can be taken over and the other way round.
+In: a run directory, a launcher's name and words. Out: exit statuses, which are polled. Both executors run the launchers
+as a user would, so a run started by hand can be taken over and the other way round.
+
+On this machine it is not submitit's local executor: that one does not find a job again whose submitter was killed, does
+not tell exit statuses apart, and at Ctrl-C kills within a second a trainer that has yet to save.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -13,68 +15,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
 from pipeline.ablation.grid import ROOT
 from pipeline.errors import UserError
+from pipeline.files import lock, write_json
 
 GRACE_SECONDS = 90.0  # a trainer that is told to stop saves first
 QUEUE_SECONDS = 10.0  # between two questions to Slurm's queue
-
-
-class Handle(Protocol):
-    """A launched run."""
-
-    def poll(self) -> int | None:
-        """Exit status; None while it runs."""
-
-    def stop(self) -> None:
-        """Asks it to save and end; does not wait."""
-
-    def wait(self, seconds: float) -> None:
-        """Waits that long for the end, then kills it."""
-
-
-class Executor(Protocol):
-    """Launches runs."""
-
-    def start(self, run_dir: Path, script: str, words: list[str]) -> Handle | None:
-        """Starts `launchers/SCRIPT words` in `run_dir`; None where another process holds that directory."""
-
-    def slots(self) -> int:
-        """Runs at a time."""
-
-
-@dataclass
-class LocalHandle:
-    """A process group on this machine."""
-
-    process: subprocess.Popen[bytes]
-    release: Callable[[], None]
-
-    def poll(self) -> int | None:
-        """Exit status; None while it runs."""
-        status = self.process.poll()
-        if status is not None:
-            self.release()
-        return status
-
-    def stop(self) -> None:
-        """SIGTERM to the launcher, which hands it on to its ranks."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-
-    def wait(self, seconds: float) -> None:
-        """Waits that long for the end, then kills the group."""
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-        self.release()
 
 
 class LocalExecutor:
@@ -88,55 +38,70 @@ class LocalExecutor:
         ranks: Of each run; 0: its share of the GPUs, or 1.
         gpus: GPUs of this machine.
         launchers: Directory of pretrain.py and finetune.py.
+
+    Attributes:
+        jobs: Runs at a time.
+        ranks: Of each run.
     """
 
     def __init__(self, jobs: int, ranks: int, gpus: int, launchers: Path = ROOT / "launchers") -> None:
-        self._jobs = jobs
-        self._launchers = launchers
         share = gpus // jobs
         if gpus and ranks > share:
             raise UserError(f"--jobs {jobs} leaves {share} of {gpus} GPUs a run, --ranks is {ranks}; lower one of them")
-        self._ranks = ranks or max(1, share)
-        self._free = [list(range(job * share, job * share + self._ranks)) if gpus else [] for job in range(jobs)]
+        self.jobs, self.ranks, self._launchers = jobs, ranks or max(1, share), launchers
+        self._free = [list(range(job * share, job * share + self.ranks)) if gpus else [] for job in range(jobs)]
+        self._running: dict[Path, tuple[subprocess.Popen[bytes], BinaryIO, list[int]]] = {}
 
-    def slots(self) -> int:
-        """Runs at a time."""
-        return self._jobs
-
-    def start(self, run_dir: Path, script: str, words: list[str]) -> Handle | None:
-        """Starts `launchers/SCRIPT words` with its output in RUN_DIR/output.log."""
-        lock = (run_dir / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            return None
+    def start(self, run_dir: Path, script: str, words: list[str]) -> bool:
+        """Starts `launchers/SCRIPT words`, output in RUN_DIR/output.log; False: another process holds the directory."""
+        held = (run_dir / "lock").open("wb")
+        if not lock(held.fileno(), wait=False):
+            held.close()
+            return False
         devices = self._free.pop()
         command = [str(self._launchers / script), *words]
-        if self._ranks > 1:
+        if self.ranks > 1:
             where = ["--include", f"localhost:{','.join(map(str, devices))}"] if devices else [
-                "--num_gpus", str(self._ranks)]  # fmt: skip
+                "--num_gpus", str(self.ranks)]  # fmt: skip
             launcher = str(Path(sys.executable).with_name("deepspeed"))
             command = [launcher, *where, "--master_port", str(_free_port()), *command]
         else:
             command.insert(0, sys.executable)
         env = dict(os.environ)
-        if devices and self._ranks == 1:
+        if devices and self.ranks == 1:
             env["CUDA_VISIBLE_DEVICES"] = str(devices[0])
         if not devices:
-            env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (self._jobs * self._ranks))))
+            env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (self.jobs * self.ranks))))
         with (run_dir / "output.log").open("ab") as output:
             process = subprocess.Popen(
                 command, env=env, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-                start_new_session=True, pass_fds=[lock.fileno()],
+                start_new_session=True, pass_fds=[held.fileno()],
             )  # fmt: skip
+        self._running[run_dir] = process, held, devices
+        return True
 
-        def release() -> None:
-            if not lock.closed:
-                lock.close()
-                self._free.append(devices)
+    def poll(self, run_dir: Path) -> int | None:
+        """Exit status; None while it runs."""
+        process, held, devices = self._running[run_dir]
+        status = process.poll()
+        if status is not None:
+            del self._running[run_dir]
+            held.close()
+            self._free.append(devices)
+        return status
 
-        return LocalHandle(process, release)
+    def stop(self, run_dirs: Iterable[Path]) -> None:
+        """Tells runs to save and end: SIGTERM to their launchers, which hand it on to the ranks; in the end SIGKILL."""
+        processes = {run_dir: self._running[run_dir][0] for run_dir in run_dirs}
+        for process in processes.values():
+            process.terminate()
+        for run_dir, process in processes.items():
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            self.poll(run_dir)
 
 
 class SlurmRank:
@@ -170,50 +135,6 @@ class SlurmRank:
         return submitit.helpers.DelayedSubmission(self)
 
 
-@dataclass
-class SlurmHandle:
-    """A job of submitit.
-
-    Attributes:
-        job: The job.
-        asked: When the queue was last asked for it.
-    """
-
-    job: Any
-    asked: float = 0.0
-
-    def poll(self) -> int | None:
-        """0 or 1; None while it is queued or runs."""
-        if not self.job.done():
-            return 1 if self._gone() else None
-        return 0 if all(task.exception() is None for task in self._tasks()) else 1
-
-    def stop(self) -> None:
-        """Cancels it; Slurm sends SIGTERM first."""
-        self.job.cancel(check=False)
-
-    def wait(self, seconds: float) -> None:
-        """Waits that long for it to leave the queue."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and self.job.watcher.get_state(self.job.job_id, mode="force") in (
-            "RUNNING", "PENDING", "COMPLETING",
-        ):  # fmt: skip
-            time.sleep(1.0)
-
-    def _gone(self) -> bool:
-        """Not in the queue any more, and no result: submitit asks sacct, which a cluster without accounting has not."""
-        if self.job.state != "UNKNOWN" or time.monotonic() - self.asked < QUEUE_SECONDS:
-            return False
-        self.asked = time.monotonic()
-        queue = ["squeue", "--noheader", "--jobs", str(self.job.job_id)]
-        listed = subprocess.run(queue, capture_output=True, text=True, check=False)
-        gone = "Invalid job id" in listed.stderr or (listed.returncode == 0 and not listed.stdout.strip())
-        return gone and not self.job.done(force_check=True)
-
-    def _tasks(self) -> list[Any]:
-        return [self.job.task(number) for number in range(self.job.num_tasks)]
-
-
 class SlurmExecutor:
     """Jobs through submitit, one task a rank. A job that outlived ablate.py is found again by its id.
 
@@ -224,6 +145,9 @@ class SlurmExecutor:
         nodes: Of each job.
         options: Further options of sbatch by name, such as partition, time, gpus-per-node.
         cluster: submitit's name: "slurm", or "local" to try it without one.
+
+    Attributes:
+        jobs: Jobs in the queue at a time.
     """
 
     def __init__(
@@ -235,7 +159,9 @@ class SlurmExecutor:
         ranks = max(1, ranks)
         if ranks % nodes:
             raise UserError(f"--ranks {ranks} does not divide by --nodes {nodes}; give a multiple")
-        self._jobs = jobs
+        self.jobs = jobs
+        self._running: dict[Path, Any] = {}
+        self._asked: dict[Path, float] = {}  # when the queue was last asked for a run
         self._cluster = cluster
         self._folder = out.resolve() / "slurm"
         try:
@@ -248,23 +174,52 @@ class SlurmExecutor:
         if cluster == "slurm":
             self._executor.update_parameters(slurm_additional_parameters=options)
 
-    def slots(self) -> int:
-        """Jobs in the queue at a time."""
-        return self._jobs
-
-    def start(self, run_dir: Path, script: str, words: list[str]) -> Handle | None:
+    def start(self, run_dir: Path, script: str, words: list[str]) -> bool:
         """Submits it, or finds the job that an earlier ablate.py submitted and that is still there."""
         import submitit
 
         note = run_dir / "slurm.json"
         if note.exists() and self._cluster == "slurm":
             job: Any = submitit.SlurmJob(self._folder, **json.loads(note.read_text(encoding="utf-8")))
-            if not job.done(force_check=True) and (handle := SlurmHandle(job)).poll() is None:
-                return handle
+            self._running[run_dir] = job
+            if not job.done(force_check=True) and self.poll(run_dir) is None:
+                return True
         job = self._executor.submit(SlurmRank(run_dir, script, words))
-        known = {"job_id": job.job_id, "tasks": list(range(job.num_tasks))}
-        note.write_text(json.dumps(known), encoding="utf-8")
-        return SlurmHandle(job)
+        write_json(note, {"job_id": job.job_id, "tasks": list(range(job.num_tasks))})
+        self._running[run_dir] = job
+        return True
+
+    def poll(self, run_dir: Path) -> int | None:
+        """0 or 1; None while it is queued or runs."""
+        job = self._running[run_dir]
+        if not job.done():
+            return 1 if self._gone(run_dir, job) else None
+        return 0 if all(job.task(number).exception() is None for number in range(job.num_tasks)) else 1
+
+    def stop(self, run_dirs: Iterable[Path]) -> None:
+        """Cancels the jobs: Slurm sends SIGTERM first, and they save; waits a bounded time until they are gone."""
+        jobs = [self._running[run_dir] for run_dir in run_dirs]
+        for job in jobs:
+            job.cancel(check=False)
+        for job in jobs:
+            end = time.monotonic() + GRACE_SECONDS
+            while time.monotonic() < end and job.watcher.get_state(job.job_id, mode="force") in (
+                "RUNNING", "PENDING", "COMPLETING",
+            ):  # fmt: skip
+                time.sleep(1.0)
+
+    def _gone(self, run_dir: Path, job: Any) -> bool:
+        """Not in the queue any more, and no result: submitit asks sacct, which a cluster without accounting has not."""
+        if job.state != "UNKNOWN" or time.monotonic() - self._asked.get(run_dir, -QUEUE_SECONDS) < QUEUE_SECONDS:
+            return False
+        self._asked[run_dir] = time.monotonic()
+        queue = ["squeue", "--noheader", "--jobs", str(job.job_id)]
+        listed = subprocess.run(queue, capture_output=True, text=True, check=False)
+        gone = "Invalid job id" in listed.stderr or (listed.returncode == 0 and not listed.stdout.strip())
+        return gone and not job.done(force_check=True)
+
+
+Executor = LocalExecutor | SlurmExecutor
 
 
 def _free_port() -> int:

@@ -30,13 +30,13 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 RecipeT = TypeVar("RecipeT", PretrainRecipe, FinetuneRecipe)
 
 
-class Spec(BaseModel):
+class Strict(BaseModel):
     """A part of a table or scale file; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class RowSpec(Spec):
+class Row(Strict):
     """One system of a table."""
 
     name: str
@@ -51,13 +51,13 @@ class RowSpec(Spec):
     seeds: tuple[int, ...] = Field((), description="of the finetuning; empty: the table's")
 
 
-class TableSpec(Spec):
+class Table(Strict):
     """A file of configs/ablation/."""
 
     title: str
     kind: Literal["table", "figure"] = "table"
     columns: tuple[str, ...] = Field(description="tasks of the scale file")
-    rows: tuple[RowSpec, ...]
+    rows: tuple[Row, ...]
     recipe: str = Field("", description="of the rows' pretrainings, in configs/pretrain/; empty: the defaults")
     reference: str = Field("", description="row that the others are compared with; empty: the last one that is run")
     seeds: tuple[int, ...] = Field((0,), description="of the finetuning")
@@ -66,14 +66,14 @@ class TableSpec(Spec):
     note: str = Field("", description="a sentence for the caption")
 
 
-class DataSet(Spec):
+class DataSet(Strict):
     """Shards by name."""
 
     shards: UserPath = Field(description="directory; OUT stands for --out")
     build: str = Field("", description="options of build_shards.py that make them where they are missing")
 
 
-class TaskSpec(Spec):
+class Task(Strict):
     """What a column stands for: data, recipe files, folds."""
 
     title: str
@@ -83,13 +83,13 @@ class TaskSpec(Spec):
     folds: tuple[int, ...] = (0,)
 
 
-class ScaleSpec(Spec):
+class Scale(Strict):
     """A file of configs/ablation/scale/."""
 
     about: str = Field(description="a sentence for captions: which data, how small")
     data: dict[str, DataSet]
-    pretrain: TaskSpec
-    tasks: dict[str, TaskSpec]
+    pretrain: Task
+    tasks: dict[str, Task]
     note: str = Field("", description="sentences for the caption of every table")
     substitute: dict[str, dict[Any, Any]] = Field({}, description="setting -> {the paper's value: this scale's}")
 
@@ -134,34 +134,8 @@ class Run:
         return ", ".join(filter(None, (self.task, *parts)))
 
 
-@dataclass
-class Row:
-    """A row of a table: cells[column] are its finetunings."""
-
-    spec: RowSpec
-    cells: dict[str, list[Run]]
-
-
-@dataclass
-class Table:
-    """A table file with its runs."""
-
-    file: Path
-    spec: TableSpec
-    rows: list[Row]
-
-
-@dataclass
 class Grid:
-    """Tables over shared runs; `runs` holds pretrainings, then finetunings, in order of appearance."""
-
-    scale: ScaleSpec
-    tables: list[Table]
-    runs: list[Run]
-
-
-def build_grid(files: Sequence[Path], scale: str, shards: dict[str, str], seeds: Sequence[int] = ()) -> Grid:
-    """Reads tables and finds the distinct runs.
+    """Tables over shared runs.
 
     Args:
         files: Table files.
@@ -169,51 +143,53 @@ def build_grid(files: Sequence[Path], scale: str, shards: dict[str, str], seeds:
         shards: Data set name -> directory, over the scale's.
         seeds: Of the finetunings, over the tables'.
 
+    Attributes:
+        scale: Data, tasks and sizes.
+        tables: By the name of the file, without its ending.
+        cells: (table, row, column) -> its finetunings; nothing of rows that are only shown.
+        runs: Each distinct one once: pretrainings, then finetunings, in order of appearance.
+
     Raises:
         UserError: a file that cannot be read, a key, column or setting that is unknown.
     """
-    named = scale and not scale.endswith(".yaml")
-    path = SCALES / f"{scale}.yaml" if named else user_path(scale, "--scale")
-    spec = _read(ScaleSpec, path)
-    for name in shards:
-        if name not in spec.data:
-            raise UserError(f"--shards {name}=...: {path} knows the data sets {', '.join(spec.data)}; name one of them")
-    data = {n: DataSet(shards=shards[n]) if n in shards else d for n, d in spec.data.items()}
-    builder = _Builder(spec.model_copy(update={"data": data}))
-    tables = [builder.table(Path(file), tuple(seeds)) for file in files]
-    runs = sorted(builder.runs.values(), key=lambda run: run.kind != "pretrain")  # stable
-    return Grid(builder.scale, tables, runs)
 
+    def __init__(self, files: Sequence[Path], scale: str, shards: dict[str, str], seeds: Sequence[int] = ()) -> None:
+        named = scale and not scale.endswith(".yaml")
+        path = SCALES / f"{scale}.yaml" if named else user_path(scale, "--scale")
+        self.scale = _read(Scale, path)
+        for name in shards:
+            if name not in self.scale.data:
+                known = ", ".join(self.scale.data)
+                raise UserError(f"--shards {name}=...: {path} knows the data sets {known}; name one of them")
+        data = {n: DataSet(shards=shards[n]) if n in shards else d for n, d in self.scale.data.items()}
+        self.scale = self.scale.model_copy(update={"data": data})
+        self.tables = {file.stem: _read(Table, file) for file in files}
+        self.cells: dict[tuple[str, str, str], list[Run]] = {}
+        self._distinct: dict[str, Run] = {}
+        for file in files:
+            self._fill(file, tuple(seeds))
+        self.runs = sorted(self._distinct.values(), key=lambda run: run.kind != "pretrain")  # stable
 
-class _Builder:
-    """Resolves rows to runs, each distinct one once."""
-
-    def __init__(self, scale: ScaleSpec) -> None:
-        self.scale = scale
-        self.runs: dict[str, Run] = {}
-
-    def table(self, file: Path, seeds: tuple[int, ...]) -> Table:
-        spec = _read(TableSpec, file)
-        for row in spec.rows:
-            unknown = set(row.paper) - set(spec.columns)
+    def _fill(self, file: Path, seeds: tuple[int, ...]) -> None:
+        """The runs of a table's cells."""
+        table = self.tables[file.stem]
+        for row in table.rows:
+            unknown = set(row.paper) - set(table.columns)
             if unknown:
-                raise UserError(f"{file}: row '{row.name}': {unknown.pop()} is not a column; those are {spec.columns}")
-        for column in spec.columns:
+                raise UserError(f"{file}: row '{row.name}': {unknown.pop()} is not a column; those are {table.columns}")
+        for column in table.columns:
             if column not in self.scale.tasks:
                 known = ", ".join(self.scale.tasks)
                 raise UserError(f"{file}: column '{column}' is no task of the scale, which has {known}")
-        rows = []
-        for row in spec.rows:
-            columns = [c for c in spec.columns if c in row.paper] if row.run else []
-            cells = {column: list(self._cell(spec, row, column, seeds)) for column in columns}
-            for run in (run for runs in cells.values() for run in runs):
-                for used in filter(None, (run, run.init)):
+        for row in (row for row in table.rows if row.run):
+            for column in (column for column in table.columns if column in row.paper):
+                runs = list(self._cell(table, row, column, seeds))
+                self.cells[file.stem, row.name, column] = runs
+                for used in filter(None, [*runs, *(run.init for run in runs)]):
                     names = used.used_by.setdefault(file.stem, [])
                     names += [row.name] if row.name not in names else []
-            rows.append(Row(row, cells))
-        return Table(file, spec, rows)
 
-    def _cell(self, table: TableSpec, row: RowSpec, column: str, seeds: tuple[int, ...]) -> Iterable[Run]:
+    def _cell(self, table: Table, row: Row, column: str, seeds: tuple[int, ...]) -> Iterable[Run]:
         task = self.scale.tasks[column]
         for pretrain_seed in table.pretrain_seeds[: 1 if row.scratch else None]:
             pretraining = None if row.scratch else self._pretraining(table, row, pretrain_seed)
@@ -227,7 +203,7 @@ class _Builder:
                         yield self._once("finetune", f"{before}-{label}", recipe, task.data, column,
                                          pretraining, share)  # fmt: skip
 
-    def _pretraining(self, table: TableSpec, row: RowSpec, seed: int) -> Run:
+    def _pretraining(self, table: Table, row: Row, seed: int) -> Run:
         task, name = self.scale.pretrain, row.recipe or table.recipe
         if name:
             task = task.model_copy(update={"config": (f"configs/pretrain/{name}.yaml", *task.config)})
@@ -235,7 +211,7 @@ class _Builder:
         name = f"{recipe.train.batch_size}-{PRETRAIN[recipe.pretrain.method].label}"
         return self._once("pretrain", name, recipe, task.data)
 
-    def _recipe(self, kind: type[RecipeT], task: TaskSpec, extra: dict[str, Any]) -> RecipeT:
+    def _recipe(self, kind: type[RecipeT], task: Task, extra: dict[str, Any]) -> RecipeT:
         files = [ROOT / file for file in task.config]
         words = [f"{key}={_text(value)}" for key, value in {**task.settings, **extra}.items()]
         values = flatten(load_recipe(kind, files, words))
@@ -258,7 +234,7 @@ class _Builder:
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
         run = Run(kind, name, digest, recipe, data, task, init, share)
-        return self.runs.setdefault(f"{digest}-{task}", run)
+        return self._distinct.setdefault(f"{digest}-{task}", run)
 
 
 def _text(value: Any) -> str:

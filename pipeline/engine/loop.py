@@ -82,7 +82,7 @@ def train(job: Job, world: World) -> None:
             name = signal.Signals(run.signum).name
             log.warning("%s: left after step %d; the same command goes on from there", name, progress.step)
             raise SystemExit(128 + run.signum) from interrupted
-        telemetry.write(progress.step, run.checkpoints.finish())
+        job.tracker.metrics(run.checkpoints.finish(), progress.step)
 
 
 class _Run:
@@ -145,7 +145,7 @@ class _Run:
         if agreed is not None:
             signum, *written = agreed
             self.signum = self.signum or signum
-            self.telemetry.write(self.progress.step, self.checkpoints.settle(written))
+            self.job.tracker.metrics(self.checkpoints.settle(written), self.progress.step)
         if self.signum:
             log.warning("%s: saving, then leaving", signal.Signals(self.signum).name)
             raise _Interrupted
@@ -206,7 +206,7 @@ class _Run:
         }
         posted = self._agreement.take()  # before this save: what it says of writing is about another checkpoint
         self.signum = self.signum or (posted[0] if posted else 0)
-        self.telemetry.write(progress.step, self.checkpoints.save(self.engine, state, self.mean))
+        self.job.tracker.metrics(self.checkpoints.save(self.engine, state, self.mean), progress.step)
 
 
 def ema_share(config: CheckpointConfig, step: int, total: int) -> float:

@@ -3,7 +3,7 @@
 In: named numbers at a step. Out, in the run directory:
 
     metrics.jsonl                  one JSON object per logged step, on rank 0, of the numbers that are finite; MLflow
-                                   gets the same
+                                   gets them from there
     profile/rank-N.trace.json.gz   every rank's trace of the steps `log.profile`, for Perfetto or chrome://tracing
     profile/rank-N.operators.txt   the same, summed by operator, the longest first
     profile/flops.txt              module by module: parameters, MACs and latency of the forward passes of
@@ -22,9 +22,7 @@ GPU, two events on its stream) a forward pass; every `log.stragglers` steps one 
 change no number of the run; the profiled steps take longer.
 """
 
-import json
 import logging
-import math
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -41,7 +39,7 @@ from pipeline import distributed
 from pipeline.config import FinetuneRecipe, LogConfig, PretrainRecipe
 from pipeline.distributed import World
 from pipeline.engine.plan import Shape, model_flops
-from pipeline.files import write_text
+from pipeline.files import new_file, write_text
 from pipeline.flow import Batch
 from pipeline.tracking import Tracker
 
@@ -61,8 +59,8 @@ class Telemetry:
 
     Args:
         run_dir: Run directory.
-        tracker: MLflow.
-        world: Only rank 0 writes numbers.
+        tracker: Writes the numbers, on rank 0.
+        world: Of the ranks that are compared.
         config: What is reported, and how often.
         network: Its forward passes are timed while it trains.
         clips: Of a step.
@@ -89,8 +87,7 @@ class Telemetry:
             self._hosts = [bytes(row).decode(errors="replace").strip() for row in names.tolist()]
             network.register_forward_pre_hook(self._enter)
             network.register_forward_hook(self._leave)
-        if world.is_main:
-            _cut(run_dir / "metrics.jsonl", step)
+        tracker.resume(step)
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Passes batches on, and counts the seconds that the training process waits for them."""
@@ -124,7 +121,8 @@ class Telemetry:
             if counter:
                 counter.stop_profile()
                 file = self._profile_folder() / "flops.txt"
-                counter.print_model_profile(profile_step=step, output_file=str(file))
+                with new_file(file) as temporary:
+                    counter.print_model_profile(profile_step=step, output_file=str(temporary))
                 counter.end_profile()
                 log.info("DeepSpeed's FLOPS profile of step %d: %s", step, file)
             if step == last:
@@ -149,7 +147,7 @@ class Telemetry:
         }
         if self._at_peak:
             row["mfu"] = row["clips_per_second"] / self._at_peak
-        self.write(step, row)
+        self._tracker.metrics(row, step)
         begun, first = self._begun
         eta = round((now - begun) / max(1, step - first) * (total - step))
         log.info(
@@ -161,18 +159,9 @@ class Telemetry:
 
     def write_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs held-out metrics; their time does not count as training."""
-        self.write(step, metrics)
+        self._tracker.metrics(metrics, step)
         log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         self._since, self._waited = (time.perf_counter(), step), 0.0
-
-    def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Adds a line to metrics.jsonl, and to MLflow; nothing where `row` is empty."""
-        if not self._world.is_main or not row:
-            return
-        finite = {name: value for name, value in row.items() if math.isfinite(value)}  # JSON has no Infinity, no NaN
-        with (self._run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._tracker.metrics(row, step)
 
     def __enter__(self) -> "Telemetry":
         return self
@@ -233,25 +222,13 @@ class Telemetry:
             return
         trace.stop()
         file = self._profile_folder() / f"rank-{self._world.rank}.trace.json.gz"
-        trace.export_chrome_trace(str(file))
+        with new_file(file) as temporary:  # its name says that it is to be compressed
+            trace.export_chrome_trace(f"{temporary}.gz")
+            Path(f"{temporary}.gz").replace(temporary)
         by = "self_device_time_total" if self._world.device.type == "cuda" else "self_cpu_time_total"
         table = trace.key_averages().table(sort_by=by, row_limit=ROWS)
-        file.with_name(f"rank-{self._world.rank}.operators.txt").write_text(table, encoding="utf-8")
+        write_text(file.with_name(f"rank-{self._world.rank}.operators.txt"), table)
         log.info("torch's profile: %s", file)
-
-
-def _cut(path: Path, step: int) -> None:
-    """Removes the lines after `step`, and broken ones."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):  # a line cut short by a kill, and of the lost attempt
-            log.warning("%s: dropped a broken line: %.60s", path, line)
-    write_text(path, "".join(kept))
 
 
 def clips_per_second_at_peak(

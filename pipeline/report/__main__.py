@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.ablation.campaign import Campaign
-from pipeline.ablation.grid import build_grid
+from pipeline.ablation.grid import Grid
 from pipeline.config import LogConfig
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, read_json, user_path, write_json, write_text
 from pipeline.report import figures, render
-from pipeline.report.collect import Collected, collect
+from pipeline.report.collect import Collected
 from pipeline.tracking import tracking_uri
 
 log = logging.getLogger(__name__)
@@ -46,9 +46,9 @@ def main() -> int:
     about: dict[str, Any] = {"scale": "paper", "shards": {}, "seeds": []}
     if (runs / "ablation.json").exists():
         about |= read_json(runs / "ablation.json", "repeat the ablate.py command, which writes it anew")
-    grid = build_grid(args.tables, about["scale"], about["shards"], args.seeds or about["seeds"])
+    grid = Grid(args.tables, about["scale"], about["shards"], args.seeds or about["seeds"])
     campaign = Campaign(grid, runs.resolve())
-    parts = [collect(table, campaign) for table in grid.tables]
+    parts = [Collected(name, campaign) for name in grid.tables]
     files = write(parts, args.out)
     if not args.no_mlflow and any(campaign.state(run) == "done" for run in grid.runs):
         log_to_mlflow(parts, files, runs)
@@ -62,17 +62,15 @@ def write(parts: list[Collected], out: Path) -> list[Path]:
     """Writes the report's files into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     title = parts[0].table.spec.title if len(parts) == 1 else "CRAFT: the paper's numbers and ours"
-    write_text(out / "report.md", render.markdown(title, parts))
-    write_text(out / "report.html", render.html(title, parts))
-    numbers = {
-        part.table.file.stem: {
-            row: {c: asdict(part.results[row, c]) for c in part.table.spec.columns}
-            for row in (r.spec.name for r in part.table.rows)
-        }
-        for part in parts
-    }
+    drawn = render.tables(parts)
+    write_text(out / "report.md", render.markdown(title, drawn))
+    write_text(out / "report.html", render.html(title, drawn))
+    numbers: dict[str, dict[str, dict[str, Any]]] = {part.name: {} for part in parts}
+    for part in parts:
+        for (row, column), result in part.results.items():
+            numbers[part.name].setdefault(row, {})[column] = asdict(result)
     write_json(out / "numbers.json", numbers)
-    pictures = [out / f"{part.table.file.stem}.png" for part in parts]
+    pictures = [out / f"{part.name}.png" for part in parts]
     for part, picture in zip(parts, pictures, strict=True):
         figures.draw(part, picture)
     return [out / name for name in ("report.md", "report.html", "numbers.json")] + pictures
@@ -93,15 +91,15 @@ def log_to_mlflow(parts: list[Collected], files: list[Path], runs: Path) -> None
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name("ablation")
         number = experiment.experiment_id if experiment else client.create_experiment("ablation")
-        stems = " ".join(part.table.file.stem for part in parts)
+        stems = " ".join(part.name for part in parts)
         run_id = client.create_run(number, run_name=f"report {stems}", tags={"kind": "report"}).info.run_id
         metrics = [
-            Metric(_metric_name(part.table.file.stem, *key), result.mean, 0, 0)
+            Metric(_metric_name(part.name, *key), result.mean, 0, 0)
             for part in parts
             for key, result in part.results.items()
             if result.mean is not None
         ]
-        note = "\n\n".join(f"{part.table.spec.title}: {render.caption(part)}" for part in parts)
+        note = "\n\n".join(f"{table['title']}: {table['caption']}" for table in render.tables(parts))
         client.log_batch(run_id, metrics=metrics, tags=[RunTag("mlflow.note.content", note[:5000])])
         for file in files:
             client.log_artifact(run_id, str(file))

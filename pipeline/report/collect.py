@@ -1,9 +1,8 @@
 """Finished runs -> the numbers of a table.
 
-In: a `Table` and the directory of its runs. Out: a `Result` for each cell; what was not run stays empty.
+In: a table of a `Grid` and the directory of its runs. Out: a `Result` for each cell; what was not run stays empty.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.ablation.campaign import DAMAGED, Campaign
-from pipeline.ablation.grid import Row, Run, Table
+from pipeline.ablation.grid import Row, Run
 from pipeline.cross_validation import summarise
 from pipeline.data.manifest import Manifest, load_manifest
-from pipeline.engine.evaluation import all_metrics, metric_name
+from pipeline.engine.evaluation import all_metrics, metric_name, read_predictions
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.report.significance import Difference, Predictions, paired_bootstrap
 from pipeline.runs import mean_probability
+from pipeline.tracking.spool import Feed
 
 # What the paper evaluates on: name of the data set, classes, listed clips. Anything else is said in the caption.
 PAPER_DATA = {"as_bal": ("audioset", 527, 20371), "as_full": ("audioset", 527, 20371), "esc50": ("esc50", 50, 2000)}
@@ -81,96 +81,95 @@ class Curve:
     finetuned: list[tuple[int, float, float]] = field(default_factory=list)  # step, mean, spread
 
 
-@dataclass
 class Collected:
-    """A table's numbers and what must be said beside them."""
+    """A table's numbers and what must be said beside them.
 
-    table: Table
-    results: dict[tuple[str, str], Result]  # (row, column)
-    titles: dict[str, str]
-    folded: frozenset[str]  # columns of cross-validations
-    caption: list[str]
-    curves: list[Curve]
-    reference: str
+    Args:
+        name: Of the table in the grid.
+        campaign: Its runs.
 
-
-def collect(table: Table, campaign: Campaign) -> Collected:
-    """Reads what the table's runs left.
+    Attributes:
+        name: Likewise.
+        table: The file's content.
+        reference: Row that the others are compared with.
+        results: By (row, column).
+        titles: By column.
+        folded: Columns of cross-validations.
+        caption: Sentences.
+        curves: Of a figure.
 
     Raises:
         UserError: the reference row is unknown.
     """
-    reader = _Reader(campaign)
-    tasks = campaign.grid.scale.tasks
-    runnable = [row for row in table.rows if row.spec.run]
-    reference = table.spec.reference or runnable[-1].spec.name
-    if reference not in {row.spec.name for row in runnable}:
-        raise UserError(f"{table.file}: reference '{reference}' is no row that is run")
-    results = {
-        (row.spec.name, column): reader.result(row, column) for row in table.rows for column in table.spec.columns
-    }
-    base = next(row for row in runnable if row.spec.name == reference)
-    for row in runnable:
-        for column in row.cells:
-            if row is not base and column in base.cells and not row.spec.ensemble:
-                results[row.spec.name, column].difference = reader.difference(row, base, column)
-    curves = [reader.curve(row, table.spec.columns[0]) for row in runnable] if table.spec.kind == "figure" else []
-    titles = {column: tasks[column].title for column in table.spec.columns}
-    folded = frozenset(column for column in table.spec.columns if tasks[column].folds != (0,))
-    caption = [_sentence(campaign.grid.scale.about), *_substitutions(table, campaign)]
-    caption += [sentence for column in table.spec.columns for sentence in reader.data_notes(table, column)]
-    caption += [f"{tasks[column].title}: {PROTOCOL}" for column in table.spec.columns if column in folded]
-    caption += [note for note in (table.spec.note, campaign.grid.scale.note) if note]
-    return Collected(table, results, titles, folded, caption, curves, reference)
 
-
-class _Reader:
-    """Reads run directories, each file once."""
-
-    def __init__(self, campaign: Campaign) -> None:
-        self.campaign = campaign
-        self._results: dict[str, dict[str, Any] | None] = {}
+    def __init__(self, name: str, campaign: Campaign) -> None:
+        self.name, self.table, self._campaign = name, campaign.grid.tables[name], campaign
+        self._results: dict[str, dict[str, Any] | None] = {}  # each file is read once
         self._predictions: dict[str, Predictions] = {}
+        grid, columns, tasks = campaign.grid, self.table.columns, campaign.grid.scale.tasks
+        runnable = [row for row in self.table.rows if row.run]
+        self.reference = self.table.reference or runnable[-1].name
+        if self.reference not in {row.name for row in runnable}:
+            raise UserError(f"{name}.yaml: reference '{self.reference}' is no row that is run")
+        self.results = {(row.name, column): self._result(row, column) for row in self.table.rows for column in columns}
+        for row in runnable:
+            for column in columns:
+                cells = [grid.cells.get((name, one, column)) for one in (row.name, self.reference)]
+                if row.name != self.reference and all(cells) and not row.ensemble:
+                    self.results[row.name, column].difference = self._difference(row, column)
+        self.curves = [self._curve(row, columns[0]) for row in runnable] if self.table.kind == "figure" else []
+        self.titles = {column: tasks[column].title for column in columns}
+        self.folded = frozenset(column for column in columns if tasks[column].folds != (0,))
+        pairs = [f"{key} {old} as {new}" for key, pair in grid.scale.substitute.items() for old, new in pair.items()]
+        self.caption = [grid.scale.about if grid.scale.about.endswith(".") else f"{grid.scale.about}."]
+        self.caption += [f"The paper's settings are run as: {', '.join(pairs)}."] if pairs else []
+        self.caption += [sentence for column in columns for sentence in self._data_notes(column)]
+        self.caption += [f"{self.titles[column]}: {PROTOCOL}" for column in columns if column in self.folded]
+        self.caption += [note for note in (self.table.note, grid.scale.note) if note]
 
-    def results(self, run: Run) -> dict[str, Any] | None:
+    def _cell(self, row: str, column: str) -> list[Run]:
+        return self._campaign.grid.cells.get((self.name, row, column), [])
+
+    def _content(self, run: Run) -> dict[str, Any] | None:
         """`results.json` of a finished run; None where it is not finished."""
         if run.folder not in self._results:
-            file = self.campaign.run_dir(run) / "results.json"
-            done = self.campaign.state(run) == "done" and file.exists()
+            file = self._campaign.run_dir(run) / "results.json"
+            done = self._campaign.state(run) == "done" and file.exists()
             self._results[run.folder] = read_json(file, DAMAGED) if done else None
         return self._results[run.folder]
 
-    def predictions(self, run: Run) -> Predictions:
-        """Scores of a finished run."""
+    def _scores(self, run: Run) -> Predictions:
+        """Of a finished run."""
         if run.folder not in self._predictions:
-            self._predictions[run.folder] = Predictions.read(self.campaign.run_dir(run) / "predictions.parquet")
+            file = self._campaign.run_dir(run) / "predictions.parquet"
+            self._predictions[run.folder] = Predictions(*read_predictions(file))
         return self._predictions[run.folder]
 
-    def manifest(self, data: str) -> Manifest | None:
+    def _manifest(self, data: str) -> Manifest | None:
         """Of a data set that is there."""
-        directory = self.campaign.shards(data)
+        directory = self._campaign.shards(data)
         return load_manifest(directory) if (Path(directory) / "manifest.json").exists() else None
 
-    def result(self, row: Row, column: str) -> Result:
+    def _result(self, row: Row, column: str) -> Result:
         """The numbers of a cell."""
-        result = Result(paper=row.spec.paper.get(column))
-        runs = [run for run in row.cells.get(column, []) if run.share == 1.0]
+        result = Result(paper=row.paper.get(column))
+        runs = [run for run in self._cell(row.name, column) if run.share == 1.0]
         result.wanted = len(runs)
-        finished = [(run, content) for run in runs if (content := self.results(run))]
+        finished = [(run, content) for run in runs if (content := self._content(run))]
         result.done = len(finished)
-        if not finished or (row.spec.ensemble and len(finished) < len(runs)):
+        if not finished or (row.ensemble and len(finished) < len(runs)):
             return result
         result.metric = finished[0][1]["metric"]
         seeds: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}  # the contents of each, by fold
         for run, content in finished:
             seeds.setdefault(_seed(run), {})[run.recipe.data.fold] = content
         result.clips = sum(content["clips"] for content in next(iter(seeds.values())).values())
-        result.listed = self._listed(finished[0][0], finished[0][1])
+        result.listed = self._listed(*finished[0])
         result.over = "seeds" if len(seeds) > 1 else "folds"
         result.mean, result.spread = _over_seeds(
             [[content["value"] for content in folds.values()] for folds in seeds.values()]
         )
-        if row.spec.ensemble:
+        if row.ensemble:
             result.mean, result.spread = 100 * self._ensemble([run for run, _ in finished], result.metric), None
             return result
         if not all(run.recipe.data.fold and content.get("epochs") for run, content in finished):
@@ -181,28 +180,26 @@ class _Reader:
             result.best_epochs = [best["epoch"] for best in common]
         return result
 
-    def difference(self, row: Row, base: Row, column: str) -> Difference | None:
+    def _difference(self, row: Row, column: str) -> Difference | None:
         """Against the reference row, over the runs that finished; None where one side has none."""
         sides = []
-        for cells in (row.cells[column], base.cells[column]):
-            done = [run for run in cells if run.share == 1.0 and self.results(run)]
-            sides.append([self.predictions(run) for run in done])
-        content = next((self.results(run) for run in row.cells[column] if self.results(run)), None)
+        for name in (row.name, self.reference):
+            done = [run for run in self._cell(name, column) if run.share == 1.0 and self._content(run)]
+            sides.append([self._scores(run) for run in done])
+        content = next(filter(None, map(self._content, self._cell(row.name, column))), None)
         return paired_bootstrap(sides[0], sides[1], content["metric"]) if content else None
 
-    def curve(self, row: Row, column: str) -> Curve:
+    def _curve(self, row: Row, column: str) -> Curve:
         """What Figure 2 shows of a system."""
-        curve = Curve(row.spec.name, row.spec.paper.get(column))
-        init = row.cells[column][0].init
-        metrics = self.campaign.run_dir(init) / "metrics.jsonl" if init else None
-        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics and metrics.exists() else []
-        rows = [json.loads(line) for line in lines]
+        curve = Curve(row.name, row.paper.get(column))
+        init = self._cell(row.name, column)[0].init
+        rows = Feed(self._campaign.run_dir(init) / "metrics.jsonl").read() if init else []
         last = max((r["step"] for r in rows), default=0)
         curve.accuracy = [(r["step"], 100 * r["eval_spec_accuracy"]) for r in rows if "eval_spec_accuracy" in r]
         curve.mse = [(r["step"], r["eval_spec_mse"]) for r in rows if "eval_spec_mse" in r]
         shares: dict[float, list[float]] = {}
-        for run in row.cells[column]:
-            if content := self.results(run):
+        for run in self._cell(row.name, column):
+            if content := self._content(run):
                 shares.setdefault(run.share, []).append(100 * content["value"])
         curve.finetuned = [
             (round(share * last), float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
@@ -210,18 +207,18 @@ class _Reader:
         ]
         return curve
 
-    def data_notes(self, table: Table, column: str) -> list[str]:
+    def _data_notes(self, column: str) -> list[str]:
         """Where data, labels or clips are not the paper's, or not the same in all cells."""
-        runs = [run for row in table.rows for run in row.cells.get(column, []) if self.results(run)]
+        runs = [run for row in self.table.rows for run in self._cell(row.name, column) if self._content(run)]
         if not runs:
             return []
-        title = self.campaign.grid.scale.tasks[column].title
-        digests = {(self.results(run) or {})["shards_digest"] for run in runs}
+        title = self._campaign.grid.scale.tasks[column].title
+        digests = {(self._content(run) or {})["shards_digest"] for run in runs}
         notes = [f"{title}: its cells were evaluated on different shards, so they do not compare."] if len(
             digests) > 1 else []  # fmt: skip
         name, classes, clips = PAPER_DATA.get(column, ("", 0, 0))
-        content = self.results(runs[0]) or {}
-        manifest = self.manifest(runs[0].data)
+        content = self._content(runs[0]) or {}
+        manifest = self._manifest(runs[0].data)
         found = manifest.dataset if manifest else "unknown"
         labels = len(content["per_class"])
         if (found, labels) != (name, classes):
@@ -246,19 +243,19 @@ class _Reader:
         single = metric == metric_name(single_label=True)
         values = []
         for folded in members.values():
-            predictions = [self.predictions(run) for run in folded]
+            predictions = [self._scores(run) for run in folded]
             for run, part in zip(folded, predictions, strict=True):
                 if part.keys != predictions[0].keys or not np.array_equal(part.targets, predictions[0].targets):
                     raise UserError(
-                        f"{self.campaign.run_dir(run)}: scored other clips than {self.campaign.run_dir(folded[0])}; an "
-                        "ensemble needs the same for all its members"
+                        f"{self._campaign.run_dir(run)}: scored other clips than {self._campaign.run_dir(folded[0])}; "
+                        "an ensemble needs the same for all its members"
                     )
             scores = mean_probability([part.scores for part in predictions], single)
             values.append(all_metrics(scores, predictions[0].targets, single)[metric])
         return float(np.mean(values))
 
     def _listed(self, run: Run, content: dict[str, Any]) -> int:
-        manifest = self.manifest(run.data)
+        manifest = self._manifest(run.data)
         splits = manifest.splits if manifest else {}
         return sum(splits[name].listed for name in content["split"].split(",") if name in splits)
 
@@ -273,13 +270,3 @@ def _over_seeds(values: list[list[float]]) -> tuple[float, float | None]:
 def _seed(run: Run) -> tuple[int, str]:
     """Of finetuning and pretraining: runs that differ in their fold alone have it in common."""
     return run.recipe.run.seed, run.init.digest if run.init else ""
-
-
-def _substitutions(table: Table, campaign: Campaign) -> list[str]:
-    pairs = [f"{key} {old} as {new}" for key, table_ in campaign.grid.scale.substitute.items()
-             for old, new in table_.items()]  # fmt: skip
-    return [f"The paper's settings are run as: {', '.join(pairs)}."] if pairs else []
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith(".") else f"{text}."

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.report.collect import Collected
+from pipeline.tracking.figures import save
 
 PAPER, OURS = "#9aa3ad", "#1f6f8b"
 CYCLE = ["#1f6f8b", "#e07a3f", "#6a4c93", "#3a8f5c", "#b23a48", "#7f7f2a"]
@@ -21,13 +22,13 @@ CYCLE = ["#1f6f8b", "#e07a3f", "#6a4c93", "#3a8f5c", "#b23a48", "#7f7f2a"]
 
 def draw(part: Collected, path: Path) -> None:
     """Writes the chart of a table, or Figure 2."""
-    figure = _figure2(part) if part.table.spec.kind == "figure" else _bars(part)
-    figure.savefig(path, dpi=110)
+    figure = _figure2(part) if part.table.kind == "figure" else _bars(part)
+    save(figure, path, dpi=110)
 
 
 def _bars(part: Collected) -> Figure:
-    columns = part.table.spec.columns
-    names = [row.spec.name for row in part.table.rows]
+    columns = part.table.columns
+    names = [row.name for row in part.table.rows]
     height = 1.2 + 0.42 * len(names)
     figure = Figure(figsize=(3.0 + 3.6 * len(columns), height), layout="constrained")
     axes: Any = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]

@@ -10,25 +10,19 @@ Cost: that of `engine.evaluation`'s interval for every run.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.engine.evaluation import clip_weights, draws_for, read_predictions, weighted_metric
+from pipeline.engine.evaluation import clip_weights, draws_for, weighted_metric
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Of one run: keys [n], targets bool [n, C], scores float32 [n, C]; n clips in key order."""
+class Predictions(NamedTuple):
+    """Of one run, what `read_predictions` gives: keys [n], targets bool [n, C], scores float32 [n, C]; in key order."""
 
     keys: list[str]
     targets: np.ndarray
     scores: np.ndarray
-
-    @staticmethod
-    def read(path: Path) -> "Predictions":
-        """From `predictions.parquet`."""
-        return Predictions(*read_predictions(path))
 
 
 @dataclass(frozen=True)

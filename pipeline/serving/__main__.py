@@ -34,8 +34,8 @@ def main() -> None:
     sys.stdout.write(f"{out}\n")
     if args.register is None:
         return
-    spool.main.append("model", {"path": str(out.resolve()), "step": 0, "tags": {}, "card": card,
-                                "register": args.register})  # fmt: skip
+    model = {"path": str(out.resolve()), "step": 0, "tags": {}, "card": card, "register": args.register}
+    spool.main.append({"kind": "model", **model})
     sync(spool, None)
     sys.stdout.write(f"registered as {args.register} at {spool.identity['uri']}\n")
 

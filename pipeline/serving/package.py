@@ -72,7 +72,7 @@ def save_model(run_dir: Path, out: Path) -> str:
     Raises:
         UserError: no finetuned run, or something else lies at `out` (`check_place`), or it cannot be written.
     """
-    from pipeline.tracking.spool import load_mlflow
+    from pipeline.tracking.store import load_mlflow
 
     check_place(run_dir, out, "model")
     spec = DataSpec.load(run_dir)

@@ -11,9 +11,8 @@ from functools import partial
 
 from pipeline.errors import UserError, run_cli
 from pipeline.files import user_path
-from pipeline.tracking.deliver import Delivery, RunRefused, first_line
-from pipeline.tracking.spool import Spool, load_mlflow
-from pipeline.tracking.tracker import check_uri
+from pipeline.tracking.spool import RunRefused, Spool, first_line
+from pipeline.tracking.store import check_uri, load_mlflow
 
 
 def main() -> int:
@@ -45,9 +44,8 @@ def sync(spool: Spool, uri: str | None) -> None:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    delivery = Delivery(spool)
     try:
-        while spool.deliver(delivery.send):
+        while spool.deliver():
             pass
     except RunRefused as error:
         raise UserError(f"{spool.run_dir}: MLflow refuses the run: {error}") from error

@@ -1,17 +1,27 @@
 """Pictures and tables of a run, for MLflow and the run directory.
 
-In: arrays, `metrics.jsonl`, `results.json`'s content, predictions. Out: PNG, CSV and JSON files.
-Drawing takes a second or less and happens at evaluations and at the end only, on rank 0.
+In: batches, arrays, `metrics.jsonl`, `results.json`'s content, predictions. Out: PNG, CSV and JSON files, each whole or
+not at all. Drawing takes a second or less and happens at evaluations and at the end only, on rank 0.
 """
 
-import csv
-import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from pipeline.files import new_file, write_csv, write_json
+from pipeline.flow import Batch
+from pipeline.tracking.spool import Feed
+from pipeline.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CLIPS = 3  # of a picture of reconstructions
 SAMPLES = 25  # clips of the predictions sample
 PANELS = (  # of the curves: title, names whose curves it shows
     ("loss", ("loss", "eval_loss")),
@@ -23,6 +33,59 @@ PANELS = (  # of the curves: title, names whose curves it shows
     ("learning rate", ("lr",)),
     ("clips per second", ("clips_per_second",)),
 )
+
+
+class Reconstructions:
+    """Pictures of masked and rebuilt held-out clips, at `count` of a pretraining's evaluations.
+
+    Evenly over its steps; the last evaluation is always among them. The forward pass is a collective under ZeRO-3, so
+    all ranks take part; rank 0 draws `pictures/step-N.png`, also an artifact.
+
+    Args:
+        run_dir: Run directory.
+        tracker: Of the run.
+        count: Pictures of a run; 0: none.
+        draws: This rank writes the file.
+    """
+
+    def __init__(self, run_dir: Path, tracker: Tracker, count: int, draws: bool) -> None:
+        self._folder = run_dir / "pictures"
+        self._tracker, self._count, self._draws = tracker, count, draws
+        self._kept: Batch | None = None
+        self._drawn = 0  # parts of the run that have their picture
+
+    def keep(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Passes the evaluation's batches on, and keeps a copy of the first clips (buffers are reused)."""
+        for batch in batches:
+            if self._kept is None and self._count:
+                head = batch[:CLIPS]
+                values = {field.name: getattr(head, field.name) for field in fields(head)}
+                self._kept = replace(head, **{name: value.clone() for name, value in values.items()
+                                              if value is not None})  # fmt: skip
+            yield batch
+
+    def draw(self, forward: Any, step: int, total: int) -> None:
+        """After the evaluation at `step` of `total`: a picture, where one is due."""
+        part = math.floor(self._count * step / total)
+        if self._kept is None or part <= self._drawn:
+            return
+        self._drawn = part
+        with torch.no_grad():
+            rebuilt = forward(self._kept, rebuild=True)
+        if not self._draws:
+            return
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / f"step-{step:08d}.png"
+        target, predicted = (tensor.float().cpu().numpy() for tensor in (rebuilt.target, rebuilt.predicted))
+        title = f"{rebuilt.of}, step {step}"
+        reconstructions(target, rebuilt.mask.cpu().numpy(), predicted, rebuilt.grid, path, title)
+        self._tracker.artifact(path, "pictures")
+
+
+def save(figure: "Figure", path: Path, dpi: int = 90) -> None:
+    """Writes a PNG, whole or not at all."""
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")
 
 
 def reconstructions(
@@ -59,7 +122,7 @@ def reconstructions(
             axis.set_yticks([])
             if row == 0:
                 axis.set_title(name, fontsize=9)
-    figure.savefig(path, dpi=80)
+    save(figure, path, dpi=80)
 
 
 def _image(patches: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -73,10 +136,8 @@ def curves(metrics: Path, path: Path) -> bool:
     """Losses, rates and metrics over steps from `metrics.jsonl`; False where there is nothing to draw."""
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
-    series = {
-        name: [(row["step"], row[name]) for row in rows if name in row] for _, names in PANELS for name in names
-    }
+    rows = Feed(metrics).read()
+    series = {name: [(row["step"], row[name]) for row in rows if name in row] for _, names in PANELS for name in names}
     panels = [(title, [n for n in names if series[n]]) for title, names in PANELS]
     panels = [(title, names) for title, names in panels if names]
     if not panels:
@@ -98,17 +159,18 @@ def curves(metrics: Path, path: Path) -> bool:
         axis.grid(alpha=0.25)
         if len(panel[1]) > 1:
             axis.legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=90)
+    save(figure, path)
     return True
 
 
-def per_class(content: dict[str, Any], path: Path) -> None:
-    """`per_class` of results.json as CSV, the best class first."""
+def evaluation(content: dict[str, Any], targets: np.ndarray, logits: np.ndarray, folder: Path) -> list[Path]:
+    """`per_class` of results.json as CSV, the best class first; of single-label clips the confusion matrix too."""
+    columns = ["label", "id", "positives", "average_precision"]
     rows = sorted(content["per_class"], key=lambda row: -(row["average_precision"] or -1.0))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["label", "id", "positives", "average_precision"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "per_class.csv", [columns, *([row[name] for name in columns] for row in rows)])
+    names = [row["label"] for row in content["per_class"]]
+    single = content["metric"] == "accuracy"
+    return [folder / "per_class.csv", *(confusion(targets, logits, names, folder) if single else [])]
 
 
 def confusion(targets: np.ndarray, logits: np.ndarray, names: Sequence[str], folder: Path) -> list[Path]:
@@ -118,10 +180,8 @@ def confusion(targets: np.ndarray, logits: np.ndarray, names: Sequence[str], fol
     counts = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(counts, (targets.argmax(axis=1), logits.argmax(axis=1)), 1)
     table, picture = folder / "confusion.csv", folder / "confusion.png"
-    with table.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["truth \\ predicted", *names])
-        writer.writerows([name, *row] for name, row in zip(names, counts.tolist(), strict=True))
+    rows = ([name, *row] for name, row in zip(names, counts.tolist(), strict=True))
+    write_csv(table, [["truth \\ predicted", *names], *rows])
     side = 3.0 + 0.17 * len(names)
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = figure.subplots()
@@ -131,7 +191,7 @@ def confusion(targets: np.ndarray, logits: np.ndarray, names: Sequence[str], fol
     axis.set_yticks(range(len(names)), names, fontsize=6, parse_math=False)
     axis.set_xlabel("predicted")
     axis.set_ylabel("truth")
-    figure.savefig(picture, dpi=90)
+    save(figure, picture)
     return [table, picture]
 
 
@@ -142,11 +202,9 @@ def precision_recall_curves(
     from matplotlib.figure import Figure
 
     table, picture = folder / "pr_curves.csv", folder / "pr_curves.png"
-    with table.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["label", "recall", "precision"])
-        for name, (recall, precision) in zip(names, curves, strict=True):
-            writer.writerows([name, f"{r:.6g}", f"{p:.6g}"] for r, p in zip(recall, precision, strict=True))
+    rows = ([name, f"{r:.6g}", f"{p:.6g}"] for name, curve in zip(names, curves, strict=True)
+            for r, p in zip(*curve, strict=True))  # fmt: skip
+    write_csv(table, [["label", "recall", "precision"], *rows])
     figure = Figure(figsize=(5, 4), layout="constrained")
     axis = figure.subplots()
     shown = [curve for curve in curves if len(curve[0])]
@@ -157,7 +215,7 @@ def precision_recall_curves(
     axis.plot(grid, mean, color="black", label=f"mean of {len(shown)} classes")
     axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axis.legend(frameon=False)
-    figure.savefig(picture, dpi=90)
+    save(figure, picture)
     return [table, picture]
 
 
@@ -174,4 +232,4 @@ def prediction_sample(
         }
         for i in chosen.tolist()
     ]
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_json(path, content)

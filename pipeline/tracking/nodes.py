@@ -12,7 +12,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking.spool import Feed, load_mlflow
+from pipeline.tracking.spool import Feed
+from pipeline.tracking.store import load_mlflow
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class NodeMonitor:
                     del collectors[name]
             named = {f"{self._prefix}{name}": float(value) for name, value in values.items()}
             try:
-                self._feed.append("metrics", {"values": named, "step": self._step})
+                self._feed.append({"kind": "metrics", "values": named, "step": self._step})
             except OSError as error:
                 log.warning("%s: %s; this sample is lost", self._feed.lines, error.strerror)
             self._step += 1

@@ -1,157 +1,93 @@
 """What a job tells about itself, and the thread that passes it on.
 
-In: calls. Out: lines of a spool; each call costs one buffered append.
+In: calls. Out: lines of metrics.jsonl and of the spool; each call costs one buffered append.
 """
 
+import getpass
 import logging
 import math
 import os
-import re
+import platform
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib.metadata import entry_points
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pipeline.config import LogConfig
-from pipeline.errors import UserError
-from pipeline.tracking.deliver import Delivery, RunRefused, first_line
-from pipeline.tracking.facts import about_code, about_host, about_start
+from pipeline.data.manifest import Manifest
 from pipeline.tracking.nodes import NodeMonitor
-from pipeline.tracking.spool import Spool, without_password
+from pipeline.tracking.spool import RunRefused, Spool, first_line
+from pipeline.tracking.store import artifact_location, tracking_uri, without_password
 
 log = logging.getLogger(__name__)
 
+ROOT = Path(__file__).resolve().parents[2]
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-HOST = re.compile(r"[A-Za-z0-9.-]+:\d+/?")
 RETRY_SECONDS = 5.0
 GATHER_SECONDS = 5.0  # between deliveries: many steps in one request cost the process a tenth of a request each
 FAULT_PATIENCE = 30.0  # seconds for the last delivery of a run that failed
 TRANSFER_PATIENCE = 20.0  # times as long may a server stay silent while a file is on its way
 
 
-@dataclass(frozen=True)
-class DatasetNote:
-    """A data set for MLflow's panel.
-
-    Attributes:
-        name: Of the data set.
-        digest: Of the manifest.
-        source: Directory or URL of the shards.
-        profile: Counts.
-        context: "training" or "evaluation".
-    """
-
-    name: str
-    digest: str
-    source: str
-    profile: Mapping[str, Any]
-    context: str
-
-
-class Tracker(Protocol):
-    """What a job tells about itself."""
-
-    @property
-    def run_id(self) -> str:
-        """MLflow's id of the run; empty until there is one."""
-
-    def params(self, values: Mapping[str, Any]) -> None:
-        """Parameters, once."""
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Tags."""
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers at a step."""
-
-    def dataset(self, note: DatasetNote) -> None:
-        """What the run reads."""
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """A file, as it is when it is delivered."""
-
-    def model(self, path: Path, step: int, tags: Mapping[str, str], card: str, register: str) -> None:
-        """A saved pyfunc model; `register` names it in the registry, empty: it stays the run's."""
-
-    def finish(self, status: Status) -> None:
-        """Ends the run; waits a bounded time for the delivery."""
-
-
-class NullTracker:
-    """The twin that does nothing: other ranks, and `log.mlflow=false`.
+class Tracker:
+    """Rank 0 writes `metrics.jsonl` and, where the run is tracked, the spool, which a daemon thread delivers.
 
     Args:
-        monitor: Of the node, where this rank is its first.
-    """
-
-    def __init__(self, monitor: NodeMonitor | None = None) -> None:
-        self._monitor = monitor
-
-    @property
-    def run_id(self) -> str:
-        """None."""
-        return ""
-
-    def params(self, values: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Nothing."""
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Nothing."""
-
-    def dataset(self, note: DatasetNote) -> None:
-        """Nothing."""
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Nothing."""
-
-    def model(self, path: Path, step: int, tags: Mapping[str, str], card: str, register: str) -> None:
-        """Nothing."""
-
-    def finish(self, status: Status) -> None:
-        """Ends the node's monitor."""
-        if self._monitor:
-            self._monitor.stop()
-
-
-class SpoolTracker:
-    """Appends to the spool, with a daemon thread that delivers.
-
-    A resumed run may repeat steps of an attempt that was lost after its last checkpoint. They are told
-    once: MLflow cannot take a value back, and the repeated one is the same.
-
-    Args:
-        spool: Of the run.
-        monitor: Of this node.
+        run_dir: Run directory; None: nothing is written, as on other ranks.
+        monitor: Of this node, where this rank is its first.
+        tracked: In MLflow.
         patience: Seconds that the end of the run waits for the server since its last answer.
     """
 
-    def __init__(self, spool: Spool, monitor: NodeMonitor | None, patience: float) -> None:
-        self._patience = patience
-        self._spool = spool
-        self._monitor = monitor
-        self._uri = str(spool.identity["uri"])
-        self._delivery = Delivery(spool)
-        self._stop = threading.Event()
-        self._fresh = threading.Event()
+    def __init__(
+        self, run_dir: Path | None = None, monitor: NodeMonitor | None = None, tracked: bool = False,
+        patience: float = 0.0,
+    ) -> None:  # fmt: skip
+        self._files = Spool(run_dir) if run_dir else None
+        self._spool = self._files if tracked else None
+        self._monitor, self._patience = monitor, patience
+        self._stop, self._fresh = threading.Event(), threading.Event()
         self._warned = ""  # what was said last
-        self._told: dict[str, int] = {}
-        for line in spool.main.read():
+        self._told: dict[str, int] = {}  # metric -> its last step in the spool: a resumed run says it once
+        for line in self._spool.main.read() if self._spool else ():
             if line["kind"] == "metrics":
                 self._told |= {n: line["step"] for n in line["values"] if line["step"] > self._told.get(n, -1)}
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
-        self._thread.start()
+        if self._spool:
+            self._thread.start()
 
     @property
     def run_id(self) -> str:
         """MLflow's id of the run; empty until the server has given one."""
-        return str(self._spool.identity["run_id"])
+        return str(self._spool.identity["run_id"]) if self._spool else ""
+
+    def resume(self, step: int) -> None:
+        """The run goes on from `step`: what metrics.jsonl has of later ones is of a lost attempt, and is cut off."""
+        if self._files:
+            with self._files.alone() if self._spool else nullcontext():
+                self._files.metrics.cut(step, self._told)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers of a step, as a line of metrics.jsonl; those that are not finite are left out: JSON has none.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        if self._files and values:
+            finite = {name: value for name, value in values.items() if math.isfinite(value)}
+            self._files.metrics.append({"step": step, **finite})
+            self._fresh.set()
+
+    def summary(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers of the whole run, which its results have; not in metrics.jsonl."""
+        fresh = {n: float(value) for n, value in values.items()
+                 if math.isfinite(value) and step > self._told.get(n, -1)}  # fmt: skip
+        if fresh:
+            self._append("metrics", {"values": fresh, "step": step})
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Parameters, once."""
@@ -161,19 +97,27 @@ class SpoolTracker:
         """Tags."""
         self._append("tags", {"values": dict(values)})
 
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers at a step; values that are not finite are left out, stores differ in taking them."""
-        fresh = {
-            name: float(value)
-            for name, value in values.items()
-            if math.isfinite(value) and step > self._told.get(name, -1)
-        }
-        if fresh:
-            self._append("metrics", {"values": fresh, "step": step})
+    def dataset(self, manifest: Manifest, source: str) -> None:
+        """What the run reads, for MLflow's panel; and, as tags, which share of the listed clips the shards hold.
 
-    def dataset(self, note: DatasetNote) -> None:
-        """What the run reads."""
-        self._append("dataset", vars(note))
+        Args:
+            manifest: Of the shards.
+            source: Their directory or URL.
+        """
+        shares = {f"coverage.{name}": f"{split.clips} of {split.listed} ({split.clips / max(1, split.listed):.1%})"
+                  for name, split in manifest.splits.items()}  # fmt: skip
+        self.tags({"manifest_digest": manifest.digest, **shares})
+        profile = {
+            "classes": len(manifest.labels),
+            "shards": len(manifest.shards),
+            "sample_rate": manifest.audio.sample_rate,
+            "seconds_per_clip": manifest.audio.seconds,
+            **{f"{name}_clips": split.clips for name, split in manifest.splits.items()},
+            **{f"{name}_listed": split.listed for name, split in manifest.splits.items()},
+        }
+        about = {"name": manifest.dataset, "digest": manifest.digest, "source": source, "profile": profile}
+        for context in ("training", "evaluation"):
+            self._append("dataset", about | {"context": context})
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file, as it is when it is delivered."""
@@ -191,32 +135,36 @@ class SpoolTracker:
         """
         if self._monitor:
             self._monitor.stop()
+        if not (spool := self._spool):
+            return
         self._append("finish", {"status": status})
         self._stop.set()
         self._fresh.set()
         progress, answered = -1, time.monotonic()
         limit = answered + FAULT_PATIENCE
         while self._thread.is_alive():
-            if progress != self._delivery.progress:
-                progress, answered = self._delivery.progress, time.monotonic()
-            patience = self._patience * (TRANSFER_PATIENCE if self._delivery.transferring else 1.0)
+            if progress != spool.progress:
+                progress, answered = spool.progress, time.monotonic()
+            patience = self._patience * (TRANSFER_PATIENCE if spool.transferring else 1.0)
             if time.monotonic() - answered > patience or (status == "FAILED" and time.monotonic() > limit):
                 break
             self._thread.join(0.2)
-        if self._spool.refused:
-            log.warning("MLflow refused %d records for good: %s", self._spool.refused, self._spool.refused_file)
-        if self._spool.waiting:
-            left = sum(feed.left for feed in self._spool.feeds())
+        if spool.refused:
+            log.warning("MLflow refused %d records for good: %s", spool.refused, spool.refused_file)
+        if spool.waiting:
+            left = sum(feed.left for feed in spool.feeds())
             reason = self._warned or f"no answer for {time.monotonic() - answered:.0f} s (log.finish_wait)"
             log.warning(
                 "MLflow at %s: %s; %d records of this run wait in %s; when that is mended, deliver them: python -m "
                 "pipeline.tracking sync %s",
-                without_password(self._uri), reason, left, self._spool.main.lines, self._spool.run_dir,
+                without_password(spool.identity["uri"]), reason, left, spool.run_dir, spool.run_dir,
             )  # fmt: skip
 
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:
+        if not self._spool:
+            return
         try:
-            self._spool.main.append(kind, content)
+            self._spool.main.append({"kind": kind, **content})
         except OSError as error:  # a full disk: the run's own files will say so, or it passes
             self._warn(f"{self._spool.main.lines}: {error.strerror}")
         self._fresh.set()
@@ -228,16 +176,18 @@ class SpoolTracker:
         self._warned = text
 
     def _run(self) -> None:
+        """The thread."""
+        assert self._spool
         while True:
             self._fresh.wait()
             self._fresh.clear()
             stopping = self._stop.is_set()
             try:
-                while self._spool.deliver(self._delivery.send):
+                while self._spool.deliver():
                     self._warned = ""
             except Exception as error:  # of whatever kind: the next try may succeed
                 log.debug("delivery", exc_info=True)
-                self._delivery.transferring = False
+                self._spool.transferring = False
                 self._warn(first_line(error))
                 if stopping and isinstance(error, RunRefused):
                     return
@@ -266,35 +216,28 @@ def open_tracker(
         config: Settings.
         run_dir: Run directory; holds the spool.
         name: Of the run, BatchSize-Pretrain-Finetune.
-        rank: Only 0 tracks.
+        rank: Only 0 writes.
         kind: "pretrain", "finetune" or "cross-validation", a tag.
         parent: Run directory that the weights come from; its MLflow run is linked.
         part_of: Run directory of the cross-validation; its MLflow run becomes the parent instead.
         first_of_node: This rank samples its node.
     """
     if not config.mlflow:
-        return NullTracker()
+        return Tracker(None if rank else run_dir)
     monitor = NodeMonitor(run_dir, rank == 0, config.system_every) if first_of_node and config.system_every else None
-    if rank != 0:
-        return NullTracker(monitor)
-    spool = Spool(run_dir)
+    if rank:
+        return Tracker(None, monitor)
+    spool, home = Spool(run_dir), part_of or run_dir  # folds are in the store of the whole
+    uri, about = tracking_uri(config, home), _about_machine()
+    here = {"uri": uri, "experiment": config.experiment, "artifacts": artifact_location(config, home)}
     if not spool.exists:
-        home = part_of or run_dir  # folds are in the store of the whole
         source = {"pretrain_dir": str(run_of(parent).resolve())} if parent else {}
         source |= {"part_of": str(part_of.resolve())} if part_of else {}
-        spool.identity = {
-            "uri": tracking_uri(config, home),
-            "experiment": config.experiment,
-            "artifacts": _artifacts(config, home),
-            "name": name,
-            "run_id": "",
-            "tags": {"kind": kind, "run_dir": str(run_dir.resolve()), "resumes": "0", **source, **about_start(),
-                     **about_host(), **about_code()},
-        }  # fmt: skip
-        return SpoolTracker(spool, monitor, config.finish_wait)
-    identity, uri = spool.identity, tracking_uri(config, part_of or run_dir)
+        tags = {"kind": kind, "run_dir": str(run_dir.resolve()), "resumes": "0", **source, **_about_start(), **about}
+        spool.identity = here | {"name": name, "run_id": "", "tags": tags}
+        return Tracker(run_dir, monitor, True, config.finish_wait)
+    identity = spool.identity
     if not identity["run_id"]:  # no server has it yet: mistakes are mended
-        here = {"uri": uri, "experiment": config.experiment, "artifacts": _artifacts(config, part_of or run_dir)}
         spool.identity = identity | here
     elif uri != identity["uri"] and (config.uri or os.environ.get("MLFLOW_TRACKING_URI")):
         log.warning(
@@ -303,79 +246,10 @@ def open_tracker(
         )  # fmt: skip
     spool.main.mend()
     resumes = 1 + sum(line["kind"] == "resume" for line in spool.main.read())
-    spool.main.append("resume", {})
-    tracker = SpoolTracker(spool, monitor, config.finish_wait)
-    tracker.tags({"resumes": str(resumes), **about_host(), **about_code()})
+    spool.main.append({"kind": "resume"})
+    tracker = Tracker(run_dir, monitor, True, config.finish_wait)
+    tracker.tags({"resumes": str(resumes), **about})
     return tracker
-
-
-def tracking_uri(config: LogConfig, run_dir: Path) -> str:
-    """Where a run is tracked: the setting, the environment, or SQLite beside the run directory.
-
-    Raises:
-        UserError: a URI that can never work.
-    """
-    named = config.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    if named:
-        what = "log.uri" if config.uri else "MLFLOW_TRACKING_URI"
-        check_uri(named, what)
-        return named
-    return sqlite_uri(run_dir.resolve().parent / "mlflow.db")
-
-
-def sqlite_uri(file: Path) -> str:
-    """SQLAlchemy's URL of a SQLite file: `?` and `%` in a name have a meaning in it, and are written otherwise.
-
-    Raises:
-        UserError: this SQLAlchemy cannot express the name.
-    """
-    from sqlalchemy.engine import URL, make_url
-
-    if make_url(uri := f"sqlite:///{file}").database == str(file):
-        return uri
-    # With the driver's name: of a plain sqlite:/// MLflow makes the parent directory, as it is spelt in the URI.
-    uri = URL.create("sqlite+pysqlite", database=str(file)).render_as_string(hide_password=False)
-    if make_url(uri).database != str(file):
-        raise UserError(f"{file}: its name cannot be written as a SQLite URI; choose another directory, or set log.uri")
-    return uri
-
-
-def check_uri(uri: str, what: str) -> None:
-    """Refuses what MLflow would refuse each time; a server that is down is not asked.
-
-    Args:
-        uri: MLflow tracking URI.
-        what: The setting, for the message.
-
-    Raises:
-        UserError: no scheme, one that neither MLflow nor a plugin knows, or a database URL that cannot be opened.
-    """
-    shown = f"{what} = {without_password(uri)}"
-    scheme, separator, rest = uri.partition("://")
-    if separator and scheme.split("+")[0] in DATABASES:
-        from sqlalchemy.engine import make_url
-        from sqlalchemy.exc import SQLAlchemyError
-
-        try:
-            url = make_url(uri)
-            url.get_dialect().import_dbapi()
-        except (SQLAlchemyError, ImportError, ValueError) as error:
-            raise UserError(f"{shown}: {error}; install it, or name another driver, DB+DRIVER://") from error
-        if scheme == "sqlite" and url.host:
-            raise UserError(f"{shown}: a SQLite file has three slashes; write sqlite:///{rest}")
-        return
-    plugins = {entry.name for entry in entry_points(group="mlflow.tracking_store")}
-    if (separator and scheme in ("http", "https") and rest.strip("/")) or uri.split(":")[0] in {"databricks"} | plugins:
-        return
-    path = uri.removeprefix("file:")
-    if HOST.fullmatch(uri):
-        raise UserError(f"{shown}: a server's address begins with its protocol; write http://{uri}")
-    if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1") and "://" not in path:
-        return
-    raise UserError(
-        f"{shown}: neither a server nor a database, and MLflow keeps runs in plain directories no more; write "
-        "http://HOST:5000 or sqlite:///PATH/mlflow.db"
-    )
 
 
 def run_of(source: str) -> Path:
@@ -384,8 +258,31 @@ def run_of(source: str) -> Path:
     return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
-def _artifacts(config: LogConfig, run_dir: Path) -> str:
-    """Where artifacts go: beside the SQLite file of our own; empty: the server says."""
-    if config.uri or os.environ.get("MLFLOW_TRACKING_URI"):
-        return ""
-    return (run_dir.resolve().parent / "mlartifacts").as_uri()
+def _about_start() -> dict[str, str]:
+    """Who started it and with which program, for the columns "User" and "Source" of MLflow's page."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have a number and no name
+        user = str(os.getuid())
+    return {"mlflow.user": user, "mlflow.source.name": sys.argv[0], "mlflow.source.type": "LOCAL"}
+
+
+def _about_machine() -> dict[str, str]:
+    """Host, Python, GPUs; commit and state of the code, where it is a git checkout."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    about = {
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "gpus": ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "none",
+    }
+    try:
+        commit, state = (
+            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return about
+    return about | {"mlflow.source.git.commit": commit, "git_dirty": str(bool(state)).lower()}

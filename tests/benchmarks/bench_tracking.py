@@ -35,8 +35,9 @@ from pipeline.config import LogConfig, PretrainRecipe
 from pipeline.flow import Batch
 from pipeline.recipes import load_recipe
 from pipeline.tasks import PretrainTask
-from pipeline.tracking import NullTracker, Tracker, open_tracker
-from pipeline.tracking.spool import Spool, load_mlflow
+from pipeline.tracking import Tracker, open_tracker
+from pipeline.tracking.spool import Spool
+from pipeline.tracking.store import load_mlflow
 from tests.lab import process
 from tests.ranks import free_port
 
@@ -93,7 +94,7 @@ def tracked_phase(
     before = delivery_cpu()
     seconds, calls = phase(step, tracker, steps)
     cpu = (delivery_cpu() - before) / steps
-    feed = Spool(folder).main
+    feed = Spool(folder).metrics
     left = feed.left
     tracker.finish("FINISHED")
     deadline = time.monotonic() + 15  # a store that is well takes the rest before the next phase
@@ -162,26 +163,26 @@ def main() -> None:
 
 def measure(step: Callable[[int], None], stores: dict[str, str], folder: Path, rounds: int, steps: int) -> None:
     """Runs the phases and prints the table."""
-    phase(step, NullTracker(), steps)  # warms up
+    phase(step, Tracker(), steps)  # warms up
     slower: dict[str, list[float]] = {"none": [], **{name: [] for name in stores}}
     calls: dict[str, list[float]] = {name: [] for name in slower}
     left: dict[str, list[int]] = {name: [] for name in slower}
     cpu: dict[str, list[float]] = {name: [] for name in slower}
     begun = time.thread_time()
-    phase(step, NullTracker(), steps)
+    phase(step, Tracker(), steps)
     usual_cpu = (time.thread_time() - begun) / steps
     for name in ("sqlite", "server"):  # makes the tables
         tracked_phase(step, stores[name], folder / "first" / name, 2)
-    plain = [phase(step, NullTracker(), steps)[0]]
+    plain = [phase(step, Tracker(), steps)[0]]
     for number in range(rounds):
         for name in slower:
             if name == "none":
-                seconds, inside = phase(step, NullTracker(), steps)
+                seconds, inside = phase(step, Tracker(), steps)
                 waits, spent = 0, 0.0
             else:
                 run_dir = folder / f"{number}" / name.replace(" ", "-")
                 seconds, inside, waits, spent = tracked_phase(step, stores[name], run_dir, steps)
-            plain.append(phase(step, NullTracker(), steps)[0])
+            plain.append(phase(step, Tracker(), steps)[0])
             slower[name].append(seconds / statistics.mean(plain[-2:]) - 1)
             calls[name] += inside
             left[name].append(waits)

@@ -23,9 +23,9 @@ import yaml
 from scipy.stats import rankdata, spearmanr
 
 from pipeline.ablation.campaign import Campaign
-from pipeline.ablation.grid import ROOT, build_grid
+from pipeline.ablation.grid import ROOT, Grid
 from pipeline.errors import UserError, run_cli
-from pipeline.report.collect import Collected, Result, collect
+from pipeline.report.collect import Collected, Result
 
 HERE = Path(__file__).parent
 TABLE = HERE / "small_scale_table.yaml"
@@ -45,7 +45,7 @@ def write_scale(out: Path, esc50: Path, steps: int, epochs: float) -> Path:
 
 def summarise(part: Collected, seeds: list[int]) -> str:
     """The table as Markdown, and how far the two orders agree."""
-    names = [row.spec.name for row in part.table.rows]
+    names = [row.name for row in part.table.rows]
     cells = {name: part.results[name, COLUMN] for name in names}
     ours = _ranks({name: cell.mean for name, cell in cells.items()})
     paper = _ranks({name: cell.paper for name, cell in cells.items()})
@@ -109,8 +109,8 @@ def main() -> int:
         status = subprocess.run(command, check=False).returncode
         if status:
             return status
-        grid = build_grid([TABLE], str(scale), {}, seeds)
-        text = summarise(collect(grid.tables[0], Campaign(grid, args.out.resolve())), seeds)
+        grid = Grid([TABLE], str(scale), {}, seeds)
+        text = summarise(Collected(next(iter(grid.tables)), Campaign(grid, args.out.resolve())), seeds)
         (args.out / "small_scale.md").write_text(text, encoding="utf-8")
         print(text, flush=True)
     return 0

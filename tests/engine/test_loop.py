@@ -18,7 +18,7 @@ from pipeline.engine.telemetry import Telemetry
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.flow import Batch
-from pipeline.tracking import NullTracker
+from pipeline.tracking import Tracker
 
 ROWS = torch.arange(2)
 BATCH = Batch(ROWS, ROWS, torch.ones(2, dtype=torch.bool), None, None, torch.zeros(2, 3))
@@ -86,7 +86,7 @@ def strict(text: str):
 
 
 def test_json_has_no_infinity(tmp_path):
-    telemetry = Telemetry(tmp_path, NullTracker(), World(), LogConfig(), torch.nn.Identity(), 8, 0, None)
+    telemetry = Telemetry(tmp_path, Tracker(tmp_path), World(), LogConfig(), torch.nn.Identity(), 8, 0, None)
     telemetry.write_step(1, 2, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.1})
     row = strict((tmp_path / "metrics.jsonl").read_text())
     assert row["lr"] == 0.1

@@ -88,7 +88,7 @@ def train_one(name: str, place: str, world: World) -> None:
 
 def of_the_machine(key: str) -> bool:
     """A number of metrics.jsonl that tells of speed."""
-    return key in ("clips_per_second", "data_wait_fraction", "mfu") or key.endswith("_seconds")
+    return key in ("time", "clips_per_second", "data_wait_fraction", "mfu") or key.endswith("_seconds")
 
 
 def records(run_dir: Path) -> list[dict[str, float]]:

@@ -14,13 +14,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.ablation.executors import Executor, LocalExecutor, SlurmExecutor
 from pipeline.ablation.grid import ROOT, Grid
-from pipeline.command_line import read_deepspeed_config
+from pipeline.command_line import new_parser, path_of, read_deepspeed_config
 from pipeline.config import LogConfig
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, lock, read_json, user_path, write_json
@@ -32,11 +31,11 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    make = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    make = new_parser(__doc__)
     add = make.add_argument
-    add("tables", nargs="+", type=partial(user_path, what="TABLE.yaml"), metavar="TABLE.yaml",
+    add("tables", nargs="+", type=path_of("TABLE.yaml"), metavar="TABLE.yaml",
         help="files of configs/ablation/")  # fmt: skip
-    add("--out", type=partial(user_path, what="--out"), metavar="DIR",
+    add("--out", type=path_of("--out"), metavar="DIR",
         help="of the run directories (default: runs/ablation-SCALE)")  # fmt: skip
     add("--scale", default="paper", metavar="NAME", help="configs/ablation/scale/NAME.yaml, or a file (default: paper)")
     add("--shards", action="append", default=[], metavar="NAME=DIR", help="a data set of the scale (default: its own)")

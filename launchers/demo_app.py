@@ -6,11 +6,10 @@
 In: a run directory of finetune.py. Out: a page on localhost, until Ctrl-C.
 """
 
-import argparse
 import socket
 
+from pipeline.command_line import new_parser, path_of
 from pipeline.errors import UserError, run_cli
-from pipeline.files import user_path
 
 
 def check_address(host: str, port: int) -> None:
@@ -30,17 +29,17 @@ def check_address(host: str, port: int) -> None:
 
 def main() -> None:
     """Parses, loads, serves."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, metavar="RUN_DIR", help="a finetuned run")
-    parser.add_argument("--port", type=int, default=7860, metavar="N", help="(default: 7860)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=path_of("--checkpoint"), metavar="RUN_DIR", help="a finetuned run")
+    add("--port", type=int, default=7860, metavar="N", help="(default: 7860)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     args = parser.parse_args()
-    run_dir = user_path(args.checkpoint, "--checkpoint")
     check_address(args.host, args.port)
     from pipeline.serving.demo import MAX_UPLOAD, build_page  # torch: not for --help
     from pipeline.serving.scorer import load_scorer
 
-    page = build_page(load_scorer(run_dir), run_dir.resolve().name)
+    page = build_page(load_scorer(args.checkpoint), args.checkpoint.resolve().name)
     print(f"http://{args.host}:{args.port}", flush=True)
     page.launch(server_name=args.host, server_port=args.port, quiet=True, share=False, max_file_size=MAX_UPLOAD)
 

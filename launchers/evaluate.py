@@ -12,13 +12,13 @@ scores; with --plots, tables and pictures. Each clip is scored exactly once.
 import argparse
 import logging
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.command_line import new_parser, path_of
 from pipeline.config import FinetuneRecipe
 from pipeline.errors import UserError, run_cli
-from pipeline.files import check_output_directory, check_output_file, user_path, write_json
+from pipeline.files import check_output_directory, check_output_file, write_json
 from pipeline.recipes import finetuned_recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -29,28 +29,24 @@ RECORDS = ("config.yaml", "ds.json", "data.json", "init.json", "fold.json", "don
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    make = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    make = new_parser(__doc__)
     add = make.add_argument
-    add("--checkpoint", required=True, nargs="+", type=_path("--checkpoint"), metavar="RUN_DIR",
+    add("--checkpoint", required=True, nargs="+", type=path_of("--checkpoint"), metavar="RUN_DIR",
         help="finetuned runs (no default)")  # fmt: skip
     add("--combine", choices=("scores", "weights"), default="scores",
         help="several runs: average their probabilities or their weights (default: scores)")  # fmt: skip
     add("--shards", required=True, metavar="DIR", help="directory or URL of shards (no default)")
     add("--split", metavar="NAME", help="split to score (default: what the run held out)")
-    add("--out", type=_path("--out"), metavar="JSON", help="write results.json here (default: only print)")
-    add("--predictions", type=_path("--predictions"), metavar="PARQUET",
+    add("--out", type=path_of("--out"), metavar="JSON", help="write results.json here (default: only print)")
+    add("--predictions", type=path_of("--predictions"), metavar="PARQUET",
         help="write each clip's key, labels, scores (default: nowhere)")  # fmt: skip
-    add("--plots", type=_path("--plots"), metavar="DIR",
+    add("--plots", type=path_of("--plots"), metavar="DIR",
         help="per-class table, PR curves, confusion matrix (default: nowhere)")  # fmt: skip
     add("--last", action="store_true", help="the last weights, not the averaged ones (default: off)")
     add("--batch-size", type=int, default=32, metavar="N", help="clips per forward over all ranks (default: 32)")
     add("--workers", type=int, default=2, metavar="N", help="reader processes per rank (default: 2)")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return make
-
-
-def _path(option: str) -> partial[Path]:
-    return partial(user_path, what=option)
 
 
 def check_places(args: argparse.Namespace) -> None:

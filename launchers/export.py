@@ -8,30 +8,29 @@ graph for any batch (pip install 'craft-audio[onnx]'). Each appears whole or not
 earlier file of that name, or a directory that --format hf made.
 """
 
-import argparse
 import sys
 
+from pipeline.command_line import new_parser, path_of
 from pipeline.errors import run_cli
-from pipeline.files import user_path
 
 FORMATS = {"safetensors": "model.safetensors", "hf": "hf", "onnx": "model.onnx"}  # name in RUN_DIR/export
 
 
 def main() -> None:
     """Parses, writes, says what was written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, metavar="RUN_DIR", help="a run")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
-    parser.add_argument("--out", metavar="PATH", help="where (default: in RUN_DIR/export)")
-    parser.add_argument("--last", action="store_true", help="the last weights, not the averaged ones (default: off)")
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=path_of("--checkpoint"), metavar="RUN_DIR", help="a run")
+    add("--format", required=True, choices=FORMATS, help="what to write")
+    add("--out", type=path_of("--out"), metavar="PATH", help="where (default: in RUN_DIR/export)")
+    add("--last", action="store_true", help="the last weights, not the averaged ones (default: off)")
     args = parser.parse_args()
     from pipeline import export  # torch: not for --help
 
     writers = {"safetensors": export.export_safetensors, "hf": export.export_hf, "onnx": export.export_onnx}
-    run_dir = user_path(args.checkpoint, "--checkpoint")
-    out = run_dir / export.EXPORTS / FORMATS[args.format] if args.out is None else user_path(args.out, "--out")
-    export.check_place(run_dir, out, directory=args.format == "hf")
-    held = writers[args.format](export.open_exported(run_dir, average=not args.last), out)
+    out = args.out or args.checkpoint / export.EXPORTS / FORMATS[args.format]
+    export.check_place(args.checkpoint, out, directory=args.format == "hf")
+    held = writers[args.format](export.open_exported(args.checkpoint, average=not args.last), out)
     sys.stdout.write(f"{out}: {held}\n")
 
 

@@ -9,12 +9,12 @@ those of the code. Throughput is measured (--clips-per-second, or --run of an ea
 import argparse
 import json
 import math
-from functools import partial
 from typing import TYPE_CHECKING
 
+from pipeline.command_line import new_parser, path_of
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.errors import UserError, run_cli
-from pipeline.files import read_json, user_path
+from pipeline.files import read_json
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.recipes import load_recipe
 
@@ -63,19 +63,19 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, required=True, metavar="R", help="GPUs in all")
-    parser.add_argument("--gpu-memory", type=float, required=True, metavar="GB", help="of one GPU")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts (default: 1)")
-    parser.add_argument("--finetune", action="store_true", help="plan finetune.py (default: pretrain.py)")
-    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="(default: bf16)")
-    parser.add_argument("--clips-per-second", type=float, metavar="X", help="measured, of one GPU (default: assumed)")
-    parser.add_argument("--run", type=partial(user_path, what="--run"), metavar="RUN_DIR",
-                        help="take it from this run (default: assumed)")  # fmt: skip
-    parser.add_argument("--tflops", type=float, default=312.0, metavar="X", help="a GPU at its peak (default: 312)")
-    parser.add_argument("--mfu", type=float, default=0.3, metavar="X", help="share of it, assumed (default: 0.3)")
-    parser.add_argument("--config", action="append", default=[], metavar="YAML", help="overrides (default: none)")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the run (default: none)")
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--gpus", type=int, required=True, metavar="R", help="GPUs in all")
+    add("--gpu-memory", type=float, required=True, metavar="GB", help="of one GPU")
+    add("--nodes", type=int, default=1, metavar="N", help="hosts (default: 1)")
+    add("--finetune", action="store_true", help="plan finetune.py (default: pretrain.py)")
+    add("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="(default: bf16)")
+    add("--clips-per-second", type=float, metavar="X", help="measured, of one GPU (default: assumed)")
+    add("--run", type=path_of("--run"), metavar="RUN_DIR", help="take it from this run (default: assumed)")
+    add("--tflops", type=float, default=312.0, metavar="X", help="a GPU at its peak (default: 312)")
+    add("--mfu", type=float, default=0.3, metavar="X", help="share of it, assumed (default: 0.3)")
+    add("--config", action="append", default=[], metavar="YAML", help="overrides (default: none)")
+    add("settings", nargs="*", metavar="key=value", help="settings of the run (default: none)")
     args = parser.parse_intermixed_args()
     if min(args.gpus, args.nodes) < 1 or args.gpus % args.nodes:
         raise UserError(f"--gpus {args.gpus} --nodes {args.nodes}: give equally many GPUs on each node")

@@ -23,18 +23,18 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.manifest import Label
+from pipeline.command_line import new_parser, path_of
 from pipeline.errors import UserError, run_cli
-from pipeline.files import check_output_directory, check_output_file, new_file, user_path, write_text
+from pipeline.files import check_output_directory, check_output_file, new_file, write_text
 from pipeline.serving import events
 
 if TYPE_CHECKING:
@@ -50,9 +50,10 @@ PIECE = 1 << 20
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    make = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    make = new_parser(__doc__)
     add = make.add_argument
-    add("--checkpoint", required=True, metavar="RUN_DIR", help="a finetuned run (no default)")
+    add("--checkpoint", required=True, type=path_of("--checkpoint"), metavar="RUN_DIR",
+        help="a finetuned run (no default)")  # fmt: skip
     add("audio", nargs="+", metavar="AUDIO", help="audio files, folders, or - for standard input")
     add("--top", type=int, default=5, metavar="K", help="labels of a recording (default: 5)")
     add("--events", action="store_true", help="what was heard when (default: labels of the whole recording)")
@@ -60,80 +61,46 @@ def parser() -> argparse.ArgumentParser:
     add("--threshold", type=float, default=0.5, metavar="P", help="least probability of an event (default: 0.5)")
     add("--format", choices=FORMATS, help="json: an object a line; audacity: a label track, of events (default: table)")
     add("--json", action="store_const", const="json", dest="format", help="short for --format json")
-    add("--out", metavar="PATH", help="file to write; audacity with several recordings: a folder "
-        "(default: standard output)")  # fmt: skip
-    add("--embeddings", metavar="PARQUET", help="write each window's path, start, end, vector (default: no)")
+    add("--out", type=path_of("--out"), metavar="PATH",
+        help="file to write; audacity with several recordings: a folder (default: standard output)")  # fmt: skip
+    add("--embeddings", type=path_of("--embeddings"), metavar="PARQUET",
+        help="write each window's path, start, end, vector (default: no)")  # fmt: skip
     return make
 
 
-class Writer:
-    """Writes what was heard, in one of the formats.
-
-    Args:
-        args: Command line.
-        scorer: Knows labels and clip length.
-        out: Where to.
-        tracks: File of each recording's label track; empty: they go to `out`.
-    """
-
-    def __init__(self, args: argparse.Namespace, scorer: "Scorer", out: TextIO, tracks: dict[str, Path]) -> None:
-        self.args, self.scorer, self.out, self.tracks = args, scorer, out, tracks
+def described(args: argparse.Namespace, scorer: "Scorer", heard: "Heard") -> str:
+    """What was heard in a recording, as --format says."""
+    title = f"{printable(heard.path)}  ({events.clock(heard.seconds)})\n"
+    about = {"path": heard.path, "seconds": round(heard.seconds, 3)}
+    if not args.events:
+        best = events.whole(heard, scorer.spec.labels, args.top)
+        if args.format == "json":
+            labels = [{"label": label.name, "id": label.id, "score": round(score, 6)} for label, score in best]
+            return json.dumps(about | {"labels": labels}, ensure_ascii=False) + "\n"
         if args.format == "csv":
-            self._row(EVENT_COLUMNS if args.events else LABEL_COLUMNS)
+            return table([heard.path, rank, label.name, label.id, f"{score:.6f}"]
+                         for rank, (label, score) in enumerate(best, start=1))  # fmt: skip
+        return title + "".join(f"  {score:6.3f} {events.bar(score):30s} {label.name}\n" for label, score in best)
+    found = events.events(heard, scorer.spec.labels, scorer.seconds, args.threshold)
+    if args.format == "audacity":
+        return events.audacity(found)
+    if args.format == "json":
+        rows = [{"start": round(e.start, 3), "end": round(e.end, 3), "label": e.label.name, "id": e.label.id,
+                 "score": round(e.score, 6)} for e in found]  # fmt: skip
+        return json.dumps(about | {"events": rows}, ensure_ascii=False) + "\n"
+    if args.format == "csv":
+        return table([heard.path, f"{e.start:.3f}", f"{e.end:.3f}", e.label.name, e.label.id, f"{e.score:.6f}"]
+                     for e in found)  # fmt: skip
+    lines = [f"  {f'{events.clock(e.start)} - {events.clock(e.end)}':21s} {e.score:6.3f} "
+             f"{events.bar(e.score, 20):20s} {e.label.name}\n" for e in found]  # fmt: skip
+    return title + "".join(lines or [f"  nothing reaches {args.threshold:g}\n"])
 
-    def write(self, heard: "Heard") -> None:
-        """One recording."""
-        labels = self.scorer.spec.labels
-        if self.args.events:
-            self._events(heard, events.events(heard, labels, self.scorer.seconds, self.args.threshold))
-        else:
-            self._labels(heard, events.whole(heard, labels, self.args.top))
-        self.out.flush()
 
-    def _labels(self, heard: "Heard", best: list[tuple[Label, float]]) -> None:
-        if self.args.format == "json":
-            found = [{"label": label.name, "id": label.id, "score": round(score, 6)} for label, score in best]
-            self._json({"path": heard.path, "seconds": round(heard.seconds, 3), "labels": found})
-        elif self.args.format == "csv":
-            for rank, (label, score) in enumerate(best, start=1):
-                self._row([heard.path, rank, label.name, label.id, f"{score:.6f}"])
-        else:
-            self.out.write(f"{printable(heard.path)}  ({events.clock(heard.seconds)})\n")
-            for label, score in best:
-                self.out.write(f"  {score:6.3f} {events.bar(score):30s} {label.name}\n")
-
-    def _events(self, heard: "Heard", found: list[events.Event]) -> None:
-        if self.args.format == "json":
-            rows = [{"start": round(e.start, 3), "end": round(e.end, 3), "label": e.label.name, "id": e.label.id,
-                     "score": round(e.score, 6)} for e in found]  # fmt: skip
-            self._json({"path": heard.path, "seconds": round(heard.seconds, 3), "events": rows})
-        elif self.args.format == "csv":
-            for e in found:
-                self._row([heard.path, f"{e.start:.3f}", f"{e.end:.3f}", e.label.name, e.label.id, f"{e.score:.6f}"])
-        elif self.args.format == "audacity":
-            self._track(heard.path, events.audacity(found))
-        else:
-            self.out.write(f"{printable(heard.path)}  ({events.clock(heard.seconds)})\n")
-            for e in found:
-                when = f"{events.clock(e.start)} - {events.clock(e.end)}"
-                self.out.write(f"  {when:21s} {e.score:6.3f} {events.bar(e.score, 20):20s} {e.label.name}\n")
-            if not found:
-                self.out.write(f"  nothing reaches {self.args.threshold:g}\n")
-
-    def _track(self, path: str, text: str) -> None:
-        if self.tracks:
-            self.tracks[path].parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.tracks[path], text)
-        else:
-            self.out.write(text)
-
-    def _json(self, content: dict[str, object]) -> None:
-        self.out.write(json.dumps(content, ensure_ascii=False) + "\n")
-
-    def _row(self, values: Sequence[object]) -> None:
-        line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow(values)
-        self.out.write(line.getvalue())
+def table(rows: Iterable[Sequence[object]]) -> str:
+    """Rows of CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 @contextmanager
@@ -187,7 +154,9 @@ def hear(args: argparse.Namespace, scorer: "Scorer", names: list[str], tracks: d
         if args.out and not tracks:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             out = stack.enter_context(args.out.open("w", encoding="utf-8"))
-        writer = Writer(args, scorer, out, {utf8(name): file for name, file in tracks.items()})
+        if args.format == "csv":
+            out.write(table([EVENT_COLUMNS if args.events else LABEL_COLUMNS]))
+        tracks = {utf8(name): file for name, file in tracks.items()}
         embed = stack.enter_context(embeddings_file(args.embeddings, scorer)) if args.embeddings else None
         for heard in listen(scorer, sources(names, stack), hop):
             if heard.error:
@@ -195,7 +164,12 @@ def hear(args: argparse.Namespace, scorer: "Scorer", names: list[str], tracks: d
                 failed += 1
             if not len(heard.starts):
                 continue
-            writer.write(heard)
+            if heard.path in tracks:
+                tracks[heard.path].parent.mkdir(parents=True, exist_ok=True)
+                write_text(tracks[heard.path], described(args, scorer, heard))
+            else:
+                out.write(described(args, scorer, heard))
+                out.flush()
             if embed:
                 embed(heard)
     return failed
@@ -215,10 +189,10 @@ def one_line_of_errors(args: argparse.Namespace) -> Iterator[None]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Checks the options' ranges and reads their paths.
+    """Checks the options' ranges.
 
     Raises:
-        UserError: one is outside, or no path.
+        UserError: one is outside.
     """
     if args.hop is not None and not (args.hop > 0 and math.isfinite(args.hop)):
         raise UserError(f"--hop {args.hop} is not positive and finite; give seconds")
@@ -226,9 +200,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--threshold {args.threshold} is no probability; give one above 0, at most 1")
     if args.top < 1:
         raise UserError(f"--top {args.top} is not positive; give 1 or more")
-    for name in ("checkpoint", "out", "embeddings"):
-        if getattr(args, name) is not None:
-            setattr(args, name, user_path(getattr(args, name), f"--{name}"))
 
 
 def check_outputs(args: argparse.Namespace, names: list[str]) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""The command line of pretrain.py and finetune.py: `--deepspeed_config`, `--config`, `key=value` words.
+"""Command lines: what all have in common, and that of pretrain.py and finetune.py.
 
 In: words. Out: a resolved recipe and DeepSpeed configuration. Imports no torch: `--help` answers at once.
 """
@@ -6,7 +6,9 @@ In: words. Out: a resolved recipe and DeepSpeed configuration. Imports no torch:
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
@@ -15,6 +17,17 @@ from pipeline.files import user_path
 from pipeline.recipes import RecipeT, describe, dump_recipe, load_recipe
 
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "deepspeed"
+
+
+def new_parser(description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose `--help` shows the module's docstring as it is written."""
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=form)
+
+
+def path_of(option: str) -> Callable[[str], Path]:
+    """The type of an option that names a local path: see `user_path`."""
+    return partial(user_path, what=option)
 
 
 @dataclass(frozen=True)
@@ -41,11 +54,7 @@ def parse(kind: type[RecipeT], description: str | None, argv: list[str] | None =
         UserError: a file or setting that is wrong.
         SystemExit: after `--help` or `--print-config`.
     """
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"settings (key = default):\n{describe(kind)}",
-    )
+    parser = new_parser(description, f"settings (key = default):\n{describe(kind)}")
     parser.add_argument(
         "--deepspeed_config",
         default="ds.json",

@@ -38,7 +38,7 @@ from pipeline.model.weights import weights_file
 from pipeline.recipes import RecipeT, flatten, read_run
 from pipeline.run_directory import check_run, open_run, write_record
 from pipeline.runs import eval_batch_size, initialise, score_run
-from pipeline.serving.publish import check_publishable, publish
+from pipeline.serving.package import check_publishable, publish
 from pipeline.tasks import FinetuneTask, PretrainTask
 from pipeline.tracking import Tracker, figures, open_tracker, run_of
 from pipeline.tracking.spool import Feed

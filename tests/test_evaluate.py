@@ -30,6 +30,10 @@ from pipeline.tasks import FinetuneTask
 from tests.conftest import ROOT
 
 
+def read(path) -> Predictions:
+    return Predictions(*read_predictions(path))
+
+
 @pytest.fixture(scope="module")
 def runs(shards, tmp_path_factory):
     """Two run directories with random weights of different seeds: what finetune.py leaves, without the training."""
@@ -64,7 +68,7 @@ def single(runs, shards, tmp_path_factory):
                     out / "predictions.parquet", "--plots", out / "plots", "--workers", 0)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "95 % interval" in done.stdout
-    return json.loads((out / "results.json").read_text()), Predictions(*read_predictions(out / "predictions.parquet")), out / "plots"
+    return json.loads((out / "results.json").read_text()), read(out / "predictions.parquet"), out / "plots"
 
 
 @pytest.mark.slow
@@ -94,7 +98,7 @@ def test_every_number_is_scikit_learns_on_the_written_predictions(single, shards
 def test_two_ranks_score_what_one_scores(deepspeed_run, runs, shards, single, tmp_path):
     deepspeed_run(2, "launchers/evaluate.py", "--checkpoint", runs[0], "--shards", shards, "--batch-size", 6,
                   "--predictions", tmp_path / "p.parquet", "--out", tmp_path / "r.json")  # fmt: skip
-    found = Predictions(*read_predictions(tmp_path / "p.parquet"))
+    found = read(tmp_path / "p.parquet")
     assert found.keys == single[1].keys
     np.testing.assert_array_equal(found.targets, single[1].targets)
     np.testing.assert_allclose(found.scores, single[1].scores, rtol=1e-4, atol=1e-5)  # another batch, another GEMM
@@ -109,8 +113,8 @@ def test_an_ensemble_averages_probabilities_and_a_mean_model_averages_weights(ru
         assert done.returncode == 0, done.stderr
     other = evaluate("--checkpoint", runs[1], "--shards", shards, "--workers", 0, "--predictions", tmp_path / "b")
     assert other.returncode == 0, other.stderr
-    mean = (expit(single[1].scores) + expit(Predictions(*read_predictions(tmp_path / "b")).scores)) / 2
-    np.testing.assert_allclose(Predictions(*read_predictions(tmp_path / "scores")).scores, mean, atol=1e-6)
+    mean = (expit(single[1].scores) + expit(read(tmp_path / "b").scores)) / 2
+    np.testing.assert_allclose(read(tmp_path / "scores").scores, mean, atol=1e-6)
     assert json.loads((tmp_path / "scores.json").read_text())["ensemble"] == [str(run) for run in runs]
     halves = [load_file(run / "checkpoints" / "step-00000001" / "weights.safetensors") for run in runs]
     merged = tmp_path / "merged.safetensors"
@@ -125,7 +129,7 @@ def test_an_ensemble_averages_probabilities_and_a_mean_model_averages_weights(ru
         original.write_bytes(kept)
     assert again.returncode == 0, again.stderr
     np.testing.assert_allclose(
-        Predictions(*read_predictions(tmp_path / "weights")).scores, Predictions(*read_predictions(tmp_path / "m")).scores, atol=1e-5
+        read(tmp_path / "weights").scores, read(tmp_path / "m").scores, atol=1e-5
     )
     assert pq.read_table(tmp_path / "weights").num_rows == single[0]["clips"]
 

@@ -75,6 +75,9 @@ def test_windows_cover_a_recording_to_its_end(scorer, tmp_path, monkeypatch, sec
     np.testing.assert_allclose(heard.scores, np.concatenate([scores for scores, _ in alone]), atol=1e-5)
     np.testing.assert_allclose(heard.embeddings, np.concatenate([vectors for _, vectors in alone]), atol=1e-4)
     assert heard.embeddings.shape == (len(starts), 2 * 96)
+    times, scores = scorer.over_time(samples, hop)  # the page's way
+    assert times.tolist() == heard.starts.tolist()
+    np.testing.assert_allclose(scores, heard.scores, atol=1e-5)
 
 
 def test_batches_span_files_and_results_keep_their_order(scorer, tmp_path, monkeypatch):

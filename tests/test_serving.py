@@ -25,8 +25,7 @@ from pipeline.errors import UserError
 from pipeline.recipes import load_recipe
 from pipeline.serving.__main__ import check_register
 from pipeline.serving.listen import listen
-from pipeline.serving.package import PACKAGE, REQUIREMENTS, check_place, save_model
-from pipeline.serving.publish import check_publishable
+from pipeline.serving.package import PACKAGE, REQUIREMENTS, check_place, check_publishable, save_model
 from pipeline.serving.pyfunc_model import CraftModel
 from pipeline.serving.scorer import MAX_BYTES, load_scorer
 from pipeline.tracking.spool import Spool

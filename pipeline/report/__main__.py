@@ -6,19 +6,18 @@ In: table files and the directory that ablate.py filled. Out: report.md, report.
 numbers.json; the same in MLflow, beside the runs. Cells that were not run are empty.
 """
 
-import argparse
 import logging
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.ablation.campaign import Campaign
 from pipeline.ablation.grid import Grid
+from pipeline.command_line import new_parser, path_of
 from pipeline.config import LogConfig
 from pipeline.errors import UserError, run_cli
-from pipeline.files import check_output_directory, read_json, user_path, write_json, write_text
+from pipeline.files import check_output_directory, read_json, write_json, write_text
 from pipeline.report import figures, render
 from pipeline.report.collect import Collected
 from pipeline.tracking import tracking_uri
@@ -28,13 +27,13 @@ log = logging.getLogger(__name__)
 
 def main() -> int:
     """Parses, collects, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    add("tables", nargs="+", type=partial(user_path, what="TABLE.yaml"), metavar="TABLE.yaml",
+    add("tables", nargs="+", type=path_of("TABLE.yaml"), metavar="TABLE.yaml",
         help="files of configs/ablation/")  # fmt: skip
-    add("--runs", type=partial(user_path, what="--runs"), metavar="DIR",
+    add("--runs", type=path_of("--runs"), metavar="DIR",
         help="--out of ablate.py (default: the only runs/ablation-*, else -paper)")  # fmt: skip
-    add("--out", type=partial(user_path, what="--out"), default=Path("report"), metavar="DIR",
+    add("--out", type=path_of("--out"), default=Path("report"), metavar="DIR",
         help="(default: report/)")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[], metavar="N", help="as given to ablate.py (default: the tables')")
     add("--no-mlflow", action="store_true", help="do not log the report to MLflow (default: log it)")
@@ -61,7 +60,7 @@ def main() -> int:
 def write(parts: list[Collected], out: Path) -> list[Path]:
     """Writes the report's files into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    title = parts[0].table.spec.title if len(parts) == 1 else "CRAFT: the paper's numbers and ours"
+    title = parts[0].table.title if len(parts) == 1 else "CRAFT: the paper's numbers and ours"
     drawn = render.tables(parts)
     write_text(out / "report.md", render.markdown(title, drawn))
     write_text(out / "report.html", render.html(title, drawn))

@@ -7,25 +7,23 @@ registry of the run's MLflow server. `mlflow models serve --env-manager local -m
 The directory is new, empty, or a model that this command made before, which is replaced.
 """
 
-import argparse
 import sys
 
+from pipeline.command_line import new_parser, path_of
 from pipeline.errors import UserError, run_cli
-from pipeline.files import user_path
-from pipeline.serving.package import check_place, save_model
+from pipeline.serving.package import MODEL, check_place, save_model
 from pipeline.tracking.__main__ import sync
 from pipeline.tracking.spool import Spool
 
 
 def main() -> None:
     """Parses, saves, registers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="a finetuned run")
+    parser = new_parser(__doc__)
+    parser.add_argument("run_dir", type=path_of("RUN_DIR"), metavar="RUN_DIR", help="a finetuned run")
     parser.add_argument("--register", metavar="NAME", help="in the registry (default: only save)")
-    parser.add_argument("--out", metavar="DIR", help="(default: RUN_DIR/model)")
+    parser.add_argument("--out", type=path_of("--out"), metavar="DIR", help="(default: RUN_DIR/model)")
     args = parser.parse_args()
-    run_dir = user_path(args.run_dir, "RUN_DIR")
-    out = run_dir / "model" if args.out is None else user_path(args.out, "--out")
+    run_dir, out = args.run_dir, args.out or args.run_dir / MODEL
     check_place(run_dir, out, "--out")
     spool = Spool(run_dir)
     if args.register is not None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.data.storage import is_remote, local
 from pipeline.errors import UserError
-from pipeline.serving.scorer import BATCH, Scorer
+from pipeline.serving.scorer import BATCH, Scorer, windows
 from shard_tools.decode import DecodeError, MachineError
 from shard_tools.guard import TIME_LIMIT, DecoderProcess
 from shard_tools.segment import AUDIO_ENDINGS
@@ -56,42 +56,17 @@ class Heard:
         return np.minimum(self.starts + window, self.seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Windows of a recording that were decoded together; `seconds` are those up to its end."""
-
-    name: str
-    starts: list[float]
-    windows: list[np.ndarray]
-    seconds: float
-    first: bool
-    last: bool
-    error: str = ""
-
-
 @dataclass(slots=True)
-class _Open:
-    """A recording that is not all scored."""
+class _Recording:
+    """One that is not all scored; the fields are those of `Heard`."""
 
-    name: str
+    path: str
     error: str = ""
     seconds: float = 0.0
-    whole: bool = False
+    whole: bool = False  # all its windows are known
     starts: list[float] = field(default_factory=list)
     scores: list[np.ndarray] = field(default_factory=list)
     embeddings: list[np.ndarray] = field(default_factory=list)
-
-    def take(self, piece: _Piece) -> None:
-        self.starts += piece.starts
-        self.seconds, self.whole, self.error = piece.seconds, piece.last, piece.error
-
-    @property
-    def scored(self) -> bool:
-        return self.whole and len(self.scores) == len(self.starts)
-
-    def heard(self) -> Heard:
-        starts, scores = np.array(self.starts), np.array(self.scores, np.float32)
-        return Heard(self.name, self.error, self.seconds, starts, scores, np.array(self.embeddings, np.float32))
 
 
 def find_audio(names: Iterable[str]) -> tuple[list[str], list[str], list[str]]:
@@ -182,8 +157,8 @@ def listen(scorer: Scorer, files: Iterable[tuple[str, str]], hop: float) -> Iter
         files: (name for people, path) of each.
         hop: Seconds between windows.
     """
-    recordings: deque[_Open] = deque()
-    queue: deque[tuple[np.ndarray, _Open]] = deque()
+    recordings: deque[_Recording] = deque()
+    queue: deque[tuple[np.ndarray, _Recording]] = deque()
 
     def score(least: int) -> Iterator[Heard]:
         while len(queue) >= least and queue:
@@ -192,53 +167,42 @@ def listen(scorer: Scorer, files: Iterable[tuple[str, str]], hop: float) -> Iter
             for (_, recording), scores, embedding in scored:
                 recording.scores.append(scores)
                 recording.embeddings.append(embedding)
-        while recordings and recordings[0].scored:
-            yield recordings.popleft().heard()
+        while recordings and recordings[0].whole and len(recordings[0].scores) == len(recordings[0].starts):
+            one = recordings.popleft()
+            arrays = np.array(one.starts), np.array(one.scores, np.float32), np.array(one.embeddings, np.float32)
+            yield Heard(one.path, one.error, one.seconds, *arrays)
 
-    rate, window = scorer.spec.sample_rate, scorer.spec.samples
-    with (
-        DecoderProcess(rate, PIECE_SECONDS, PIECE_LIMIT) as decoder,
-        closing(
-            _ahead(piece for name, path in files for piece in _pieces(decoder, name, path, rate, window, hop))
-        ) as pieces,
-    ):
-        for piece in pieces:
-            if piece.first:
-                recordings.append(_Open(piece.name))
-            recordings[-1].take(piece)
-            queue.extend((samples, recordings[-1]) for samples in piece.windows)
+    rate = scorer.spec.sample_rate
+    with DecoderProcess(rate, PIECE_SECONDS, PIECE_LIMIT) as decoder, closing(_ahead(
+        (name, *piece) for name, path in files for piece in _decoded(decoder, path, scorer, hop)
+    )) as pieces:  # fmt: skip
+        for name, windows, end, error in pieces:
+            if not recordings or recordings[-1].whole:
+                recordings.append(_Recording(name))
+            recording = recordings[-1]
+            recording.starts += [start / rate for start, _ in windows]
+            recording.seconds, recording.whole, recording.error = end / rate, error is not None, error or ""
+            queue.extend((samples, recording) for _, samples in windows)
             yield from score(BATCH)
         yield from score(1)
 
 
-def _pieces(
-    decoder: DecoderProcess, name: str, path: str, rate: int, window: int, hop: float
-) -> Iterator[_Piece]:
-    """The windows of one recording; the last piece says so, and what was damaged."""
-    step = max(1, round(hop * rate))
+def _decoded(
+    decoder: DecoderProcess, path: str, scorer: Scorer, hop: float
+) -> Iterator[tuple[list[tuple[int, np.ndarray]], int, str | None]]:
+    """Of each piece of a recording its windows and its end, as `windows` has them; of the last one what was damaged."""
     problems: list[str] = []
-    kept, first, start = np.zeros(0, np.float32), 0, 0  # samples from `first` on; the next window's start
-    error, began = "", False
-    # What /dev/stdin is in this process is something else in the decoder's.
-    fresh = decoder.pieces(os.path.realpath(path) if path.startswith(("/dev/", "/proc/")) else path, problems)
-    ended = False
-    while not ended:
+
+    def pieces() -> Iterator[np.ndarray]:
+        # What /dev/stdin is in this process is something else in the decoder's.
+        place = os.path.realpath(path) if path.startswith(("/dev/", "/proc/")) else path
         try:
-            kept = np.concatenate([kept, next(fresh)])
-        except StopIteration:
-            ended, error = True, "; ".join(problems)
+            yield from decoder.pieces(place, problems)
         except (DecodeError, MachineError) as reason:
-            ended, error = True, str(reason)
-        end = first + len(kept)
-        starts = list(range(start, end - window + 1, step))
-        start = starts[-1] + step if starts else start
-        if ended and end and (start == 0 or end > start - step + window):  # the rest, in a window that ends with it
-            starts.append(max(0, end - window))
-        windows = [kept[at - first : at - first + window] for at in starts]
-        yield _Piece(name, [at / rate for at in starts], windows, end / rate, not began, ended, error)
-        began = True
-        cut = min(start, end - window) - first if end > window else 0  # the last window may begin that early
-        kept, first = kept[cut:].copy(), first + cut
+            problems[:] = [str(reason)]
+
+    for found, end, last in windows(pieces(), scorer.spec.samples, scorer.step(hop)):
+        yield found, end, "; ".join(problems) if last else None
 
 
 def _ahead(items: Iterator[ItemT]) -> Generator[ItemT]:

@@ -1,15 +1,16 @@
 """A finetuned run -> a directory that `mlflow models serve` serves.
 
-In: a run directory. Out: an MLflow model: our code, `weights.safetensors`, config.yaml, data.json,
-signature, input example, pinned requirements, and a model card.
+In: a run directory. Out: RUN_DIR/model or another directory, an MLflow model: our code, `weights.safetensors`,
+config.yaml, data.json, signature, input example, pinned requirements, and a model card.
 """
 
 import json
+import logging
 import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -19,6 +20,13 @@ from pipeline.files import check_replaced_directory, new_directory
 from pipeline.model.weights import weights_file
 from pipeline.recipes import finetuned_recipe
 
+if TYPE_CHECKING:  # a served model trains nothing
+    from pipeline.distributed import World
+    from pipeline.engine.job import Job
+
+log = logging.getLogger(__name__)
+
+MODEL = "model"  # directory in the run's
 ROOT = Path(__file__).resolve().parents[2]
 CODE = Path(__file__).with_name("pyfunc_model.py")
 # What MLflow and this module write into a package: nothing else may be in a directory that is replaced.
@@ -104,6 +112,31 @@ def save_model(run_dir: Path, out: Path) -> str:
     except OSError as error:
         raise UserError(f"model {out}: {error.strerror or error}; nothing was changed there") from error
     return card
+
+
+def check_publishable(job: "Job") -> None:
+    """Tries the model's place before the training.
+
+    Raises:
+        UserError: it cannot be written, or something else lies there.
+    """
+    if job.recipe.log.model or job.recipe.log.register_as:
+        check_place(job.run_dir, job.run_dir / MODEL, "log.model")
+
+
+def publish(job: "Job", world: "World") -> None:
+    """The last act of a finetuning, on rank 0: its model becomes an artifact and, with a name, one in the registry.
+
+    Through the spool, like everything else: a server that is down gets it later.
+    """
+    config = job.recipe.log
+    if not world.is_main or not (config.model or config.register_as):
+        return
+    folder = job.run_dir / MODEL
+    card = save_model(job.run_dir, folder)
+    tags = {"run_dir": str(job.run_dir.resolve())}
+    job.tracker.model(folder, job.total_steps, tags, card, config.register_as)
+    log.info("served by: mlflow models serve --env-manager local -m %s", folder)
 
 
 def model_card(run_dir: Path, spec: DataSpec) -> str:

@@ -6,6 +6,8 @@ with soxr, DC removed, rounded to int16, so that a served clip scores as the sam
 
 import tempfile
 import threading
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -108,12 +110,13 @@ class Scorer:
         Returns:
             Start seconds [n]; probabilities [n, C].
         """
-        window, step = self.spec.samples, max(1, round(hop * self.spec.sample_rate))
-        starts = np.arange(0, max(0, len(waveform) - window) + 1, step)
-        if starts[-1] + window < len(waveform):
-            starts = np.append(starts, len(waveform) - window)
-        scores = self.probabilities([waveform[start : start + window] for start in starts])
-        return starts / self.spec.sample_rate, scores
+        found = [one for part, _, _ in windows([waveform], self.spec.samples, self.step(hop)) for one in part]
+        starts = np.array([start for start, _ in found])
+        return starts / self.spec.sample_rate, self.probabilities([window for _, window in found])
+
+    def step(self, hop: float) -> int:
+        """Samples between windows that are `hop` seconds apart."""
+        return max(1, round(hop * self.spec.sample_rate))
 
     def _decode(self, path: str, name: str, seconds: float) -> np.ndarray:
         try:
@@ -144,6 +147,36 @@ class Scorer:
             embedding = torch.cat(stream_means(encoded), dim=1)
         scores = logits.softmax(dim=1) if spec.single_label else logits.sigmoid()
         return scores.float().cpu().numpy(), embedding.float().cpu().numpy()
+
+
+def windows(
+    pieces: Iterable[np.ndarray], window: int, step: int
+) -> Iterator[tuple[list[tuple[int, np.ndarray]], int, bool]]:
+    """Cuts a recording that comes in pieces into windows; no more is kept of it than the next window needs.
+
+    They are `step` samples apart, and the last one ends with the recording; a recording shorter than a window is one
+    short window. With 10 samples, window 4 and step 3: 0-3, 3-6, 6-9; with step 4: 0-3, 4-7, 6-9.
+
+    Args:
+        pieces: Samples, float32 [n] each.
+        window: Samples of a window.
+        step: Samples from one to the next.
+
+    Yields:
+        After each piece, and once more at the end: (first sample, window) of those that became whole; samples so far;
+        whether it is the end.
+    """
+    kept, first, start = np.zeros(0, np.float32), 0, 0  # samples from `first` on; the next window's start
+    for piece in chain(pieces, [None]):
+        kept = kept if piece is None else np.concatenate([kept, piece])
+        end = first + len(kept)
+        starts = list(range(start, end - window + 1, step))
+        start = starts[-1] + step if starts else start
+        if piece is None and end and (start == 0 or end > start - step + window):  # the rest
+            starts.append(max(0, end - window))
+        yield [(at, kept[at - first : at - first + window]) for at in starts], end, piece is None
+        cut = min(start, end - window) - first if end > window else 0  # the last window may begin that early
+        kept, first = kept[cut:].copy(), first + cut
 
 
 def load_scorer(run_dir: Path, file: Path | None = None) -> Scorer:

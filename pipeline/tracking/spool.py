@@ -92,7 +92,7 @@ class Feed:
         if not self.lines.exists():
             return
         done, before = self._note()
-        sent = {name: max(sent.get(name, -1), before.get(name, -1)) for name in sent | before}
+        sent = {name: max(sent.get(name, -1), before.get(name, -1)) for name in {*sent, *before}}
         kept, kept_done, at = [], 0, 0
         with self.lines.open("rb") as file:
             for raw in file:

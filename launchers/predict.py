@@ -35,7 +35,6 @@ import pyarrow.parquet as pq
 from pipeline.command_line import new_parser, path_of
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, check_output_file, new_file, write_text
-from pipeline.serving import events
 
 if TYPE_CHECKING:
     from pipeline.serving.listen import Heard
@@ -70,20 +69,22 @@ def parser() -> argparse.ArgumentParser:
 
 def described(args: argparse.Namespace, scorer: "Scorer", heard: "Heard") -> str:
     """What was heard in a recording, as --format says."""
-    title = f"{printable(heard.path)}  ({events.clock(heard.seconds)})\n"
+    from pipeline.serving import listen  # torch: not for --help
+
+    title = f"{printable(heard.path)}  ({listen.clock(heard.seconds)})\n"
     about = {"path": heard.path, "seconds": round(heard.seconds, 3)}
     if not args.events:
-        best = events.whole(heard, scorer.spec.labels, args.top)
+        best = listen.whole(heard, scorer.spec.labels, args.top)
         if args.format == "json":
             labels = [{"label": label.name, "id": label.id, "score": round(score, 6)} for label, score in best]
             return json.dumps(about | {"labels": labels}, ensure_ascii=False) + "\n"
         if args.format == "csv":
             return table([heard.path, rank, label.name, label.id, f"{score:.6f}"]
                          for rank, (label, score) in enumerate(best, start=1))  # fmt: skip
-        return title + "".join(f"  {score:6.3f} {events.bar(score):30s} {label.name}\n" for label, score in best)
-    found = events.events(heard, scorer.spec.labels, scorer.seconds, args.threshold)
+        return title + "".join(f"  {score:6.3f} {listen.bar(score):30s} {label.name}\n" for label, score in best)
+    found = listen.events(heard, scorer.spec.labels, scorer.seconds, args.threshold)
     if args.format == "audacity":
-        return events.audacity(found)
+        return listen.audacity(found)
     if args.format == "json":
         rows = [{"start": round(e.start, 3), "end": round(e.end, 3), "label": e.label.name, "id": e.label.id,
                  "score": round(e.score, 6)} for e in found]  # fmt: skip
@@ -91,8 +92,8 @@ def described(args: argparse.Namespace, scorer: "Scorer", heard: "Heard") -> str
     if args.format == "csv":
         return table([heard.path, f"{e.start:.3f}", f"{e.end:.3f}", e.label.name, e.label.id, f"{e.score:.6f}"]
                      for e in found)  # fmt: skip
-    lines = [f"  {f'{events.clock(e.start)} - {events.clock(e.end)}':21s} {e.score:6.3f} "
-             f"{events.bar(e.score, 20):20s} {e.label.name}\n" for e in found]  # fmt: skip
+    lines = [f"  {f'{listen.clock(e.start)} - {listen.clock(e.end)}':21s} {e.score:6.3f} "
+             f"{listen.bar(e.score, 20):20s} {e.label.name}\n" for e in found]  # fmt: skip
     return title + "".join(lines or [f"  nothing reaches {args.threshold:g}\n"])
 
 

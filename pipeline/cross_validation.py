@@ -12,10 +12,8 @@ kept, the interrupted one goes on from its newest checkpoint.
 """
 
 import gc
-import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,10 +55,10 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World) -> dict[str, An
     parts = {fold: fold_launch(launch, run_dir, name, fold) for fold in folds}
     spec = DataSpec.of(manifest, recipe.data)
     done = distributed.decide(lambda: _check(launch, ds, spec, run_dir, name, parts))
-    with (
-        _opened(launch, ds, spec, run_dir, world),
-        tracked(launch, run_dir, name, "cross-validation", world, manifest) as tracker,
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(open_run(run_dir, world))
+        distributed.decide(lambda: write_record(run_dir, recipe, ds, spec))  # as each fold's directory has it
+        tracker = stack.enter_context(tracked(launch, run_dir, name, "cross-validation", world, manifest))
         for number, (fold, part) in enumerate(parts.items(), start=1):
             if fold in done:
                 log.info("fold %d is done (%d of %d)", fold, number, len(folds))
@@ -68,8 +66,11 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World) -> dict[str, An
             log.info("fold %d (%d of %d): %s", fold, number, len(folds), part.recipe.run.dir)
             distributed.seed_host(recipe.run.seed)  # a fold is the run that it would be alone
             finetune(part, world)
-            if world.is_main:
-                _note(Path(part.recipe.run.dir), fold)
+            if world.is_main:  # the fold is done: its result, and the held-out metric of each evaluated epoch
+                folder = Path(part.recipe.run.dir)
+                result = read_json(folder / "results.json", "delete it to finish that fold again")
+                kept = {key: result[key] for key in ("metric", "value", "clips", "weights", "shards_digest", "epochs")}
+                write_json(folder / "fold.json", {"fold": fold, **kept})
             gc.collect()  # an engine holds itself in cycles: its memory is the next fold's
         content = distributed.decide(
             lambda: summarise({fold: read_fold(Path(part.recipe.run.dir)) for fold, part in parts.items()})
@@ -82,16 +83,6 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World) -> dict[str, An
             tracker.summary({f"mean_eval_{content['metric']}": value}, int(epoch))
         tracker.artifact(run_dir / "results.json")
     return content
-
-
-@contextmanager
-def _opened(
-    launch: Launch[FinetuneRecipe], ds: dict[str, Any], spec: DataSpec, run_dir: Path, world: World
-) -> Iterator[None]:
-    """The directory of the whole, with what each fold's directory holds of settings and data."""
-    with open_run(run_dir, world):
-        distributed.decide(lambda: write_record(run_dir, launch.recipe, ds, spec))
-        yield
 
 
 def choose_folds(recipe: FinetuneRecipe, manifest: Manifest) -> list[int]:
@@ -175,13 +166,6 @@ def _spread(values: list[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _note(run_dir: Path, fold: int) -> None:
-    """Writes `fold.json`: the final result, and the held-out metric of each evaluated epoch."""
-    results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
-    kept = {key: results[key] for key in ("metric", "value", "clips", "weights", "shards_digest", "epochs")}
-    write_json(run_dir / "fold.json", {"fold": fold, **kept})
-
-
 def _check(
     launch: Launch[FinetuneRecipe], ds: dict[str, Any], spec: DataSpec, run_dir: Path, name: str,
     parts: dict[int, Launch[FinetuneRecipe]],
@@ -191,7 +175,9 @@ def _check(
     Raises:
         UserError: the directory holds a single run, or folds of other settings or data, or cannot be written.
     """
-    if complete_checkpoints(run_dir) or ((run_dir / "results.json").exists() and not _is_whole(run_dir)):
+    finished = read_run(run_dir) if (run_dir / "results.json").exists() else None
+    folded = isinstance(finished, FinetuneRecipe) and finished.finetune.folds
+    if complete_checkpoints(run_dir) or (finished and not folded):
         raise UserError(f"run.dir = {run_dir} holds a single run, this is a cross-validation; give another run.dir")
     check_output_directory(run_dir, "run.dir")
     found = {int(file.parent.name.removeprefix("fold-")) for file in run_dir.glob("fold-*/config.yaml")
@@ -212,9 +198,3 @@ def _check(
             raise UserError(f"{folder} is done on other shards than {part.recipe.data.shards}; give another run.dir")
         done.append(fold)
     return done
-
-
-def _is_whole(run_dir: Path) -> bool:
-    """The directory of a cross-validation."""
-    recipe = read_run(run_dir)
-    return isinstance(recipe, FinetuneRecipe) and bool(recipe.finetune.folds)

@@ -24,7 +24,7 @@ from pipeline.engine.evaluation import read_predictions
 from pipeline.errors import UserError
 from pipeline.model.weights import weights_file
 from pipeline.recipes import dump_recipe, load_recipe
-from pipeline.report.significance import Predictions
+from pipeline.report.collect import Predictions
 from pipeline.runs import mean_probability, score_averaged_weights, score_ensemble
 from pipeline.tasks import FinetuneTask
 from tests.conftest import ROOT

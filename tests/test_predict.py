@@ -20,8 +20,7 @@ from pipeline.config import FinetuneRecipe
 from pipeline.data.manifest import Label
 from pipeline.errors import UserError
 from pipeline.serving import listen as listening
-from pipeline.serving.events import audacity, clock, events, stretches, whole
-from pipeline.serving.listen import Heard, find_audio, listen
+from pipeline.serving.listen import Heard, audacity, clock, events, find_audio, listen, stretches, whole
 from pipeline.serving.scorer import load_scorer
 from tests.conftest import ROOT
 from tests.test_export import SAMPLES, SPEC, make_run, snapshot

@@ -27,8 +27,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.report import render
 from pipeline.report.__main__ import main, write
-from pipeline.report.collect import Collected
-from pipeline.report.significance import Predictions, paired_bootstrap
+from pipeline.report.collect import Collected, Predictions, paired_bootstrap
 from pipeline.runs import mean_probability
 from tests.conftest import ROOT
 

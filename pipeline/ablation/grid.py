@@ -26,17 +26,12 @@ from pipeline.recipes import changes_result, flatten, former, load_recipe, read_
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = ROOT / "configs" / "ablation" / "scale"
+STRICT = ConfigDict(extra="forbid", frozen=True)  # an unknown key of a file is an error
 ModelT = TypeVar("ModelT", bound=BaseModel)
 RecipeT = TypeVar("RecipeT", PretrainRecipe, FinetuneRecipe)
 
 
-class Strict(BaseModel):
-    """A part of a table or scale file; an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Row(Strict):
+class Row(BaseModel, **STRICT):
     """One system of a table."""
 
     name: str
@@ -51,7 +46,7 @@ class Row(Strict):
     seeds: tuple[int, ...] = Field((), description="of the finetuning; empty: the table's")
 
 
-class Table(Strict):
+class Table(BaseModel, **STRICT):
     """A file of configs/ablation/."""
 
     title: str
@@ -66,14 +61,14 @@ class Table(Strict):
     note: str = Field("", description="a sentence for the caption")
 
 
-class DataSet(Strict):
+class DataSet(BaseModel, **STRICT):
     """Shards by name."""
 
     shards: UserPath = Field(description="directory; OUT stands for --out")
     build: str = Field("", description="options of build_shards.py that make them where they are missing")
 
 
-class Task(Strict):
+class Task(BaseModel, **STRICT):
     """What a column stands for: data, recipe files, folds."""
 
     title: str
@@ -83,7 +78,7 @@ class Task(Strict):
     folds: tuple[int, ...] = (0,)
 
 
-class Scale(Strict):
+class Scale(BaseModel, **STRICT):
     """A file of configs/ablation/scale/."""
 
     about: str = Field(description="a sentence for captions: which data, how small")

@@ -18,7 +18,7 @@ from pipeline.command_line import new_parser, path_of
 from pipeline.config import LogConfig
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, read_json, write_json, write_text
-from pipeline.report import figures, render
+from pipeline.report import render
 from pipeline.report.collect import Collected
 from pipeline.tracking import tracking_uri
 
@@ -71,7 +71,7 @@ def write(parts: list[Collected], out: Path) -> list[Path]:
     write_json(out / "numbers.json", numbers)
     pictures = [out / f"{part.name}.png" for part in parts]
     for part, picture in zip(parts, pictures, strict=True):
-        figures.draw(part, picture)
+        render.draw(part, picture)
     return [out / name for name in ("report.md", "report.html", "numbers.json")] + pictures
 
 

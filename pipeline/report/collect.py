@@ -3,9 +3,10 @@
 In: a table of a `Grid` and the directory of its runs. Out: a `Result` for each cell; what was not run stays empty.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,10 +14,16 @@ from pipeline.ablation.campaign import DAMAGED, Campaign
 from pipeline.ablation.grid import Row, Run
 from pipeline.cross_validation import summarise
 from pipeline.data.manifest import Manifest, load_manifest
-from pipeline.engine.evaluation import all_metrics, metric_name, read_predictions
+from pipeline.engine.evaluation import (
+    all_metrics,
+    clip_weights,
+    draws_for,
+    metric_name,
+    read_predictions,
+    weighted_metric,
+)
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.report.significance import Difference, Predictions, paired_bootstrap
 from pipeline.runs import mean_probability
 from pipeline.tracking.spool import Feed
 
@@ -27,6 +34,33 @@ PROTOCOL = (
     "the same for all folds, with the highest mean on the held-out folds, as SSAST's code takes it, so the same clips "
     "choose and score."
 )
+
+
+class Predictions(NamedTuple):
+    """Of one run, what `read_predictions` gives: keys [n], targets bool [n, C], scores float32 [n, C]; in key order."""
+
+    keys: list[str]
+    targets: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class Difference:
+    """System minus reference, in the metric's unit (0 to 1).
+
+    Attributes:
+        value: Difference of the means over runs.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        p: Two-sided probability of a difference this far from zero if there were none.
+        draws: Of the bootstrap.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    draws: int
 
 
 @dataclass
@@ -70,17 +104,6 @@ class Result:
         return self.clips / self.listed if self.listed and self.mean is not None else None
 
 
-@dataclass
-class Curve:
-    """A pretraining's held-out metrics and its finetunings, for Figure 2."""
-
-    name: str
-    paper: float | None
-    accuracy: list[tuple[int, float]] = field(default_factory=list)
-    mse: list[tuple[int, float]] = field(default_factory=list)
-    finetuned: list[tuple[int, float, float]] = field(default_factory=list)  # step, mean, spread
-
-
 class Collected:
     """A table's numbers and what must be said beside them.
 
@@ -96,7 +119,8 @@ class Collected:
         titles: By column.
         folded: Columns of cross-validations.
         caption: Sentences.
-        curves: Of a figure.
+        curves: Of a figure, by row: held-out "accuracy" (percent) and "mse" over the steps of the pretraining, and what
+            was "finetuned" from it: (step, mean in percent, spread).
 
     Raises:
         UserError: the reference row is unknown.
@@ -117,7 +141,7 @@ class Collected:
                 cells = [grid.cells.get((name, one, column)) for one in (row.name, self.reference)]
                 if row.name != self.reference and all(cells) and not row.ensemble:
                     self.results[row.name, column].difference = self._difference(row, column)
-        self.curves = [self._curve(row, columns[0]) for row in runnable] if self.table.kind == "figure" else []
+        self.curves = {row.name: self._curve(row, columns[0]) for row in runnable if self.table.kind == "figure"}
         self.titles = {column: tasks[column].title for column in columns}
         self.folded = frozenset(column for column in columns if tasks[column].folds != (0,))
         pairs = [f"{key} {old} as {new}" for key, pair in grid.scale.substitute.items() for old, new in pair.items()]
@@ -189,23 +213,22 @@ class Collected:
         content = next(filter(None, map(self._content, self._cell(row.name, column))), None)
         return paired_bootstrap(sides[0], sides[1], content["metric"]) if content else None
 
-    def _curve(self, row: Row, column: str) -> Curve:
-        """What Figure 2 shows of a system."""
-        curve = Curve(row.name, row.paper.get(column))
+    def _curve(self, row: Row, column: str) -> dict[str, list[tuple[float, ...]]]:
         init = self._cell(row.name, column)[0].init
-        rows = Feed(self._campaign.run_dir(init) / "metrics.jsonl").read() if init else []
-        last = max((r["step"] for r in rows), default=0)
-        curve.accuracy = [(r["step"], 100 * r["eval_spec_accuracy"]) for r in rows if "eval_spec_accuracy" in r]
-        curve.mse = [(r["step"], r["eval_spec_mse"]) for r in rows if "eval_spec_mse" in r]
+        lines = Feed(self._campaign.run_dir(init) / "metrics.jsonl").read() if init else []
+        last = max((line["step"] for line in lines), default=0)
         shares: dict[float, list[float]] = {}
         for run in self._cell(row.name, column):
             if content := self._content(run):
                 shares.setdefault(run.share, []).append(100 * content["value"])
-        curve.finetuned = [
-            (round(share * last), float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
-            for share, values in sorted(shares.items())
-        ]
-        return curve
+        return {
+            "accuracy": [(line["step"], 100 * line["eval_spec_accuracy"]) for line in lines
+                         if "eval_spec_accuracy" in line],
+            "mse": [(line["step"], line["eval_spec_mse"]) for line in lines if "eval_spec_mse" in line],
+            "finetuned": [(round(share * last), float(np.mean(values)),
+                           float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
+                          for share, values in sorted(shares.items())],
+        }  # fmt: skip
 
     def _data_notes(self, column: str) -> list[str]:
         """Where data, labels or clips are not the paper's, or not the same in all cells."""
@@ -270,3 +293,52 @@ def _over_seeds(values: list[list[float]]) -> tuple[float, float | None]:
 def _seed(run: Run) -> tuple[int, str]:
     """Of finetuning and pretraining: runs that differ in their fold alone have it in common."""
     return run.recipe.run.seed, run.init.digest if run.init else ""
+
+
+def paired_bootstrap(
+    system: Sequence[Predictions], reference: Sequence[Predictions], metric: str, seed: int = 0
+) -> Difference | None:
+    """Compares the means of two systems' runs on the same clips.
+
+    Clips are drawn with replacement, the same draw for both systems, and the metric is taken again. That is the
+    uncertainty of the evaluation set; the one of training shows in the spread over seeds. Cost: that of
+    `engine.evaluation`'s interval for every run.
+
+    Args:
+        system: One entry for each run (seed, fold); runs of one fold share clips.
+        reference: Likewise.
+        metric: "mAP" or "accuracy".
+        seed: Of the draws.
+
+    Returns:
+        None where the systems were not scored on the same clips with the same labels: nothing to pair.
+    """
+    folds = [_folds(system), _folds(reference)]
+    if not folds[0] or folds[0].keys() != folds[1].keys():
+        return None
+    if any(not np.array_equal(folds[0][key][0].targets, folds[1][key][0].targets) for key in folds[0]):
+        return None
+    size = sum(runs[0].scores.size * len(runs) for side in folds for runs in side.values())
+    draws = draws_for(size)
+    means = [np.zeros(draws + 1), np.zeros(draws + 1)]
+    for number, key in enumerate(sorted(folds[0])):
+        clips = len(folds[0][key][0].keys)
+        rng = np.random.default_rng([seed, number])
+        weights = clip_weights(clips, draws, rng)
+        for i, side in enumerate(folds):
+            values = [weighted_metric(run.scores, run.targets, weights, metric) for run in side[key]]
+            means[i] += np.mean(values, axis=0) / len(folds[0])
+    difference = means[0] - means[1]
+    sample, drawn_differences = difference[0], difference[1:]
+    low, high = np.quantile(drawn_differences, [0.025, 0.975])
+    tail = min((drawn_differences <= 0).sum(), (drawn_differences >= 0).sum())
+    p = min(1.0, 2 * (tail + 1) / (draws + 1))
+    return Difference(float(sample), float(low), float(high), float(p), draws)
+
+
+def _folds(runs: Sequence[Predictions]) -> dict[str, list[Predictions]]:
+    """Runs on the same clips together."""
+    folds: dict[str, list[Predictions]] = {}
+    for run in runs:
+        folds.setdefault("\n".join(run.keys), []).append(run)
+    return folds

@@ -96,6 +96,7 @@ def test_lines_of_a_lost_attempt_are_cut_and_not_sent_again(tmp_path):
         pass
     assert {line["kind"] for line in sent} == {"metrics"}
     assert all(line["time"] > 1e12 for line in sent)
+    assert not feed.waiting
     told = [(line["step"], name, value) for line in sent for name, value in line["values"].items()]
     assert told == [(2, "loss", 1.0), (3, "loss", 1.5), (4, "loss", 2.0), (3, "eval_loss", 9.0), (4, "old", 0.0),
                     (4, "eval_loss", 9.0), (5, "loss", 2.5), (5, "old", 0.0), (5, "eval_loss", 9.0)]  # fmt: skip
@@ -168,6 +169,32 @@ def test_a_wrong_uri_is_mended_by_the_next_command(tmp_path, monkeypatch):
         open_tracker(config, run_dir, name="x", rank=0, kind="pretrain", parent=None).finish("FINISHED")
     assert (tmp_path / "good.db").is_file()
     assert not (tmp_path / "other.db").exists()
+
+
+def test_a_resumed_run_does_not_wait_for_a_server_that_hangs(tmp_path):
+    """Lines are cut and written again while a batch of them is on its way: it counts, and nothing else is lost."""
+    feed, sent = Feed(tmp_path / "metrics.jsonl"), []
+    for step in (1, 2, 3):
+        feed.append({"step": step, "loss": step / 2})
+    hanging, answer = threading.Event(), threading.Event()
+
+    def hang(lines) -> None:
+        hanging.set()
+        assert answer.wait(60)
+        sent.extend(lines)
+
+    with ThreadPoolExecutor(1) as pool:
+        delivery = pool.submit(feed.deliver, hang)
+        assert hanging.wait(60)
+        feed.cut(1, {})
+        for step in (2, 3, 4):
+            feed.append({"step": step, "loss": step / 2})
+        answer.set()
+        assert delivery.result()
+    while feed.deliver(sent.extend):
+        pass
+    assert [(line["step"], line["values"]["loss"]) for line in sent] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
+    assert [line["step"] for line in feed.read()] == [1, 2, 3, 4]
 
 
 def test_a_resumed_job_goes_on_in_its_run(tmp_path, monkeypatch):

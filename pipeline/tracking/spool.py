@@ -3,7 +3,7 @@
     metrics.jsonl         the numbers of the run's steps
     tracking.jsonl        all else that it says: parameters, tags, data sets, files, models, its end
     system/HOST.jsonl     system metrics of a node
-    *.offset              how far each of them is delivered
+    *.offset              how far each of them is delivered; beside it a lock
     tracking.json         where the run is tracked and, once the server has made it, its id
 
 In: lines, appended by the run. Out: an MLflow run. Every kind of line can be sent twice without harm: MLflow keeps one
@@ -20,8 +20,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -79,36 +79,37 @@ class Feed:
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)
 
-    def cut(self, step: int, sent: Mapping[str, int]) -> None:
+    def cut(self, step: int, sent: Mapping[str, int] | None) -> None:
         """Removes lines of metrics.jsonl after `step`, which a lost attempt wrote, and broken ones.
 
         The run writes these steps again, and MLflow cannot take a value back: those that are delivered are not sent
-        again, the repeated ones are the same.
+        again, the repeated ones are the same. Does not wait for a batch that is on its way.
 
         Args:
             step: That the run goes on from.
-            sent: Metric -> its last step that was delivered, or will be, in another way.
+            sent: Metric -> its last step that was delivered, or will be, in another way; None: nothing is delivered.
         """
         if not self.lines.exists():
             return
-        done, before = self._note()
-        sent = {name: max(sent.get(name, -1), before.get(name, -1)) for name in {*sent, *before}}
-        kept, kept_done, at = [], 0, 0
-        with self.lines.open("rb") as file:
-            for raw in file:
-                at += len(raw)
-                line = _parse(raw)
-                if line is None or not isinstance(line.get("step"), int):
-                    log.warning("%s: dropped a broken line: %.60s", self.lines, raw.decode(errors="replace"))
-                elif line["step"] <= step:
-                    kept.append(raw)
-                    kept_done += len(raw) if at <= done else 0
-                elif at <= done:
-                    sent |= {name: max(line["step"], sent.get(name, -1)) for name in line.keys() - {"step", "time"}}
-        if sent or done:
-            self._write_note(kept_done, sent)  # first: lines that are sent twice do no harm
-        with new_file(self.lines) as temporary:
-            temporary.write_bytes(b"".join(kept))
+        with nullcontext() if sent is None else self._alone():
+            done, before, cuts = self._note()
+            lost = [before]
+            kept, kept_done, at = [], 0, 0
+            with self.lines.open("rb") as file:
+                for raw in file:
+                    at += len(raw)
+                    line = _parse(raw)
+                    if line is None or not isinstance(line.get("step"), int):
+                        log.warning("%s: dropped a broken line: %.60s", self.lines, raw.decode(errors="replace"))
+                    elif line["step"] <= step:
+                        kept.append(raw)
+                        kept_done += len(raw) if at <= done else 0
+                    elif at <= done:
+                        lost.append({name: int(line["step"]) for name in line.keys() - {"step", "time"}})
+            if sent is not None:  # first: lines that are sent twice do no harm
+                self._write_note(kept_done, _latest([sent, *lost]), cuts + 1)
+            with new_file(self.lines) as temporary:
+                temporary.write_bytes(b"".join(kept))
 
     @property
     def delivered(self) -> int:
@@ -139,28 +140,48 @@ class Feed:
         """
         if not self.waiting:
             return False
-        done, sent = self._note()
-        with self.lines.open("rb") as file:
-            file.seek(done)
-            raw = [line for line in (file.readline() for _ in range(BATCH_LINES)) if line.endswith(b"\n")]
+        with self._alone():
+            done, sent, cuts = self._note()
+            with self.lines.open("rb") as file:
+                file.seek(done)
+                raw = [line for line in (file.readline() for _ in range(BATCH_LINES)) if line.endswith(b"\n")]
         if not raw:
             return False
         lines = [line for found in map(_parse, raw) if found is not None and (line := _with_kind(found, sent))]
         if lines:
             send(lines)
-        self._write_note(done + sum(map(len, raw)), sent)
+        with self._alone():
+            now, now_sent, now_cuts = self._note()
+            if now_cuts == cuts:
+                self._write_note(done + sum(map(len, raw)), sent, cuts)
+            else:  # the file is another one by now, which may have the same steps again
+                steps = ({name: int(line["step"]) for name in line["values"]}
+                         for line in lines if line["kind"] == "metrics")  # fmt: skip
+                self._write_note(now, _latest([now_sent, *steps]), now_cuts)
         return True
 
-    def _note(self) -> tuple[int, dict[str, int]]:
-        """Bytes that are delivered, and what `cut` was told is sent."""
+    def _alone(self) -> AbstractContextManager[None]:
+        """One process or thread at a time reads or changes the note, and what it is about: never for long."""
+        return locked(self.offset.with_name(f"{self.offset.name}.lock"))
+
+    def _note(self) -> tuple[int, dict[str, int], int]:
+        """Bytes that are delivered; metric -> step up to which it is not sent (again); how often lines were cut."""
         try:
             note = json.loads(self.offset.read_text(encoding="utf-8"))
-            return (note["bytes"], note["sent"]) if isinstance(note, dict) else (int(note), {})
+            return (note["bytes"], note["sent"], note["cuts"]) if isinstance(note, dict) else (int(note), {}, 0)
         except (FileNotFoundError, ValueError, TypeError, KeyError):
-            return 0, {}
+            return 0, {}, 0
 
-    def _write_note(self, done: int, sent: Mapping[str, int]) -> None:
-        write_text(self.offset, json.dumps({"bytes": done, "sent": sent}) if sent else str(done))
+    def _write_note(self, done: int, sent: Mapping[str, int], cuts: int) -> None:
+        write_text(self.offset, json.dumps({"bytes": done, "sent": sent, "cuts": cuts}) if cuts else str(done))
+
+
+def _latest(steps: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Of each metric the last step."""
+    latest: dict[str, int] = {}
+    for one in steps:
+        latest |= {name: max(step, latest.get(name, -1)) for name, step in one.items()}
+    return latest
 
 
 def _parse(line: bytes) -> Line | None:
@@ -233,12 +254,6 @@ class Spool:
         """Lines are not delivered."""
         return any(feed.waiting for feed in self.feeds())
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """One process at a time: two at once would send twice, and write over an offset."""
-        with locked(self.run_dir / "tracking.lock"):
-            yield
-
     def deliver(self) -> bool:
         """Sends a batch of each feed, once another process has sent its own; False where nothing is left.
 
@@ -248,7 +263,7 @@ class Spool:
         """
         if not self.waiting:
             return False
-        with self.alone():
+        with locked(self.run_dir / "tracking.lock"):  # two at once would send twice
             *others, main = self.feeds()
             more = [feed.deliver(self.send) for feed in others]  # each gets its turn
             return any(more) or main.deliver(self.send)

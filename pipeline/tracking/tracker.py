@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,8 +67,7 @@ class Tracker:
     def resume(self, step: int) -> None:
         """The run goes on from `step`: what metrics.jsonl has of later ones is of a lost attempt, and is cut off."""
         if self._files:
-            with self._files.alone() if self._spool else nullcontext():
-                self._files.metrics.cut(step, self._told)
+            self._files.metrics.cut(step, self._told if self._spool else None)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Numbers of a step, as a line of metrics.jsonl; those that are not finite are left out: JSON has none.

@@ -18,7 +18,6 @@ all of them are then compared, and the rank that is behind the others is the one
 This module imports no torch: `supervise` forks before that.
 """
 
-import ctypes
 import faulthandler
 import json
 import logging
@@ -36,11 +35,11 @@ from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 from pipeline.errors import GRACE_SECONDS, UserError, exit_status, say
+from pipeline.files import die_with
 
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-PR_SET_PDEATHSIG = 1
 FAULT_STATUS = 70  # EX_SOFTWARE
 POLL_SECONDS = 2.0
 LINGER_SECONDS = 4 * POLL_SECONDS  # rank 0 holds the store: so long the others may take to read it
@@ -312,9 +311,7 @@ def supervise(restarts: int) -> None:
         sys.stderr.flush()
         child = os.fork()
         if not child:
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no orphan goes on training
-            if os.getppid() != parent:  # it died in between
-                sys.exit(1)
+            die_with(parent)
             if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
                 os.environ["MASTER_PORT"] = str(port + attempt)
                 if attempt:  # torchrun's own store is at the first port; from now on rank 0 opens one

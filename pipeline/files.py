@@ -1,10 +1,11 @@
-"""Paths that a user names, files that appear whole or not at all, locks and hashes of files.
+"""Paths that a user names, files that appear whole or not at all, locks, hashes, and helpers that end with this process.
 
 In: words of a command line or a setting. Out: paths as they were meant; a place that cannot be written is refused
 before the work, not after it.
 """
 
 import csv
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -14,12 +15,15 @@ import math
 import os
 import re
 import shutil
+import signal
 import stat
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
@@ -27,6 +31,7 @@ from pipeline.errors import UserError
 # Names that become parts of file names: splits, shards. No separator, no leading dot or dash, nothing to escape.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # file systems without them
+PR_SET_PDEATHSIG = 1
 
 
 def check_name(name: str, what: str) -> str:
@@ -259,6 +264,31 @@ def sha256(file: BinaryIO) -> str:
     while piece := file.read(1 << 22):
         whole.update(piece)
     return whole.hexdigest()
+def die_with(parent: int) -> None:
+    """The kernel kills this process, a child of `parent`, where that dies: no orphan goes on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died in between
+        os._exit(1)
+
+
+def obey_alone(parent: int) -> None:
+    """Makes this process, a child of `parent`, end with it and by it alone.
+
+    Signals to the process group, or to all processes of a Slurm step, are for the parent, which may still need its
+    helpers to finish. Its own SIGTERM ends the child at once.
+    """
+    die_with(parent)
+    if sys.platform != "linux":
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+
+    def end() -> None:
+        while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
+            continue
+        os._exit(0)
+
+    Thread(target=end, name="end", daemon=True).start()
 
 
 def sync(path: Path) -> None:

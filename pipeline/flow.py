@@ -85,6 +85,14 @@ class Batch:
         """Cuts the batch into micro-batches of `size` clips (views, no copy)."""
         return [self[i : i + size] for i in range(0, len(self), size)]
 
+    def hand_over(self, stream: "torch.cuda.Stream") -> None:
+        """Makes the current stream wait for `stream`, which made the batch, and keeps its memory until it is used."""
+        current = torch.cuda.current_stream(stream.device)
+        current.wait_stream(stream)
+        for tensor in (self.position, self.row, self.valid, self.waveform, self.fbank, self.targets, self.length):
+            if tensor is not None:
+                tensor.record_stream(current)
+
     def __getitem__(self, rows: slice) -> "Batch":
         return replace(
             self,

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from scipy.special import expit, softmax
 
 from pipeline.config import Recipe
-from pipeline.data.loader import Needs, Place, build_loader
+from pipeline.data.loader import Loader
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine.evaluation import Scores, score
@@ -73,11 +73,10 @@ def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World) -> Scored
         UserError: the shards' audio format or labels are not those of the run; too many bad clips.
     """
     task, spec = load_finetuned(run_dir, file, world.device)
-    needs = Needs(waveform=task.method.wav, fbank=task.method.spec)
     data = recipe.data.model_copy(update={"mean": spec.mean, "std": spec.std, "frames": spec.frames})
-    with build_loader(
-        data, None, part="eval", needs=needs, batch_size=eval_batch_size(recipe, world), seed=0,
-        place=Place(world.rank, world.size, world.device),
+    with Loader(
+        data, "eval", waveform=task.method.wav, fbank=task.method.spec, batch_size=eval_batch_size(recipe, world),
+        rank=world.rank, world_size=world.size, device=world.device,
     ) as loader:  # fmt: skip
         manifest = loader.manifest
         found = (manifest.audio.sample_rate, manifest.audio.samples, manifest.fbank.mel_bins)
@@ -88,7 +87,7 @@ def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World) -> Scored
             )
         if [label.id for label in manifest.labels] != [label.id for label in spec.labels]:
             raise UserError(f"{data.shards}: its labels are not those that {run_dir} was trained on")
-        scores = score(task, loader.eval_batches())
+        scores = score(task, loader.batches())
         loader.bad_clips.check(loader.clips - len(scores.rows))
         keys = loader.keys(scores.rows.tolist())
     about = {

@@ -270,5 +270,5 @@ class FinetuneTask(nn.Module):
 
 def _given(tensor: torch.Tensor | None) -> torch.Tensor:
     if tensor is None:
-        raise ValueError("the batch lacks a representation that the method reads; see loader.Needs")
+        raise ValueError("the batch lacks a representation that the method reads; see Loader")
     return tensor

@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import distributed
 from pipeline.command_line import Launch
 from pipeline.config import DataConfig, FinetuneRecipe, PretrainRecipe, Recipe
-from pipeline.data.loader import Loader, Needs, Place, build_loader
+from pipeline.data.loader import Loader
 from pipeline.data.manifest import Manifest, load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
@@ -68,7 +69,7 @@ def pretrain(launch: Launch[PretrainRecipe], world: World) -> None:
 
         def evaluate(forward: Forward, step: int) -> dict[str, float]:
             assert held_out is not None
-            batches = pictures.keep(held_out.eval_batches(full=True))
+            batches = pictures.keep(held_out.batches(full=True))
             losses = mean_losses(forward, batches, held_out, world.device)
             pictures.draw(forward, step, job.total_steps)
             return {f"eval_{key}": value for key, value in losses.items()}
@@ -94,7 +95,7 @@ def finetune(launch: Launch[FinetuneRecipe], world: World) -> None:
 
         def evaluate(forward: Forward, step: int) -> dict[str, float]:
             assert held_out is not None
-            scores = score(forward, held_out.eval_batches())
+            scores = score(forward, held_out.batches())
             held_out.bad_clips.check(held_out.clips - len(scores.rows))
             metrics = all_metrics(scores.logits, scores.targets, single)
             return {f"eval_{name}": value for name, value in metrics.items()}
@@ -133,8 +134,7 @@ def _prepared(
     spec = DataSpec.of(manifest, recipe.data)
     check_held_out(recipe.data, manifest)
     step, changed = distributed.decide(lambda: check_run(run_dir, recipe, ds, spec))
-    needs = Needs(waveform=method.wav, fbank=method.spec)
-    with open_run(run_dir, world), _loaders(recipe, spec, needs, world) as (loader, held_out):
+    with open_run(run_dir, world), _loaders(recipe, method, world) as (loader, held_out):
         for line in changed:
             log.info("from step %d on: %s", step, line)
         log.info("%d training clips, %d classes, T = %d", loader.clips, len(spec.labels), spec.frames)
@@ -152,19 +152,19 @@ def _prepared(
 
 
 @contextmanager
-def _loaders(recipe: Recipe, spec: DataSpec, needs: Needs, world: World) -> Iterator[tuple[Loader, Loader | None]]:
+def _loaders(recipe: Recipe, method: Reads, world: World) -> Iterator[tuple[Loader, Loader | None]]:
     """Training loader, and the held-out one where the shards have such clips."""
-    seed, place = recipe.run.seed, Place(world.rank, world.size, world.device)
-    with build_loader(recipe.data, recipe.augment, part="train", needs=needs, batch_size=recipe.train.batch_size,
-                      seed=seed, place=place) as loader:  # fmt: skip
+    part = partial(
+        Loader, recipe.data, waveform=method.wav, fbank=method.spec, seed=recipe.run.seed, rank=world.rank,
+        world_size=world.size, device=world.device,
+    )  # fmt: skip
+    with part(augment=recipe.augment, batch_size=recipe.train.batch_size) as loader:
         if not recipe.data.fold and recipe.data.eval_split not in loader.manifest.splits:
             if recipe.data.eval_split:
                 log.warning("data.eval_split = '%s' is not in the shards: nothing is held out", recipe.data.eval_split)
             yield loader, None
             return
-        data = recipe.data.model_copy(update={"mean": spec.mean, "std": spec.std})
-        with build_loader(data, None, part="eval", needs=needs, batch_size=eval_batch_size(recipe, world), seed=seed,
-                          place=place, limit=recipe.eval.clips) as held_out:  # fmt: skip
+        with part(part="eval", batch_size=eval_batch_size(recipe, world), limit=recipe.eval.clips) as held_out:
             yield loader, held_out
 
 

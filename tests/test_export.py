@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from transformers import ASTFeatureExtractor, ASTForAudioClassification, ASTModel
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
-from pipeline.data.fbank import fbank, padded_frames
-from pipeline.data.loader import pad_frames
+from pipeline.data.fbank import fbank, pad_frames, padded_frames
 from pipeline.data.manifest import Label
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError

@@ -1,13 +1,14 @@
-"""Augmentation of training clips, batched, on the device, keyed by position.
+"""From a slot's arrays to a batch on the device, augmented there, all clips at once, keyed by position.
 
-In: raw waveforms or fbanks of a batch and the clips' positions. Out: the same, changed.
+In: waveforms and fbanks of a batch, and the clips' positions. Out: float32 tensors. A GPU gets the stored numbers (half
+the bytes, from pinned memory, asynchronously) and converts them there. For a CPU the readers have converted them, and
+the batch is the slot itself: no copy.
 
 Every draw is a function of (seed, position), and a position names an epoch and a place in it. So a clip is
 augmented alike on any rank and after any restart, and anew in each epoch. Nothing loops over clips, and
 nothing is copied back from the device. `tests/reference/augment.py` says the same in plain loops.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,41 +16,15 @@ import torch
 from scipy.special import betaincinv
 
 from pipeline.config import AugmentConfig
+from pipeline.data.fbank import fbank as compute_fbank
+from pipeline.data.fbank import pad_frames
+from pipeline.data.manifest import Manifest
+from pipeline.data.npy import HEADER
+from pipeline.data.pool import Arrays
+from pipeline.data.reader import INT16_SCALE, normalised_zero
+from pipeline.data.spec import DataSpec
+from pipeline.flow import Batch
 from pipeline.rng import uniform
-
-
-@dataclass(frozen=True)
-class MixupPlan:
-    """Who is mixed with whom.
-
-    Attributes:
-        mixed: bool [B].
-        weight: float64 [B], of the clip itself; 1 where it is not mixed.
-        draw: float64 [B], picks the partner.
-    """
-
-    mixed: np.ndarray
-    weight: np.ndarray
-    draw: np.ndarray
-
-    def without(self, alone: np.ndarray) -> "MixupPlan":
-        """The same, but clips [B] whose other clip is the clip itself are not mixed."""
-        return replace(self, mixed=self.mixed & ~alone, weight=np.where(alone, 1.0, self.weight))
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of one clip.
-
-    Attributes:
-        sample_rate: Hz.
-        frames: T.
-        mel_bins: M.
-    """
-
-    sample_rate: int
-    frames: int
-    mel_bins: int
 
 
 def changes_waveform(config: AugmentConfig) -> bool:
@@ -57,18 +32,99 @@ def changes_waveform(config: AugmentConfig) -> bool:
     return config.mixup > 0 or config.noise_snr is not None or config.roll > 0
 
 
-def plan_mixup(config: AugmentConfig, seed: int, position: torch.Tensor) -> MixupPlan:
+def draw_mixup(config: AugmentConfig, seed: int, position: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draws mixup for a batch: a share `mixup` of the clips, lambda ~ Beta(alpha, alpha).
 
     Args:
         config: Settings.
         seed: The run's seed.
         position: int64 [B], on the host: the partners must be read.
+
+    Returns:
+        bool [B], which clips are mixed; float64 [B], each clip's own weight, 1 where it is not mixed; float64 [B],
+        uniform in [0, 1), the draw of its partner.
     """
     draws = uniform(seed, "mixup", position.cpu(), 3).double().numpy()
     mixed = draws[:, 0] < config.mixup
     weight = np.where(mixed, betaincinv(config.mixup_alpha, config.mixup_alpha, draws[:, 1]), 1.0)
-    return MixupPlan(mixed, weight, draws[:, 2])
+    return mixed, weight, draws[:, 2]
+
+
+class Assembler:
+    """Slots -> `Batch`es: conversion, mixup, augmentation, fbank and normalisation, on the device.
+
+    Args:
+        stored: Formats of what is stored.
+        spec: Format and normalisation of what comes out.
+        augment: Settings.
+        waveform: Batches have waveforms.
+        online: Fbanks are computed from waveforms.
+        seed: The run's seed.
+        device: Of the batches.
+    """
+
+    def __init__(
+        self,
+        stored: Manifest,
+        spec: DataSpec,
+        augment: AugmentConfig,
+        waveform: bool,
+        online: bool,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._stored, self._spec, self._augment, self._seed = stored, spec, augment, seed
+        self._with_waveform, self._online, self._device = waveform, online, device
+        self._floor = normalised_zero(spec.mean, spec.std)
+
+    def __call__(self, arrays: Arrays) -> Batch:
+        """The batch of a slot's arrays; on a GPU their copies may still be under way on the current stream."""
+
+        def copy(name: str) -> torch.Tensor:  # small: who keeps it need not keep the slot
+            return torch.from_numpy(arrays[name]).to(self._device, non_blocking=True, copy=True)
+
+        position, length, augment, seed, spec = copy("position"), copy("length"), self._augment, self._seed, self._spec
+        waveform, fbank = None, None
+        if "waveform" in arrays:
+            waveform = self._waveform(arrays["waveform"])
+            if "partner" in arrays:
+                weight = copy("weight")[:, None]
+                waveform = weight * waveform + (1 - weight) * self._waveform(arrays["partner"])
+            waveform = augment_waveform(waveform, length, augment, seed, position, spec.sample_rate)
+        if self._online and waveform is not None:
+            fbank = self._normalised(compute_fbank(waveform, spec.sample_rate, spec.mel_bins))
+        elif "fbank" in arrays:
+            fbank = self._fbank(arrays["fbank"])
+        if fbank is not None:
+            fbank = add_noise(mask_fbank(fbank, augment, seed, position, self._floor), augment, seed, position)
+        waveform = waveform if self._with_waveform else None
+        return Batch(position, copy("row"), copy("valid"), waveform, fbank, copy("targets"), length)
+
+    def _waveform(self, rows: np.ndarray) -> torch.Tensor:
+        """float32 [B, L]."""
+        moved = torch.from_numpy(rows).to(self._device, non_blocking=True)
+        if moved.dtype == torch.float32:
+            return moved
+        return _numbers(moved, torch.int16, self._stored.audio.samples).mul_(INT16_SCALE)
+
+    def _fbank(self, rows: np.ndarray) -> torch.Tensor:
+        """Normalised float32 [B, T, M]."""
+        moved = torch.from_numpy(rows).to(self._device, non_blocking=True)
+        if moved.dtype == torch.float32:
+            return moved
+        frames, mel_bins = self._stored.fbank.frames, self._stored.fbank.mel_bins
+        return self._normalised(_numbers(moved, torch.float16, frames * mel_bins).view(-1, frames, mel_bins))
+
+    def _normalised(self, fbank: torch.Tensor) -> torch.Tensor:
+        """Normalised, then zero-padded or cut to T frames, as in SSAST: the padding becomes -mean / (2 std)."""
+        scaled = (fbank - self._spec.mean) / (2 * self._spec.std)
+        return pad_frames(scaled, self._spec.frames, self._floor)
+
+
+def _numbers(rows: torch.Tensor, dtype: torch.dtype, count: int) -> torch.Tensor:
+    """float32 [B, count] of the numbers of a type behind the headers of stored rows, uint8 [B, bytes]."""
+    first = HEADER // dtype.itemsize
+    return rows.view(dtype)[:, first : first + count].float()
 
 
 def augment_waveform(
@@ -131,8 +187,14 @@ def mask_fbank(
     return fbank
 
 
-def describe(config: AugmentConfig, seed: int, position: torch.Tensor, shape: Shape) -> list[dict[str, Any]]:
+def describe(config: AugmentConfig, seed: int, position: torch.Tensor, spec: DataSpec) -> list[dict[str, Any]]:
     """What happens to each clip beside mixup, in words for people and JSON.
+
+    Args:
+        config: Settings.
+        seed: The run's seed.
+        position: int64 [B].
+        spec: Of the clips.
 
     Returns:
         For each position, those that are on: roll_seconds, noise_level (of the normalised fbank), noise_snr (dB, of the
@@ -141,15 +203,15 @@ def describe(config: AugmentConfig, seed: int, position: torch.Tensor, shape: Sh
     said: list[dict[str, Any]] = [{} for _ in range(len(position))]
     columns: dict[str, list[Any]] = {}
     if config.roll > 0:
-        shift = _shift(config, seed, position, shape.sample_rate)
-        columns["roll_seconds"] = [round(samples / shape.sample_rate, 6) for samples in shift.tolist()]
+        shift = _shift(config, seed, position, spec.sample_rate)
+        columns["roll_seconds"] = [round(samples / spec.sample_rate, 6) for samples in shift.tolist()]
     if config.noise > 0:
         columns["noise_level"] = [round(level, 6) for level in _noise_level(config, seed, position).tolist()]
     if config.noise_snr is not None:
         columns["noise_snr"] = [round(ratio, 3) for ratio in _noise_ratio(config.noise_snr, seed, position).tolist()]
     for name, length, widest, purpose in (
-        ("freq_mask", shape.mel_bins, config.freq_mask, "freq"),
-        ("time_mask", shape.frames, config.time_mask, "time"),
+        ("freq_mask", spec.mel_bins, config.freq_mask, "freq"),
+        ("time_mask", spec.frames, config.time_mask, "time"),
     ):
         if widest:
             columns[name] = torch.stack(_span(length, widest, seed, purpose, position), dim=1).tolist()

@@ -9,18 +9,18 @@ clips of a batch can get the same stand-in, nor one that the batch holds already
 within an epoch (each position of an epoch is another clip);
 and a cut tar is made up for by many clips of its stream. Nothing in it depends on ranks, workers or restarts.
 
-How many bad samples an epoch may have, over all ranks, says `Limit`. Missing and cut tars are seen at the start.
+How many bad samples an epoch may have, over all ranks, says `BadClips`. Missing and cut tars are seen at the start.
 """
 
 import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from pipeline.config import DataConfig
 from pipeline.data.manifest import ShardRecord
 from pipeline.data.storage import is_remote, sizes
 from pipeline.errors import UserError
@@ -55,94 +55,67 @@ def stand_ins(rows_of: RowsOf, position: int, stride: int, clips: int) -> Iterat
         yield from rows_of(position + np.arange(first, min(first + CHUNK, 2 * clips))).tolist()
 
 
-@dataclass(frozen=True)
-class Limit:
-    """Bad samples that an epoch may have: `data.max_bad`, and no more than a share of its clips, rounded up.
-
-    Attributes:
-        count: `data.max_bad`.
-        share: `data.max_bad_share`.
-        clips: Of an epoch, over all ranks.
-    """
-
-    count: int
-    share: float
-    clips: int
-
-    def exceeded(self, bad: float) -> str:
-        """The setting that a number of bad samples exceeds; "": none."""
-        if bad > self.count:
-            return f"data.max_bad = {self.count}"
-        if bad > math.ceil(self.share * self.clips):
-            return f"data.max_bad_share = {self.share:g}"
-        return ""
-
-
-def look(shards: str, records: Sequence[ShardRecord], clips: np.ndarray, limit: Limit) -> set[str]:
-    """Compares the sizes of a part's tars with the manifest, by one listing, before anything is read.
-
-    Stores that cannot list (web servers, or by their permissions) are not looked at.
-
-    Args:
-        shards: Directory or URL.
-        records: Of the part's tars.
-        clips: int64 [tars], of the part in each.
-        limit: Of an epoch.
-
-    Returns:
-        Names of those that are not there.
-
-    Raises:
-        UserError: so much is missing that an epoch would exceed the limit.
-    """
-    try:
-        there = {} if shards.startswith("http") else sizes(shards)
-    except OSError as error:
-        log.info("%s: not listed: %s", shards, error)
-        return set()
-    if is_remote(shards) and not there:
-        return set()
-    found = [(record, int(count), there.get(record.name)) for record, count in zip(records, clips, strict=True)]
-    wrong = [(record, count, size) for record, count, size in found if size != record.size]
-    if not wrong:
-        return set()
-    share = sum(count * max(0.0, 1 - (size or 0) / record.size) for record, count, size in wrong) / int(clips.sum())
-    named = "; ".join(
-        f"{record.name} ({'not there' if size is None else f'{size} bytes of {record.size}'})"
-        for record, _, size in wrong[:NAMED]
-    )
-    said = f"{len(wrong)} of {len(records)} tars are not as manifest.json says, with {share:.0%} of the clips: {named}"
-    exceeded = limit.exceeded(share * limit.clips)
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # each node says it: its disk may be the only one that lacks them
-    if exceeded:
-        raise UserError(
-            f"{shards}: {said}; {exceeded} allows less: mend them (verify_shards.py --repair), or raise it", local=first
-        )
-    if first:
-        log.warning("%s: %s", shards, said)
-    return {record.name for record, _, size in wrong if size is None}
-
-
 class BadClips:
-    """Bad clips of one rank.
+    """Bad clips of one rank, and how many an epoch may have: `data.max_bad`, and a share of its clips, rounded up.
 
     Args:
-        shards: Directory or URL, for messages.
+        data: Settings.
         name: Row -> key and shard.
-        on_error: "skip" or "raise".
-        limit: More replaced samples in an epoch end the run.
+        clips: Of an epoch, over all ranks.
 
     Attributes:
         problems: Key -> shard and problem, of every bad clip met so far, stand-ins included.
         replaced: Epoch -> samples that this rank replaced in it.
     """
 
-    def __init__(self, shards: str, name: Callable[[int], tuple[str, str]], on_error: str, limit: Limit) -> None:
+    def __init__(self, data: DataConfig, name: Callable[[int], tuple[str, str]], clips: int) -> None:
         self.problems: dict[str, str] = {}
         self.replaced: Counter[int] = Counter()
-        self.rows: set[int] = set()
-        self._shards, self._name, self._on_error, self._limit = shards, name, on_error, limit
+        self._data, self._name, self._clips = data, name, clips
         self._reported: set[str] = set()
+
+    def missing(self, records: dict[int, ShardRecord], clips: np.ndarray) -> frozenset[int]:
+        """Compares the sizes of a part's tars with the manifest, by one listing, before anything is read.
+
+        Stores that cannot list (web servers, or by their permissions) are not looked at.
+
+        Args:
+            records: Of the part's tars, by number.
+            clips: int64 [tars], of the part in each.
+
+        Returns:
+            Numbers of those that are not there.
+
+        Raises:
+            UserError: so much is missing that an epoch would have too many bad samples.
+        """
+        shards = self._data.shards
+        try:
+            there = {} if shards.startswith("http") else sizes(shards)
+        except OSError as error:
+            log.info("%s: not listed: %s", shards, error)
+            return frozenset()
+        if is_remote(shards) and not there:
+            return frozenset()
+        found = [(record, there.get(record.name)) for record in records.values()]
+        wrong = [(record, size, int(n)) for (record, size), n in zip(found, clips, strict=True) if size != record.size]
+        if not wrong:
+            return frozenset()
+        share = sum(n * max(0.0, 1 - (size or 0) / record.size) for record, size, n in wrong) / int(clips.sum())
+        named = "; ".join(
+            f"{record.name} ({'not there' if size is None else f'{size} bytes of {record.size}'})"
+            for record, size, _ in wrong[:NAMED]
+        )
+        said = f"{len(wrong)} of {len(records)} tars are not as manifest.json says, with {share:.0%} of the clips"
+        said = f"{shards}: {said}: {named}"
+        first = os.environ.get("LOCAL_RANK", "0") == "0"  # each node says it: its disk may be the only one that lacks
+        exceeded = self._exceeded(share * self._clips)
+        if exceeded:
+            more = "allows less: mend them (verify_shards.py --repair), or raise it"
+            raise UserError(f"{said}; {exceeded} {more}", local=first)
+        if first:
+            log.warning("%s", said)
+        return frozenset(number for number, record in records.items() if record.name not in there)
 
     def met(self, row: int, problem: str) -> None:
         """Takes down a bad clip.
@@ -151,10 +124,9 @@ class BadClips:
             UserError: `on_error` is "raise".
         """
         key, shard = self._name(row)
-        self.rows.add(row)
         self.problems[key] = f"{shard}: {problem}"
-        if self._on_error == "raise":
-            raise UserError(f"{self._shards}/{shard}: clip {key}: {problem}; run verify_shards.py", local=True)
+        if self._data.on_error == "raise":
+            raise UserError(f"{self._data.shards}/{shard}: clip {key}: {problem}; run verify_shards.py", local=True)
         if shard not in self._reported:
             self._reported.add(shard)
             log.warning("%s: clip %s: %s; replaced (later ones of this shard are only counted)", shard, key, problem)
@@ -178,19 +150,20 @@ class BadClips:
         Raises:
             UserError: too many.
         """
-        exceeded = self._limit.exceeded(total)
+        exceeded = self._exceeded(total)
         if exceeded:
             named = "; ".join(f"{key} ({problem})" for key, problem in list(self.problems.items())[:NAMED])
             raise UserError(
-                f"{exceeded}: {total} samples of one epoch could not be read from {self._shards}, such as "
+                f"{exceeded}: {total} samples of one epoch could not be read from {self._data.shards}, such as "
                 f"{named or 'those that other ranks name'}; run verify_shards.py, or raise {exceeded.split(' ')[0]}",
                 local=local,
             )
 
-    def none_left(self, row: int) -> UserError:
-        """The error for a part without one readable clip."""
-        key, shard = self._name(row)
-        return UserError(
-            f"{self._shards}: no clip can be read in place of {key} of {shard}, nor any other; run verify_shards.py",
-            local=True,
-        )
+    def _exceeded(self, bad: float) -> str:
+        """The setting that a number of bad samples exceeds; "": none."""
+        data = self._data
+        if bad > data.max_bad:
+            return f"data.max_bad = {data.max_bad}"
+        if bad > math.ceil(data.max_bad_share * self._clips):
+            return f"data.max_bad_share = {data.max_bad_share:g}"
+        return ""

@@ -1,4 +1,4 @@
-"""Shards -> open files: in place from a directory; behind a URL, through a cache that the node's ranks share.
+"""Shards behind a URL -> open files, through a cache that the node's ranks share.
 
 In: numbers of shards. Out: file descriptors. `pipeline.data.ahead` fetches before they are asked for.
 
@@ -25,14 +25,16 @@ import stat
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+from pipeline.data.manifest import ShardRecord
+from pipeline.data.storage import LongerError, fetch, file_system
 from pipeline.errors import UserError
-from pipeline.files import open_regular, sync
+from pipeline.files import sync
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +49,6 @@ JOBS_NOTED = 16
 FETCHED = re.compile(rf".+{re.escape(WHOLE)}\.(\d{{1,15}}){re.escape(PART)}")  # its final size is in the name
 
 
-class Shard(NamedTuple):
-    """What the manifest says of a tar."""
-
-    name: str
-    size: int
-    sha256: str
-
-
 class Remote(NamedTuple):
     """Shards behind a URL.
 
@@ -67,33 +61,10 @@ class Remote(NamedTuple):
     """
 
     url: str
-    shards: tuple[Shard, ...]
+    shards: Sequence[ShardRecord]
     cache: str
     limit: int
     job: str
-
-
-class Source(Protocol):
-    """Opens shards by number; the caller closes."""
-
-    def open(self, number: int) -> int:
-        """A descriptor to read from.
-
-        Raises:
-            OSError: the shard is not there.
-            UserError: it cannot be had for now: no wrong bytes and no silent gap, so the run must stop.
-        """
-
-
-class Directory:
-    """Shards of a local directory, opened in place."""
-
-    def __init__(self, directory: str, names: tuple[str, ...]) -> None:
-        self._paths = [os.path.join(directory, name) for name in names]
-
-    def open(self, number: int) -> int:
-        """See `Source`."""
-        return open_regular(self._paths[number])
 
 
 class NoRoomError(Exception):
@@ -122,18 +93,20 @@ class Cache:
 
     @cached_property
     def _store(self) -> tuple[Any, str]:
-        """The file system and the path in it. Imported late: a reader that finds its shards needs no network."""
-        from pipeline.data.storage import file_system
-
+        """The file system and the path in it."""
         files, root = file_system(self._remote.url)
         return files, root.rstrip("/")
 
     def open(self, number: int, ahead: bool = False) -> int:
-        """See `Source`. The descriptor holds the shared lock that keeps the shard in the cache.
+        """A descriptor to read a shard from; it holds the shared lock that keeps the shard in the cache.
 
         Args:
             number: Of the shard.
             ahead: Not needed yet: raises NoRoomError rather than exceed the limit.
+
+        Raises:
+            OSError: the shard is not there.
+            UserError: it cannot be had for now: no wrong bytes and no silent gap, so the run must stop.
         """
         shard = self._remote.shards[number]
         path = self._folder / f"{shard.sha256[:24]}-{shard.name}{WHOLE}"
@@ -146,7 +119,7 @@ class Cache:
             with _locked(path.with_suffix(LOCK)) as lock:
                 self._provide(number, path, lock, ahead)
 
-    def _open_noted(self, shard: Shard, path: Path) -> int | None:
+    def _open_noted(self, shard: ShardRecord, path: Path) -> int | None:
         """The copy, or its damaged twin where the source is damaged; None: there is none, or nobody compared it yet."""
         try:
             with open(path.with_suffix(LOCK), "rb", opener=_no_link) as file:
@@ -219,8 +192,6 @@ class Cache:
         Returns:
             Its inode; 0: it is damaged.
         """
-        from pipeline.data.storage import LongerError, fetch  # late, see `_store`
-
         shard = self._remote.shards[number]
         part = path.with_name(f"{path.name}.{shard.size}{PART}")
         where = f"{self._remote.url}/{shard.name}"
@@ -349,7 +320,7 @@ class _Note(NamedTuple):
         except (ValueError, TypeError, RecursionError):
             return _Note(0, [], [])
 
-    def holds(self, about: os.stat_result, shard: Shard, job: str) -> bool:
+    def holds(self, about: os.stat_result, shard: ShardRecord, job: str) -> bool:
         """Whether this copy was compared in this job."""
         return about.st_ino == self.inode and about.st_size == shard.size and job in self.jobs
 
@@ -398,7 +369,7 @@ def _open_copy(path: Path) -> int | None:
     return descriptor
 
 
-def _is_whole(descriptor: int, shard: Shard) -> bool:
+def _is_whole(descriptor: int, shard: ShardRecord) -> bool:
     """Whether size and sha256 are the manifest's."""
     if os.fstat(descriptor).st_size != shard.size:
         return False
@@ -456,8 +427,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def open_source(source: Remote | Directory) -> Source:
-    """The opener of a description that was sent to another process."""
-    return Cache(source) if isinstance(source, Remote) else source

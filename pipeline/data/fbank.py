@@ -137,3 +137,8 @@ def padded_frames(seconds: float) -> int:
     1024 for 10 s and 512 for 5 s, the lengths of SSAST's AudioSet and ESC-50 recipes.
     """
     return 16 * math.ceil(round(seconds * 102.4 / 16, 6))
+
+
+def pad_frames(fbank: torch.Tensor, frames: int, value: float = 0.0) -> torch.Tensor:
+    """Pads fbanks [B, t, M] with `value`, or cuts them, to [B, T, M]."""
+    return F.pad(fbank, (0, 0, 0, frames - fbank.shape[1]), value=value)

@@ -1,205 +1,210 @@
-"""build_loader(): order -> ring of raw batches -> batches on the device.
+"""Loader: shards -> batches on the device, the same clips in the same global order for any number of ranks and workers.
 
-In: data settings, a part of the data, and this rank's place. Out: `Batch`es, the same clips in the same
-global order for any number of ranks and reader processes.
+In: a directory or URL of shards, what is read of them, and this rank. Out: `Batch`es.
 
-The training process only plans: which bytes go where. Reader processes fill `data.prefetch`
-batches ahead of it (`pipeline.data.ring`), out of local files or the node's cache of remote shards
-(`pipeline.data.cache`). Nothing grows with the clips of the data set: see `pipeline.data.index` and `order`.
+Reader processes are those of torch's DataLoader. An item of theirs is a whole step (`pipeline.data.steps`), which they
+fill in a slot of shared memory (`pipeline.data.pool`), and all that comes through the pipe is the slot's number. An
+item per clip and fresh memory per batch is what makes a DataLoader slow (tests/benchmarks/bench_loader.py). Nothing
+grows with the clips of the data set: see `pipeline.data.index` and `order`.
 """
 
+import gc
+import itertools
+import logging
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
+from weakref import WeakSet
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.config import AugmentConfig, DataConfig
-from pipeline.data.assemble import Assembler, RawBatch, pad_frames
-from pipeline.data.augment import changes_waveform, plan_mixup
-from pipeline.data.bad import BadClips, Limit, look
-from pipeline.data.cache import Directory, Remote, Shard, this_job
-from pipeline.data.feed import Feed, Reading
+from pipeline.data.ahead import Prefetcher
+from pipeline.data.augment import Assembler, changes_waveform
+from pipeline.data.bad import BadClips
+from pipeline.data.cache import Cache, Remote, this_job
 from pipeline.data.index import ShardIndex
 from pipeline.data.manifest import load_manifest
-from pipeline.data.order import Part, TrainOrder, train_order
-from pipeline.data.plan import Layout, Plan, Walk
-from pipeline.data.reader import Access, Needs
+from pipeline.data.order import EvalOrder, Part, TrainOrder, train_order
+from pipeline.data.pool import Arrays, Pool, slot_type
+from pipeline.data.reader import Reader
 from pipeline.data.spec import DataSpec
+from pipeline.data.steps import Draw, Problems, Steps
 from pipeline.data.storage import is_remote, local
 from pipeline.errors import UserError
+from pipeline.files import obey_alone, open_regular
 from pipeline.flow import Batch
 
-__all__ = ["Loader", "Needs", "Place", "build_loader", "pad_frames"]
+log = logging.getLogger(__name__)
 
 OPEN_FILES = 384  # of a reader and order: the shards of 64 windows of 2048 clips, 512 a shard; limits are 1024 and up
+DEATHS = 3  # of readers at the same step, that end the run
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a loader's batches go.
+class Loader(IterableDataset[Batch]):
+    """Batches of one part of the data for one rank; a context manager.
 
-    Attributes:
-        rank: This rank.
-        world_size: R.
-        device: Of the batches.
-        raw: Stored numbers travel to the device and are converted there; None: unless that is a CPU.
-    """
-
-    rank: int
-    world_size: int
-    device: torch.device
-    raw: bool | None = None
-
-
-def build_loader(
-    data: DataConfig,
-    augment: AugmentConfig | None,
-    *,
-    part: Literal["train", "eval"],
-    needs: Needs,
-    batch_size: int,
-    seed: int,
-    place: Place,
-    limit: int = 0,
-) -> "Loader":
-    """Opens shards for one part of a run.
+    `for batch in loader` is one pass: of a training, an epoch from where the last pass ended, whose last batch is
+    filled up with the beginning of the next one; of an evaluation, each clip once. `len(loader)` is its number of
+    batches. `batches` goes on without end, from any step. Ranks and workers change no batch, so the state is a step.
 
     Args:
-        data: Settings.
-        augment: Of training clips; None: none.
+        data: Settings, or just the directory or URL of the shards.
         part: "train": the training splits without the held-out fold. "eval": that fold, or the eval split.
-        needs: What the method reads.
+        augment: Of training clips; None: none.
+        waveform, fbank: Whether batches have them.
         batch_size: Clips of a global batch; divides by the ranks.
         seed: Of order and augmentation.
-        place: This rank.
+        rank: This rank.
+        world_size: R.
+        device: Of the batches. A GPU converts the stored numbers itself, out of pinned memory.
+        raw: Stored numbers travel to the device and are converted there; None: unless that is a CPU.
         limit: Only the first clips of the part; 0: all.
+
+    Attributes:
+        clips: Of an epoch, over all ranks: n, or `data.epoch_clips`.
+        manifest: Of the shards.
+        spec: Format, normalisation and labels of the batches.
+        bad_clips: Bad clips met on this rank.
 
     Raises:
         UserError: no such split or fold, no clip in it, shards that cannot be read, a batch that does not
             divide by the ranks or is larger than an epoch, or a stored fbank under augmentation of the waveform.
     """
-    if batch_size % place.world_size:
-        raise UserError(f"batch of {batch_size} clips does not divide by {place.world_size} ranks; use a multiple")
-    if data.fbank == "stored" and needs.fbank and augment is not None and changes_waveform(augment):
-        raise UserError(
-            "data.fbank = stored: the stored fbank is not that of a waveform changed by augment.mixup, noise_snr or "
-            "roll; use data.fbank=auto"
-        )
-    if part == "eval":  # sees each clip once, whatever training draws
-        data = data.model_copy(update={"sampler": "shuffle", "epoch_clips": 0})
-    manifest = load_manifest(data.shards)
-    spec = DataSpec.of(manifest, data)
-    splits = data.train_splits
-    if part == "eval" and not data.fold:
-        splits = [data.eval_split]
-        if data.eval_split not in manifest.splits:
-            raise UserError(
-                f"data.eval_split = '{data.eval_split}' is not in {data.shards}, which has "
-                f"{', '.join(manifest.splits)}; name one"
-            )
-    content = _Content.of(data, augment or AugmentConfig(), needs)
-    index = ShardIndex(data.shards, manifest, content.members)
-    name = f"{manifest.digest}/{','.join(splits)}/{data.fold}/{part}"
-    selection = index.part(splits, data.fold, part == "eval", limit, name)
-    loader = Loader(index, selection, spec, data, content, _Share(batch_size, seed, place))
-    if part == "train" and batch_size > loader.clips:
-        raise UserError(
-            f"train.batch_size = {batch_size}: an epoch has {loader.clips} clips, so every batch would hold a clip "
-            f"twice, and the contrast would push a clip away from itself; use at most {loader.clips}"
-        )
-    return loader
-
-
-@dataclass(frozen=True)
-class _Share:
-    batch_size: int
-    seed: int
-    place: Place
-
-    @property
-    def clips(self) -> int:
-        """Clips of a batch on one rank."""
-        return self.batch_size // self.place.world_size
-
-    def positions(self, step: int) -> np.ndarray:
-        """Rank r of R takes positions k G + r, k G + r + R, ... of batch k."""
-        return step * self.batch_size + np.arange(self.place.rank, self.batch_size, self.place.world_size)
-
-
-@dataclass(frozen=True)
-class _Content:
-    """What is read, and what becomes of it.
-
-    Attributes:
-        augment: Of training clips.
-        needs: What the method gets.
-        members: What is read for it.
-        online: Fbanks are computed from waveforms.
-    """
-
-    augment: AugmentConfig
-    needs: Needs
-    members: Needs
-    online: bool
-
-    @staticmethod
-    def of(data: DataConfig, augment: AugmentConfig, needs: Needs) -> "_Content":
-        changed = changes_waveform(augment)
-        online = needs.fbank and (data.fbank == "online" or (data.fbank == "auto" and changed))
-        return _Content(augment, needs, Needs(needs.waveform or online, needs.fbank and not online), online)
-
-
-class Loader:
-    """Batches of one part of the data for one rank; a context manager. Made by `build_loader`.
-
-    Attributes:
-        clips: Of an epoch, over all ranks: n, or `data.epoch_clips`.
-        manifest: Of the shards.
-        bad_clips: Bad clips met on this rank.
-    """
 
     def __init__(
-        self, index: ShardIndex, part: Part, spec: DataSpec, data: DataConfig, content: _Content, share: _Share
+        self,
+        data: DataConfig | str | Path,
+        part: Literal["train", "eval"] = "train",
+        *,
+        augment: AugmentConfig | None = None,
+        waveform: bool = True,
+        fbank: bool = True,
+        batch_size: int = 32,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        raw: bool | None = None,
+        limit: int = 0,
     ) -> None:
-        self.manifest = index.manifest
-        self._index, self._part, self._spec = index, part, spec
-        self._content, self._share = content, share
-        self._order = self._others = train_order(part, data, share.seed, index.label_columns, len(spec.labels))
-        orders = 1
-        if content.augment.mixup > 0 and data.sampler == "balanced" and content.augment.partners == "uniform":
-            # SSAST, AST and PSLA draw mixup's other clips uniformly: balanced ones did worse.
-            others = replace(part, key=f"{part.key}/partners")
-            self._others, orders = TrainOrder(others, share.seed, data.streams, data.window), 2
-        self.clips = len(self._order)
-        limit = Limit(data.max_bad, data.max_bad_share, self.clips)
-        self.bad_clips = BadClips(data.shards, index.name, data.on_error, limit)
-        held = index.shards(part.at(part.starts[:-1])).tolist()
-        records = [index.manifest.shards[number] for number in held]
-        missing = look(data.shards, records, np.diff(part.starts), limit)
-        absent = frozenset(number for number, record in zip(held, records, strict=True) if record.name in missing)
-        device, raw = share.place.device, share.place.raw
-        self._assemble = Assembler(
-            index.manifest, spec, content.augment, content.needs, content.online, share.seed, device
-        )
-        raw = device.type != "cpu" if raw is None else raw
-        layout = Layout(index.manifest, content.members, content.augment.mixup > 0, share.clips, spec.frames, raw)
-        streams = -(-self._order.streams // share.place.world_size)
-        reading = _reading(data, spec, index, streams, orders, absent)
-        self._feed = Feed(index, layout, reading, self.bad_clips, device, len(spec.labels))
+        data = data if isinstance(data, DataConfig) else DataConfig(shards=str(data))
+        self._data, self._train, self._seed = data, part == "train", seed
+        self._augment = augment if augment is not None and self._train else AugmentConfig()
+        self._batch_size, self._device = batch_size, torch.device(device)
+        changed = changes_waveform(self._augment)
+        if batch_size % world_size:
+            raise UserError(f"batch of {batch_size} clips does not divide by {world_size} ranks; use a multiple")
+        if data.fbank == "stored" and fbank and changed:
+            raise UserError(
+                "data.fbank = stored: the stored fbank is not that of a waveform changed by augment.mixup, noise_snr "
+                "or roll; use data.fbank=auto"
+            )
+        self.manifest = load_manifest(data.shards)
+        self.spec = DataSpec.of(self.manifest, data)
+        online = fbank and (data.fbank == "online" or (data.fbank == "auto" and changed))
+        read = {"waveform": waveform or online, "fbank": fbank and not online}
+        self._index = ShardIndex(data.shards, self.manifest, [member for member in read if read[member]])
+        clips = self._part(limit)
+        order, others = self._orders(clips)
+        self.clips = len(order)
+        if self._train and batch_size > self.clips:
+            raise UserError(
+                f"train.batch_size = {batch_size}: an epoch has {self.clips} clips, so every batch would hold a clip "
+                f"twice, and the contrast would push a clip away from itself; use at most {self.clips}"
+            )
+        self.bad_clips = BadClips(data, self._index.name, self.clips)
+        numbers = self._index.shards(clips.at(clips.starts[:-1])).tolist()
+        tars = {number: self.manifest.shards[number] for number in numbers}
+        self._absent = self.bad_clips.missing(tars, np.diff(clips.starts))
+        self._remote = None
+        if is_remote(data.shards):
+            cache = data.cache or os.environ.get("CRAFT_CACHE", "") or "~/.cache/craft"
+            most_bytes = int(data.cache_gb * 1e9)
+            self._remote = Remote(data.shards.rstrip("/"), self.manifest.shards, cache, most_bytes, this_job())
+        self._open_files = OPEN_FILES * (1 if others is order else 2)
+        if self._remote is not None:  # what is open stays in the cache: the shards of a window and of the next one
+            streams = -(-order.streams // world_size) * (1 if others is order else 2)
+            self._open_files = min(self._open_files, 2 * streams + 4)
+        raw = self._device.type != "cpu" if raw is None else raw
+        members = (*(member for member in read if read[member]), *(["partner"] if self._augment.mixup > 0 else []))
+        kind = slot_type(self.manifest, batch_size // world_size, self.spec.frames, members, raw)
+        self._pool = Pool(kind, self._device.type == "cuda")
+        self._assemble = Assembler(self.manifest, self.spec, self._augment, waveform, online, seed, self._device)
+        self._steps = Steps(
+            order, others, self._index, self._pool, members, self._open_reader, self._augment, seed, batch_size, rank,
+            world_size,
+        )  # fmt: skip
+        self._iterators: WeakSet[Generator[Batch]] = WeakSet()
+        self._step = 0
+
+    def __len__(self) -> int:
+        """Batches of a whole pass; of a training, of the epoch that the next pass is of, or the rest of."""
+        epoch = self._epoch(self._step) if self._train else 0
+        return self._end(epoch) - self._end(epoch - 1)
+
+    def __iter__(self) -> Iterator[Batch]:
+        first = self._step
+        stop = self._end(self._epoch(first)) if self._train else None
+        for batch in self.batches(first, stop):
+            if self._train:
+                self._step += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The state of iteration, for `load_state_dict` of a loader of the same settings on any number of ranks."""
+        return {"step": self._step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on behind the last batch that a loader had given when its `state_dict` was asked for."""
+        self._step = state["step"]
+
+    def batches(self, first: int = 0, stop: int | None = None, full: bool = False) -> Iterator[Batch]:
+        """Global batches first, first + 1, ...: of batch k this rank's positions k G + rank, k G + rank + R, ....
+
+        An evaluation ends with the last clip, in equally many batches on each rank. The last one is filled up with
+        the part's first clip, marked not valid; so is what stands in for a bad clip, which would else be scored twice.
+        Its bad clips are counted here; whether they are too many says `bad_clips.check` of their sum over ranks,
+        afterwards.
+
+        Args:
+            first: First batch.
+            stop: Behind the last one; None: a training has no end, an evaluation ends with its part.
+            full: Full batches alone, for held-out losses that are defined on batches: the last clips are left out
+                where they fill none, and what stands in for a bad clip is as valid as in training.
+
+        Raises:
+            UserError: a bad clip under `data.on_error` = "raise", none left to replace it, too many, shards that cannot
+                be had, or readers that die one after the other.
+        """
+        ends = [] if stop is None else [stop]
+        if not self._train:
+            ends.append(self.clips // self._batch_size if full else len(self))
+            self.bad_clips.replaced.clear()
+        iterator = self._batches(first, max(first, min(ends)) if ends else None, full)
+        self._iterators.add(iterator)
+        return iterator
+
+    def draw(self, step: int) -> Draw:
+        """What this rank's clips of global batch `step` are, before anything is read."""
+        return self._steps.draw(step)
 
     @property
     def bad(self) -> dict[str, str]:
         """Bad clips met on this rank: key -> shard and problem."""
         return self.bad_clips.problems
-
-    @property
-    def touched(self) -> dict[str, int]:
-        """Shard -> bytes of members that this rank asked of it."""
-        return {name: int(size) for name, size in zip(self._index.shard_names, self._feed.touched, strict=True) if size}
 
     def replaced(self, step: int) -> int:
         """Samples that this rank replaced so far in the epoch of batch `step`; they add up over ranks."""
@@ -213,62 +218,11 @@ class Loader:
         """Sample key and shard of index rows."""
         return [self._index.name(row) for row in rows]
 
-    def train_batches(self, start: int) -> Iterator[Batch]:
-        """Own clips of global batches start, start + 1, ..., without end.
-
-        Rank r of R takes positions k G + r, k G + r + R, ... of batch k.
-        """
-
-        def finish(plan: Plan, raw: RawBatch) -> Batch:
-            self.bad_clips.count(self._epoch(plan.step), int((raw.row != plan.rows).sum()))
-            return self._assemble(raw, augmented=True)
-
-        return self._feed.batches(self._walk(self.train_plan, self._order.rows, self._order.streams, start), finish)
-
-    def train_plan(self, step: int) -> Plan:
-        """What this rank's clips of global batch `step` are, before anything is read."""
-        share, augment = self._share, self._content.augment
-        position = share.positions(step)
-        rows, mixup, partners = self._order.rows(position), None, None
-        if augment.mixup > 0:
-            mixup = plan_mixup(augment, share.seed, torch.from_numpy(position))
-            partners = self._others.partners(position, mixup.draw, rows)
-        return Plan(step, position, rows, np.ones(len(position), bool), mixup, partners)
-
-    def eval_batches(self, full: bool = False) -> Iterator[Batch]:
-        """Every clip exactly once over all ranks, in index order, equally many batches on each rank.
-
-        The last batch is filled up with the part's first clip, marked not valid; so is what stands in for
-        a bad clip, which would else be scored twice. Bad clips are counted here; whether they are too many says
-        `bad_clips.check` of their sum over ranks, afterwards.
-
-        Args:
-            full: Full batches alone, for losses that are defined on batches: the last clips are left out where they
-                fill none, and what stands in for a bad clip is as valid as in training.
-        """
-        share, count = self._share, len(self._part)
-
-        def rows_of(position: np.ndarray) -> np.ndarray:
-            return self._part.at(position % count)
-
-        def plan(step: int) -> Plan:
-            position = share.positions(step)
-            valid = position < count
-            return Plan(step, position, self._part.at(np.where(valid, position, 0)), valid)
-
-        def finish(plan: Plan, raw: RawBatch) -> Batch:
-            bad = raw.row != plan.rows
-            self.bad_clips.replaced[0] += int((raw.valid & bad).sum())
-            raw.valid &= full | ~bad
-            return self._assemble(raw, augmented=False)
-
-        self.bad_clips.replaced.clear()
-        steps = count // share.batch_size if full else -(-count // share.batch_size)
-        return self._feed.batches(self._walk(plan, rows_of, 1, 0, steps), finish) if steps else iter(())
-
     def close(self) -> None:
-        """Stops the readers and closes the shards."""
-        self._feed.close()
+        """Ends the readers of iterators that were left unfinished, and closes the shards."""
+        for iterator in list(self._iterators):
+            iterator.close()
+        self._pool.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -279,43 +233,160 @@ class Loader:
         self.close()
 
     def _epoch(self, step: int) -> int:
-        return step * self._share.batch_size // self.clips
+        return step * self._batch_size // self.clips
 
-    def _walk(
-        self,
-        plan: Callable[[int], Plan],
-        rows_of: Callable[[np.ndarray], np.ndarray],
-        streams: int,
-        first: int,
-        stop: int = 0,
-    ) -> Walk:
-        size = self._share.batch_size
+    def _end(self, epoch: int) -> int:
+        """Batches before the first one that lies in a later epoch alone."""
+        return -(-(epoch + 1) * self.clips // self._batch_size)
 
-        def shards_ahead(step: int) -> np.ndarray:
-            planned = plan(step)
-            read = [planned.rows]
-            if planned.mixup is not None and planned.partners is not None:
-                read.append(planned.partners[planned.mixup.mixed])
-            return self._index.shards(np.concatenate(read))
+    def _part(self, limit: int) -> Part:
+        data, splits = self._data, self._data.train_splits
+        if not self._train and not data.fold:
+            splits = [data.eval_split]
+            if data.eval_split not in self.manifest.splits:
+                raise UserError(
+                    f"data.eval_split = '{data.eval_split}' is not in {data.shards}, which has "
+                    f"{', '.join(self.manifest.splits)}; name one"
+                )
+        name = f"{self.manifest.digest}/{','.join(splits)}/{data.fold}/{'train' if self._train else 'eval'}"
+        return self._index.part(splits, data.fold, not self._train, limit, name)
 
-        stride = -(-size // streams) * streams
-        others_of = rows_of if self._others is self._order else self._others.rows
-        return Walk(plan, rows_of, others_of, shards_ahead, size, stride, self.clips, first, stop)
+    def _orders(self, clips: Part) -> tuple[TrainOrder | EvalOrder, TrainOrder | EvalOrder]:
+        """Of the clips, and of those that mixup takes besides."""
+        if not self._train:
+            held_out = EvalOrder(clips)
+            return held_out, held_out
+        data, seed = self._data, self._seed
+        order = train_order(clips, data, seed, self._index.label_columns, len(self.spec.labels))
+        if self._augment.mixup > 0 and data.sampler == "balanced" and self._augment.partners == "uniform":
+            # SSAST, AST and PSLA draw mixup's other clips uniformly: balanced ones did worse.
+            return order, TrainOrder(replace(clips, key=f"{clips.key}/partners"), seed, data.streams, data.window)
+        return order, order
+
+    def _open_reader(self) -> Reader:
+        open_shard = self._open_local if self._remote is None else Cache(self._remote).open
+        arrays = {"waveform": self.manifest.audio.array, "fbank": self.manifest.fbank.array}
+        return Reader(open_shard, arrays, self.spec.mean, self.spec.std, self._open_files, self._absent)
+
+    def _open_local(self, number: int) -> int:
+        return open_regular(local(self._data.shards) / self.manifest.shards[number].name)
+
+    def _batches(self, first: int, stop: int | None, full: bool) -> Generator[Batch]:
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        with closing(self._filled(first, stop)) as filled:
+            for step, (slot, problems, error) in enumerate(filled, first):
+                arrays = self._pool.release(slot)
+                for row, problem in problems:
+                    self.bad_clips.met(row, problem)
+                if error is not None:
+                    raise error
+                self._count(step, arrays, full)
+                # A stream of its own copies and converts the next batch while the current one is trained on.
+                with nullcontext() if stream is None else torch.cuda.stream(stream):
+                    batch = self._assemble(arrays)
+                if stream is not None:
+                    self._pool.copied(arrays, stream.record_event())
+                    batch.hand_over(stream)
+                del arrays
+                yield batch
+                del batch  # its memory is the pool's
+
+    def _filled(self, first: int, stop: int | None) -> Generator[tuple[int, Problems, UserError | None]]:
+        """Filled slots, in order; readers that died are replaced at the same step."""
+        prefetcher, deaths = None, 0
+        if self._remote is not None:
+            prefetcher = Prefetcher(self._remote, self._steps.shards, self._data.fetch_ahead, first, stop)
+        try:
+            while first != stop:
+                taken: deque[int] = deque()
+                readers, processes = self._start(self._items(first, stop, taken, prefetcher))
+                try:
+                    while first != stop:
+                        try:
+                            filled = next(readers)
+                        except RuntimeError:
+                            if sum(process.is_alive() for process in processes) == self._data.workers:
+                                raise  # of an error in a reader
+                            break
+                        first, deaths = first + 1, 0
+                        taken.popleft()
+                        yield filled
+                finally:
+                    del readers  # which asks them to end
+                    for process in processes:  # they must not go on filling slots that others are given
+                        process.kill()
+                        process.join()
+                    for slot in taken:
+                        self._pool.release(slot)
+                    self._steps.close()
+                if first != stop:
+                    deaths += 1
+                    _report([process.exitcode for process in processes], first, deaths)
+        finally:
+            if prefetcher is not None:
+                prefetcher.close()
+
+    def _items(
+        self, first: int, stop: int | None, taken: deque[int], prefetcher: Prefetcher | None
+    ) -> Iterator[tuple[int, int]]:
+        """Slots to fill and the steps that go there, asked for as the readers have room for them."""
+        for step in itertools.count(first) if stop is None else range(first, stop):
+            if prefetcher is not None:
+                prefetcher.advance(step)
+            taken.append(self._pool.take())
+            yield taken[-1], step
+
+    def _start(self, items: Iterator[tuple[int, int]]) -> tuple[Iterator[Any], list[BaseProcess]]:
+        """The readers' answers to items, in order, and their processes."""
+        workers = self._data.workers
+        before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+        # A generator of its own: the DataLoader draws a seed, which must not move the run's random numbers.
+        loader = DataLoader(
+            self._steps,
+            batch_size=None,
+            sampler=items,
+            collate_fn=lambda item: item,
+            generator=torch.Generator(),
+            num_workers=workers,
+            prefetch_factor=-(-self._data.prefetch // workers) if workers else None,
+            worker_init_fn=partial(_begin_reader, os.getpid()),
+            multiprocessing_context="fork" if workers else None,  # no second import of torch, nothing is pickled
+        )
+        readers = iter(loader)
+        if workers and threading.current_thread() is threading.main_thread():
+            # torch's handler would raise wherever the training is; `next` looks for dead readers, too.
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+        return readers, [process for process in multiprocessing.active_children() if process not in before]
+
+    def _count(self, step: int, arrays: Arrays, full: bool) -> None:
+        """Counts bad clips; in an evaluation, what stands in for one is not valid unless batches must be full."""
+        replaced, valid = arrays["replaced"], arrays["valid"]
+        if self._train:
+            self.bad_clips.count(self._epoch(step), int(replaced.sum()))
+            return
+        self.bad_clips.replaced[0] += int((valid & replaced).sum())
+        if not full:
+            valid &= ~replaced
 
 
-def _reading(
-    data: DataConfig, spec: DataSpec, index: ShardIndex, streams: int, orders: int, absent: frozenset[int]
-) -> Reading:
-    """How a rank with so many streams of each of its orders reads these shards."""
-    source: Remote | Directory = Directory(str(local(data.shards)), tuple(index.shard_names))
-    open_files = OPEN_FILES * orders
-    if is_remote(data.shards):
-        records = {record.name: record for record in index.manifest.shards}
-        shards = tuple(Shard(name, records[name].size, records[name].sha256) for name in index.shard_names)
-        cache = data.cache or os.environ.get("CRAFT_CACHE", "") or "~/.cache/craft"
-        source = Remote(data.shards.rstrip("/"), shards, cache, int(data.cache_gb * 1e9), this_job())
-        # What is open stays in the cache: the shards of the window that is read and of the next one.
-        open_files = min(OPEN_FILES * orders, 2 * streams * orders + 4)
-    audio, fbank = index.manifest.audio.array, index.manifest.fbank.array
-    access = Access(source, audio, fbank, open_files, spec.mean, spec.std, absent)
-    return Reading(access, data.workers, data.prefetch, data.fetch_ahead)
+def _begin_reader(parent: int, worker: int) -> None:
+    """What a reader does first. It is a fork of the training process, whose CUDA context is of no use to it."""
+    gc.freeze()  # what this process has inherited is never finalised here, tensors and events of a GPU least of all
+    obey_alone(parent)
+
+
+def _report(statuses: list[int | None], step: int, deaths: int) -> None:
+    """Says that readers died in a row at batch `step`.
+
+    Raises:
+        UserError: too often.
+    """
+    status = next((status for status in statuses if status), 0)
+    log.warning("a reader process ended (status %d); the readers start anew, at batch %d", status, step)
+    if deaths >= DEATHS:
+        raise UserError(
+            f"{DEATHS} reader processes ended one after the other (status {status}) on the same clips; if the memory "
+            "is short, lower data.workers or data.prefetch",
+            local=True,
+            transient=True,
+        )

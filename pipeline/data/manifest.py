@@ -301,7 +301,9 @@ class IndexFile:
         self._shards = {shard.name: shard for shard in manifest.shards}
         file = open_checked(directory, "index.parquet", manifest.index)
         with self._readable():
-            self._file = pq.ParquetFile(file)
+            # Arrow's own files read at an offset: those of Python have one, which forked readers would share.
+            source = file if is_remote(directory) else pa.OSFile(f"/dev/fd/{file.fileno()}")
+            self._file = pq.ParquetFile(source)
             types = {field.name: _plain(field.type) for field in self._file.schema_arrow}
             groups = range(self._file.num_row_groups)
             self.sizes = [self._file.metadata.row_group(number).num_rows for number in groups]

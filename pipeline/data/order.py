@@ -127,6 +127,25 @@ def train_order(part: Part, data: DataConfig, seed: int, table: Callable[[], Lab
     return TrainOrder(part, seed, data.streams, data.window, weights, data.epoch_clips, data.replacement)
 
 
+class EvalOrder:
+    """The order of an evaluation: each clip of a part once, as the index has them, then again from the start.
+
+    Attributes:
+        streams: Of which it has one.
+        end: Behind the position of the last clip that counts.
+    """
+
+    def __init__(self, part: Part) -> None:
+        self.part, self.streams, self.end = part, 1, len(part)
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """Index rows of these positions: int64 [m] -> int64 [m]."""
+        return self.part.at(positions % len(self.part))
+
+
 class TrainOrder:
     """Shuffled order of training; used by one thread. A batch costs some thirty calls of numpy, however large it is.
 
@@ -139,6 +158,8 @@ class TrainOrder:
         epoch_clips: m, draws of a class-balanced epoch; 0: n.
         replacement: Draw independently; else no clip twice in an epoch.
     """
+
+    end = np.inf  # each position counts
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
-"""Index rows -> bytes: members read in place out of the tars and checked. Imports no torch: workers start in 0.1 s.
+"""Members of clips: read in place out of the tars, checked, and converted where a CPU will use them.
 
-In: jobs, each one member of one clip and its place in memory. Out: the memory filled, and what went wrong.
+In: a member's shard, offset, size and hash, and the row of a batch for it. Out: the row filled, or what is wrong.
 
 A clip is one or two preads at the index's offsets; the tar is never walked, so a tar that was cut or
 overwritten cannot pass as a shorter data set. Each member is checked against its xxh3 while it is in the core's
@@ -9,200 +9,185 @@ cache, and its .npy header with the manifest's format. Cost per clip is constant
 A shard that is away for a moment (a file server that restarts, a name that a node remembers as missing) is asked for
 again after a short wait, and where that does not help every RETRY_SECONDS: its clips are replaced meanwhile, not for
 good.
+
+For a CPU, int16 and float16 become float32 here, in numpy, while they are in the cache: they cross the memory's bus
+once as float32, as in a plain copy. numpy converts float16 one number at a time; shifting a whole array's exponents
+into place takes a sixth of that.
 """
 
 import errno
 import os
 import time
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 import xxhash
 
-from pipeline.data.cache import Directory, Remote, Source, open_source
-from pipeline.data.convert import fbank_floats, waveform_floats
 from pipeline.data.npy import HEADER, Array, header_problem
 
-# What a member is, and what becomes of it: nothing, or float32.
-WAVEFORM, FBANK, RAW_WAVEFORM, RAW_FBANK = range(4)
+INT16_SCALE = 1 / 32768  # a power of two: exact
+REBIAS = np.float32(2.0**112)  # exponents of float16 count from -15, of float32 from -127
+SIGN_AND_REST = np.int32(-0x70002000)  # 0x8fffe000: what is left of a sign-extended float16 shifted by 13 bits
+NOT_FINITE = 0xF800  # and above: infinities and NaNs without their sign bit
 WAITS = (0.1, 0.4, 1.0)  # seconds before a shard that could be opened a moment ago is given up for a while
 HEADERS_KEPT = 16  # spellings of the same header
 RETRY_SECONDS = 30.0  # between further tries
 PASSING = (errno.ENOENT, errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN)
-JOB = np.dtype(
-    [
-        ("clip", "<i4"),  # place in the batch
-        ("shard", "<i4"),
-        ("kind", "<i4"),
-        ("offset", "<i8"),  # of the member in the tar
-        ("size", "<i8"),  # of the member, .npy header included
-        ("xxh3", "<u8"),
-        ("length", "<i8"),  # of the payload
-        ("start", "<i8"),  # of what becomes of it in the memory; HEADER free bytes lie before a raw one
-        ("room", "<i8"),  # for it
-    ]
-)
-Problem = tuple[int, str]  # place in the batch, what is wrong with the clip
-
-
-class Needs(NamedTuple):
-    """Which members are read at all.
-
-    Attributes:
-        waveform: int16 waveforms.
-        fbank: float16 fbanks.
-    """
-
-    waveform: bool
-    fbank: bool
-
-
-class Access(NamedTuple):
-    """What a reader must know.
-
-    Attributes:
-        source: Where the shards are.
-        waveform, fbank: What the members are.
-        open_files: Shards that a reader keeps open.
-        mean, std: Normalisation of fbanks.
-        absent: Numbers of shards that were not there at the start: nobody waits for them.
-    """
-
-    source: Remote | Directory
-    waveform: Array
-    fbank: Array
-    open_files: int
-    mean: float
-    std: float
-    absent: frozenset[int] = frozenset()
 
 
 class Reader:
-    """Reads members into memory; used by one thread.
+    """Reads members of shards; used by one thread.
 
     Args:
-        access: To the shards.
+        open_shard: Number of a shard -> descriptor to read it from. Raises OSError where it is not there.
+        arrays: What the members "waveform" and "fbank" are.
+        mean, std: Normalisation of fbanks.
+        open_files: Shards that are kept open.
+        absent: Numbers of shards that were not there at the start: nobody waits for them.
     """
 
-    def __init__(self, access: Access) -> None:
-        self._access = access
-        self._files = _Files(open_source(access.source), access.open_files, access.absent)
+    def __init__(
+        self,
+        open_shard: Callable[[int], int],
+        arrays: dict[str, Array],
+        mean: float,
+        std: float,
+        open_files: int,
+        absent: frozenset[int] = frozenset(),
+    ) -> None:
+        self._open_shard, self._arrays, self._mean, self._std = open_shard, arrays, mean, std
+        self._sizes = {member: array.size for member, array in arrays.items()}
+        self._limit = open_files
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, most recently used last
+        self._lost: dict[int, tuple[str, float]] = dict.fromkeys(absent, ("not there", 0.0))
+        self._headers: dict[str, set[bytes]] = {member: set() for member in arrays}  # that were found right
         self._scratch = bytearray(0)
-        waveform, fbank = access.waveform, access.fbank
-        self._arrays = {WAVEFORM: waveform, RAW_WAVEFORM: waveform, FBANK: fbank, RAW_FBANK: fbank}
-        self._headers: dict[int, set[bytes]] = {kind: set() for kind in self._arrays}  # that were found right
 
-    def fill(self, jobs: np.ndarray, memory: np.ndarray) -> list[Problem]:
-        """Reads, checks and converts.
+    def read(self, member: str, shard: int, place: tuple[int, int, int], out: np.ndarray) -> str | None:
+        """Reads, checks and converts one member.
 
         Args:
-            jobs: JOB [n].
-            memory: uint8, of a batch.
+            member: "waveform" or "fbank".
+            shard: Number of its tar.
+            place: Offset, size and xxh3 of the member in it, the .npy header included.
+            out: float32 for the numbers: [L] in [-1, 1), or [T, M] normalised. Or uint8 for the stored bytes: those of
+                the numbers begin behind the HEADER first ones.
 
         Returns:
-            The bad ones. Their places in the memory hold anything.
+            What is wrong with it; None: nothing. Else `out` may hold anything.
 
         Raises:
-            UserError: a shard cannot be had for now.
+            UserError: the shard cannot be had for now.
         """
-        problems = []
-        view = memory.data
-        for clip, shard, kind, offset, size, xxh3, length, start, room in jobs.tolist():
-            header = size - length
-            if header < 0:
-                problems.append((clip, f"{size} bytes are in the index, its format has {length}"))
-                continue
-            in_place = kind >= RAW_WAVEFORM and header <= HEADER
-            member = view[start - header : start + length] if in_place else self._space(size)
-            problem = self._read(shard, offset, xxh3, member) or self._header(kind, bytes(member[:header]))
+        offset, size, xxh3 = place
+        payload = self._sizes[member]
+        header = size - payload
+        if header < 0:
+            return f"{size} bytes are in the index, its format has {payload}"
+        raw = out.itemsize == 1
+        if raw and header <= HEADER:
+            found = out.data[HEADER - header : HEADER + payload]
+        else:
+            if len(self._scratch) < size:
+                self._scratch = bytearray(size)
+            found = memoryview(self._scratch)[:size]
+        try:
+            count = self._pread(shard, found, offset)
+        except OSError as error:
+            return error.strerror or str(error)
+        if count != size:
+            return f"{count} of {size} bytes: the tar is cut"
+        if xxhash.xxh3_64_intdigest(found) != xxh3:
+            return "its hash differs from the index: damaged"
+        head = bytes(found[:header])
+        if head not in self._headers[member]:
+            problem = header_problem(head, self._arrays[member])
             if problem is not None:
-                problems.append((clip, problem))
-            elif not in_place:
-                self._place(kind, member[header:], memory[start : start + room])
-        return problems
+                return problem
+            if len(self._headers[member]) < HEADERS_KEPT:
+                self._headers[member].add(head)
+        if not raw and member == "waveform":
+            waveform_floats(np.frombuffer(found, np.int16, offset=header), out)
+        elif not raw:
+            fbank_floats(np.frombuffer(found, np.float16, offset=header), out.reshape(-1), self._mean, self._std)
+        elif header > HEADER:
+            out[HEADER : HEADER + payload] = found[header:]
+        return None
 
     def close(self) -> None:
         """Closes the shards."""
-        self._files.close()
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
 
-    def _space(self, size: int) -> memoryview:
-        if len(self._scratch) < size:
-            self._scratch = bytearray(size)
-        return memoryview(self._scratch)[:size]
-
-    def _read(self, shard: int, offset: int, xxh3: int, member: memoryview) -> str | None:
-        try:
-            count = self._files.read(shard, member, offset)
-        except OSError as error:
-            return error.strerror or str(error)
-        if count != len(member):
-            return f"{count} of {len(member)} bytes: the tar is cut"
-        return None if xxhash.xxh3_64_intdigest(member) == xxh3 else "its hash differs from the index: damaged"
-
-    def _header(self, kind: int, found: bytes) -> str | None:
-        if found in self._headers[kind]:
-            return None
-        problem = header_problem(found, self._arrays[kind])
-        if problem is None and len(self._headers[kind]) < HEADERS_KEPT:
-            self._headers[kind].add(found)
-        return problem
-
-    def _place(self, kind: int, payload: memoryview, target: np.ndarray) -> None:
-        if kind == WAVEFORM:
-            waveform_floats(np.frombuffer(payload, np.int16), target.view(np.float32))
-        elif kind == FBANK:
-            access = self._access
-            fbank_floats(np.frombuffer(payload, np.float16), target.view(np.float32), access.mean, access.std)
-        else:
-            target[:] = np.frombuffer(payload, np.uint8)
-
-
-class _Files:
-    """Open shards, the most recently used ones."""
-
-    def __init__(self, source: Source, limit: int, absent: frozenset[int]) -> None:
-        self._source, self._limit = source, limit
-        self._open: OrderedDict[int, int] = OrderedDict()
-        self._lost: dict[int, tuple[str, float]] = dict.fromkeys(absent, ("not there", 0.0))
-
-    def read(self, number: int, memory: memoryview, offset: int) -> int:
+    def _pread(self, shard: int, memory: memoryview, offset: int) -> int:
         """Fills memory from a shard; returns how many bytes there were.
 
         Raises:
             OSError: it is not there, or cannot be read.
             UserError: it cannot be had for now.
         """
-        problem, until = self._lost.get(number, ("", 0.0))
-        if time.monotonic() < until:
-            raise OSError(problem)  # a server may take its time to say so
-        waits = iter(() if problem else WAITS)
+        waits = iter(WAITS)
+        if shard in self._lost:
+            problem, until = self._lost[shard]
+            if time.monotonic() < until:
+                raise OSError(problem)  # a server may take its time to say so
+            waits = iter(())
         while True:
             try:
-                count = os.preadv(self._get(number), [memory], offset)
+                count = os.preadv(self._descriptor(shard), [memory], offset)
             except OSError as error:
-                if number in self._open:  # a descriptor that went stale stays so
-                    os.close(self._open.pop(number))
+                if shard in self._open:  # a descriptor that went stale stays so
+                    os.close(self._open.pop(shard))
                 wait = next(waits, None) if error.errno in PASSING else None
                 if wait is None:
-                    self._lost[number] = error.strerror or str(error), time.monotonic() + RETRY_SECONDS
+                    self._lost[shard] = error.strerror or str(error), time.monotonic() + RETRY_SECONDS
                     raise
                 time.sleep(wait)
             else:
-                self._lost.pop(number, None)
+                self._lost.pop(shard, None)
                 return count
 
-    def _get(self, number: int) -> int:
-        descriptor = self._open.get(number)
+    def _descriptor(self, shard: int) -> int:
+        descriptor = self._open.get(shard)
         if descriptor is None:
-            descriptor = self._open[number] = self._source.open(number)
+            descriptor = self._open[shard] = self._open_shard(shard)
             if len(self._open) > self._limit:
                 os.close(self._open.popitem(last=False)[1])
         else:
-            self._open.move_to_end(number)
+            self._open.move_to_end(shard)
         return descriptor
 
-    def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+
+def waveform_floats(raw: np.ndarray, out: np.ndarray) -> None:
+    """int16 [L] -> float32 [L] in [-1, 1)."""
+    np.copyto(out, raw)
+    np.multiply(out, np.float32(INT16_SCALE), out=out)
+
+
+def fbank_floats(raw: np.ndarray, out: np.ndarray, mean: float, std: float) -> None:
+    """float16 [n] -> float32 [m], normalised to (x - mean) / (2 std); the rest of a longer row is that of zeros."""
+    count = min(len(raw), len(out))
+    row = out[:count]
+    half_floats(raw[:count], row)
+    np.subtract(row, np.float32(mean), out=row)
+    np.divide(row, np.float32(2 * std), out=row)
+    out[count:] = normalised_zero(mean, std)
+
+
+def normalised_zero(mean: float, std: float) -> float:
+    """What padding and masks of raw zeros become."""
+    return float((np.float32(0) - np.float32(mean)) / np.float32(2 * std))
+
+
+def half_floats(raw: np.ndarray, out: np.ndarray) -> None:
+    """float16 [n] -> float32 [n], exactly."""
+    if len(raw) and (raw.view(np.uint16) << np.uint16(1)).max() >= NOT_FINITE:
+        np.copyto(out, raw)
+        return
+    bits = out.view(np.int32)
+    np.copyto(bits, raw.view(np.int16))
+    np.left_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, SIGN_AND_REST, out=bits)
+    np.multiply(out, REBIAS, out=out)

@@ -17,7 +17,6 @@ import multiprocessing
 import sys
 import tempfile
 import textwrap
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ import torch
 import yaml
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe
-from pipeline.data.augment import Shape, describe
-from pipeline.data.loader import Loader, Needs, Place, build_loader
-from pipeline.data.spec import DataSpec
+from pipeline.data.augment import describe
+from pipeline.data.loader import Loader
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_file, new_file, user_path
 from pipeline.recipes import load_recipe
@@ -39,47 +37,27 @@ PICTURES = 24  # clips in the PNG
 WRAP = 64  # letters of a line above a picture
 
 
-@dataclass(frozen=True)
-class Request:
-    """One batch.
-
-    Attributes:
-        recipe: Settings; data, augment, run.seed and train.batch_size matter.
-        step: K.
-        workers: Reader processes of a rank.
-    """
-
-    recipe: Recipe
-    step: int
-    workers: int
-
-    def loader(self, rank: int, ranks: int, workers: int) -> Loader:
-        """The training loader of a rank, on the CPU."""
-        data = self.recipe.data.model_copy(update={"workers": workers})
-        return build_loader(
-            data,
-            self.recipe.augment,
-            part="train",
-            needs=Needs(waveform=True, fbank=True),
-            batch_size=self.recipe.train.batch_size,
-            seed=self.recipe.run.seed,
-            place=Place(rank, ranks, torch.device("cpu")),
-        )
+def open_loader(recipe: Recipe, rank: int, ranks: int, workers: int) -> Loader:
+    """The training loader of a rank, on the CPU; of the recipe, data, augment, run.seed and train.batch_size matter."""
+    data = recipe.data.model_copy(update={"workers": workers})
+    size, seed = recipe.train.batch_size, recipe.run.seed
+    return Loader(data, augment=recipe.augment, batch_size=size, seed=seed, rank=rank, world_size=ranks)
 
 
-def global_batch(request: Request, ranks: int) -> dict[str, np.ndarray]:
-    """The batch, read by `ranks` processes, in global order: name -> array [G, ...].
+def global_batch(recipe: Recipe, step: int, ranks: int, workers: int) -> dict[str, np.ndarray]:
+    """Batch `step`, read by `ranks` processes with `workers` readers each, in global order: name -> array [G, ...].
 
     Raises:
         UserError: what a rank said.
         RuntimeError: a rank died, or its clips are not those of its positions.
     """
     context = multiprocessing.get_context("spawn")
-    size = request.recipe.train.batch_size
+    size = recipe.train.batch_size
     if size % ranks:
         raise UserError(f"--ranks {ranks}: a batch of {size} clips does not divide by it; see --batch-size")
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_rank, args=(request, rank, ranks, folder)) for rank in range(ranks)]
+        words = (recipe, step, ranks, workers, folder)
+        processes = [context.Process(target=_rank, args=(rank, *words)) for rank in range(ranks)]
         for process in processes:
             process.start()
         for process in processes:
@@ -93,16 +71,16 @@ def global_batch(request: Request, ranks: int) -> dict[str, np.ndarray]:
         for name in TENSORS:
             parts = [np.load(Path(folder) / f"{rank}.{name}.npy") for rank in range(ranks)]
             whole[name] = np.stack(parts, axis=1).reshape(size, *parts[0].shape[1:])  # rank r holds r, r + R, ...
-    if not np.array_equal(whole["position"], request.step * size + np.arange(size)):
+    if not np.array_equal(whole["position"], step * size + np.arange(size)):
         raise RuntimeError(f"{ranks} ranks read positions {whole['position'].tolist()}")
     return whole
 
 
-def _rank(request: Request, rank: int, ranks: int, folder: str) -> None:
+def _rank(rank: int, recipe: Recipe, step: int, ranks: int, workers: int, folder: str) -> None:
     torch.set_num_threads(1)
     try:
-        with request.loader(rank, ranks, request.workers) as loader:
-            batch = next(loader.train_batches(request.step))
+        with open_loader(recipe, rank, ranks, workers) as loader:
+            batch = next(loader.batches(step))
     except UserError as error:
         (Path(folder) / f"{rank}.error").write_text(str(error), encoding="utf-8")
         return
@@ -110,28 +88,26 @@ def _rank(request: Request, rank: int, ranks: int, folder: str) -> None:
         np.save(Path(folder) / f"{rank}.{name}.npy", getattr(batch, name).numpy())
 
 
-def explain(request: Request, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+def explain(recipe: Recipe, step: int, batch: dict[str, np.ndarray]) -> dict[str, Any]:
     """The batch in words and hashes, ready for JSON; nothing in it depends on ranks or workers."""
-    recipe = request.recipe
-    with request.loader(0, 1, 0) as loader:
-        plan, spec, epoch = loader.train_plan(request.step), DataSpec.of(loader.manifest, recipe.data), loader.clips
-        names, planned = loader.names(batch["row"].tolist()), loader.keys(plan.rows.tolist())
-        partners = [] if plan.partners is None else loader.keys(plan.partners.tolist())
-    shape = Shape(spec.sample_rate, spec.frames, spec.mel_bins)
-    augmented = describe(recipe.augment, recipe.run.seed, torch.from_numpy(plan.position), shape)
+    with open_loader(recipe, 0, 1, 0) as loader:
+        draw, spec, epoch = loader.draw(step), loader.spec, loader.clips
+        names, planned = loader.names(batch["row"].tolist()), loader.keys(draw.rows.tolist())
+        partners = loader.keys(draw.partners.tolist())
+    augmented = describe(recipe.augment, recipe.run.seed, torch.from_numpy(draw.position), spec)
     clips = []
     for i, (key, shard) in enumerate(names):
         done = augmented[i]
-        if plan.mixup is not None and plan.mixup.mixed[i] and partners[i] != planned[i]:
-            done = {"mixup": {"key": partners[i], "weight": round(float(plan.mixup.weight[i]), 6)}} | done
+        if draw.mixed[i] and partners[i] != planned[i]:
+            done = {"mixup": {"key": partners[i], "weight": round(float(draw.weight[i]), 6)}} | done
         targets = batch["targets"][i]
         labels = {spec.labels[c].name: round(float(targets[c]), 6) for c in targets.nonzero()[0]}
-        clip = {"position": int(plan.position[i]), "epoch": int(plan.position[i]) // epoch, "key": key, "shard": shard}
+        clip = {"position": int(draw.position[i]), "epoch": int(draw.position[i]) // epoch, "key": key, "shard": shard}
         if key != planned[i]:
             clip["in_place_of"] = planned[i]
         clips.append(clip | {"labels": labels, "augmentation": done})
     return {
-        "batch": request.step,
+        "batch": step,
         "batch_size": recipe.train.batch_size,
         "seed": recipe.run.seed,
         "sampler": recipe.data.sampler,
@@ -190,7 +166,7 @@ def _words(done: dict[str, Any]) -> str:
     return ", ".join(said)
 
 
-def draw(content: dict[str, Any], batch: dict[str, np.ndarray], file: Path) -> None:
+def draw_picture(content: dict[str, Any], batch: dict[str, np.ndarray], file: Path) -> None:
     """A picture: waveform over fbank for each of the first clips."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -265,11 +241,11 @@ def main() -> None:
             raise UserError(f"--{name} {getattr(args, name)}: at least {least}")
     if args.png:
         check_output_file(args.png, "--png")
-    request = Request(_recipe(args), args.batch, args.workers)
-    batch = global_batch(request, args.ranks)
-    content = explain(request, batch)
+    recipe = _recipe(args)
+    batch = global_batch(recipe, args.batch, args.ranks, args.workers)
+    content = explain(recipe, args.batch, batch)
     if args.png:
-        draw(content, batch, args.png)
+        draw_picture(content, batch, args.png)
     sys.stdout.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n" if args.json else table(content))
 
 

@@ -56,7 +56,7 @@ def score(forward: Callable[[Batch], Losses], batches: Iterable[Batch]) -> Score
 
     Args:
         forward: The task, or the engine around it, in evaluation mode.
-        batches: `Loader.eval_batches()`.
+        batches: `Loader.batches()` of an evaluation.
 
     Raises:
         ValueError: the task returns no logits, or there is no batch.
@@ -104,7 +104,7 @@ def mean_losses(
 
     Args:
         forward: The task, or the engine around it, in evaluation mode.
-        batches: `loader.eval_batches(full=True)`.
+        batches: `loader.batches(full=True)`.
         loader: Counts bad clips.
         device: Of the collective.
 

@@ -12,7 +12,6 @@ import logging
 import math
 import signal
 from dataclasses import asdict
-from itertools import islice
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ def train(job: Job, world: World) -> None:
             if progress.evaluate:  # it was interrupted
                 run.evaluate()
             world.faults.at(progress.step, "data")
-            for batch in telemetry.timed(islice(job.loader.train_batches(progress.step), total - progress.step)):
+            for batch in telemetry.timed(job.loader.batches(progress.step, total)):
                 step = progress.step
                 world.faults.at(step, "step")
                 epoch = step / (job.loader.clips / job.batches.total)

@@ -14,8 +14,7 @@ import numpy as np
 import soxr
 import torch
 
-from pipeline.data.fbank import fbank
-from pipeline.data.loader import pad_frames
+from pipeline.data.fbank import fbank, pad_frames
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
 from pipeline.flow import Batch

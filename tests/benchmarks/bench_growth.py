@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import AugmentConfig, DataConfig
+from pipeline.config import DataConfig
 from pipeline.data.manifest import INDEX_SCHEMA, Manifest, load_index, load_manifest
 from shard_tools.finish import IndexWriter
 from tests.helpers import synth_shards
@@ -82,24 +82,16 @@ def measure(shards: Path, sampler: str, ranks: int, results: Any) -> None:
     """One row, in a fresh process whose imports are done before the clock starts."""
     import torch
 
-    from pipeline.data.loader import Needs, Place, build_loader
+    from pipeline.data.loader import Loader
 
     torch.set_num_threads(1)
     load_index(shards.parent / "source")  # what pyarrow loads and allocates once is not the data's
     data = DataConfig(shards=str(shards), sampler=sampler, workers=0)
     memory, start = _memory(), time.perf_counter()
-    loader = build_loader(
-        data,
-        AugmentConfig(),
-        part="train",
-        needs=Needs(waveform=True, fbank=False),
-        batch_size=BATCH,
-        seed=0,
-        place=Place(0, ranks, torch.device("cpu")),
-    )
+    loader = Loader(data, fbank=False, batch_size=BATCH, world_size=ranks)
     with loader:
         opened = time.perf_counter()
-        batches = loader.train_batches(loader.clips // BATCH // 2)  # resume in the middle of epoch 0
+        batches = loader.batches(loader.clips // BATCH // 2)  # resume in the middle of epoch 0
         next(batches)
         first = time.perf_counter()
         times = []

@@ -67,50 +67,17 @@ def epochs(dataset: Any, workers: int, batch_size: int | None = BATCH, make: Any
         yield (to_floats(b["waveform"], b["fbank"], b["label"]) for b in loader)
 
 
-def ours(work: Path, workers: int, raw: bool = False, threads: bool = False) -> Iterator[Iterable[Any]]:
-    """This project's loader; raw: what a GPU is given to convert; threads: instead of reader processes."""
-    import torch
-
-    import pipeline.data.feed
+def ours(work: Path, workers: int, raw: bool = False) -> Iterator[Iterable[Any]]:
+    """This project's loader; raw: what a GPU is given to convert."""
     from pipeline.config import DataConfig
-    from pipeline.data.loader import Needs, Place, build_loader
+    from pipeline.data.loader import Loader
 
-    if threads:
-        pipeline.data.feed.Ring = thread_ring()
     data = DataConfig(shards=str(work / "shards"), workers=workers, mean=MEAN, std=STD)
-    place = Place(0, 1, torch.device("cpu"), raw)
-    loader = build_loader(data, None, part="train", needs=Needs(True, True), batch_size=BATCH, seed=0, place=place)
+    loader = Loader(data, batch_size=BATCH, raw=raw)
     if raw:
-        loader._assemble = lambda raw, augmented: raw  # type: ignore[assignment]
+        loader._assemble = lambda arrays: arrays  # type: ignore[method-assign, assignment]
     while True:
-        yield loader.train_batches(0)
-
-
-def thread_ring() -> Any:
-    """The ring, filled by threads of this process."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from pipeline.data.reader import Access, Reader
-    from pipeline.data.ring import Ring
-
-    class ThreadRing(Ring):
-        def __init__(self, access: Access, size: int, workers: int) -> None:
-            super().__init__(access, size, 0)
-            self.pool = ThreadPoolExecutor(workers)
-            self.threads = [Reader(access) for _ in range(workers)]
-            self.futures: dict[int, list[Any]] = {}
-
-        def start(self, region: int, jobs: np.ndarray) -> None:
-            pieces = np.array_split(jobs, len(self.threads))
-            self.futures[region] = [
-                self.pool.submit(reader.fill, piece, self.content(region))
-                for piece, reader in zip(pieces, self.threads, strict=True)
-            ]
-
-        def finish(self, region: int) -> list[Any]:
-            return [problem for future in self.futures.pop(region) for problem in future.result()]
-
-    return ThreadRing
+        yield loader.batches()
 
 
 def training(run: Iterator[Iterable[Any]]) -> Iterator[Iterable[Any]]:
@@ -241,13 +208,9 @@ WAYS: dict[str, Callable[..., Iterator[Iterable[Any]]]] = {
     "pread of the stored bytes": pread,
     "ours": ours,
     "ours, raw (for a GPU to convert)": lambda w, n: ours(w, n, raw=True),
-    "ours, threads": lambda w, n: ours(w, n, threads=True),
-    "ours, threads, raw": lambda w, n: ours(w, n, raw=True, threads=True),
     "training, no loader": lambda w, n: training(nothing(w, n)),
     "training, ours": lambda w, n: training(ours(w, n)),
     "training, ours, raw": lambda w, n: training(ours(w, n, raw=True)),
-    "training, ours, threads": lambda w, n: training(ours(w, n, threads=True)),
-    "training, ours, threads, raw": lambda w, n: training(ours(w, n, raw=True, threads=True)),
     "litdata": litdata,
     "webdataset, fast decoder": lambda w, n: webdataset(w, n, fast=True),
     "webdataset, stock": webdataset,
@@ -320,7 +283,7 @@ def main() -> None:
     for way, function in WAYS.items():
         python = pythons.get(way, sys.executable)
         if python and any(part in way for part in args.only):
-            once = "threads" in way or way.startswith("training, ours")
+            once = way.startswith("training, ours")
             for workers in (0,) if function in LIMITS or "no loader" in way else (2,) if once else (0, 2):
                 found[way, workers] = row(way, python, args.work, workers)
     show(found)

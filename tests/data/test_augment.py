@@ -7,19 +7,23 @@ from scipy import stats
 
 from pipeline.config import AugmentConfig
 from pipeline.data.augment import (
-    Shape,
     add_noise,
     augment_waveform,
     changes_waveform,
     describe,
+    draw_mixup,
     mask_fbank,
-    plan_mixup,
 )
+from pipeline.data.spec import DataSpec
 from pipeline.rng import hashed, permutation, uniform
 from tests.reference import augment as reference
 
 SEED, RATE = 7, 16000
 POSITIONS = torch.tensor([0, 1, 2, 1000003, 2**40 + 5])
+
+
+def shape(frames, mel_bins):
+    return DataSpec.model_construct(sample_rate=RATE, frames=frames, mel_bins=mel_bins)
 
 
 @pytest.mark.parametrize("count", [1, 5, 70000])
@@ -78,7 +82,7 @@ def test_a_quiet_clip_keeps_its_signal_to_noise_ratio():
     whole = torch.full((len(position),), 4000)
     noise = augment_waveform(clips, whole, AugmentConfig(noise_snr=(10, 30)), SEED, position, RATE) - clips
     ratio = 10 * torch.log10(clips.square().mean(dim=1) / noise.square().mean(dim=1))
-    said = describe(AugmentConfig(noise_snr=(10, 30)), SEED, position, Shape(RATE, 10, 10))
+    said = describe(AugmentConfig(noise_snr=(10, 30)), SEED, position, shape(10, 10))
     wanted = torch.tensor([clip["noise_snr"] for clip in said])
     torch.testing.assert_close(ratio, wanted, rtol=0, atol=0.5)
     assert (ratio.min(), ratio.max()) > (9, 28)
@@ -97,18 +101,16 @@ def test_specaugment_is_the_twin_s(freq_mask, time_mask):
 
 def test_mixup_is_drawn_from_its_beta():
     position = torch.arange(20000)
-    plan = plan_mixup(AugmentConfig(mixup=0.5, mixup_alpha=10.0), SEED, position)
-    assert plan.mixed.mean() == pytest.approx(0.5, abs=0.02)
-    assert (plan.weight[~plan.mixed] == 1).all()
-    assert stats.kstest(plan.weight[plan.mixed], stats.beta(10, 10).cdf).pvalue > 1e-3
-    assert stats.kstest(plan.draw, stats.uniform.cdf).pvalue > 1e-3
-    assert plan.mixed[0] == (reference.draw(SEED, "mixup", 0, 0) < 0.5)
+    mixed, weight, chance = draw_mixup(AugmentConfig(mixup=0.5, mixup_alpha=10.0), SEED, position)
+    assert mixed.mean() == pytest.approx(0.5, abs=0.02)
+    assert (weight[~mixed] == 1).all()
+    assert stats.kstest(weight[mixed], stats.beta(10, 10).cdf).pvalue > 1e-3
+    assert stats.kstest(chance, stats.uniform.cdf).pvalue > 1e-3
+    assert mixed[0] == (reference.draw(SEED, "mixup", 0, 0) < 0.5)
 
 
 def test_widths_and_places_of_masks_are_uniform():
-    said = describe(
-        AugmentConfig(freq_mask=9, time_mask=20), SEED, torch.arange(20000), Shape(RATE, frames=60, mel_bins=40)
-    )
+    said = describe(AugmentConfig(freq_mask=9, time_mask=20), SEED, torch.arange(20000), shape(60, 40))
     for name, length, widest in (("freq_mask", 40, 9), ("time_mask", 60, 20)):
         start, width = np.array([clip[name] for clip in said]).T
         assert stats.chisquare(np.bincount(width, minlength=widest + 1)).pvalue > 1e-3
@@ -118,7 +120,7 @@ def test_widths_and_places_of_masks_are_uniform():
 
 def test_what_is_described_is_what_happens():
     config = AugmentConfig(freq_mask=24, time_mask=24, roll=0.01)
-    said = describe(config, SEED, POSITIONS, Shape(RATE, frames=60, mel_bins=40))
+    said = describe(config, SEED, POSITIONS, shape(60, 40))
     masked = mask_fbank(torch.ones(len(POSITIONS), 60, 40), config, SEED, POSITIONS)
     impulse = torch.zeros(len(POSITIONS), 800)
     impulse[:, 400] = 1.0
@@ -131,9 +133,9 @@ def test_what_is_described_is_what_happens():
         assert moved[i].abs().argmax() == round(400 + clip["roll_seconds"] * RATE)
     noisy = AugmentConfig(noise=0.2)
     levels = add_noise(torch.zeros(len(POSITIONS), 60, 40), noisy, SEED, POSITIONS).amax(dim=(1, 2))
-    for level, clip in zip(levels.tolist(), describe(noisy, SEED, POSITIONS, Shape(RATE, 60, 40)), strict=True):
+    for level, clip in zip(levels.tolist(), describe(noisy, SEED, POSITIONS, shape(60, 40)), strict=True):
         assert 0.99 * clip["noise_level"] < level <= clip["noise_level"] + 1e-6
-    assert describe(AugmentConfig(), SEED, POSITIONS, Shape(RATE, 60, 40)) == [{}] * len(POSITIONS)
+    assert describe(AugmentConfig(), SEED, POSITIONS, shape(60, 40)) == [{}] * len(POSITIONS)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from s3fs import S3FileSystem
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data import cache as cache_module
 from pipeline.data import storage
-from pipeline.data.cache import FOLDER, Cache, NoRoomError, Remote, Shard
-from pipeline.data.loader import Needs, Place, build_loader
+from pipeline.data.cache import FOLDER, Cache, NoRoomError, Remote
+from pipeline.data.loader import Loader
 from pipeline.data.manifest import load_manifest
 from pipeline.errors import UserError
 from shard_tools.esc50_archive import fetch_esc50
@@ -34,10 +34,8 @@ BATCH = 12
 def batches(url, count=7, **data):
     """The first batches of one rank, as lists of tensors, and the loader's bad clips."""
     config = DataConfig(shards=str(url), streams=4, window=8, max_bad_share=1, **data)
-    place = Place(0, 1, torch.device("cpu"))
-    needs = Needs(waveform=True, fbank=True)
-    with build_loader(config, None, part="train", needs=needs, batch_size=BATCH, seed=1, place=place) as loader:
-        iterator = loader.train_batches(0)
+    with Loader(config, batch_size=BATCH, seed=1) as loader:
+        iterator = loader.batches(0)
         found = [next(iterator) for _ in range(count)]
         return [(b.row, b.waveform.clone(), b.fbank.clone(), b.targets) for b in found], dict(loader.bad)
 
@@ -54,8 +52,7 @@ def server(shards):
 
 
 def remote(url, directory, cache, limit=0, job="a job"):
-    shards = tuple(Shard(s.name, s.size, s.sha256) for s in load_manifest(directory).shards)
-    return Remote(url, shards, str(cache), limit, job)
+    return Remote(url, load_manifest(directory).shards, str(cache), limit, job)
 
 
 def content(descriptor):
@@ -236,26 +233,24 @@ def test_the_parts_of_a_killed_download_are_swept_and_those_of_a_living_one_coun
 
 
 @pytest.mark.parametrize("mixup", [0.0, 1.0])
-def test_shards_are_fetched_before_they_are_read(shards, server, tmp_path, mixup):
+def test_shards_are_fetched_before_they_are_read(shards, server, tmp_path, mixup, asked):
     """Those of mixup's other clips too: of one batch ahead they are more than the clips themselves lie in."""
     ahead = 1 if mixup else 64
     config = DataConfig(shards=server.url, streams=4, window=8, workers=0, cache=str(tmp_path), fetch_ahead=ahead,
                         sampler="balanced" if mixup else "shuffle")  # fmt: skip
-    needs, place = Needs(waveform=False, fbank=True), Place(0, 1, torch.device("cpu"))
-    with build_loader(config, AugmentConfig(mixup=mixup), part="train", needs=needs, batch_size=2, seed=1,
-                      place=place) as loader:  # fmt: skip
-        iterator = loader.train_batches(0)
+    with Loader(config, augment=AugmentConfig(mixup=mixup), waveform=False, batch_size=2, seed=1) as loader:
+        iterator = loader.batches(0)
         next(iterator)
-        wanted = {name for name in loader._index.shard_names if name.startswith("train")}
+        wanted = {shard.name for shard in loader.manifest.shards if shard.split == "train"}
         if mixup:
-            plans = [loader.train_plan(step) for step in range(2)]
-            rows = [row for plan in plans for part in (plan.rows, plan.partners) for row in part.tolist()]
+            draws = [loader.draw(step) for step in range(2)]
+            rows = [row for draw in draws for part in (draw.rows, draw.partners) for row in part.tolist()]
             wanted = {shard for _, shard in loader.names(rows)}
-            assert len(wanted) > len({shard for plan in plans for _, shard in loader.names(plan.rows.tolist())})
+            assert len(wanted) > len({shard for draw in draws for _, shard in loader.names(draw.rows.tolist())})
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and sum(p.suffix == ".cached" for p in copies(tmp_path)) < len(wanted):
             time.sleep(0.05)
-        assert len(loader.touched) <= 4 < len(wanted)
+        assert 0 < len(asked) <= 4 < len(wanted)
         assert sum(p.suffix == ".cached" for p in copies(tmp_path)) == len(wanted)
         iterator.close()
 
@@ -300,7 +295,7 @@ def test_a_lock_file_that_holds_anything_is_no_note(shards, server, tmp_path):
     described = remote(server.url, shards, tmp_path)
     os.close(Cache(described).open(0))
     (copy,) = copies(tmp_path)
-    for text in (b"", b"[1", b"{}", b"[" * 5000, b'[1, 2, 3]', b"\xff\x00"):
+    for text in (b"", b"[1", b"{}", b"[" * 5000, b"[1, 2, 3]", b"\xff\x00"):
         copy.with_suffix(".lock").write_bytes(text)
         os.close(Cache(described).open(0))
     assert server.gets[described.shards[0].name] == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.config import AugmentConfig, DataConfig
-from pipeline.data.loader import Loader, Needs, Place, build_loader
+from pipeline.data.loader import Loader
 
 BATCH, COUNT = 12, 6
 NAMES = ("position", "row", "valid", "waveform", "fbank", "targets", "length")
@@ -25,26 +25,15 @@ SAMPLERS = {
 
 
 def open_ranks(shards: object, ranks: int, workers: int, sampler: str, cache: object) -> list[Loader]:
-    data = DataConfig(
-        shards=str(shards), workers=workers, streams=6, window=5, cache=str(cache), **SAMPLERS[sampler]
-    )
+    data = DataConfig(shards=str(shards), workers=workers, streams=6, window=5, cache=str(cache), **SAMPLERS[sampler])
     return [
-        build_loader(
-            data,
-            AUGMENT,
-            part="train",
-            needs=Needs(waveform=True, fbank=True),
-            batch_size=BATCH,
-            seed=1,
-            place=Place(rank, ranks, torch.device("cpu")),
-        )
-        for rank in range(ranks)
+        Loader(data, augment=AUGMENT, batch_size=BATCH, seed=1, rank=rank, world_size=ranks) for rank in range(ranks)
     ]
 
 
 def global_batches(loaders: list[Loader], first: int, count: int) -> list[dict[str, object]]:
     """Batches first .. first + count - 1: keys and tensors in global order."""
-    walks = [loader.train_batches(first) for loader in loaders]
+    walks = [loader.batches(first) for loader in loaders]
     whole = []
     for _ in range(count):
         parts = [next(walk) for walk in walks]

@@ -15,13 +15,12 @@ import shutil
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import DataConfig, FinetuneRecipe, PretrainRecipe
-from pipeline.data.loader import Needs, Place, build_loader
+from pipeline.data.loader import Loader
 from pipeline.data.manifest import INDEX_SCHEMA, load_index, load_manifest
 from pipeline.data.npy import Array, decode, header
 from pipeline.errors import UserError
@@ -72,9 +71,8 @@ def epoch(shards):
     for part, sampler, fold in (("train", "balanced", 0), ("train", "shuffle", 1), ("eval", "shuffle", 0)):
         data = DataConfig(shards=str(shards), workers=0, streams=2, window=4, sampler=sampler, fold=fold,
                           max_bad_share=1)  # fmt: skip
-        with build_loader(data, None, part=part, needs=Needs(waveform=False, fbank=True), batch_size=4, seed=1,
-                          place=Place(0, 1, torch.device("cpu"))) as loader:  # fmt: skip
-            batches = loader.train_batches(0) if part == "train" else loader.eval_batches()
+        with Loader(data, part, waveform=False, batch_size=4, seed=1) as loader:
+            batches = loader.batches()
             for _, batch in zip(range(5), batches, strict=False):
                 found.append((loader.keys(batch.row.tolist()), batch.targets.tolist(), batch.fbank.sum().item()))
             batches.close()

@@ -6,32 +6,27 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.data import index as module
 from pipeline.data.index import ShardIndex
 from pipeline.data.manifest import INDEX_SCHEMA, load_index, load_manifest
-from pipeline.data.reader import Needs
 from pipeline.errors import UserError
 from tests.helpers import write_index
 
-BOTH = Needs(waveform=True, fbank=True)
-
 
 def check(index, whole, rows):
-    found = index.find(rows)
-    for member in ("waveform", "fbank"):
-        jobs = index.jobs(member, found)
-        for what in module.WHAT:
-            assert jobs[what].tolist() == [whole[row][f"{member}_{what}"] for row in rows]
-        assert [index.shard_names[shard] for shard in jobs["shard"]] == [whole[row]["shard"] for row in rows]
-    which, labels = index.labels(found)
-    pairs = [(i, label) for i, row in enumerate(rows) for label in whole[row]["labels"]]
-    assert list(zip(which.tolist(), labels.tolist(), strict=True)) == pairs
+    for row in rows.tolist():
+        found = index.clip(row)
+        for member in ("waveform", "fbank"):
+            place = tuple(whole[row][f"{member}_{what}"] for what in ("offset", "size", "xxh3"))
+            assert getattr(found, member) == place
+        assert index.shard_names[found.shard] == whole[row]["shard"]
+        assert found.samples == round(whole[row]["seconds"] * 16000)
+        assert found.labels.tolist() == whole[row]["labels"]
 
 
 @pytest.mark.parametrize("kept", [1, 24, 1 << 19])
 def test_any_rows_in_any_order_are_the_file_s(shards, kept):
-    """Also with room for a shard or three: they are put out and read again, and a batch touches more than fit."""
-    index = ShardIndex(str(shards), load_manifest(shards), BOTH, kept)
+    """Also with room for a shard or three: they are dropped and read again."""
+    index = ShardIndex(str(shards), load_manifest(shards), rows_kept=kept)
     whole = load_index(shards).to_pylist()
     rng = np.random.default_rng(0)
     for size in [*[2] * 60, 40, 3, 80, 1]:
@@ -44,29 +39,29 @@ def test_row_groups_that_cut_through_shards(shards, tmp_path):
     (tmp_path / "manifest.json").write_bytes((shards / "manifest.json").read_bytes())
     write_index(tmp_path, load_index(shards), row_group_size=5)
     whole = load_index(shards).to_pylist()
-    check(ShardIndex(str(tmp_path), load_manifest(tmp_path), BOTH), whole, np.arange(len(whole))[::-1])
+    check(ShardIndex(str(tmp_path), load_manifest(tmp_path)), whole, np.arange(len(whole))[::-1])
 
 
 def test_an_index_in_another_order_is_refused(shards, tmp_path):
     (tmp_path / "manifest.json").write_bytes((shards / "manifest.json").read_bytes())
     table = load_index(shards)
     write_index(tmp_path, table.take(np.arange(len(table))[::-1]))
-    index = ShardIndex(str(tmp_path), load_manifest(tmp_path), BOTH)
+    index = ShardIndex(str(tmp_path), load_manifest(tmp_path))
     with pytest.raises(UserError, match="one of another build"):
-        index.find(np.array([0]))
+        index.clip(0)
 
 
 def test_a_damaged_index_is_one_line(shards, tmp_path):
     (tmp_path / "index.parquet").write_bytes(b"not parquet")
     with pytest.raises(UserError, match=r"index.parquet: .*run verify_shards.py"):
-        ShardIndex(str(tmp_path), load_manifest(shards), BOTH)
+        ShardIndex(str(tmp_path), load_manifest(shards))
 
 
 @pytest.mark.parametrize(
     ("fold", "held_out", "limit"), [(0, False, 0), (0, False, 11), (2, False, 0), (2, True, 0), (2, True, 3)]
 )
 def test_parts_are_the_rows_of_split_and_fold(shards, fold, held_out, limit):
-    index = ShardIndex(str(shards), load_manifest(shards), BOTH)
+    index = ShardIndex(str(shards), load_manifest(shards))
     for splits in (["train"], ["train", "eval"], ["eval", "train"], *([] if fold else [["eval"]])):
         part = index.part(splits, fold, held_out, limit, "name")
         rows = part.at(np.arange(len(part)))
@@ -85,7 +80,7 @@ def rewritten(shards, out, change):
     rows = load_index(shards).to_pylist()
     change(rows)
     write_index(out, pa.Table.from_pylist(rows, INDEX_SCHEMA))
-    return ShardIndex(str(out), load_manifest(out), BOTH)
+    return ShardIndex(str(out), load_manifest(out))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +106,7 @@ def test_rows_that_cannot_be_are_one_line(shards, tmp_path, change, said):
     """Their hash is that of the manifest: the index was written so."""
     index = rewritten(shards, tmp_path, change)
     with pytest.raises(UserError) as error:
-        index.find(np.arange(8))
+        index.clip(0)
     assert f"{tmp_path}/index.parquet: {said}" in str(error.value)
 
 
@@ -136,13 +131,13 @@ def test_columns_of_other_types_are_refused(shards, tmp_path, change, said):
     (tmp_path / "manifest.json").write_bytes((shards / "manifest.json").read_bytes())
     write_index(tmp_path, change(load_index(shards)))
     with pytest.raises(UserError, match=said):
-        ShardIndex(str(tmp_path), load_manifest(tmp_path), BOTH)
+        ShardIndex(str(tmp_path), load_manifest(tmp_path))
 
 
 def test_an_index_that_is_no_regular_file_is_refused_and_not_waited_for(shards, tmp_path):
     os.mkfifo(tmp_path / "index.parquet")
     with pytest.raises(UserError, match="no regular file"):
-        ShardIndex(str(tmp_path), load_manifest(shards), BOTH)
+        ShardIndex(str(tmp_path), load_manifest(shards))
     os.mkfifo(tmp_path / "manifest.json")
     with pytest.raises(UserError, match="no regular file"):
         load_manifest(tmp_path)

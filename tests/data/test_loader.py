@@ -13,10 +13,10 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config import AugmentConfig, DataConfig
-from pipeline.data.convert import fbank_floats, half_floats
-from pipeline.data.fbank import fbank
-from pipeline.data.loader import Needs, Place, build_loader, pad_frames
+from pipeline.data.fbank import fbank, pad_frames
+from pipeline.data.loader import Loader
 from pipeline.data.manifest import INDEX_SCHEMA, load_index, load_manifest
+from pipeline.data.reader import fbank_floats, half_floats
 from pipeline.errors import UserError
 from shard_tools import catalogs
 from shard_tools.build import build
@@ -24,14 +24,12 @@ from tests.helpers import edit_manifest, options, synth_shards, write_index
 from tests.reference.augment import mix
 
 BATCH = 12
-BOTH = Needs(waveform=True, fbank=True)
-CPU = torch.device("cpu")
 
 
-def loader(shards, rank=0, ranks=1, part="train", augment=None, needs=BOTH, raw=None, **data):
+def loader(shards, rank=0, ranks=1, part="train", augment=None, waveform=True, raw=None, **data):
     config = DataConfig(shards=str(shards), streams=6, window=5, **{"max_bad_share": 1} | data)
-    place = Place(rank, ranks, CPU, raw)
-    return build_loader(config, augment, part=part, needs=needs, batch_size=BATCH, seed=1, place=place)
+    return Loader(config, part, augment=augment, waveform=waveform, batch_size=BATCH, seed=1, rank=rank,
+                  world_size=ranks, raw=raw)  # fmt: skip
 
 
 def global_batches(shards, ranks, first, count, **options):
@@ -39,7 +37,7 @@ def global_batches(shards, ranks, first, count, **options):
     parts = []
     for rank in range(ranks):
         with loader(shards, rank, ranks, **options) as own:
-            batches = own.train_batches(first)
+            batches = own.batches(first)
             parts.append([next(batches) for _ in range(count)])
     whole = []
     for pieces in zip(*parts, strict=True):
@@ -87,8 +85,8 @@ def test_fbanks_are_padded_or_cut_with_what_zeros_become(frames):
 
 def test_values_are_those_of_the_shards(shards):
     with loader(shards) as own:
-        batch = next(own.train_batches(0))
-        spec = own._spec
+        batch = next(own.batches(0))
+        spec = own.spec
         raw = fbank(batch.waveform) if batch.waveform is not None else None
     assert raw is not None
     padded = torch.nn.functional.pad(raw, (0, 0, 0, spec.frames - raw.shape[1]))
@@ -105,7 +103,7 @@ def test_evaluation_sees_each_clip_once(shards, ranks):
     rows, counts = [], set()
     for rank in range(ranks):
         with loader(shards, rank, ranks, part="eval") as own:
-            batches = list(own.eval_batches())
+            batches = list(own.batches())
             total = own.clips
         counts.add(len(batches))
         rows += [row for batch in batches for row in batch.row[batch.valid].tolist()]
@@ -113,10 +111,34 @@ def test_evaluation_sees_each_clip_once(shards, ranks):
     assert len(rows) == len(set(rows)) == total
 
 
+def test_a_loader_needs_only_shards_and_goes_on_from_its_state(shards):
+    """A pass is an epoch; the state, which is taken at any batch, holds for any number of ranks."""
+    with Loader(str(shards)) as own:
+        assert len(own) == 3  # of 67 clips
+        first = [batch.row for batch in own]
+        assert own.state_dict() == {"step": 3}
+        keys = torch.cat(first).tolist()
+        assert len(set(keys)) == own.clips == 67
+        assert len(own) == 2  # clips 96 to 133 and 26 of the next epoch
+        second = [batch.row for batch in own]
+        assert [len(first), len(second)] == [3, 2]
+        assert keys[67:] + torch.cat(second).tolist()[:38] != keys[:67]
+    with Loader(shards, rank=1, world_size=2) as other:
+        other.load_state_dict({"step": 2})
+        batches = iter(other)
+        assert torch.equal(next(batches).row, first[2][1::2])
+        state = other.state_dict()
+        batches.close()
+        other.load_state_dict(state)
+        assert torch.equal(next(iter(other)).row, second[0][1::2])
+    with Loader(shards, "eval", batch_size=8) as held:
+        assert len(held) == len(list(held)) == len(list(held)) == 2
+
+
 def test_a_held_out_fold_is_never_trained_on(shards):
     with loader(shards, fold=2) as train, loader(shards, part="eval", fold=2) as held:
-        seen = {row for _, batch in zip(range(20), train.train_batches(0), strict=False) for row in batch.row.tolist()}
-        kept = {row for batch in held.eval_batches() for row in batch.row.tolist()}
+        seen = {row for _, batch in zip(range(20), train.batches(0), strict=False) for row in batch.row.tolist()}
+        kept = {row for batch in held.batches() for row in batch.row.tolist()}
     folds = load_index(shards, columns=["fold"])["fold"].to_numpy()
     assert set(folds[list(seen)].tolist()) == {1, 3, 5}  # fold 4 of so few clips is all in the eval split
     assert set(folds[list(kept)].tolist()) == {2}
@@ -131,8 +153,8 @@ def test_several_splits_are_one(shards, tmp_path):
     with pytest.raises(UserError, match=r"'train,nope': there is no split 'nope' in .*, which has train, eval"):
         loader(shards, train_split="train,nope")
     with loader(shards, train_split="eval,train") as own:
-        batches = [batch for _, batch in zip(range(7), own.train_batches(0), strict=False)]
-        spec, rows = own._spec, [row for batch in batches for row in batch.row.tolist()][: own.clips]
+        batches = [batch for _, batch in zip(range(7), own.batches(0), strict=False)]
+        spec, rows = own.spec, [row for batch in batches for row in batch.row.tolist()][: own.clips]
     assert sorted(rows) == list(range(80)) == list(range(own.clips))
     stored = np.concatenate([np.load(io.BytesIO(member)).ravel().astype(float) for member in members(shards, "fbank")])
     assert (spec.mean, spec.std) == pytest.approx((stored.mean(), stored.std()), rel=1e-6)
@@ -179,7 +201,7 @@ def test_bad_clips_are_replaced_alike_on_any_rank_and_counted(damaged):
     two = global_batches(copy, 2, 0, 6)
     assert all(torch.equal(a["row"], b["row"]) for a, b in zip(one, two, strict=True))
     with loader(copy) as own:
-        for _, batch in zip(range(6), own.train_batches(0), strict=False):
+        for _, batch in zip(range(6), own.batches(0), strict=False):
             assert len(batch) == BATCH
         assert "its hash differs" in own.bad[key]
         assert any("the tar is cut" in problem for problem in own.bad.values())
@@ -188,7 +210,7 @@ def test_bad_clips_are_replaced_alike_on_any_rank_and_counted(damaged):
 def test_raise_names_clip_and_shard(damaged):
     copy, _ = damaged
     with loader(copy, on_error="raise") as own, pytest.raises(UserError, match=r"train-0000\d\d.tar: clip"):
-        for _ in zip(range(6), own.train_batches(0), strict=False):
+        for _ in zip(range(6), own.batches(0), strict=False):
             pass
 
 
@@ -197,7 +219,7 @@ def test_too_many_bad_clips_end_the_run(damaged):
     record = [shard for shard in load_manifest(copy).shards if shard.split == "train"][-1]
     os.truncate(copy / record.name, record.size)  # zeros: nothing to see at the start
     with loader(copy, max_bad=1) as own, pytest.raises(UserError, match=r"data.max_bad = 1"):
-        for _ in zip(range(6), own.train_batches(0), strict=False):
+        for _ in zip(range(6), own.batches(0), strict=False):
             pass
 
 
@@ -213,11 +235,11 @@ def test_mixup_is_the_twin_s_on_waveforms_and_labels(shards, raw):
     index = load_index(shards).to_pylist()
     mixed = 0
     with loader(shards, augment=AugmentConfig(mixup=0.5), raw=raw, workers=0) as own:
-        for step, batch in zip(range(3), own.train_batches(0), strict=False):
-            plan = own.train_plan(step)
-            for i, row in enumerate(plan.rows.tolist()):
-                weight = float(plan.mixup.weight[i])
-                other = int(plan.partners[i]) if plan.mixup.mixed[i] else row
+        for step, batch in zip(range(3), own.batches(0), strict=False):
+            draw = own.draw(step)
+            for i, row in enumerate(draw.rows.tolist()):
+                weight = float(draw.weight[i])
+                other = int(draw.partners[i]) if draw.mixed[i] else row
                 mixed += other != row
                 wave = mix(stored(shards, index[row]), stored(shards, index[other]), weight)
                 assert batch.waveform[i].tolist() == pytest.approx(wave, abs=1e-6)
@@ -232,8 +254,8 @@ def partners_of(shards, ranks, steps, **options):
     for rank in range(ranks):
         with loader(shards, rank, ranks, workers=0, **options) as one:
             for step in range(steps):
-                plan = one.train_plan(step)
-                own[step, rank::ranks], others[step, rank::ranks] = plan.rows, plan.partners
+                draw = one.draw(step)
+                own[step, rank::ranks], others[step, rank::ranks] = draw.rows, draw.partners
     return own.ravel(), others.ravel()
 
 
@@ -264,8 +286,8 @@ def test_other_clips_of_mixup_are_uniform_under_balanced_sampling(tmp_path):
 
 
 def test_only_what_is_needed_is_read(shards):
-    with loader(shards, needs=Needs(waveform=False, fbank=True)) as own:
-        batch = next(own.train_batches(0))
+    with loader(shards, waveform=False) as own:
+        batch = next(own.batches(0))
     assert batch.waveform is None
     assert batch.fbank is not None
 
@@ -282,7 +304,7 @@ def test_a_missing_shard_larger_than_any_search_is_replaced(tmp_path):
     synth_shards(tmp_path, clips=160, seconds=0.1, per_shard=80)
     sorted(tmp_path.glob("train-*.tar"))[0].unlink()
     with loader(tmp_path) as own:
-        for _, batch in zip(range(20), own.train_batches(0), strict=False):
+        for _, batch in zip(range(20), own.batches(0), strict=False):
             assert len(batch) == BATCH
         lost = next(shard for shard in own.manifest.shards if shard.split == "train").clips
         assert len(own.bad) == lost > 64
@@ -295,7 +317,7 @@ def test_a_bad_clip_is_not_scored_twice(damaged, shards):
         file.seek(victim["waveform_offset"] + 300)
         file.write(b"\x55" * 16)
     with loader(copy, part="eval") as own:
-        rows = [row for batch in own.eval_batches() for row in batch.row[batch.valid].tolist()]
+        rows = [row for batch in own.batches() for row in batch.row[batch.valid].tolist()]
         assert len(rows) == len(set(rows)) == own.clips - 1
         assert victim["key"] in own.bad
 
@@ -327,9 +349,8 @@ def test_the_batch_knows_where_the_audio_ends(tmp_path):
     build(catalog, tmp_path / "shards", options(0.5, 4), 1, engine="inline")
     for mixup in (0.0, 1.0):
         with loader(tmp_path / "shards", augment=AugmentConfig(mixup=mixup)) as found:
-            batch, plan = next(found.train_batches(0)), found.train_plan(0)
-            keys = found.keys(batch.row.tolist())
-            partners = keys if plan.partners is None else found.keys(plan.partners.tolist())
+            batch, draw = next(found.batches(0)), found.draw(0)
+            keys, partners = found.keys(batch.row.tolist()), found.keys(draw.partners.tolist())
         for i, (own, other) in enumerate(zip(keys, partners, strict=True)):
             samples = max(round(seconds[int(key) % 4] * 16000) for key in (own, other))
             assert int(batch.length[i]) == samples
@@ -345,12 +366,11 @@ def test_a_clip_is_not_mixed_with_itself(shards, raw):
     found = []
     for mixup in (1.0, 0.0):
         augment = AugmentConfig(mixup=mixup, roll=1e-9)
-        with build_loader(config, augment, part="train", needs=BOTH, batch_size=1, seed=1, place=Place(0, 1, CPU, raw),
-                          limit=1) as own:  # fmt: skip
-            batches = own.train_batches(0)
+        with Loader(config, augment=augment, batch_size=1, seed=1, raw=raw, limit=1) as own:
+            batches = own.batches(0)
             found.append([next(batches) for _ in range(20)])
-            plans = [own.train_plan(step) for step in range(20)]
-    assert all(plan.rows.tolist() == [0] for plan in plans)
+            draws = [own.draw(step) for step in range(20)]
+    assert all(draw.rows.tolist() == [0] for draw in draws)
     for mixed, plain in zip(*found, strict=True):
         for name in ("waveform", "fbank", "targets"):
             assert torch.equal(getattr(mixed, name), getattr(plain, name)), name

@@ -11,7 +11,7 @@ import torch
 from matplotlib.image import imread
 
 from pipeline.config import AugmentConfig, DataConfig
-from pipeline.data.loader import Needs, Place, build_loader
+from pipeline.data.loader import Loader
 from tests.conftest import ROOT
 from tests.stores import gcs_server, hub_server
 
@@ -55,13 +55,10 @@ def test_it_is_the_batch_that_training_gets(shards, alone):
     content = json.loads(alone)
     data = DataConfig(shards=str(shards), sampler="balanced", workers=0)
     augment = AugmentConfig(mixup=0.5, roll=0.05, noise=0.1, noise_snr=(10, 20), freq_mask=24, time_mask=9)
-    place = Place(0, 1, torch.device("cpu"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with build_loader(
-        data, augment, part="train", needs=Needs(True, True), batch_size=12, seed=3, place=place
-    ) as loader:
-        batch = next(loader.train_batches(4))
+    with Loader(data, augment=augment, batch_size=12, seed=3) as loader:
+        batch = next(loader.batches(4))
         assert [clip["key"] for clip in content["clips"]] == loader.keys(batch.row.tolist())
     torch.set_num_threads(threads)
     for name, said in content["tensors"].items():

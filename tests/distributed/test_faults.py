@@ -9,10 +9,9 @@ import time
 
 import psutil
 import pytest
-import torch
 
 from pipeline.config import DataConfig, RunConfig
-from pipeline.data.loader import Needs, Place, build_loader
+from pipeline.data.loader import Loader
 from pipeline.data.manifest import load_index
 from pipeline.engine.checkpoint import complete_checkpoints, read_state
 from tests.distributed.conftest import MICRO, STEPS, lines, losses
@@ -112,12 +111,9 @@ def damage(directory, shard_count: int) -> None:
 
 def replaced(directory, rank: int, ranks: int, steps: int) -> list[int]:
     """What a rank replaces up to each of the first steps."""
-    place, needs = Place(rank, ranks, torch.device("cpu")), Needs(waveform=True, fbank=True)
-    seed = RunConfig().seed
     data = DataConfig(shards=str(directory), workers=0, max_bad_share=1)
-    with build_loader(data, None, part="train", needs=needs, batch_size=8,
-                      seed=seed, place=place) as loader:  # fmt: skip
-        return [loader.replaced(step) for step, _ in zip(range(steps), loader.train_batches(0), strict=False)]
+    with Loader(data, batch_size=8, seed=RunConfig().seed, rank=rank, world_size=ranks) as loader:
+        return [loader.replaced(step) for step, _ in zip(range(steps), loader.batches(0), strict=False)]
 
 
 @pytest.mark.slow

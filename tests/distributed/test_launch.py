@@ -9,11 +9,10 @@ import sys
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 import yaml
 
 from pipeline.config import FinetuneRecipe
-from pipeline.data.loader import Needs, Place, build_loader
+from pipeline.data.loader import Loader
 from pipeline.engine.checkpoint import complete_checkpoints
 from pipeline.engine.evaluation import read_predictions
 from pipeline.recipes import load_recipe
@@ -102,9 +101,8 @@ def test_a_zero3_run_as_onnx_scores_the_held_out_clips_the_same(finetuned, shard
     session = onnxruntime.InferenceSession(str(finetuned / "export" / "model.onnx"))
     keys, _, expected = read_predictions(finetuned / "predictions.parquet")
     data = load_recipe(FinetuneRecipe, [finetuned / "config.yaml"], ["data.workers=0"]).data
-    place = Place(0, 1, torch.device("cpu"))
-    with build_loader(data, None, part="eval", needs=Needs(True, True), batch_size=7, seed=0, place=place) as loader:
-        for batch in loader.eval_batches():
+    with Loader(data, "eval", batch_size=7) as loader:
+        for batch in loader.batches():
             given = {name: getattr(batch, name).numpy() for name in ("fbank", "waveform", "length")}
             (logits,) = session.run(["logits"], given)
             rows = [keys.index(key) for key in loader.keys(batch.row[batch.valid].tolist())]

@@ -94,7 +94,7 @@ def batches(source: Path) -> dict[str, Entry]:
         recipe = load_recipe(FinetuneRecipe, [], [*words.split(), *place.split()])
         for ranks, workers in LAYOUTS:
             for step, tensors in enumerate(_read(recipe, ranks, workers)):
-                text = show.explain(show.Request(recipe, step, 0), tensors)
+                text = show.explain(recipe, step, tensors)
                 name = f"batch {step} {sampler}"
                 entry = _batch(text, tensors)
                 if found.setdefault(name, entry) != entry:
@@ -107,8 +107,8 @@ def _read(recipe: FinetuneRecipe, ranks: int, workers: int) -> list[dict[str, np
     """The first global batches: name -> [G, ...]."""
     parts = []
     for rank in range(ranks):
-        with show.Request(recipe, 0, workers).loader(rank, ranks, workers) as loader:
-            made = loader.train_batches(0)
+        with show.open_loader(recipe, rank, ranks, workers) as loader:
+            made = loader.batches(0)
             parts.append([_arrays(next(made)) for _ in range(BATCHES)])
     return [
         {name: np.stack(shares, 1).reshape(-1, *shares[0].shape[1:])  # rank r holds r, r + R, ...

@@ -1,0 +1,188 @@
+"""Global batch -> this rank's clips of it, in a slot of shared memory: what a reader process does.
+
+In: the number of a batch and of a slot. Out: the slot filled, bad clips replaced, and what was wrong with those.
+
+All that a batch needs is made here and out of the training process: which clips come, where they lie, their targets.
+The stand-in for a bad clip is found here too, by a rule that knows no ranks: see `pipeline.data.bad`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.config import AugmentConfig
+from pipeline.data.augment import draw_mixup
+from pipeline.data.bad import stand_ins
+from pipeline.data.index import Entry, ShardIndex
+from pipeline.data.order import EvalOrder, TrainOrder
+from pipeline.data.pool import Arrays, Pool
+from pipeline.data.reader import Reader
+from pipeline.errors import UserError
+
+Problems = list[tuple[int, str]]  # index row of a bad clip, what is wrong with it
+
+
+class Draw(NamedTuple):
+    """One rank's clips of a batch, before anything is read.
+
+    Attributes:
+        position: int64 [B], in the sample stream.
+        valid: bool [B], as in `Batch`.
+        rows: int64 [B], of the index.
+        mixed: bool [B], with another clip.
+        partners: int64 [B], rows of those; of other clips anything.
+        weight: float64 [B], of the clip itself in its mixture; 1 where it is not mixed.
+    """
+
+    position: np.ndarray
+    valid: np.ndarray
+    rows: np.ndarray
+    mixed: np.ndarray
+    partners: np.ndarray
+    weight: np.ndarray
+
+
+class Steps(torch.utils.data.Dataset[tuple[int, Problems, UserError | None]]):
+    """A dataset whose items are whole steps of one rank.
+
+    Args:
+        order: Of the clips.
+        others: Of mixup's other clips.
+        index: Of the shards.
+        pool: Of the slots.
+        members: Of "waveform", "partner" and "fbank", those that are read.
+        open_reader: Opens the shards; called in the process that reads them.
+        augment: Mixup.
+        seed: Of mixup.
+        batch_size: G.
+        rank: This rank, which takes positions k G + rank, k G + rank + R, ... of batch k.
+        world_size: R.
+    """
+
+    def __init__(
+        self,
+        order: TrainOrder | EvalOrder,
+        others: TrainOrder | EvalOrder,
+        index: ShardIndex,
+        pool: Pool,
+        members: tuple[str, ...],
+        open_reader: Callable[[], Reader],
+        augment: AugmentConfig,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._order, self._others, self._index, self._pool = order, others, index, pool
+        self._own = tuple(member for member in members if member != "partner")
+        self._open_reader = open_reader
+        self._reader: Reader | None = None
+        self._augment, self._seed = augment, seed
+        self._places = np.arange(rank, batch_size, world_size)
+        self._batch_size = batch_size
+        self._stride = -(-batch_size // order.streams) * order.streams
+        self._bad: set[int] = set()
+
+    def draw(self, step: int) -> Draw:
+        """What this rank's clips of global batch `step` are."""
+        position = step * self._batch_size + self._places
+        valid = position < self._order.end
+        rows = self._order.rows(np.where(valid, position, 0))
+        if not (isinstance(self._others, TrainOrder) and self._augment.mixup > 0):
+            return Draw(position, valid, rows, np.zeros(len(rows), bool), rows, np.ones(len(rows)))
+        mixed, weight, chance = draw_mixup(self._augment, self._seed, torch.from_numpy(position))
+        return Draw(position, valid, rows, mixed, self._others.partners(position, chance, rows), weight)
+
+    def shards(self, step: int) -> np.ndarray:
+        """Numbers of the shards that this rank reads for global batch `step`."""
+        draw = self.draw(step)
+        return self._index.shards(np.concatenate([draw.rows, draw.partners[draw.mixed]]))
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[int, Problems, UserError | None]:
+        """Fills a slot.
+
+        Args:
+            item: Numbers of the slot and of the global batch.
+
+        Returns:
+            The slot; all bad clips that were met; the error that must end the run.
+        """
+        slot, step = item
+        problems: Problems = []
+        try:
+            self._fill(self._pool.arrays(slot), step, problems)
+        except UserError as error:  # a value: raised, it would lose its attributes on the way to another process
+            return slot, problems, error
+        return slot, problems, None
+
+    def close(self) -> None:
+        """Closes the shards that this process has opened."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _fill(self, arrays: Arrays, step: int, problems: Problems) -> None:
+        draw = self.draw(step)
+        targets, mixed, partners = arrays["targets"], draw.mixed.tolist(), draw.partners.tolist()
+        rows, lengths, weights = draw.rows.tolist(), [], []
+        targets[:] = 0
+        for place, planned in enumerate(draw.rows.tolist()):
+            rows[place], clip = self._clip(draw, step, place, planned, self._own, arrays, problems)
+            weight, samples, other = 1.0, clip.samples, None
+            if mixed[place]:
+                partner, other = self._clip(draw, step, place, partners[place], ("partner",), arrays, problems)
+                if partner == rows[place]:  # a window of one clip, or one clip that stands in for both
+                    other = None
+                else:
+                    weight, samples = float(draw.weight[place]), max(samples, other.samples)
+            targets[place, clip.labels] = weight
+            if other is not None:
+                targets[place, other.labels] += np.float32(1 - weight)
+            lengths.append(samples)
+            weights.append(weight)
+        arrays["position"][:], arrays["valid"][:], arrays["row"][:] = draw.position, draw.valid, rows
+        arrays["replaced"][:], arrays["length"][:], arrays["weight"][:] = draw.rows != rows, lengths, weights
+
+    def _clip(
+        self, draw: Draw, step: int, place: int, planned: int, members: tuple[str, ...], arrays: Arrays,
+        problems: Problems,
+    ) -> tuple[int, Entry]:  # fmt: skip
+        """Reads a clip, or its stand-in; returns its row and entry.
+
+        Where every other clip is in the batch or bad, one of the batch must stand in.
+        """
+        clip, problem = self._read(planned, place, members, arrays)
+        if problem is None:
+            return planned, clip
+        self._bad.add(planned)
+        problems.append((planned, problem))
+        batch = set(self._order.rows(step * self._batch_size + np.arange(self._batch_size)).tolist())
+        order = self._others if members == ("partner",) else self._order
+        for avoided in (batch, set()):
+            for row in stand_ins(order.rows, int(draw.position[place]), self._stride, len(self._order)):
+                if row in self._bad or row in avoided:
+                    continue
+                clip, problem = self._read(row, place, members, arrays)
+                if problem is None:
+                    return row, clip
+                self._bad.add(row)
+                problems.append((row, problem))
+        key, shard = self._index.name(planned)
+        raise UserError(
+            f"{self._index.directory}: no clip can be read in place of {key} of {shard}, nor any other; run "
+            "verify_shards.py",
+            local=True,
+        )
+
+    def _read(self, row: int, place: int, members: tuple[str, ...], arrays: Arrays) -> tuple[Entry, str | None]:
+        if self._reader is None:
+            self._reader = self._open_reader()
+        clip = self._index.clip(row)
+        for member in members:
+            stored = "waveform" if member == "partner" else member
+            problem = self._reader.read(stored, clip.shard, getattr(clip, stored), arrays[member][place])
+            if problem is not None:
+                return clip, f"{stored}: {problem}"
+        return clip, None

@@ -1,4 +1,4 @@
-"""Paths that a user names, files that appear whole or not at all, locks, hashes, and helpers that end with this process.
+"""Paths that a user names, files that appear whole or not at all, locks, hashes, helpers that end with this process.
 
 In: words of a command line or a setting. Out: paths as they were meant; a place that cannot be written is refused
 before the work, not after it.

@@ -2,33 +2,26 @@
 
 In: a directory or URL of shards, what is read of them, and this rank. Out: `Batch`es.
 
-Reader processes are those of torch's DataLoader. An item of theirs is a whole step (`pipeline.data.steps`), which they
-fill in a slot of shared memory (`pipeline.data.pool`), and all that comes through the pipe is the slot's number. An
-item per clip and fresh memory per batch is what makes a DataLoader slow (tests/benchmarks/bench_loader.py). Nothing
-grows with the clips of the data set: see `pipeline.data.index` and `order`.
+Reader processes (`pipeline.data.workers`) fill a whole batch in a slot of shared memory (`pipeline.data.pool`), and all
+that comes through their pipes is a number. An item per clip and fresh memory per batch is what makes torch's
+DataLoader slow (tests/benchmarks/bench_loader.py). Nothing grows with the clips of the data set: see
+`pipeline.data.index` and `order`.
 """
 
-import gc
 import itertools
 import logging
-import multiprocessing
 import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data.ahead import Prefetcher
@@ -41,16 +34,16 @@ from pipeline.data.order import EvalOrder, Part, TrainOrder, train_order
 from pipeline.data.pool import Arrays, Pool, slot_type
 from pipeline.data.reader import Reader
 from pipeline.data.spec import DataSpec
-from pipeline.data.steps import Draw, Problems, Steps
+from pipeline.data.steps import Draw, Steps
 from pipeline.data.storage import is_remote, local
+from pipeline.data.workers import Workers
 from pipeline.errors import UserError
-from pipeline.files import obey_alone, open_regular
+from pipeline.files import open_regular
 from pipeline.flow import Batch
 
 log = logging.getLogger(__name__)
 
 OPEN_FILES = 384  # of a reader and order: the shards of 64 windows of 2048 clips, 512 a shard; limits are 1024 and up
-DEATHS = 3  # of readers at the same step, that end the run
 
 
 class Loader(IterableDataset[Batch]):
@@ -273,13 +266,32 @@ class Loader(IterableDataset[Batch]):
 
     def _batches(self, first: int, stop: int | None, full: bool) -> Generator[Batch]:
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        with closing(self._filled(first, stop)) as filled:
-            for step, (slot, problems, error) in enumerate(filled, first):
-                arrays = self._pool.release(slot)
+        coming = itertools.count(first) if stop is None else iter(range(first, stop))
+        prefetcher = None
+        workers = Workers(self._steps, self._pool, self._data.workers)
+
+        def read_ahead() -> None:
+            while len(workers) < (self._data.prefetch if self._data.workers else 1):
+                step = next(coming, None)
+                if step is None:
+                    return
+                if prefetcher is not None:
+                    prefetcher.advance(step)
+                workers.start(step)
+
+        try:
+            if self._remote is not None:
+                prefetcher = Prefetcher(self._remote, self._steps.shards, self._data.fetch_ahead, first, stop)
+            read_ahead()
+            for step in itertools.count(first):
+                if not len(workers):
+                    return
+                arrays, problems, error = workers.finish()
                 for row, problem in problems:
                     self.bad_clips.met(row, problem)
                 if error is not None:
                     raise error
+                read_ahead()  # the readers work while the batch is trained on
                 self._count(step, arrays, full)
                 # A stream of its own copies and converts the next batch while the current one is trained on.
                 with nullcontext() if stream is None else torch.cuda.stream(stream):
@@ -290,73 +302,10 @@ class Loader(IterableDataset[Batch]):
                 del arrays
                 yield batch
                 del batch  # its memory is the pool's
-
-    def _filled(self, first: int, stop: int | None) -> Generator[tuple[int, Problems, UserError | None]]:
-        """Filled slots, in order; readers that died are replaced at the same step."""
-        prefetcher, deaths = None, 0
-        if self._remote is not None:
-            prefetcher = Prefetcher(self._remote, self._steps.shards, self._data.fetch_ahead, first, stop)
-        try:
-            while first != stop:
-                taken: deque[int] = deque()
-                readers, processes = self._start(self._items(first, stop, taken, prefetcher))
-                try:
-                    while first != stop:
-                        try:
-                            filled = next(readers)
-                        except RuntimeError:
-                            if sum(process.is_alive() for process in processes) == self._data.workers:
-                                raise  # of an error in a reader
-                            break
-                        first, deaths = first + 1, 0
-                        taken.popleft()
-                        yield filled
-                finally:
-                    del readers  # which asks them to end
-                    for process in processes:  # they must not go on filling slots that others are given
-                        process.kill()
-                        process.join()
-                    for slot in taken:
-                        self._pool.release(slot)
-                    self._steps.close()
-                if first != stop:
-                    deaths += 1
-                    _report([process.exitcode for process in processes], first, deaths)
         finally:
+            workers.close()
             if prefetcher is not None:
                 prefetcher.close()
-
-    def _items(
-        self, first: int, stop: int | None, taken: deque[int], prefetcher: Prefetcher | None
-    ) -> Iterator[tuple[int, int]]:
-        """Slots to fill and the steps that go there, asked for as the readers have room for them."""
-        for step in itertools.count(first) if stop is None else range(first, stop):
-            if prefetcher is not None:
-                prefetcher.advance(step)
-            taken.append(self._pool.take())
-            yield taken[-1], step
-
-    def _start(self, items: Iterator[tuple[int, int]]) -> tuple[Iterator[Any], list[BaseProcess]]:
-        """The readers' answers to items, in order, and their processes."""
-        workers = self._data.workers
-        before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
-        # A generator of its own: the DataLoader draws a seed, which must not move the run's random numbers.
-        loader = DataLoader(
-            self._steps,
-            batch_size=None,
-            sampler=items,
-            collate_fn=lambda item: item,
-            generator=torch.Generator(),
-            num_workers=workers,
-            prefetch_factor=-(-self._data.prefetch // workers) if workers else None,
-            worker_init_fn=partial(_begin_reader, os.getpid()),
-            multiprocessing_context="fork" if workers else None,  # no second import of torch, nothing is pickled
-        )
-        readers = iter(loader)
-        if workers and threading.current_thread() is threading.main_thread():
-            # torch's handler would raise wherever the training is; `next` looks for dead readers, too.
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-        return readers, [process for process in multiprocessing.active_children() if process not in before]
 
     def _count(self, step: int, arrays: Arrays, full: bool) -> None:
         """Counts bad clips; in an evaluation, what stands in for one is not valid unless batches must be full."""
@@ -367,26 +316,3 @@ class Loader(IterableDataset[Batch]):
         self.bad_clips.replaced[0] += int((valid & replaced).sum())
         if not full:
             valid &= ~replaced
-
-
-def _begin_reader(parent: int, worker: int) -> None:
-    """What a reader does first. It is a fork of the training process, whose CUDA context is of no use to it."""
-    gc.freeze()  # what this process has inherited is never finalised here, tensors and events of a GPU least of all
-    obey_alone(parent)
-
-
-def _report(statuses: list[int | None], step: int, deaths: int) -> None:
-    """Says that readers died in a row at batch `step`.
-
-    Raises:
-        UserError: too often.
-    """
-    status = next((status for status in statuses if status), 0)
-    log.warning("a reader process ended (status %d); the readers start anew, at batch %d", status, step)
-    if deaths >= DEATHS:
-        raise UserError(
-            f"{DEATHS} reader processes ended one after the other (status {status}) on the same clips; if the memory "
-            "is short, lower data.workers or data.prefetch",
-            local=True,
-            transient=True,
-        )

@@ -17,7 +17,6 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
 
 from pipeline.data.manifest import Manifest
 from pipeline.data.npy import HEADER
@@ -73,7 +72,7 @@ class Pool:
     """
 
     def __init__(self, kind: np.dtype[np.void], pinned: bool) -> None:
-        self._kind, self._pinned = kind, pinned
+        self._kind, self._pinned, self._owner = kind, pinned, os.getpid()
         if hasattr(os, "memfd_create"):
             self._file: IO[bytes] = os.fdopen(os.memfd_create("craft-batches"), "r+b")
         else:  # not Linux
@@ -105,7 +104,7 @@ class Pool:
 
         A reader maps the memory itself: what a fork would leave it of pinned memory is CUDA's affair.
         """
-        if get_worker_info() is None:
+        if os.getpid() == self._owner:
             return _fields(self._filling[slot])
         if slot not in self._mapped:
             self._mapped[slot] = np.frombuffer(self._map(slot), self._kind)

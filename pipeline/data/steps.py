@@ -44,8 +44,8 @@ class Draw(NamedTuple):
     weight: np.ndarray
 
 
-class Steps(torch.utils.data.Dataset[tuple[int, Problems, UserError | None]]):
-    """A dataset whose items are whole steps of one rank.
+class Steps:
+    """Reads whole steps of one rank.
 
     Args:
         order: Of the clips.
@@ -100,22 +100,18 @@ class Steps(torch.utils.data.Dataset[tuple[int, Problems, UserError | None]]):
         draw = self.draw(step)
         return self._index.shards(np.concatenate([draw.rows, draw.partners[draw.mixed]]))
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[int, Problems, UserError | None]:
-        """Fills a slot.
-
-        Args:
-            item: Numbers of the slot and of the global batch.
+    def fill(self, slot: int, step: int) -> tuple[Problems, UserError | None]:
+        """Fills a slot with this rank's clips of global batch `step`.
 
         Returns:
-            The slot; all bad clips that were met; the error that must end the run.
+            All bad clips that were met; the error that must end the run.
         """
-        slot, step = item
         problems: Problems = []
         try:
             self._fill(self._pool.arrays(slot), step, problems)
-        except UserError as error:  # a value: raised, it would lose its attributes on the way to another process
-            return slot, problems, error
-        return slot, problems, None
+        except UserError as error:  # a value: the bad clips before it are told, too
+            return problems, error
+        return problems, None
 
     def close(self) -> None:
         """Closes the shards that this process has opened."""

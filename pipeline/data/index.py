@@ -11,6 +11,7 @@ from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
+from struct import Struct
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipeline.errors import UserError
 ROWS_KEPT = 1 << 19  # three times the shards that 64 streams with windows of 2048 clips have open
 PLACE = np.dtype([("offset", "<i8"), ("size", "<i8"), ("xxh3", "<u8")])  # of a member in its tar
 ROW = np.dtype([("samples", "<i8"), ("waveform", PLACE), ("fbank", PLACE)])
+UNPACK_ROW = Struct("<qqqQqqQ").unpack_from  # a fifth of the time of numpy's own
 
 Place = tuple[int, int, int]
 
@@ -77,7 +79,7 @@ class ShardIndex:
         self._file = IndexFile(directory, manifest)
         self._groups = np.concatenate([[0], np.cumsum(self._file.sizes)]).astype(np.int64)
         self._decoded: dict[tuple[str, ...], tuple[int, pa.Table]] = {}
-        self._kept: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
+        self._kept: OrderedDict[int, tuple[memoryview, memoryview, np.ndarray]] = OrderedDict()
         self._room = max(1, rows_kept // int(sizes.max(initial=1)))
 
     def __len__(self) -> int:
@@ -135,15 +137,17 @@ class ShardIndex:
         shard = bisect_right(self._bounds, row) - 1
         kept = self._kept.get(shard)
         if kept is None:
-            kept = self._kept[shard] = self._read(shard)
+            rows, offsets, labels = self._read(shard)
+            kept = self._kept[shard] = rows.view(np.uint8).data, offsets.data, labels
             if len(self._kept) > self._room:
                 self._kept.popitem(last=False)
         else:
             self._kept.move_to_end(shard)
-        rows, offsets, labels = kept
+        packed, begins, labels = kept
         place = row - self._bounds[shard]
-        samples, waveform, fbank = rows[place].item()
-        return Entry(shard, samples, waveform, fbank, labels[offsets[place] : offsets[place + 1]])
+        samples, *places = UNPACK_ROW(packed, place * ROW.itemsize)
+        mine = labels[begins[place] : begins[place + 1]]
+        return Entry(shard, samples, (places[0], places[1], places[2]), (places[3], places[4], places[5]), mine)
 
     def name(self, row: int) -> tuple[str, str]:
         """Key and shard of a row."""

@@ -282,8 +282,8 @@ class Loader(IterableDataset[Batch]):
         try:
             if self._remote is not None:
                 prefetcher = Prefetcher(self._remote, self._steps.shards, self._data.fetch_ahead, first, stop)
-            read_ahead()
             for step in itertools.count(first):
+                read_ahead()
                 if not len(workers):
                     return
                 arrays, problems, error = workers.finish()
@@ -291,7 +291,8 @@ class Loader(IterableDataset[Batch]):
                     self.bad_clips.met(row, problem)
                 if error is not None:
                     raise error
-                read_ahead()  # the readers work while the batch is trained on
+                if self._data.workers:
+                    read_ahead()  # they work while the batch is trained on
                 self._count(step, arrays, full)
                 # A stream of its own copies and converts the next batch while the current one is trained on.
                 with nullcontext() if stream is None else torch.cuda.stream(stream):
@@ -309,7 +310,7 @@ class Loader(IterableDataset[Batch]):
 
     def _count(self, step: int, arrays: Arrays, full: bool) -> None:
         """Counts bad clips; in an evaluation, what stands in for one is not valid unless batches must be full."""
-        replaced, valid = arrays["replaced"], arrays["valid"]
+        replaced, valid = arrays["row"] != arrays["planned"], arrays["valid"]
         if self._train:
             self.bad_clips.count(self._epoch(step), int(replaced.sum()))
             return

@@ -188,6 +188,7 @@ class TrainOrder:
         half = window // 2
         self._phase = half + (number + 1) * window // self.streams  # where a stream's second window begins
         self._cuts = np.where(self._length - half >= self._phase, (self._length - half - self._phase) // window + 1, 0)
+        self._windows = int(self._cuts.max()) + 1  # of a stream, at most
         # Line w of a stream holds its window w, w + WINDOWS_KEPT, ... Untouched lines cost no memory.
         self._lines = np.empty((self.streams * WINDOWS_KEPT, min(2 * window, int(self._length[0]))), np.int32)
         self._held = np.full(len(self._lines), -1)
@@ -206,11 +207,11 @@ class TrainOrder:
         """
         epoch, stream, slot = self._split(positions)
         number, first, stop = self._bounds(stream, slot)
-        key = (epoch * (int(self._cuts.max()) + 1) + number) * self.streams + stream  # names the window
+        key = (epoch * self._windows + number) * self.streams + stream  # names the window
         line = stream * WINDOWS_KEPT + number % WINDOWS_KEPT
         found = self._lines[line, slot - first].astype(np.int64)
         missing = np.flatnonzero(self._held[line] != key)
-        for name in np.unique(key[missing]):
+        for name in np.unique(key[missing]) if len(missing) else ():
             here = missing[key[missing] == name]
             i = here[0]
             start = int(self._start[stream[i]])

@@ -41,13 +41,15 @@ def slot_type(manifest: Manifest, clips: int, frames: int, members: tuple[str, .
         raw: Stored bytes.
 
     Returns:
-        A record of them and of `position`, `row`, `valid`, `targets` and `length` as in `Batch`, `replaced` bool [B]
-        (another clip stands in for a bad one), and `weight` float32 [B], of the clip itself in its mixture.
+        A record of them; of what was drawn, `position` and `valid` as in `Batch`, `planned` int64 [B] (index rows),
+        `other` int64 [B] (those of mixup's other clips; -1: none) and `share` float64 [B] (of the clip itself in its
+        mixture); and of what was read, `row`, `targets` and `length` as in `Batch`, and `weight` float32 [B] (`share`,
+        or 1 where the clip is not mixed after all).
     """
     audio, fbank = manifest.audio.array, manifest.fbank.array
     fields: dict[str, tuple[str, tuple[int, ...]]] = {
-        "position": ("<i8", ()), "row": ("<i8", ()), "valid": ("?", ()), "replaced": ("?", ()), "length": ("<i8", ()),
-        "weight": ("<f4", ()), "targets": ("<f4", (len(manifest.labels),)),
+        "position": ("<i8", ()), "valid": ("?", ()), "planned": ("<i8", ()), "other": ("<i8", ()), "share": ("<f8", ()),
+        "row": ("<i8", ()), "length": ("<i8", ()), "weight": ("<f4", ()), "targets": ("<f4", (len(manifest.labels),)),
     }  # fmt: skip
     for member in members:
         array = fbank if member == "fbank" else audio

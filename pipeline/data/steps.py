@@ -1,9 +1,10 @@
-"""Global batch -> this rank's clips of it, in a slot of shared memory: what a reader process does.
+"""Global batch -> this rank's clips of it, in a slot of shared memory.
 
 In: the number of a batch and of a slot. Out: the slot filled, bad clips replaced, and what was wrong with those.
 
-All that a batch needs is made here and out of the training process: which clips come, where they lie, their targets.
-The stand-in for a bad clip is found here too, by a rule that knows no ranks: see `pipeline.data.bad`.
+`plan` says which clips come; the training process calls it, so that the windows of the order are made once and not in
+each reader. `fill`, for readers, does the rest: where the clips lie, what they hold, their targets. The stand-in for
+a bad clip is found there too, by a rule that knows no ranks: see `pipeline.data.bad`.
 """
 
 from collections.abc import Callable
@@ -100,8 +101,14 @@ class Steps:
         draw = self.draw(step)
         return self._index.shards(np.concatenate([draw.rows, draw.partners[draw.mixed]]))
 
+    def plan(self, slot: int, step: int) -> None:
+        """Writes into a slot what this rank's clips of global batch `step` are."""
+        draw, arrays = self.draw(step), self._pool.arrays(slot)
+        arrays["position"][:], arrays["valid"][:], arrays["planned"][:] = draw.position, draw.valid, draw.rows
+        arrays["other"][:], arrays["share"][:] = np.where(draw.mixed, draw.partners, -1), draw.weight
+
     def fill(self, slot: int, step: int) -> tuple[Problems, UserError | None]:
-        """Fills a slot with this rank's clips of global batch `step`.
+        """Reads the clips that a slot was planned for into it.
 
         Returns:
             All bad clips that were met; the error that must end the run.
@@ -120,31 +127,31 @@ class Steps:
             self._reader = None
 
     def _fill(self, arrays: Arrays, step: int, problems: Problems) -> None:
-        draw = self.draw(step)
-        targets, mixed, partners = arrays["targets"], draw.mixed.tolist(), draw.partners.tolist()
-        rows, lengths, weights = draw.rows.tolist(), [], []
-        targets[:] = 0
-        for place, planned in enumerate(draw.rows.tolist()):
-            rows[place], clip = self._clip(draw, step, place, planned, self._own, arrays, problems)
-            weight, samples, other = 1.0, clip.samples, None
-            if mixed[place]:
-                partner, other = self._clip(draw, step, place, partners[place], ("partner",), arrays, problems)
+        rows, others, share = arrays["planned"].tolist(), arrays["other"].tolist(), arrays["share"].tolist()
+        lengths, own, mixed = [], [], []  # labels of the clips; places and labels of mixup's other ones
+        for place, planned in enumerate(arrays["planned"].tolist()):
+            rows[place], clip = self._clip(arrays, step, place, planned, self._own, problems)
+            samples, other = clip.samples, None
+            if others[place] >= 0:
+                partner, other = self._clip(arrays, step, place, others[place], ("partner",), problems)
                 if partner == rows[place]:  # a window of one clip, or one clip that stands in for both
-                    other = None
+                    share[place] = 1.0
                 else:
-                    weight, samples = float(draw.weight[place]), max(samples, other.samples)
-            targets[place, clip.labels] = weight
-            if other is not None:
-                targets[place, other.labels] += np.float32(1 - weight)
+                    samples = max(samples, other.samples)
+                    mixed.append((place, other.labels))
+            own.append(clip.labels)
             lengths.append(samples)
-            weights.append(weight)
-        arrays["position"][:], arrays["valid"][:], arrays["row"][:] = draw.position, draw.valid, rows
-        arrays["replaced"][:], arrays["length"][:], arrays["weight"][:] = draw.rows != rows, lengths, weights
+        arrays["row"][:], arrays["length"][:], arrays["weight"][:] = rows, lengths, share
+        targets = arrays["targets"]
+        targets[:] = 0
+        which = np.repeat(np.arange(len(own)), list(map(len, own)))
+        targets[which, np.concatenate(own)] = arrays["weight"][which]
+        for place, labels in mixed:
+            targets[place, labels] += np.float32(1 - share[place])
 
     def _clip(
-        self, draw: Draw, step: int, place: int, planned: int, members: tuple[str, ...], arrays: Arrays,
-        problems: Problems,
-    ) -> tuple[int, Entry]:  # fmt: skip
+        self, arrays: Arrays, step: int, place: int, planned: int, members: tuple[str, ...], problems: Problems
+    ) -> tuple[int, Entry]:
         """Reads a clip, or its stand-in; returns its row and entry.
 
         Where every other clip is in the batch or bad, one of the batch must stand in.
@@ -157,7 +164,7 @@ class Steps:
         batch = set(self._order.rows(step * self._batch_size + np.arange(self._batch_size)).tolist())
         order = self._others if members == ("partner",) else self._order
         for avoided in (batch, set()):
-            for row in stand_ins(order.rows, int(draw.position[place]), self._stride, len(self._order)):
+            for row in stand_ins(order.rows, int(arrays["position"][place]), self._stride, len(self._order)):
                 if row in self._bad or row in avoided:
                     continue
                 clip, problem = self._read(row, place, members, arrays)

@@ -128,25 +128,27 @@ class Reader:
             OSError: it is not there, or cannot be read.
             UserError: it cannot be had for now.
         """
-        waits = iter(WAITS)
+        waits = WAITS
         if shard in self._lost:
             problem, until = self._lost[shard]
             if time.monotonic() < until:
                 raise OSError(problem)  # a server may take its time to say so
-            waits = iter(())
+            waits = ()
+        tries = 0
         while True:
             try:
                 count = os.preadv(self._descriptor(shard), [memory], offset)
             except OSError as error:
                 if shard in self._open:  # a descriptor that went stale stays so
                     os.close(self._open.pop(shard))
-                wait = next(waits, None) if error.errno in PASSING else None
-                if wait is None:
+                if error.errno not in PASSING or tries == len(waits):
                     self._lost[shard] = error.strerror or str(error), time.monotonic() + RETRY_SECONDS
                     raise
-                time.sleep(wait)
+                time.sleep(waits[tries])
+                tries += 1
             else:
-                self._lost.pop(shard, None)
+                if self._lost:
+                    self._lost.pop(shard, None)
                 return count
 
     def _descriptor(self, shard: int) -> int:

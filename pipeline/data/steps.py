@@ -16,13 +16,14 @@ import torch
 from pipeline.config import AugmentConfig
 from pipeline.data.augment import draw_mixup
 from pipeline.data.bad import stand_ins
-from pipeline.data.index import Entry, ShardIndex
+from pipeline.data.index import Entry, Place, ShardIndex
 from pipeline.data.order import EvalOrder, TrainOrder
 from pipeline.data.pool import Arrays, Pool
 from pipeline.data.reader import Reader
 from pipeline.errors import UserError
 
 Problems = list[tuple[int, str]]  # index row of a bad clip, what is wrong with it
+Read = tuple[tuple[int, bool], str, int, Place, np.ndarray]  # whose, and what `Reader.read` takes
 
 
 class Draw(NamedTuple):
@@ -127,65 +128,77 @@ class Steps:
             self._reader = None
 
     def _fill(self, arrays: Arrays, step: int, problems: Problems) -> None:
-        rows, others, share = arrays["planned"].tolist(), arrays["other"].tolist(), arrays["share"].tolist()
-        lengths, own, mixed = [], [], []  # labels of the clips; places and labels of mixup's other ones
-        for place, planned in enumerate(arrays["planned"].tolist()):
-            rows[place], clip = self._clip(arrays, step, place, planned, self._own, problems)
-            samples, other = clip.samples, None
-            if others[place] >= 0:
-                partner, other = self._clip(arrays, step, place, others[place], ("partner",), problems)
-                if partner == rows[place]:  # a window of one clip, or one clip that stands in for both
-                    share[place] = 1.0
-                else:
-                    samples = max(samples, other.samples)
-                    mixed.append((place, other.labels))
-            own.append(clip.labels)
-            lengths.append(samples)
-        arrays["row"][:], arrays["length"][:], arrays["weight"][:] = rows, lengths, share
+        """All look-ups come before the first read: one between two reads, each of which fills the cache, costs double.
+
+        Below, a clip of the batch is named by its place, and mixup's other one by that and True.
+        """
+        if self._reader is None:
+            self._reader = self._open_reader()
+        rows = {(place, False): row for place, row in enumerate(arrays["planned"].tolist())}
+        rows |= {(place, True): row for place, row in enumerate(arrays["other"].tolist()) if row >= 0}
+        clips = {name: self._index.clip(row) for name, row in rows.items()}
+        reads = [read for name, clip in clips.items() for read in self._reads(arrays, name, clip)]
+        bad: dict[tuple[int, bool], str] = {}
+        for name, member, shard, place, out in reads:
+            problem = self._reader.read(member, shard, place, out)
+            if problem is not None:
+                bad.setdefault(name, f"{member}: {problem}")
+        for name, problem in bad.items():
+            self._bad.add(rows[name])
+            problems.append((rows[name], problem))
+        for name in bad:
+            rows[name], clips[name] = self._stand_in(arrays, step, name, rows[name], problems)
+
+        own = [clips[place, False] for place in range(len(arrays["row"]))]
+        arrays["row"][:] = [rows[place, False] for place in range(len(own))]
+        arrays["length"][:], arrays["weight"][:] = [clip.samples for clip in own], 1
+        # Not mixed after all: the other clip of a window of one, or one clip that stands in for both.
+        mixed = [place for place, other in rows if other and rows[place, True] != rows[place, False]]
+        arrays["weight"][mixed] = arrays["share"][mixed]
         targets = arrays["targets"]
         targets[:] = 0
-        which = np.repeat(np.arange(len(own)), list(map(len, own)))
-        targets[which, np.concatenate(own)] = arrays["weight"][which]
-        for place, labels in mixed:
-            targets[place, labels] += np.float32(1 - share[place])
+        which = np.repeat(np.arange(len(own)), [len(clip.labels) for clip in own])
+        targets[which, np.concatenate([clip.labels for clip in own])] = arrays["weight"][which]
+        for place in mixed:
+            other = clips[place, True]
+            targets[place, other.labels] += np.float32(1 - arrays["share"][place])
+            arrays["length"][place] = max(arrays["length"][place], other.samples)
 
-    def _clip(
-        self, arrays: Arrays, step: int, place: int, planned: int, members: tuple[str, ...], problems: Problems
+    def _reads(self, arrays: Arrays, name: tuple[int, bool], clip: Entry) -> list[Read]:
+        place, other = name
+        if other:
+            return [(name, "waveform", clip.shard, clip.waveform, arrays["partner"][place])]
+        return [
+            (name, member, clip.shard, clip.fbank if member == "fbank" else clip.waveform, arrays[member][place])
+            for member in self._own
+        ]
+
+    def _stand_in(
+        self, arrays: Arrays, step: int, name: tuple[int, bool], planned: int, problems: Problems
     ) -> tuple[int, Entry]:
-        """Reads a clip, or its stand-in; returns its row and entry.
+        """Reads another clip in place of a bad one; returns its row and entry.
 
         Where every other clip is in the batch or bad, one of the batch must stand in.
         """
-        clip, problem = self._read(planned, place, members, arrays)
-        if problem is None:
-            return planned, clip
-        self._bad.add(planned)
-        problems.append((planned, problem))
+        assert self._reader is not None
         batch = set(self._order.rows(step * self._batch_size + np.arange(self._batch_size)).tolist())
-        order = self._others if members == ("partner",) else self._order
+        order = self._others if name[1] else self._order
         for avoided in (batch, set()):
-            for row in stand_ins(order.rows, int(arrays["position"][place]), self._stride, len(self._order)):
+            for row in stand_ins(order.rows, int(arrays["position"][name[0]]), self._stride, len(self._order)):
                 if row in self._bad or row in avoided:
                     continue
-                clip, problem = self._read(row, place, members, arrays)
-                if problem is None:
+                clip = self._index.clip(row)
+                for _, member, shard, place, out in self._reads(arrays, name, clip):
+                    problem = self._reader.read(member, shard, place, out)
+                    if problem is not None:
+                        self._bad.add(row)
+                        problems.append((row, f"{member}: {problem}"))
+                        break
+                else:
                     return row, clip
-                self._bad.add(row)
-                problems.append((row, problem))
-        key, shard = self._index.name(planned)
+        key, shard_name = self._index.name(planned)
         raise UserError(
-            f"{self._index.directory}: no clip can be read in place of {key} of {shard}, nor any other; run "
+            f"{self._index.directory}: no clip can be read in place of {key} of {shard_name}, nor any other; run "
             "verify_shards.py",
             local=True,
         )
-
-    def _read(self, row: int, place: int, members: tuple[str, ...], arrays: Arrays) -> tuple[Entry, str | None]:
-        if self._reader is None:
-            self._reader = self._open_reader()
-        clip = self._index.clip(row)
-        for member in members:
-            stored = "waveform" if member == "partner" else member
-            problem = self._reader.read(stored, clip.shard, getattr(clip, stored), arrays[member][place])
-            if problem is not None:
-                return clip, f"{stored}: {problem}"
-        return clip, None

@@ -128,7 +128,7 @@ class Reader:
             OSError: it is not there, or cannot be read.
             UserError: it cannot be had for now.
         """
-        waits = WAITS
+        waits: tuple[float, ...] = WAITS
         if shard in self._lost:
             problem, until = self._lost[shard]
             if time.monotonic() < until:

@@ -139,8 +139,8 @@ class Steps:
         clips = {name: self._index.clip(row) for name, row in rows.items()}
         reads = [read for name, clip in clips.items() for read in self._reads(arrays, name, clip)]
         bad: dict[tuple[int, bool], str] = {}
-        for name, member, shard, place, out in reads:
-            problem = self._reader.read(member, shard, place, out)
+        for name, member, shard, where, out in reads:
+            problem = self._reader.read(member, shard, where, out)
             if problem is not None:
                 bad.setdefault(name, f"{member}: {problem}")
         for name, problem in bad.items():
@@ -188,8 +188,8 @@ class Steps:
                 if row in self._bad or row in avoided:
                     continue
                 clip = self._index.clip(row)
-                for _, member, shard, place, out in self._reads(arrays, name, clip):
-                    problem = self._reader.read(member, shard, place, out)
+                for _, member, shard, where, out in self._reads(arrays, name, clip):
+                    problem = self._reader.read(member, shard, where, out)
                     if problem is not None:
                         self._bad.add(row)
                         problems.append((row, f"{member}: {problem}"))

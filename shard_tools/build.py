@@ -36,11 +36,11 @@ from shard_tools.catalogs import Catalog
 from shard_tools.distribute import each, run
 from shard_tools.ffmpeg_codecs import identity
 from shard_tools.finish import PRODUCTS, SWITCH, damage, finish, reasons, settle
+from shard_tools.index import rows_by_shard
 from shard_tools.lock import owner, slice_owner
 from shard_tools.plan import BuildOptions, Slice, SplitPlan
 from shard_tools.stamps import Change, Sources, Stamp, stamp
 from shard_tools.store import Store, local_copies, seal, sha256, unseal
-from shard_tools.verify_shards import Findings, shards_with_rows
 from shard_tools.write import ShardPlan, moments, read_record, record_name, shard_name, shard_number, write_record
 
 log = logging.getLogger(__name__)
@@ -340,9 +340,11 @@ def _adopt(work: _Work, workers: int) -> None:
     lines = [line for line in map(json.loads, work.store.read("failures.jsonl").splitlines()) if line.get("used")]
 
     def tasks(earlier: Manifest) -> Iterator[Adoption]:
-        for shard, rows in shards_with_rows(work.store.location, earlier, Findings()):
-            if shard.split in plans and rows is not None:
-                number = shard_number(shard.split, shard.name)
+        shards = {shard.name: shard for shard in earlier.shards}
+        for name, rows in rows_by_shard(work.store.location, earlier):
+            shard = shards.get(name)
+            if shard is not None and shard.split in plans:
+                number = shard_number(shard.split, name)
                 if number not in plans[shard.split].staged:
                     keys = set(rows["key"].to_pylist()) if lines else set()
                     kept = [line for line in lines if line["split"] == shard.split and line["key"] in keys]
@@ -443,10 +445,10 @@ def _changed(plan: SplitPlan, number: int, facts: dict[str, Any], sources: Sourc
     """The worst change of a shard's sources since they were decoded."""
     if facts["sources"] is None:  # adopted
         return None
-    rows = plan.rows(number).tolist()
-    paths, stamps = [plan.catalog.clips[row].path for row in rows], list(facts["sources"])
+    clips = plan.catalog.clips.at(plan.rows(number))
+    paths, stamps = [clip.path for clip in clips], list(facts["sources"])
     for place, other, now in facts.get("tried", []):
-        paths.append(plan.catalog.clips[rows[place]].others[other].path)
+        paths.append(clips[place].others[other].path)
         stamps.append(now)
     changes = sources.changed(paths, stamps)
     return min(changes, key=lambda change: change.time_only, default=None)
@@ -520,7 +522,7 @@ def _finish(catalog: Catalog, options: BuildOptions, work: _Work) -> Summary:
 
 def _why_empty(catalog: Catalog, store: Store, plan: SplitPlan) -> str:
     """Why nothing of a split is stored."""
-    failures = [catalog.missing[row] for row in catalog.missing.rows(plan.split).tolist()]
+    failures = list(catalog.missing.of(plan.split))
     counts = Counter(failure.reason.split(":")[0] for failure in failures)
     example = f"{failures[0].id}: {failures[0].reason}" if failures else ""
     for number in range(len(plan)):

@@ -34,7 +34,7 @@ from shard_tools.audio_files import (
     walk,
     what_is_there,
 )
-from shard_tools.columns import Clips, Failure, Failures, relative
+from shard_tools.columns import Failure, Rows, relative
 from shard_tools.overrides import Overrides, read_overrides
 from shard_tools.splits import refuse_split_folders
 from shard_tools.tables import SEPARATOR, Table
@@ -59,7 +59,7 @@ class Catalog:
         dataset: Its name, for the manifest.
         root: Directory that clip paths are relative to.
         labels: Vocabulary; a clip's labels are indices into it.
-        clips: Clips whose file was found; a sequence of `Clip` in columns.
+        clips: Clips whose file was found.
         missing: Listed clips without a file.
         missing_labels: How often each label index occurs among them, by split.
         overrides: Labels that replace the official ones; already applied.
@@ -68,13 +68,13 @@ class Catalog:
     dataset: str
     root: Location
     labels: list[Label]
-    clips: Clips = field(init=False)
-    missing: Failures = field(default_factory=Failures)
+    clips: Rows[Clip] = field(init=False)
+    missing: Rows[Failure] = field(default_factory=lambda: Rows(Failure))
     missing_labels: dict[str, Counter[int]] = field(default_factory=dict)
     overrides: Overrides | None = None
 
     def __post_init__(self) -> None:
-        self.clips = Clips(str(self.root))
+        self.clips = Rows(Clip, str(self.root))
 
     @property
     def splits(self) -> list[str]:

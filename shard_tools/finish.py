@@ -20,14 +20,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pipeline.data.fbank import FRAME_MS, HOP_MS, frame_count
-from pipeline.data.manifest import FORMAT, INDEX_SCHEMA, VERSION, Manifest, open_checked
+from pipeline.data.manifest import FORMAT, VERSION, Manifest
 from pipeline.data.storage import Location, join, read_bytes, sizes
-from pipeline.errors import UserError
 from shard_tools.catalogs import Catalog
+from shard_tools.index import IndexWriter, index_groups
 from shard_tools.plan import BuildOptions, SplitPlan
 from shard_tools.store import Store, sha256
 from shard_tools.write import read_record, shard_name
@@ -36,7 +35,6 @@ log = logging.getLogger(__name__)
 
 PRODUCTS = ("failures.jsonl", "index.parquet", "manifest.json")  # in the order in which they are replaced
 SWITCH = ".build/.switch"  # no name of a split begins with a dot
-ROW_GROUP = 1 << 12  # rows that a loader decodes to get at a shard's
 READ_AHEAD = 16  # records in flight; from an object store the waiting is what costs
 
 
@@ -72,8 +70,8 @@ def finish(
                     content["shards"] += [shard for shard in earlier_shards if shard["split"] == split]
                     continue
                 plan = new[split]
-                for row in catalog.missing.rows(split).tolist():
-                    lines.write(_line(catalog.missing[row].line()))
+                for missing in catalog.missing.of(split):
+                    lines.write(_line(missing.line()))
                 for number, (table, facts) in enumerate(_records(store, plan)):
                     rows.write(table)
                     for failure in facts["failures"]:
@@ -175,41 +173,6 @@ def reasons(store: Store, splits: Sequence[str]) -> tuple[Counter[str], int]:
     return counts, len(lines) - counts.total()
 
 
-class IndexWriter:
-    """index.parquet in row groups of one size, so that its bytes depend on its rows alone."""
-
-    def __init__(self, path: Any) -> None:
-        self._writer = pq.ParquetWriter(path, INDEX_SCHEMA, compression="zstd")
-        self._waiting: list[pa.Table] = []
-
-    def __enter__(self) -> "IndexWriter":
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self._flush(1)
-        self._writer.close()
-
-    def write(self, table: pa.Table) -> None:
-        """Adds rows."""
-        self._waiting.append(table.cast(PLAIN))
-        if sum(map(len, self._waiting)) >= ROW_GROUP:
-            self._flush(ROW_GROUP)
-
-    def _flush(self, least: int) -> None:
-        whole = pa.concat_tables(self._waiting) if self._waiting else PLAIN.empty_table()
-        start = 0
-        while len(whole) - start >= least:
-            # Encoded here: dictionaries of the parts differ with how the rows came.
-            group = whole.slice(start, ROW_GROUP).combine_chunks().cast(INDEX_SCHEMA)
-            self._writer.write_table(group, row_group_size=ROW_GROUP)
-            start += ROW_GROUP
-        self._waiting = [whole.slice(start)] if start < len(whole) else []
-
-
-PLAIN = pa.schema([(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in INDEX_SCHEMA])
-
-
 class _Totals:
     """Sums over the shards of each split."""
 
@@ -303,17 +266,3 @@ def _earlier_failures(store: Store, split: str) -> Iterator[bytes]:
 def _earlier_rows(store: Store, earlier: Manifest, split: str) -> Iterator[pa.Table]:
     for table in index_groups(store.location, earlier):
         yield table.filter(pc.equal(table["split"], split))
-
-
-def index_groups(location: Location, manifest: Manifest) -> Iterator[pa.Table]:
-    """Row groups of the index.parquet that the manifest lists, one at a time, without dictionaries (PLAIN).
-
-    Raises:
-        UserError: it is another one, damaged, or no index.
-    """
-    try:
-        with pq.ParquetFile(open_checked(location, "index.parquet", manifest.index)) as file:
-            for number in range(file.num_row_groups):
-                yield file.read_row_group(number).cast(PLAIN)
-    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: other columns
-        raise UserError(f"{join(location, 'index.parquet')}: {error}; build the shards again") from error

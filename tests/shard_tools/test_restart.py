@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -116,9 +117,13 @@ def test_changed_options_and_inputs_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="clips found = 26, not 25"):
         synth_shards(tmp_path, clips=25, seconds=0.1)
     catalog = synth_catalog(tmp_path / "source", 26, 0.1)
-    for column, said in (("_labels", "labels of the clips"), ("_start", "segments"), ("_fold", "folds of the clips")):
+    first, *others = catalog.clips
+    told = {"labels of the clips": {"labels": ()}, "segments": {"start": 1.0}, "folds of the clips": {"fold": 9}}
+    for said, change in told.items():
         changed = synth_catalog(tmp_path / "source", 26, 0.1)
-        getattr(changed.clips, column)[0] += 1
+        changed.clips.truncate(0)
+        for clip in (replace(first, **change), *others):
+            changed.clips.append(clip)
         with pytest.raises(UserError, match=f"begun with other {said}"):
             build(changed, tmp_path, options(0.1, 8), 1, engine="inline")
     assert digests(tmp_path) == before

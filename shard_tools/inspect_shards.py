@@ -9,22 +9,16 @@ Exit status: 0, or 2 where there are no readable shards or no such clip.
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.data.manifest import load_manifest
 from pipeline.data.storage import Location, location
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_file, user_path, write_text
-from shard_tools.portrait import clip_page, whole_page
-from shard_tools.survey import QUIET_DB, Sound, Survey, find, measure, survey
-
-LISTED = 5  # classes at each end
-BAR = 40  # characters
+from shard_tools.page import level_words, page, tables, text
+from shard_tools.survey import Sound, find, measure, survey
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,99 +47,46 @@ def main() -> int:
         if args.key is not None:
             manifest = load_manifest(args.directory)
             sounds = find(args.directory, manifest, args.key)
-            lines, page = list(clip_lines(manifest, sounds)), clip_page(args.directory, manifest, sounds)
+            lines = list(clip_lines(sounds, manifest.audio.sample_rate))
+            drawn = page(args.key, f"in {args.directory}", [], sounds, manifest)
         else:
-            found = survey(args.directory, args.sample, args.seed, args.examples)
-            lines, page = list(text(args.directory, found, args.seed)), whole_page(args.directory, found, args.seed)
+            lines, drawn = report(args.directory, args.sample, args.seed, args.examples)
     except (OSError, ValueError, KeyError) as error:  # a damaged index, json or tar
         raise UserError(f"{args.directory}: {error}; verify_shards.py says what is damaged") from error
     try:
         args.html.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.html, page.encode("utf-8", "replace").decode())  # the name of a directory may not be UTF-8
+        write_text(args.html, drawn.encode("utf-8", "replace").decode())  # the name of a directory may not be UTF-8
     except OSError as error:
         raise UserError(f"--html {args.html}: {error.strerror}; give another path") from error
     sys.stdout.write("\n".join([*lines, f"plots, spectrograms and sound: {args.html}"]) + "\n")
     return 0
 
 
-def text(directory: Location, found: Survey, seed: int) -> Iterator[str]:
-    """The report in words, a line each."""
-    manifest = found.manifest
-    audio = manifest.audio
-    yield (
-        f"{directory}: {manifest.dataset}, {len(manifest.labels)} classes, clips of {audio.seconds:g} s at "
-        f"{audio.sample_rate} Hz, {manifest.fbank.mel_bins} mel bins, digest {manifest.digest[:12]}"
+def report(directory: Location, sample: int, seed: int, examples: int) -> tuple[list[str], str]:
+    """What there is to say of a directory of shards, as lines and as a page.
+
+    Raises:
+        UserError, OSError: as `survey`.
+    """
+    found = survey(directory, sample, seed, examples)
+    manifest, made = found.manifest, tables(found)
+    title = f"{manifest.dataset}: {directory}"
+    caption = (
+        f"{sum(split.clips for split in manifest.splits.values())} clips of {manifest.audio.seconds:g} s at "
+        f"{manifest.audio.sample_rate} Hz, {manifest.fbank.mel_bins} mel bins, {len(manifest.labels)} classes, in "
+        f"{len(manifest.shards)} shards; digest {manifest.digest[:12]}. Counts are exact; levels are those of "
+        f"{len(found.levels)} clips drawn with seed {seed}."
     )
-    for name, split in manifest.splits.items():
-        share = split.clips / split.listed if split.listed else 0.0
-        yield f"\n{name}: {split.clips} of {split.listed} listed clips ({share:.1%}) in {split.shards} shards"
-        yield (
-            f"  {split.seconds / 3600:.2f} h of audio; {found.padded[name]} clips shorter than {audio.seconds:g} s, "
-            f"{split.silent} digital silence"
-        )
-        yield from _classes(manifest, name)
-        yield from (f"  {count} failed: {reason}" for reason, count in found.failures[name].most_common())
-        edges = np.linspace(0, audio.seconds, 11)
-        yield from _bars("seconds of audio", found.durations[name].reshape(10, -1).sum(axis=1), edges)
-    if found.levels:
-        yield from _levels(found, seed)
+    return list(text(title, caption, made)), page(title, caption, made, found.sounds, manifest)
 
 
-def _classes(manifest: Manifest, name: str) -> Iterator[str]:
-    counts = np.array(manifest.splits[name].class_clips or [0])
-    order = np.argsort(-counts, kind="stable")
-    there = counts[counts > 0]
-    if not len(there):
-        return
-    share = np.sort(there / there.sum())
-    even = float(np.exp(-(share * np.log(share)).sum()) / len(counts))
-    yield (
-        f"  {len(there)} of {len(counts)} classes occur; clips a class: most {counts.max()}, median "
-        f"{np.median(counts):g}, least {counts.min()}; balance {even:.2f} (exp of entropy / classes; 1: all alike)"
-    )
-    for what, numbers in (("most", order[:LISTED]), ("least", order[::-1][:LISTED])):
-        yield f"  {what}: " + ", ".join(f"{manifest.labels[n].name} {counts[n]}" for n in numbers)
-
-
-def _levels(found: Survey, seed: int) -> Iterator[str]:
-    levels, total = found.levels, sum(split.clips for split in found.manifest.splits.values())
-    rms, peak = np.array([level.rms for level in levels]), np.array([level.peak for level in levels])
-    yield f"\nlevels of {len(levels)} of {total} clips, drawn with --seed {seed}:"
-    yield (
-        f"  rms dBFS: 5 % {np.percentile(rms, 5):.1f}, median {np.median(rms):.1f}, 95 % {np.percentile(rms, 95):.1f}; "
-        f"peak: median {np.median(peak):.1f}"
-    )
-    yield f"  clipped: {np.mean([level.clipped for level in levels]):.1%} of the clips"
-    yield (
-        f"  quiet (below {QUIET_DB:g} dBFS): {np.mean([level.quiet for level in levels]):.1%} of the time; "
-        f"{np.mean([level.quiet == 1 for level in levels]):.1%} of the clips all the time"
-    )
-    yield f"  decoders: {_shares(found.decoders)}; source rates: {_shares(found.rates)}"
-    edges = np.linspace(-100, 0, 11)
-    yield from _bars("rms, dBFS", np.histogram(rms, edges)[0], edges)
-
-
-def _shares(counts: Counter[str] | Counter[int]) -> str:
-    return ", ".join(f"{name} {count / counts.total():.1%}" for name, count in counts.most_common())
-
-
-def _bars(title: str, counts: np.ndarray, edges: np.ndarray) -> Iterator[str]:
-    yield f"  {title}:"
-    for count, low, high in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
-        yield f"    {low:6g} to {high:<6g} {count:9d} {'#' * round(BAR * count / max(1, counts.max()))}".rstrip()
-
-
-def clip_lines(manifest: Manifest, sounds: list[Sound]) -> Iterator[str]:
-    """A clip in words."""
+def clip_lines(sounds: list[Sound], rate: int) -> Iterator[str]:
+    """Clips in words."""
     for sound in sounds:
-        level = measure(sound, manifest.audio.sample_rate)
         row = sound.row
         yield f"{row['split']}/{row['key']} in {row['shard']}, waveform at byte {row['waveform_offset']}"
         yield f"  labels: {', '.join(sound.about.label_names)}"
-        yield (
-            f"  rms {level.rms:.1f} dBFS, peak {level.peak:.1f} dBFS, {'clipped' if level.clipped else 'not clipped'}, "
-            f"quiet {level.quiet:.1%} of the time"
-        )
+        yield f"  {level_words(measure(sound, rate))}"
         yield from (f"  {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in sound.json.items())
 
 

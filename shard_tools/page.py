@@ -1,12 +1,13 @@
-"""What inspect_shards.py found -> one HTML file that opens anywhere, without a network.
+"""What inspect_shards.py found -> tables, drawn as text or as one HTML file that opens without a network.
 
-In: a `Survey`, or clips. Out: HTML; plots, spectrograms and sound are in it as data URIs.
+In: a `Survey`, or clips. Out: tables (title, head, rows; `long`: folded on the page and left out of the text; a
+picture); lines of text; HTML, in which plots, spectrograms and sound are data URIs.
 """
 
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib
@@ -21,11 +22,12 @@ from matplotlib.figure import Figure
 
 from pipeline.data.fbank import fbank
 from pipeline.data.manifest import Manifest
-from pipeline.data.storage import Location
-from shard_tools.survey import FLOOR_DB, Level, Sound, Survey, measure
+from shard_tools.survey import FLOOR_DB, QUIET_DB, Level, Sound, Survey, measure
 
 INK, BAR, PALE = "#1c2430", "#1f6f8b", "#c3ccd6"
 NAMED_CLASSES = 60  # more than these are drawn as a curve, without names
+LISTED = 5  # classes at each end
+BAR_WIDTH = 40  # characters
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
@@ -41,10 +43,10 @@ pre { background: #f2f4f7; padding: .8em; font-size: 12.5px; white-space: pre-wr
 summary { cursor: pointer }
 </style></head><body><h1>{{ title }}</h1><p class="caption">{{ caption }}</p>
 {% for table in tables %}<h2>{{ table.title }}</h2>
-{% if table.folded %}<details><summary>{{ table.rows|length }} rows</summary>{% endif %}
+{% if table.long %}<details><summary>{{ table.rows|length }} rows</summary>{% endif %}
 <table><thead><tr>{% for cell in table.head %}<th>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table>{% if table.folded %}</details>{% endif %}
+{% endfor %}</tbody></table>{% if table.long %}</details>{% endif %}
 {% if table.picture %}<img src="{{ table.picture }}" alt="{{ table.title }}">{% endif %}
 {% endfor %}{% if clips %}<h2>Clips</h2><div class="clips">{% for clip in clips %}<div class="clip">
 <h3>{{ clip.title }}</h3><p>{{ clip.labels }}</p><p class="caption">{{ clip.level }}</p>
@@ -55,33 +57,60 @@ summary { cursor: pointer }
 """
 
 
-def whole_page(directory: Location, found: Survey, seed: int) -> str:
-    """The report on a directory."""
+def tables(found: Survey) -> list[dict[str, Any]]:
+    """All that is known of a directory of shards."""
     manifest = found.manifest
-    total = sum(split.clips for split in manifest.splits.values())
-    caption = (
-        f"{total} clips of {manifest.audio.seconds:g} s at {manifest.audio.sample_rate} Hz in {len(manifest.shards)} "
-        f"shards; digest {manifest.digest[:12]}. Counts are exact; levels are those of {len(found.levels)} clips drawn "
-        f"with seed {seed}."
-    )
-    tables = [_splits(found), _classes(manifest)]
+    made = [_splits(found), *_classes(manifest)]
+    for name, counts in found.durations.items():
+        edges = np.linspace(0, manifest.audio.seconds, 11)
+        made.append(_histogram(f"{name}: seconds of audio", counts.reshape(10, -1).sum(axis=1), edges))
     if any(found.failures.values()):
-        tables.append(_failures(found))
+        rows = [[reason, name, n] for name, counts in found.failures.items() for reason, n in counts.most_common()]
+        made.append({"title": "Failures by reason", "head": ["reason", "split", "clips"], "rows": rows})
     if found.levels:
-        tables.append(_levels(found))
-    clips = [_clip(sound, manifest) for sound in found.sounds]
-    return _render(f"{manifest.dataset}: {directory}", caption, tables, clips, 440)
+        made += _levels(found)
+    return made
 
 
-def clip_page(directory: Location, manifest: Manifest, sounds: Sequence[Sound]) -> str:
-    """The report on the clips of one key."""
-    title = sounds[0].row["key"]
-    return _render(f"{title}", f"in {directory}", [], [_clip(sound, manifest) for sound in sounds], 900)
+def text(title: str, caption: str, made: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Tables as lines, numbers under one another."""
+    yield f"{title}; {caption}"
+    for table in made:
+        if table.get("long"):
+            continue
+        yield f"\n{table['title']}"
+        cells = [[str(cell) for cell in row] for row in [table["head"], *table["rows"]]]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for row in cells:
+            # Names and bars stand to the left, numbers to the right.
+            fitted = [
+                f"{cell:<{width}}" if place == 0 or not name else f"{cell:>{width}}"
+                for place, (cell, width, name) in enumerate(zip(row, widths, table["head"], strict=True))
+            ]
+            yield f"  {'  '.join(fitted)}".rstrip()
 
 
-def _render(title: str, caption: str, tables: list[dict[str, Any]], clips: list[dict[str, str]], width: int) -> str:
-    page = Environment(autoescape=True).from_string(PAGE)
-    return page.render(title=title, caption=caption, tables=tables, clips=clips, width=width)
+def page(title: str, caption: str, made: Sequence[dict[str, Any]], sounds: Sequence[Sound], manifest: Manifest) -> str:
+    """Tables and clips as HTML; a clip alone is shown large."""
+    clips = [
+        {
+            "title": f"{sound.row['split']}/{sound.row['key']}",
+            "labels": ", ".join(sound.about.label_names),
+            "level": level_words(measure(sound, manifest.audio.sample_rate)),
+            "picture": _clip_picture(sound, manifest),
+            "sound": _uri("audio/wav", _wav(sound, manifest.audio.sample_rate)),
+            "json": json.dumps(sound.json, indent=1, ensure_ascii=False),
+        }
+        for sound in sounds
+    ]
+    drawn = Environment(autoescape=True).from_string(PAGE)
+    return drawn.render(title=title, caption=caption, tables=made, clips=clips, width=440 if made else 900)
+
+
+def level_words(level: Level) -> str:
+    """A clip's measures in words."""
+    clipped = "clipped" if level.clipped else "not clipped"
+    return f"rms {level.rms:.1f} dBFS, peak {level.peak:.1f} dBFS, {clipped}, quiet {level.quiet:.1%} of the time"
 
 
 def _splits(found: Survey) -> dict[str, Any]:
@@ -101,18 +130,28 @@ def _splits(found: Survey) -> dict[str, Any]:
     return {"title": "Splits", "head": head, "rows": rows, "picture": _png(figure)}
 
 
-def _classes(manifest: Manifest) -> dict[str, Any]:
+def _classes(manifest: Manifest) -> list[dict[str, Any]]:
+    """How even the classes of each split are, and the clips of each class."""
     names = [label.name for label in manifest.labels]
     splits = {name: split for name, split in manifest.splits.items() if split.class_clips}
-    rows = []
-    for number, name in enumerate(names):
-        row: list[Any] = [name]
-        for split in splits.values():
-            row += [split.class_clips[number], split.class_listed[number] if split.class_listed else ""]
-        rows.append(row)
+    columns: list[list[Any]] = []
+    spread = []
+    for name, split in splits.items():
+        columns += [split.class_clips, split.class_listed or [""] * len(names)]
+        counts = np.array(split.class_clips)
+        order = np.argsort(-counts, kind="stable")
+        share = np.sort(counts[counts > 0]) / max(1, counts.sum())
+        even = np.exp(-(share * np.log(share)).sum()) / len(counts)
+        ends = [", ".join(f"{names[n]} {counts[n]}" for n in some[:LISTED]) for some in (order, order[::-1])]
+        spread.append([name, len(share), len(counts), *ends, f"{np.median(counts):g}", f"{even:.2f}"])
     head = ["class", *(f"{name} {what}" for name in splits for what in ("clips", "listed"))]
-    table = {"title": "Classes", "head": head, "rows": rows, "folded": True}
-    return table | ({"picture": _class_picture(names, splits)} if splits else {})
+    rows = list(zip(names, *columns, strict=True))
+    whole: dict[str, Any] = {"title": "Clips of each class", "head": head, "rows": rows, "long": True}
+    if not splits:
+        return [whole]
+    head = ["split", "classes that occur", "of", "most clips", "fewest clips", "median", "balance"]
+    title = "Classes (balance: exp of entropy / classes; 1: all alike)"
+    return [{"title": title, "head": head, "rows": spread}, whole | {"picture": _class_picture(names, splits)}]
 
 
 def _class_picture(names: list[str], splits: dict[str, Any]) -> str:
@@ -137,51 +176,39 @@ def _class_picture(names: list[str], splits: dict[str, Any]) -> str:
     return _png(figure)
 
 
-def _failures(found: Survey) -> dict[str, Any]:
-    rows = [
-        [reason, name, count] for name, counts in found.failures.items() for reason, count in counts.most_common()
-    ]  # fmt: skip
-    return {"title": "Failures by reason", "head": ["reason", "split", "clips"], "rows": rows}
-
-
-def _levels(found: Survey) -> dict[str, Any]:
+def _levels(found: Survey) -> list[dict[str, Any]]:
     levels = found.levels
-    share = {
-        "clipped clips": np.mean([level.clipped for level in levels]),
-        "quiet clips (all frames below -60 dBFS)": np.mean([level.quiet == 1 for level in levels]),
-        "quiet time": np.mean([level.quiet for level in levels]),
-    }
-    rows: list[list[str]] = [[name, f"{value:.1%}"] for name, value in share.items()]
+    rms, peak, quiet = (np.array([getattr(level, name) for level in levels]) for name in ("rms", "peak", "quiet"))
+    rows = [
+        ["rms, dBFS: 5 %", f"{np.percentile(rms, 5):.1f}"],
+        ["rms, dBFS: median", f"{np.median(rms):.1f}"],
+        ["rms, dBFS: 95 %", f"{np.percentile(rms, 95):.1f}"],
+        ["peak, dBFS: median", f"{np.median(peak):.1f}"],
+        ["clipped clips", f"{np.mean([level.clipped for level in levels]):.1%}"],
+        [f"quiet clips (all frames below {QUIET_DB:g} dBFS)", f"{np.mean(quiet == 1):.1%}"],
+        ["quiet time", f"{np.mean(quiet):.1%}"],
+    ]
     for what, counts in (("decoder", found.decoders), ("source rate", found.rates)):
         rows += [[f"{what} {name}", f"{count / len(levels):.1%}"] for name, count in counts.most_common()]
     figure = Figure(figsize=(10, 2.6), layout="constrained")
-    columns = {
-        "rms, dBFS": ([level.rms for level in levels], FLOOR_DB),
-        "peak, dBFS": ([level.peak for level in levels], FLOOR_DB),
-        "share of quiet time": ([level.quiet for level in levels], None),
-    }
-    for axis, (name, (values, low)) in zip(figure.subplots(1, 3), columns.items(), strict=True):
-        axis.hist(values, bins=40, range=(0, 1) if low is None else (low, 0), color=BAR)
+    columns = {"rms, dBFS": (rms, FLOOR_DB, 0), "peak, dBFS": (peak, FLOOR_DB, 0), "share of quiet time": (quiet, 0, 1)}
+    for axis, (name, (values, low, high)) in zip(figure.subplots(1, 3), columns.items(), strict=True):
+        axis.hist(values, bins=40, range=(low, high), color=BAR)
         _style(axis, name, "clips")
-    return {"title": f"Levels of {len(levels)} clips", "head": ["", "share"], "rows": rows, "picture": _png(figure)}
+    edges = np.linspace(FLOOR_DB, 0, 11)
+    title = f"Levels of {len(levels)} clips"
+    return [
+        {"title": title, "head": ["", "value"], "rows": rows, "picture": _png(figure)},
+        _histogram("rms, dBFS", np.histogram(rms, edges)[0], edges),
+    ]
 
 
-def _clip(sound: Sound, manifest: Manifest) -> dict[str, str]:
-    level = measure(sound, manifest.audio.sample_rate)
-    row = sound.row
-    return {
-        "title": f"{row['split']}/{row['key']}",
-        "labels": ", ".join(sound.about.label_names),
-        "level": _level_words(level),
-        "picture": _clip_picture(sound, manifest),
-        "sound": _uri("audio/wav", _wav(sound, manifest.audio.sample_rate)),
-        "json": json.dumps(sound.json, indent=1, ensure_ascii=False),
-    }
-
-
-def _level_words(level: Level) -> str:
-    clipped = ", clipped" if level.clipped else ""
-    return f"rms {level.rms:.1f} dBFS, peak {level.peak:.1f} dBFS{clipped}, quiet {level.quiet:.0%} of the time"
+def _histogram(title: str, counts: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
+    rows = [
+        [f"{low:g} to {high:g}", count, "#" * round(BAR_WIDTH * count / max(1, counts.max()))]
+        for count, low, high in zip(counts.tolist(), edges[:-1], edges[1:], strict=True)
+    ]
+    return {"title": title, "head": ["from, to", "clips", ""], "rows": rows}
 
 
 def _clip_picture(sound: Sound, manifest: Manifest) -> str:

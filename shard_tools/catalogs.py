@@ -29,16 +29,15 @@ from shard_tools.audio_files import (
     kind,
     listed,
     plain_times,
+    refuse_split_folders,
     segment_names,
     split_name,
     walk,
     what_is_there,
 )
 from shard_tools.columns import Failure, Rows, relative
-from shard_tools.overrides import Overrides, read_overrides
-from shard_tools.splits import refuse_split_folders
+from shard_tools.labels import Overrides, of_ontology, of_table, read_overrides, read_vocabulary, spellings
 from shard_tools.tables import SEPARATOR, Table
-from shard_tools.vocabulary import of_ontology, of_table, read_vocabulary, spellings
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +124,7 @@ def audioset(
         ontology: AudioSet's ontology.json.
         split: Name of the split.
         listing: Paths below `root`, one a line, instead of a walk (hours, for two million files on a network disk).
-        overrides: A csv of labels that replace the official ones (overrides.py).
+        overrides: A csv of labels that replace the official ones (labels.py).
         separator: Of several labels in a cell of `overrides`; None: `;`.
 
     Raises:
@@ -260,7 +259,8 @@ def table(
     doubles: list[int] = []
     in_splits: dict[str, None] = {}
     again, shared, unlabelled, first_missing = [], [], 0, ""
-    folds = _Folds(source)
+    folds: Counter[tuple[str, int]] = Counter()
+    first_of_fold: dict[tuple[str, int], int] = {}
 
     def rows() -> Iterator[TableRow]:
         return _table_rows(source, separator, index, split, _Names(root, path))
@@ -287,7 +287,8 @@ def table(
             shared.append(line)
         file = location if is_remote(location) else join(root, location)
         unlabelled += not picked
-        folds.add(line, own, fold)
+        folds[own, min(fold, 1)] += 1
+        first_of_fold.setdefault((own, min(fold, 1)), line)
         if file not in there if there is not None else not os.path.isfile(file):
             catalog.miss(Failure(name, name, MISSING, own, key, line, start, end), picked)
             first_missing = first_missing or location
@@ -297,7 +298,7 @@ def table(
         catalog.clips.append(clip)
     if not seen:
         raise UserError(f"{path}: no row of split '{split}'; give a split of its column")
-    folds.check()
+    _check_folds(source, folds, first_of_fold)
     _say_doubles(source, doubles)
     if again:
         log.warning("%s: %d rows list, under another key, what an earlier row lists, such as line %d: such clips count "
@@ -509,37 +510,27 @@ def _contradiction(
     return source.problem(line, what, remedies.get(differs, "tell them apart by a column key"))
 
 
-class _Folds:
-    """Looks at a column of folds as a whole: 1 to K, for every clip of a split or for none."""
+def _check_folds(source: Table, folds: Counter[tuple[str, int]], lines: dict[tuple[str, int], int]) -> None:
+    """Refuses fold 0 beside others, and says where a split's clips have folds only in part.
 
-    def __init__(self, source: Table) -> None:
-        self._source = source
-        self._zero = 0  # line
-        self._count: Counter[tuple[str, bool]] = Counter()
-        self._first_without: dict[str, int] = {}
+    Args:
+        source: The table.
+        folds: Clips by split and fold: -1 an empty cell, 0 that number, 1 any other.
+        lines: The first of each.
 
-    def add(self, line: int, split: str, fold: int) -> None:
-        """A row; a fold of -1 is an empty cell."""
-        self._zero = self._zero or (line if fold == 0 else 0)
-        self._count[split, fold > 0] += 1
-        if fold <= 0:
-            self._first_without.setdefault(split, line)
-
-    def check(self) -> None:
-        """Refuses fold 0 beside others, and says where a split's clips have folds only in part.
-
-        Raises:
-            UserError: as said.
-        """
-        some = any(has for _, has in self._count)
-        if self._zero and some:
-            what = "fold 0 beside others: folds count from 1, and 0 would be in every training set"
-            raise self._source.problem(self._zero, what, "add 1 to the whole column")
-        for split, line in self._first_without.items():
-            if self._count[split, True]:
-                log.warning("%s:%d: %d clips of split '%s' have no fold and %d have one: those without are in every "
-                            "training set", self._source.path, line, self._count[split, False], split,
-                            self._count[split, True])  # fmt: skip
+    Raises:
+        UserError: as said.
+    """
+    zero = min((line for (_, fold), line in lines.items() if fold == 0), default=0)
+    if zero and any(fold > 0 for _, fold in folds):
+        what = "fold 0 beside others: folds count from 1, and 0 would be in every training set"
+        raise source.problem(zero, what, "add 1 to the whole column")
+    for split in dict.fromkeys(split for split, fold in folds if fold <= 0):
+        without = [lines[split, fold] for fold in (-1, 0) if (split, fold) in lines]
+        if folds[split, 1]:
+            log.warning("%s:%d: %d clips of split '%s' have no fold and %d have one: those without are in every "
+                        "training set", source.path, min(without), folds[split, -1] + folds[split, 0], split,
+                        folds[split, 1])  # fmt: skip
 
 
 def _held_out(root: Location, names: Sequence[str]) -> dict[str, str] | None:

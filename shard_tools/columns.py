@@ -80,7 +80,8 @@ class Rows(Sequence[Row], Generic[Row]):
     """
 
     def __init__(self, kind: type[Row], root: str = "") -> None:
-        self._kind, self._schema, self._root = kind, SCHEMAS[kind], root.rstrip("/") + "/"
+        self._kind: type[Row] = kind
+        self._schema, self._root = SCHEMAS[kind], root.rstrip("/") + "/"
         self._absolute = self._root if is_remote(root) else os.path.abspath(root).rstrip("/") + "/"
         self._waiting: list[Row] = []
         self._table = self._schema.empty_table()

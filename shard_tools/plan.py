@@ -116,6 +116,8 @@ class SplitPlan:
         self.staged: Collection[int] = ()  # shards that are written aside: the finished split keeps its own until then
         rows = catalog.clips.rows(split)
         self.order = rows[np.random.default_rng([options.seed]).permutation(len(rows))]
+        self.mine = list(range(len(self)))  # shards that this process is to write, and those of them that are not there
+        self.todo: list[int] = []
 
     def __len__(self) -> int:
         return math.ceil(len(self.order) / self.options.clips_per_shard)
@@ -155,10 +157,6 @@ class SplitPlan:
         """Of all that decides what the shards hold."""
         content = json.dumps(self.identity | {"decoder": identity()}, sort_keys=True)
         return xxhash.xxh3_128_hexdigest(content.encode())
-
-    def shards(self, numbers: list[int]) -> Iterator[ShardPlan]:
-        """Shards one after another; only those asked for exist at a time."""
-        return (self.shard(number) for number in numbers)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

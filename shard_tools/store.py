@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 import xxhash
 
@@ -238,7 +238,7 @@ def unseal(content: bytes) -> bytes:
     return content
 
 
-def sha256(file: BinaryIO) -> str:
+def sha256(file: IO[bytes]) -> str:
     """Hash of an open file, read in pieces."""
     whole = hashlib.sha256()
     while piece := file.read(1 << 22):

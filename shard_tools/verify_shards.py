@@ -39,8 +39,7 @@ from pipeline.data.storage import Location, is_remote, join, local, location, re
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory
 from shard_tools.distribute import each
-from shard_tools.finish import damage, render
-from shard_tools.index import rows_by_shard
+from shard_tools.finish import damage, render, rows_by_shard
 from shard_tools.repair import compare, repair
 from shard_tools.segment import MachineError
 from shard_tools.store import local_copies

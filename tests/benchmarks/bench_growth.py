@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data.manifest import INDEX_SCHEMA, Manifest, load_index, load_manifest
-from shard_tools.index import IndexWriter
+from shard_tools.finish import IndexWriter
 from tests.helpers import synth_shards
 
 PER_SHARD, CLASSES, BATCH, BATCHES = 512, 527, 256, 40

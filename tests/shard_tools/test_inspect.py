@@ -92,7 +92,7 @@ def test_the_page_opens_without_a_network_and_its_sound_is_the_clips(shards, tmp
     assert done.returncode == 0, done.stderr
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     for said in (
-        "split clips listed found shards hours padded digital silence", "train 4 6 66.7% 2 0.00 1 1",
+        "split clips listed found shards hours padded digital silence", "train 4 6 66.7% 3 0.00 1 1",
         f"train 2 2 {FORMULA} 3, <b>& 1 <b>& 1, {FORMULA} 3 2 0.88", "missing train 1", "clipped clips 25.0%",
         f"0.45 to 0.5 3 {'#' * 40}", "-30 to -20 2 ########################################",
     ):  # fmt: skip

@@ -12,6 +12,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from pipeline.data.storage import Location, attempt, file_system, is_remote, join, transfer
 from pipeline.errors import UserError
@@ -135,9 +136,22 @@ def listed(root: Location, listing: Location) -> Iterator[str]:
     Raises:
         UserError: it cannot be read, or is no text.
     """
+    place = joiner(root)
     for line in Table(listing).lines():
         if name := line.rstrip("\r\n").removeprefix("./"):
-            yield join(root, name)
+            yield place(name)
+
+
+def joiner(root: Location) -> Callable[[str], str]:
+    """`join` of one location and any name but "", at a tenth of its cost where the name needs no change."""
+    prefix, plain = join(root, "x")[:-1], is_remote(root)
+
+    def place(name: str) -> str:
+        if plain or not (name[0] in "./" or name[-1] == "/" or "//" in name or "/." in name):
+            return prefix + name
+        return join(root, name)
+
+    return place
 
 
 def walk(root: Location) -> Iterator[str]:
@@ -185,13 +199,20 @@ def walk(root: Location) -> Iterator[str]:
 
 def segment_names(ytid: str, start: float, end: float) -> list[str]:
     """Names that a segment's file may have, as `plain_times` writes them; those without times hold the whole video."""
+    times = _times(start, end)
+    names = [ytid + time for time in times] + [f"Y{ytid}{time}" for time in times]
+    # An id may itself end as a time does.
+    return [plain_times(name) for name in names] if ytid[-1].isdigit() and "_" in ytid else names
+
+
+@lru_cache(maxsize=1 << 12)
+def _times(start: float, end: float) -> list[str]:
+    """Ends of a segment's names: in seconds, in milliseconds, none."""
     times = []
     for scale in (1, 1000):
         first, last = _plain(f"{start * scale:.3f}"), _plain(f"{end * scale:.3f}")
         times += [f"_{first}", f"_{first}_{last}"]
-    names = [f"{name}{time}" for name in (ytid, f"Y{ytid}") for time in (*times, "")]
-    # An id may itself end as a time does.
-    return [plain_times(name) for name in names] if ytid[-1].isdigit() and "_" in ytid else names
+    return [*times, ""]
 
 
 def plain_times(stem: str) -> str:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from pipeline.data.manifest import Manifest, ShardRecord, load_manifest
 from pipeline.data.storage import Location, is_remote, join, local
 from pipeline.errors import UserError
-from pipeline.files import check_name, check_output_directory
+from pipeline.files import check_name, check_output_directory, sha256
 from shard_tools.catalogs import Catalog
 from shard_tools.distribute import each, run
 from shard_tools.ffmpeg_codecs import identity
@@ -39,7 +39,7 @@ from shard_tools.finish import PRODUCTS, SWITCH, damage, finish, reasons, rows_b
 from shard_tools.lock import owner, slice_owner
 from shard_tools.plan import BuildOptions, Slice, SplitPlan
 from shard_tools.stamps import Change, Stamp, comparison, stamp
-from shard_tools.store import Store, local_copies, seal, sha256, unseal
+from shard_tools.store import Store, local_copies, seal, unseal
 from shard_tools.write import ShardPlan, moments, read_record, record_name, shard_number, write_record
 
 log = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ from pipeline.files import check_name
 from pipeline.flow import Clip
 from shard_tools.audio_files import (
     AudioFiles,
+    joiner,
     kind,
     listed,
     plain_times,
@@ -167,15 +168,14 @@ def audioset(
             reason = "missing: no such audio file below --audio-root"
             catalog.miss(Failure(key, "", reason, split, key, line, start, end), picked)
             continue
-        clips = []
+        whole, clips = (plain_times(ytid), plain_times(f"Y{ytid}")), []
         for stem, path in found:
-            is_segment = stem not in (plain_times(ytid), plain_times(f"Y{ytid}"))
-            first, last = (0.0, end - start) if is_segment else (start, end)
-            clip = Clip(key, path, first, last, picked, split, id=ytid, trimmed=is_segment or None, line=line)
-            clips.append(clip)
-        catalog.clips.append(replace(clips[0], others=tuple(clips[1:])))
+            first, last, trimmed = (start, end, None) if stem in whole else (0.0, end - start, True)
+            clips.append(Clip(key, path, first, last, picked, split, id=ytid, trimmed=trimmed, line=line))
+        catalog.clips.append(clips[0] if len(clips) == 1 else replace(clips[0], others=tuple(clips[1:])))
     if not seen:
         raise UserError(f"{segments}: holds no segments; give an official AudioSet segments csv")
+    del seen  # before the columns are put together
     _say_doubles(source, doubles)
     files.report()
     _require_files(catalog, lambda: f"{what_is_there(files.endings)}; files are looked for as YTID.wav, YYTID.wav, "
@@ -252,7 +252,7 @@ def table(
     catalog = Catalog("csv", root, labels)
     if not is_remote(root) and not local(root).is_dir():
         raise UserError(f"--audio-root {root}: is no directory; give the directory that the paths of {path} begin in")
-    there = set(walk(root)) if is_remote(root) else None
+    there, place = set(walk(root)) if is_remote(root) else None, joiner(root)
     seen: dict[str, int] = {}  # split and key: hash of what the row says
     # Split and segment: hash of labels and fold. Without a column of keys the key is the segment's.
     segments: dict[str, int] | None = {} if "key" in source.columns(("path", "labels")) else None
@@ -285,7 +285,7 @@ def table(
                 again.append(line)
         if any(other + segment in (seen if segments is None else segments) for other in in_splits if other != own):
             shared.append(line)
-        file = location if is_remote(location) else join(root, location)
+        file = location if is_remote(location) else place(location)
         unlabelled += not picked
         folds[own, min(fold, 1)] += 1
         first_of_fold.setdefault((own, min(fold, 1)), line)
@@ -308,6 +308,7 @@ def table(
                     "trained on", path, len(shared), shared[0])  # fmt: skip
     if unlabelled:
         log.warning("%s: %d of %d clips have no label", path, unlabelled, len(seen))
+    del seen, segments  # before the columns are put together
     near = _near(root, first_missing, there) if first_missing else ""
     _require_files(catalog, lambda: f"such as '{first_missing}'; {near or what_is_there(_endings(root, there))}")
     if near:

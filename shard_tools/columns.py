@@ -9,6 +9,7 @@ of columns, and are made again when a row is asked for.
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from typing import Any, Generic, TypeVar, overload
@@ -57,11 +58,13 @@ class Failure:
         return {name: value for name, value in asdict(self).items() if name != "used" or value}
 
 
+# In the order of the fields of `Clip` and `Failure`.
 SEGMENT = [("path", TEXT), ("start", pa.float64()), ("end", pa.float64()), ("trimmed", pa.bool_())]
 SCHEMAS = {
     Clip: pa.schema([
-        ("key", TEXT), ("id", TEXT), ("split", FEW), *SEGMENT, ("labels", pa.large_list(pa.int32())),
-        ("fold", pa.int16()), ("line", pa.int32()), ("others", pa.large_list(pa.struct(SEGMENT))),
+        ("key", TEXT), ("path", TEXT), ("start", pa.float64()), ("end", pa.float64()),
+        ("labels", pa.large_list(pa.int32())), ("split", FEW), ("fold", pa.int16()), ("id", TEXT),
+        ("trimmed", pa.bool_()), ("line", pa.int32()), ("others", pa.large_list(pa.struct(SEGMENT))),
     ]),
     Failure: pa.schema([
         ("id", TEXT), ("path", TEXT), ("reason", FEW), ("split", FEW), ("key", TEXT), ("row", pa.int64()),
@@ -127,35 +130,57 @@ class Rows(Sequence[Row], Generic[Row]):
         for first in range(0, len(rows), BATCH):
             yield from self.at(rows[first : first + BATCH])
 
-    def at(self, rows: Sequence[int] | np.ndarray) -> list[Row]:
-        """The objects of some rows."""
-        return list(map(self._object, self.take(rows).to_pylist()))
-
     @property
     def table(self) -> pa.Table:
-        """All rows as columns."""
+        """All rows as columns, each in one piece, as rows are slow to find in many.
+
+        To be asked for before threads do: then it stays as it is until a row is added.
+        """
         if self._waiting:
             self._write()
-        return self._table
-
-    def take(self, rows: Sequence[int] | np.ndarray) -> pa.Table:
-        """Some rows as columns; each column is in one piece by then, as rows are slow to find in many."""
-        table = self.table
-        if table.num_columns and table.column(0).num_chunks > 1:
+        table = self._table
+        if table.column(0).num_chunks > 1:
             self._table, whole = self._schema.empty_table(), []
             table = table.unify_dictionaries()
             while table.num_columns:  # one after another, each freed before the next is made
                 whole.append(table.column(0).combine_chunks())
                 table = table.remove_column(0)
-            self._table = table = pa.Table.from_arrays(whole, schema=self._schema)
-        return table.take(pa.array(rows, pa.int64()))
+            self._table = pa.Table.from_arrays(whole, schema=self._schema)
+        return self._table
 
-    def recorded(self, rows: np.ndarray) -> pa.Table:
+    def take(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
+        """Some rows; some columns of them, or all."""
+        table = self.table
+        return (table if columns is None else table.select(columns)).take(pa.array(rows, pa.int64()))
+
+    def at(self, rows: Sequence[int] | np.ndarray) -> list[Row]:
+        """The objects of some rows."""
+        cells = {name: column.to_pylist() for name, column in zip(self._schema.names, self.take(rows), strict=True)}
+        for field in self._schema:
+            if field.type == TEXT:
+                cells[field.name] = list(map(_text, cells[field.name]))
+        others = cells.pop("others", None)
+        if others is not None:
+            cells["path"] = list(map(self._located, cells["path"]))
+            cells["labels"] = list(map(tuple, cells["labels"]))
+        found: list[Any] = [self._kind(*row) for row in zip(*cells.values(), strict=True)]
+        for place, files in enumerate(others or ()):
+            if files:
+                clip = found[place]
+                further = [replace(clip, **file | {"path": self._located(_text(file["path"]))}) for file in files]
+                found[place] = replace(clip, others=tuple(further))
+        return found
+
+    def recorded(self, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """Columns of some clips, paths as they are recorded (`recorded`)."""
-        table = self.take(rows)
-        outside = pc.or_(pc.starts_with(table["path"], "/"), pc.match_substring(table["path"], "://"))
-        path = pc.if_else(outside, table["id"], table["path"])
-        return table.set_column(table.column_names.index("path"), "path", path)
+        table = self.take(rows, list(dict.fromkeys([*columns, "id"])))
+        if "path" in columns:
+            path = table["path"]
+            outside = pc.or_(pc.starts_with(path, "/"), pc.match_substring(path, "://"))
+            if pc.any(outside).as_py():
+                path = pc.if_else(outside, table["id"], path)
+            table = table.set_column(table.column_names.index("path"), "path", path)
+        return table.select(columns)
 
     def label_counts(self, split: str, classes: int) -> np.ndarray:
         """int64 [classes], clips of a split with each label."""
@@ -166,12 +191,14 @@ class Rows(Sequence[Row], Generic[Row]):
         """The first two of one split that share a key, if there are any."""
         for split in self.splits:
             mine = self._mask(split)
-            counts = self.table["key"].filter(mine).value_counts()
+            keys = self.table["key"].filter(mine)
+            if pc.count_distinct(keys).as_py() == len(keys):
+                continue
+            counts = keys.value_counts()
             twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-            if len(twice):
-                rows = np.flatnonzero(pc.and_(mine, pc.equal(self.table["key"], twice[0])).to_numpy())
-                first, second = self.at(rows[:2])
-                return first, second
+            rows = np.flatnonzero(pc.and_(mine, pc.equal(self.table["key"], twice[0])).to_numpy())
+            first, second = self.at(rows[:2])
+            return first, second
         return None
 
     def others(self, rows: np.ndarray) -> str:
@@ -194,40 +221,37 @@ class Rows(Sequence[Row], Generic[Row]):
             if field.name == "others":
                 values = [self._segments(files) if files else () for files in values]
             elif field.name == "path" and self._kind is Clip:
-                values = [self._inside(path).encode("utf-8", "surrogateescape") for path in values]
-            elif field.type == TEXT:
-                values = [text.encode("utf-8", "surrogateescape") for text in values]
+                values = list(map(self._inside, values))
+            if field.type == TEXT:
+                with suppress(UnicodeEncodeError):  # some name is not UTF-8
+                    columns.append(pa.array(values, TEXT))
+                    continue
+                values = list(map(_bytes, values))
             columns.append(pa.array(values, field.type))
         self._table = pa.concat_tables([self._table, pa.Table.from_arrays(columns, schema=self._schema)])
         self._waiting = []
 
     def _segments(self, files: Sequence[Clip]) -> list[dict[str, Any]]:
         return [
-            {"path": self._inside(one.path).encode("utf-8", "surrogateescape"), "start": one.start, "end": one.end,
-             "trimmed": one.trimmed}
+            {"path": _bytes(self._inside(one.path)), "start": one.start, "end": one.end, "trimmed": one.trimmed}
             for one in files
-        ]  # fmt: skip
-
-    def _object(self, cells: dict[str, Any]) -> Any:
-        cells |= {name: _text(value) for name, value in cells.items() if isinstance(value, bytes)}
-        if self._kind is Failure:
-            return Failure(**cells)
-        others = cells.pop("others")
-        clip = Clip(**cells | {"path": self._located(cells["path"]), "labels": tuple(cells["labels"])})
-        further = [replace(clip, **file | {"path": self._located(_text(file["path"]))}) for file in others]
-        return replace(clip, others=tuple(further)) if further else clip
+        ]
 
     def _mask(self, split: str) -> pa.ChunkedArray:
         return pc.equal(self.table["split"], split)
 
     def _inside(self, path: str) -> str:
         """A path as it is kept: relative to the root where it lies below it."""
-        if path.startswith(self._root) or is_remote(path):
-            return path.removeprefix(self._root)
-        return os.path.abspath(path).removeprefix(self._absolute)
+        if path.startswith(self._root):
+            return path[len(self._root) :]
+        return path if is_remote(path) else os.path.abspath(path).removeprefix(self._absolute)
 
     def _located(self, path: str) -> str:
         return path if path.startswith("/") or is_remote(path) else self._root + path
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _text(content: bytes) -> str:
@@ -250,11 +274,11 @@ def recorded(clip: Clip, root: str) -> str:
     return relative(clip.path, root) if inside else clip.id or clip.path.rpartition("/")[2]
 
 
-def digest(table: pa.Table, columns: Sequence[str]) -> str:
-    """Hash of columns of a table of this module, equal for equal rows however they are chunked."""
+def digest(table: pa.Table) -> str:
+    """Hash of the columns of a table of this module, equal for equal rows however they are chunked."""
     whole = xxhash.xxh3_128()
-    for name in columns:
-        column: Any = table[name].combine_chunks()
+    for chunked in table.columns:
+        column: Any = chunked.combine_chunks()
         column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
         if pa.types.is_large_list(column.type) or column.type == TEXT:
             offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]

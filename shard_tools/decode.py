@@ -124,6 +124,7 @@ def _segment(source: "FFmpegSource | _LibsndfileSource", handle: int, begin: flo
     Raises:
         DecodeError: damaged or truncated within the segment.
     """
+
     def bounds() -> tuple[int, int]:  # the rate is that of the first block
         _check_rate(source.rate)
         first = round(begin * source.rate)

@@ -11,6 +11,7 @@ on for longer ends the build, with nothing recorded of the shard. Slices need no
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline.errors import UserError
+from pipeline.faults import stop_signals
 from shard_tools.segment import MachineError
 from shard_tools.write import ShardPlan, write_shard
 
@@ -92,7 +94,7 @@ def _run_processes(plans: Iterable[ShardPlan], workers: int) -> Generator[ShardP
         while True:
             while idle and (plan := next(queue, None)) is not None:
                 number = idle.pop()
-                running[pools[number].submit(write_patiently, plan)] = number, plan, 0
+                running[_submit(pools[number], write_patiently, plan)] = number, plan, 0
             if not running:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -101,9 +103,10 @@ def _run_processes(plans: Iterable[ShardPlan], workers: int) -> Generator[ShardP
                 try:
                     future.result()
                 except BrokenProcessPool as error:
+                    pools[number].shutdown()
                     pools[number] = pool(1)
                     _check_deaths(plan, deaths + 1, DEATHS, error)
-                    running[pools[number].submit(write_patiently, plan)] = number, plan, deaths + 1
+                    running[_submit(pools[number], write_patiently, plan)] = number, plan, deaths + 1
                     continue
                 idle.append(number)
                 yield plan
@@ -124,10 +127,10 @@ def each(function: Callable[[Item], Result], items: Iterable[Item], workers: int
     try:
         with _pools() as pool:
             made = pool(workers)
-            ahead = deque(made.submit(function, item) for item in islice(queue, 2 * workers))
+            ahead = deque(_submit(made, function, item) for item in islice(queue, 2 * workers))
             while ahead:
                 result = ahead.popleft().result()
-                ahead.extend(made.submit(function, item) for item in islice(queue, 1))
+                ahead.extend(_submit(made, function, item) for item in islice(queue, 1))
                 yield result
     except BrokenProcessPool as error:
         raise UserError("a worker process was killed (out of memory?); run it again with fewer --workers") from error
@@ -156,11 +159,24 @@ def _pools() -> Iterator[Callable[[int], ProcessPoolExecutor]]:
         reader.close()
 
 
-def _begin_worker(reader: Connection) -> None:
-    """One thread; Ctrl-C is the parent's; and no worker outlives its parent."""
-    import signal
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future[Result]:
+    """Hands a task to a pool, which may start a worker for it; Ctrl-C waits until it has, and is ours alone.
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    A worker that it met at its imports, or that was left without what it is started with, would end with a traceback.
+    """
+    with stop_signals() as told:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a worker inherits it, and keeps it
+        try:
+            future = pool.submit(function, item)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for number in told:
+        signal.raise_signal(number)
+    return future
+
+
+def _begin_worker(reader: Connection) -> None:
+    """One thread; and no worker outlives its parent."""
     torch.set_num_threads(1)
 
     def follow() -> None:

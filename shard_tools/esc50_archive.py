@@ -24,7 +24,7 @@ from typing import BinaryIO
 from pipeline.data.storage import SILENCE, LongerError, TransferLimit
 from pipeline.errors import UserError
 from pipeline.files import check_output_directory, new_file
-from shard_tools.store import sha256 as digest
+from pipeline.files import sha256 as digest
 
 log = logging.getLogger(__name__)
 

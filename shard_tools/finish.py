@@ -26,9 +26,10 @@ from pipeline.data.fbank import FRAME_MS, HOP_MS, frame_count
 from pipeline.data.manifest import FORMAT, INDEX_SCHEMA, VERSION, Manifest, open_checked
 from pipeline.data.storage import Location, join, read_bytes, sizes
 from pipeline.errors import UserError
+from pipeline.files import sha256
 from shard_tools.catalogs import Catalog
 from shard_tools.plan import BuildOptions, SplitPlan
-from shard_tools.store import Store, sha256
+from shard_tools.store import Store
 from shard_tools.write import read_record
 
 log = logging.getLogger(__name__)
@@ -294,7 +295,7 @@ def rows_by_shard(location: Location, manifest: Manifest) -> Iterator[tuple[str,
     waiting = PLAIN.empty_table()
     for group in index_groups(location, manifest):
         waiting = pa.concat_tables([waiting, group])
-        while True:
+        while len(waiting):
             name = waiting["shard"][0].as_py()
             count = pc.index(pc.equal(waiting["shard"], name), False).as_py()
             if count < 0:

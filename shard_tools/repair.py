@@ -21,11 +21,12 @@ import xxhash
 
 from pipeline.data.manifest import INDEX_SCHEMA, FileRecord, Manifest, load_manifest
 from pipeline.data.storage import Location, is_remote, join
+from pipeline.files import sha256
 from pipeline.flow import Clip
 from shard_tools.distribute import each
 from shard_tools.finish import PRODUCTS, IndexWriter, render, rows_by_shard
 from shard_tools.segment import MachineError
-from shard_tools.store import Store, local_copies, sha256
+from shard_tools.store import Store, local_copies
 from shard_tools.write import BLOCK, EXTENSIONS, MEMBERS, AudioOptions, ShardPlan, shard_number, write_tar
 
 

@@ -32,7 +32,7 @@ import xxhash
 
 from pipeline.data import storage
 from pipeline.data.storage import FINAL, Location, attempt, is_remote, join
-from pipeline.files import sync
+from pipeline.files import sha256, sync
 from shard_tools.segment import MachineError
 from shard_tools.stamps import Stamp, stamp, stamp_of
 
@@ -238,14 +238,6 @@ def unseal(content: bytes) -> bytes:
     return content
 
 
-def sha256(file: IO[bytes]) -> str:
-    """Hash of an open file, read in pieces."""
-    whole = hashlib.sha256()
-    while piece := file.read(1 << 22):
-        whole.update(piece)
-    return whole.hexdigest()
-
-
 def local_copies(paths: Iterable[str]) -> Iterator[str | OSError]:
     """For each path one that can be opened here: itself, or a copy that lives until the next is asked for.
 
@@ -332,4 +324,3 @@ def _etag(file: Path) -> str:
         while chunk := content.read(PART_BYTES):
             parts.append(hashlib.md5(chunk, usedforsecurity=False).digest())
     return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
-

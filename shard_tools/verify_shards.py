@@ -59,7 +59,7 @@ def verify(directory: Location, workers: int) -> list[str]:
 
 
 def examine(directory: Location, workers: int) -> dict[str, list[str]]:
-    """Reads everything; returns the problems of each file that has any, one line each.
+    """Reads everything; returns the problems of each file that has any, and of the `keys`, one line each.
 
     Raises:
         UserError: no readable manifest.
@@ -73,10 +73,10 @@ def examine(directory: Location, workers: int) -> dict[str, list[str]]:
         if name.endswith(".tar"):
             found[name] = [f"{name}: not in the manifest"]
     whole = {name: shard for name, shard in shards.items() if name not in found}
-    index: list[str] = []
+    of_index: dict[str, list[str]] = {}
 
     def tasks() -> Iterator[tuple[ShardRecord, pa.Table | None]]:
-        """Each shard that is there with its rows of the index; fills `index`."""
+        """Each shard that is there with its rows of the index; fills `of_index`."""
         if "index.parquet" in found:
             yield from ((shard, None) for shard in whole.values())
             return
@@ -86,10 +86,12 @@ def examine(directory: Location, workers: int) -> dict[str, list[str]]:
             keys += pc.binary_join_element_wise(rows["split"], rows["key"], "/").chunks
             if rowless.pop(name, None) and name in whole:
                 yield whole[name], rows
-        index.extend(f"{name}: no rows in the index" for name in rowless)
+        if rowless:
+            of_index["index.parquet"] = [f"{name}: no rows in the index" for name in rowless]
         counts = pa.chunked_array(keys, pa.string()).value_counts()
         twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
-        index.extend(f"index.parquet: key {key} is there twice" for key in twice)
+        if twice:  # in the tars too: an index made anew from them would be the same
+            of_index["keys"] = [f"index.parquet: key {key} is there twice" for key in twice]
 
     check = partial(check_shard, directory=directory, manifest=manifest)
     with tqdm(total=len(whole), unit="shard", disable=not sys.stderr.isatty()) as bar:
@@ -97,7 +99,7 @@ def examine(directory: Location, workers: int) -> dict[str, list[str]]:
             if problems:
                 found[name] = problems
             bar.update()
-    return found | ({"index.parquet": index} if index else {})
+    return found | of_index
 
 
 def check_shard(

@@ -1,4 +1,4 @@
-"""The audio files below a directory, on disk or in a store.
+"""The audio files below a directory, on disk or in a store, and what names of files and folders say.
 
 In: a root, or a list of paths below it. Out: paths, one after the other; `AudioFiles`, which finds them by their names.
 
@@ -11,7 +11,8 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from pipeline.data.storage import Location, attempt, file_system, is_remote, join, transfer
 from pipeline.errors import UserError
@@ -22,6 +23,12 @@ log = logging.getLogger(__name__)
 
 YOUTUBE_ID = 11  # characters
 TIMES = re.compile(r"(.*?)((?:_[0-9]+(?:\.[0-9]*)?){1,2})", re.DOTALL)  # one or two times at the end of a name
+
+SPLIT_NAMES = frozenset({
+    "train", "training", "valid", "validation", "val", "dev", "devel", "development", "test", "testing", "eval",
+    "evaluation", "traindata", "testdata", "train_set", "test_set", "trainset", "testset", "trainval", "heldout",
+})  # fmt: skip
+FOLD_NAME = re.compile(r"(fold|split)[ _-]?[0-9]+", re.IGNORECASE)
 
 # Endings of what lies beside audio and is none, in lower case.
 OTHER_ENDINGS = frozenset({
@@ -129,9 +136,22 @@ def listed(root: Location, listing: Location) -> Iterator[str]:
     Raises:
         UserError: it cannot be read, or is no text.
     """
+    place = joiner(root)
     for line in Table(listing).lines():
         if name := line.rstrip("\r\n").removeprefix("./"):
-            yield join(root, name)
+            yield place(name)
+
+
+def joiner(root: Location) -> Callable[[str], str]:
+    """`join` of one location and any name but "", at a tenth of its cost where the name needs no change."""
+    prefix, plain = join(root, "x")[:-1], is_remote(root)
+
+    def place(name: str) -> str:
+        if plain or not (name[0] in "./" or name[-1] == "/" or "//" in name or "/." in name):
+            return prefix + name
+        return join(root, name)
+
+    return place
 
 
 def walk(root: Location) -> Iterator[str]:
@@ -179,13 +199,20 @@ def walk(root: Location) -> Iterator[str]:
 
 def segment_names(ytid: str, start: float, end: float) -> list[str]:
     """Names that a segment's file may have, as `plain_times` writes them; those without times hold the whole video."""
+    times = _times(start, end)
+    names = [ytid + time for time in times] + [f"Y{ytid}{time}" for time in times]
+    # An id may itself end as a time does.
+    return [plain_times(name) for name in names] if ytid[-1].isdigit() and "_" in ytid else names
+
+
+@lru_cache(maxsize=1 << 12)
+def _times(start: float, end: float) -> list[str]:
+    """Ends of a segment's names: in seconds, in milliseconds, none."""
     times = []
     for scale in (1, 1000):
         first, last = _plain(f"{start * scale:.3f}"), _plain(f"{end * scale:.3f}")
         times += [f"_{first}", f"_{first}_{last}"]
-    names = [f"{name}{time}" for name in (ytid, f"Y{ytid}") for time in (*times, "")]
-    # An id may itself end as a time does.
-    return [plain_times(name) for name in names] if ytid[-1].isdigit() and "_" in ytid else names
+    return [*times, ""]
 
 
 def plain_times(stem: str) -> str:
@@ -195,6 +222,51 @@ def plain_times(stem: str) -> str:
     bare = len(stem) == YOUTUBE_ID or (len(stem) == YOUTUBE_ID + 1 and stem[0] == "Y")
     found = None if bare and "." not in stem else TIMES.fullmatch(stem)
     return stem if found is None else found[1] + "".join(f"_{_plain(time)}" for time in found[2].split("_")[1:])
+
+
+def split_of_segments(segments: Location) -> str:
+    """The split that a segments csv's name tells: `eval` where a whole word of it says so, else `train`.
+
+    Raises:
+        UserError: the name says several, or another.
+    """
+    words = set(re.split(r"[^a-z]+", str(segments).rsplit("/", 1)[-1].lower()))
+    known = {"eval": {"eval", "evaluation"}, "train": {"train", "training"}}
+    said = [name for name, spelled in known.items() if words & spelled]
+    other = sorted(words & (SPLIT_NAMES - {"eval", "evaluation", "train", "training"}))
+    if len(said) > 1 or (other and not said):
+        names = ", ".join(said + other)
+        raise UserError(f"--segments {segments}: its name does not tell the split ({names}); give --split")
+    if not said:
+        log.warning("%s: its name tells no split; taken as train (--split NAME for another)", segments)
+    return said[0] if said else "train"
+
+
+def refuse_split_folders(root: Location, classes: Sequence[str], inner: Sequence[str]) -> None:
+    """Looks for class folders that are splits or folds: as classes they would be nonsense.
+
+    Args:
+        root: The directory.
+        classes: Folders in it.
+        inner: Folders in those.
+
+    Raises:
+        UserError: there are some. `train` alone, beside other classes, is the vehicle.
+    """
+    for names, where in ((classes, ""), (inner, " in the class folders")):
+        splits = [name for name in names if name.lower() in SPLIT_NAMES]
+        folds = [name for name in names if FOLD_NAME.fullmatch(name)]
+        only = len(names) == 1 and not where
+        if len(splits) > 1 or (splits and (only or (not where and splits[0].lower() != "train"))):
+            remedy = "write a table with the columns path,labels,split (--dataset csv)"
+            if not where:
+                remedy = f"give --audio-root {join(root, splits[0])} --split {splits[0].lower()}, and each in turn " \
+                         f"with the same --out; or {remedy}"  # fmt: skip
+            raise UserError(f"--audio-root {root}: folders{where} are named {', '.join(splits[:4])}, which are splits "
+                            f"and no classes; {remedy}")  # fmt: skip
+        if len(folds) > 1 or (folds and only):
+            raise UserError(f"--audio-root {root}: folders{where} are named {', '.join(folds[:4])}, which are folds "
+                            "and no classes; write a table with the columns path,labels,fold")  # fmt: skip
 
 
 def _walk_store(root: Location) -> Iterator[str]:

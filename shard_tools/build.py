@@ -17,10 +17,10 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,23 +31,23 @@ from tqdm import tqdm
 from pipeline.data.manifest import Manifest, ShardRecord, load_manifest
 from pipeline.data.storage import Location, is_remote, join, local
 from pipeline.errors import UserError
-from pipeline.files import check_name, check_output_directory
+from pipeline.files import check_name, check_output_directory, sha256
 from shard_tools.catalogs import Catalog
 from shard_tools.distribute import each, run
 from shard_tools.ffmpeg_codecs import identity
-from shard_tools.finish import PRODUCTS, SWITCH, damage, finish, reasons, settle
+from shard_tools.finish import PRODUCTS, SWITCH, damage, finish, reasons, rows_by_shard, settle
 from shard_tools.lock import owner, slice_owner
 from shard_tools.plan import BuildOptions, Slice, SplitPlan
-from shard_tools.stamps import Change, Sources, Stamp, stamp
-from shard_tools.store import Store, local_copies, seal, sha256, unseal
-from shard_tools.verify_shards import Findings, shards_with_rows
-from shard_tools.write import ShardPlan, moments, read_record, record_name, shard_name, shard_number, write_record
+from shard_tools.stamps import Change, Stamp, comparison, stamp
+from shard_tools.store import Store, local_copies, seal, unseal
+from shard_tools.write import ShardPlan, moments, read_record, record_name, shard_number, write_record
 
 log = logging.getLogger(__name__)
 
 RECORD_THREADS = 16  # records are small; from an object store the waiting is what costs
 TAR = re.compile(r"(.+)-\d{6,}\.tar")
 # A finished shard that stays, its index rows, and its lines of failures.jsonl.
+Compared = Callable[[Sequence[str], Sequence[Stamp]], list[Change]]  # `comparison`
 Adoption = tuple[ShardPlan, ShardRecord, pa.Table, list[dict[str, Any]]]
 
 
@@ -69,29 +69,6 @@ class Summary:
     def silent(self) -> int:
         """Stored clips of all splits that are digital silence."""
         return sum(split.silent for split in self.manifest.splits.values())
-
-
-@dataclass(slots=True)
-class _Work:
-    """A checked beginning: what is there, what is to be built.
-
-    Attributes:
-        store: Where.
-        retry: Shards with failures are written again.
-        earlier: Of the splits that are finished.
-        plans: Of those that are not.
-        mine: Of each plan the shards to be written by us.
-        todo: Those of them that are not written yet.
-        changed: Of the others, sources that have changed since.
-    """
-
-    store: Store
-    retry: bool
-    earlier: Manifest | None
-    plans: list[SplitPlan]
-    mine: list[list[int]]
-    todo: list[list[int]] = field(default_factory=list)
-    changed: list[Change] = field(default_factory=list)
 
 
 def build(
@@ -127,13 +104,14 @@ def build(
     with _held(catalog, out, options, plans, overwrite, retry) as store:
         if overwrite:
             _erase(catalog, store, options)
-        work = _begin(catalog, store, options, plans, retry)
+        earlier, new = _begin(catalog, store, options, plans, retry)
         store.clean({*PRODUCTS, *(plan.name(number) for plan in plans for number in range(len(plan)))})
-        _adopt(work, workers)
-        _look(work)
-        _write(work, workers, engine)
-        _look_again(work)
-        return _finish(catalog, options, work)
+        if earlier is not None:
+            _adopt(store, earlier, new, workers)
+        _look(store, new, retry)
+        _write(store, new, workers, engine)
+        _look_again(store, new)
+        return _finish(catalog, options, store, earlier, new)
 
 
 def build_slice(
@@ -152,21 +130,18 @@ def build_slice(
     """
     plans = [SplitPlan(catalog, split, out, options) for split in catalog.splits]
     with _held(catalog, out, options, plans, shared=True) as store:
-        work = _begin(catalog, store, options, plans, retry=False)
-        work.retry = retry
+        _, new = _begin(catalog, store, options, plans, retry=False)
         first, taken = 0, []
-        for place, plan in enumerate(work.plans):
-            work.mine[place] = [
-                number for number in range(len(plan)) if (first + number) % part.count == part.number - 1
-            ]
-            taken += [first + number for number in work.mine[place]]
+        for plan in new:
+            plan.mine = [number for number in plan.mine if (first + number) % part.count == part.number - 1]
+            taken += [first + number for number in plan.mine]
             first += len(plan)
         with slice_owner(out, part, taken):
-            store.clean(_names(work.plans, work.mine))
-            _look(work)
-            _write(work, workers, engine)
-            _look_again(work)
-        for plan in work.plans:  # in an object store another one may have begun in the same moment
+            store.clean(_names(new))
+            _look(store, new, retry)
+            _write(store, new, workers, engine)
+            _look_again(store, new)
+        for plan in new:  # in an object store another one may have begun in the same moment
             _open(store, plan)
         return len(taken)
 
@@ -179,23 +154,23 @@ def merge(catalog: Catalog, out: Location, options: BuildOptions) -> Summary:
     """
     plans = [SplitPlan(catalog, split, out, options) for split in catalog.splits]
     with _held(catalog, out, options, plans) as store:
-        work = _begin(catalog, store, options, plans, retry=False)
-        _look(work, merging=True)
-        if work.changed:
+        earlier, new = _begin(catalog, store, options, plans, retry=False)
+        changed = _look(store, new, merging=True)
+        if changed:
             raise UserError(
-                f"{out}: {len(work.changed)} shards hold files that have changed since a slice decoded them, such as "
-                f"{work.changed[0]}; put the files back, or run the slices again, which write these shards anew; then "
+                f"{out}: {len(changed)} shards hold files that have changed since a slice decoded them, such as "
+                f"{changed[0]}; put the files back, or run the slices again, which write these shards anew; then "
                 "--merge"
             )
-        lacking = [shard_name(p.split, n) for p, numbers in zip(work.plans, work.todo, strict=True) for n in numbers]
+        lacking = [plan.name(number) for plan in new for number in plan.todo]
         if lacking:
-            total = sum(len(plan) for plan in work.plans)
+            total = sum(map(len, new))
             raise UserError(
                 f"{out}: {len(lacking)} of {total} shards are not written yet, such as {lacking[0]}; run (again) the "
                 "slices that did not end, then --merge"
             )
-        store.clean({*PRODUCTS, *_names(work.plans, work.mine)})
-        return _finish(catalog, options, work)
+        store.clean({*PRODUCTS, *_names(new)})
+        return _finish(catalog, options, store, earlier, new)
 
 
 @contextmanager
@@ -239,8 +214,8 @@ def _held(
 
 def _begin(
     catalog: Catalog, store: Store, options: BuildOptions, plans: Sequence[SplitPlan], retry: bool
-) -> _Work:
-    """Checks that the build fits what is there, and writes down what it is."""
+) -> tuple[Manifest | None, list[SplitPlan]]:
+    """Checks that the build fits what is there, and writes down what it is; what is finished, and the rest's plans."""
     earlier, new = _compared(catalog, store, options, plans, retry)
     for plan in new:
         _open(store, plan)
@@ -248,7 +223,7 @@ def _begin(
         if all(split != plan.split for plan in new):
             log.info("split '%s' is finished: nothing to do (tars were compared by their sizes; verify_shards.py reads "
                      "them, and with --sources says whether files have changed)", split)  # fmt: skip
-    return _Work(store, retry, earlier, new, [list(range(len(plan))) for plan in new])
+    return earlier, new
 
 
 def _compared(
@@ -267,8 +242,8 @@ def _compared(
             _compare(store, plan.split, earlier.options.get(plan.split, {}), plan.identity)
             clips = {shard.name: shard.clips for shard in earlier.shards}
             lacking = [n for n in range(len(plan)) if clips.get(plan.name(n), 0) != len(plan.rows(n))]
-            plan.staged = frozenset(lacking if retry else ())
-            if plan.staged:
+            if retry and lacking:
+                plan.staged, plan.mine = frozenset(lacking), lacking
                 new.append(plan)
             continue
         new.append(plan)
@@ -312,44 +287,33 @@ def _open(store: Store, plan: SplitPlan) -> None:
             store.write(name, content)
         begun = _begun(store, plan.split) or {}
     _compare(store, plan.split, begun["identity"], plan.identity)
-    _same_decoder(store, plan.split, begun["decoder"])
-
-
-def _same_decoder(store: Store, split: str, begun: str) -> None:
-    """Another decoder than the one that the build was begun with gives other bytes.
-
-    Raises:
-        UserError: it is another.
-    """
-    here = identity()
-    if begun != here:
+    if begun["decoder"] != identity():
         raise UserError(
-            f"{store.location}: split '{split}' was begun with the decoder {begun}, not {here}, "
+            f"{store.location}: split '{plan.split}' was begun with the decoder {begun['decoder']}, not {identity()}, "
             f"which may give other samples; use another --out, or begin anew with --overwrite"
         )
 
 
-def _adopt(work: _Work, workers: int) -> None:
+def _adopt(store: Store, earlier: Manifest, new: Sequence[SplitPlan], workers: int) -> None:
     """Records of the finished shards that stay where others of their split are written again."""
-    plans = {plan.split: plan for plan in work.plans if plan.staged}
-    if not plans or work.earlier is None:
+    plans = {plan.split: plan for plan in new if plan.staged}
+    if not plans:
         return
-    for place, plan in enumerate(work.plans):
-        work.mine[place] = sorted(plan.staged) if plan.staged else work.mine[place]
+    lines = [line for line in map(json.loads, store.read("failures.jsonl").splitlines()) if line.get("used")]
+    shards = {shard.name: shard for shard in earlier.shards}
 
-    lines = [line for line in map(json.loads, work.store.read("failures.jsonl").splitlines()) if line.get("used")]
-
-    def tasks(earlier: Manifest) -> Iterator[Adoption]:
-        for shard, rows in shards_with_rows(work.store.location, earlier, Findings()):
-            if shard.split in plans and rows is not None:
-                number = shard_number(shard.split, shard.name)
+    def tasks() -> Iterator[Adoption]:
+        for name, rows in rows_by_shard(store.location, earlier):
+            shard = shards.get(name)
+            if shard is not None and shard.split in plans:
+                number = shard_number(shard.split, name)
                 if number not in plans[shard.split].staged:
                     keys = set(rows["key"].to_pylist()) if lines else set()
                     kept = [line for line in lines if line["split"] == shard.split and line["key"] in keys]
                     yield replace(plans[shard.split].shard(number), clips=()), shard, rows, kept
 
-    for problem in filter(None, each(adopt, tasks(work.earlier), workers)):
-        raise UserError(f"{work.store.location}: {problem}; verify_shards.py --repair mends it")
+    for problem in filter(None, each(adopt, tasks(), workers)):
+        raise UserError(f"{store.location}: {problem}; verify_shards.py --repair mends it")
 
 
 def adopt(task: Adoption) -> str | None:
@@ -378,55 +342,61 @@ def adopt(task: Adoption) -> str | None:
     return None
 
 
-def _look(work: _Work, merging: bool = False) -> None:
+def _look(store: Store, plans: Sequence[SplitPlan], retry: bool = False, merging: bool = False) -> list[Change]:
     """Finds which of our shards are still to be written: no record, another tar than its record's, or changed sources.
 
     Sources are changed where their stamps differ from those when they were decoded (stamps.py). The machine that
     merges may hold copies of other times: there a file of the same size and another time is a warning.
+
+    Returns:
+        The worst change of each shard whose sources have changed.
     """
-    tars = work.store.stamps()
-    for plan, mine in zip(work.plans, work.mine, strict=True):
-        records = work.store.stamps(f".build/{plan.split}")
-        there = [number for number in mine if f"{number:06d}.record" in records]
+    tars, all_changed = store.stamps(), []
+    for plan in plans:
+        aside = store.stamps(f".build/{plan.split}")
+        there = [number for number in plan.mine if f"{number:06d}.record" in aside]
         count = sum(len(plan.rows(number)) for number in there)
-        with Sources(plan.catalog.root, count) as sources, ThreadPoolExecutor(RECORD_THREADS) as pool:
-            states = pool.map(partial(_state, work, plan, tars, records, sources), there)
-            found = dict(zip(there, states, strict=True))
-        changes = {number: change for number, (_, change) in found.items() if change}
-        changed = {number: change for number, change in changes.items() if not (merging and change.time_only)}
-        touched = [change for number, change in changes.items() if number not in changed]
-        whole = {number for number, (sound, _) in found.items() if sound and number not in changed}
-        work.todo.append([number for number in mine if number not in whole])
-        work.changed += changed.values()
+        with comparison(plan.catalog.root, count) as compared, ThreadPoolExecutor(RECORD_THREADS) as pool:
+            states = list(pool.map(partial(_state, store, plan, retry, tars, aside, compared), there))
+        whole, changed, touched = set(), [], []
+        for number, (sound, change) in zip(there, states, strict=True):
+            if change is not None and not (merging and change.time_only):
+                changed.append(change)
+                continue
+            whole |= {number} if sound else set()
+            touched += [change] if change is not None else []
+        plan.todo = [number for number in plan.mine if number not in whole]
+        all_changed += changed
         if changed and not merging:
             log.warning("split '%s': %d shards hold files that have changed since, such as %s: they are written again",
-                        plan.split, len(changed), next(iter(changed.values())))  # fmt: skip
+                        plan.split, len(changed), changed[0])  # fmt: skip
         if touched:
             log.warning("split '%s': %d shards hold files that are as long as when they were decoded, of another time, "
                         "such as %s: taken for copies; verify_shards.py --sources finds any of other content",
                         plan.split, len(touched), touched[0].path)  # fmt: skip
+    return all_changed
 
 
 def _state(
-    work: _Work, plan: SplitPlan, tars: dict[str, Stamp], aside: dict[str, Stamp], sources: Sources, number: int
-) -> tuple[bool, Change | None]:
+    store: Store, plan: SplitPlan, retry: bool, tars: dict[str, Stamp], aside: dict[str, Stamp], compared: Compared,
+    number: int,
+) -> tuple[bool, Change | None]:  # fmt: skip
     """Whether a shard that has a record is whole and of this build, and the worst change of its sources."""
     try:
-        _, facts = read_record(work.store, plan.split, number)
+        _, facts = read_record(store, plan.split, number)
     except ValueError as error:
-        log.warning("%s: %s: its shard is written again",
-                    join(work.store.location, record_name(plan.split, number)), error)  # fmt: skip
+        log.warning("%s: %s: its shard is written again", join(store.location, record_name(plan.split, number)), error)
         return False, None
     lacking = facts["clips"] < len(plan.rows(number))
-    if facts["build"] != plan.digest or (work.retry and lacking and not plan.staged):
+    if facts["build"] != plan.digest or (retry and lacking and not plan.staged):
         return False, None
     if facts["clips"]:
-        staged, name = number in plan.staged, shard_name(plan.split, number)
+        staged, name = number in plan.staged, plan.name(number)
         now = (aside if staged else tars).get(name)
-        where = join(work.store.location, f".build/{plan.split}/{name}" if staged else name)
+        where = join(store.location, f".build/{plan.split}/{name}" if staged else name)
         if now is None or now[0] != facts["size"] or (now != facts["stamp"] and _hash(where) != facts["sha256"]):
             return False, None
-    return True, _changed(plan, number, facts, sources)
+    return True, _changed(plan, number, facts, compared)
 
 
 def _hash(where: str) -> str:
@@ -439,30 +409,29 @@ def _hash(where: str) -> str:
     raise AssertionError("unreachable")
 
 
-def _changed(plan: SplitPlan, number: int, facts: dict[str, Any], sources: Sources) -> Change | None:
+def _changed(plan: SplitPlan, number: int, facts: dict[str, Any], compared: Compared) -> Change | None:
     """The worst change of a shard's sources since they were decoded."""
     if facts["sources"] is None:  # adopted
         return None
-    rows = plan.rows(number).tolist()
-    paths, stamps = [plan.catalog.clips[row].path for row in rows], list(facts["sources"])
+    clips = plan.catalog.clips.at(plan.rows(number))
+    paths, stamps = [clip.path for clip in clips], list(facts["sources"])
     for place, other, now in facts.get("tried", []):
-        paths.append(plan.catalog.clips[rows[place]].others[other].path)
+        paths.append(clips[place].others[other].path)
         stamps.append(now)
-    changes = sources.changed(paths, stamps)
-    return min(changes, key=lambda change: change.time_only, default=None)
+    return min(compared(paths, stamps), key=lambda change: change.time_only, default=None)
 
 
-def _look_again(work: _Work) -> None:
+def _look_again(store: Store, plans: Sequence[SplitPlan]) -> None:
     """Says which sources changed while they were being decoded: which of the two contents a shard holds is open."""
-    for plan, numbers in zip(work.plans, work.todo, strict=True):
-        count = sum(len(plan.rows(number)) for number in numbers)
-        with Sources(plan.catalog.root, count) as sources, ThreadPoolExecutor(RECORD_THREADS) as pool:
+    for plan in plans:
+        count = sum(len(plan.rows(number)) for number in plan.todo)
+        with comparison(plan.catalog.root, count) as compared, ThreadPoolExecutor(RECORD_THREADS) as pool:
 
-            def look(number: int, plan: SplitPlan = plan, sources: Sources = sources) -> Change | None:
-                return _changed(plan, number, read_record(work.store, plan.split, number)[1], sources)
+            def look(number: int, plan: SplitPlan = plan, compared: Compared = compared) -> Change | None:
+                return _changed(plan, number, read_record(store, plan.split, number)[1], compared)
 
             try:
-                changes = list(filter(None, pool.map(look, numbers)))
+                changes = list(filter(None, pool.map(look, plan.todo)))
             except UserError as error:
                 log.warning("split '%s': whether files changed meanwhile is not known: %s", plan.split, error)
                 continue
@@ -473,12 +442,11 @@ def _look_again(work: _Work) -> None:
                         plan.split, len(changes), named)  # fmt: skip
 
 
-def _write(work: _Work, workers: int, engine: str) -> None:
-    plans, todo = work.plans, work.todo
-    total = sum(len(p.rows(number)) for p, numbers in zip(plans, work.mine, strict=True) for number in numbers)
-    left = sum(len(p.rows(number)) for p, numbers in zip(plans, todo, strict=True) for number in numbers)
-    shards = (shard for p, numbers in zip(plans, todo, strict=True) for shard in p.shards(numbers))
-    count = sum(map(len, todo))
+def _write(store: Store, plans: Sequence[SplitPlan], workers: int, engine: str) -> None:
+    total = sum(len(plan.rows(number)) for plan in plans for number in plan.mine)
+    left = sum(len(plan.rows(number)) for plan in plans for number in plan.todo)
+    shards = (plan.shard(number) for plan in plans for number in plan.todo)
+    count = sum(len(plan.todo) for plan in plans)
     if not count:
         return
     try:
@@ -489,26 +457,28 @@ def _write(work: _Work, workers: int, engine: str) -> None:
             for shard in done:
                 bar.update(len(shard.clips))
     finally:  # of workers that were killed; on Ctrl-C, of all
-        work.store.clean(_names(plans, todo))
+        store.clean({plan.name(number) for plan in plans for number in plan.todo})
 
 
-def _names(plans: Sequence[SplitPlan], numbers: Sequence[Sequence[int]]) -> set[str]:
-    """Of the tars of some shards of each plan."""
-    return {plan.name(number) for plan, some in zip(plans, numbers, strict=True) for number in some}
+def _names(plans: Sequence[SplitPlan]) -> set[str]:
+    """Of the tars that this process may write."""
+    return {plan.name(number) for plan in plans for number in plan.mine}
 
 
-def _finish(catalog: Catalog, options: BuildOptions, work: _Work) -> Summary:
-    store, there = work.store, work.store.sizes()
+def _finish(
+    catalog: Catalog, options: BuildOptions, store: Store, earlier: Manifest | None, plans: Sequence[SplitPlan]
+) -> Summary:
+    there = store.sizes()
     full: list[SplitPlan] = []
     empty: list[SplitPlan] = []
-    for plan in work.plans:
+    for plan in plans:
         tars = there | store.sizes(f".build/{plan.split}")
         (full if any(plan.name(number) in tars for number in range(len(plan))) else empty).append(plan)
-    if full and store.remote and _earlier(catalog, store, options) != work.earlier:  # nothing is locked there
+    if full and store.remote and _earlier(catalog, store, options) != earlier:  # nothing is locked there
         raise UserError(
             f"{store.location}: another build ended here meanwhile; run the same command again, which joins the two"
         )
-    manifest = finish(catalog, store, options, full, work.earlier) if full else work.earlier
+    manifest = finish(catalog, store, options, full, earlier) if full else earlier
     for split in catalog.splits:
         if all(split != plan.split for plan in empty):
             store.remove_tree(f".build/{split}")
@@ -520,7 +490,7 @@ def _finish(catalog: Catalog, options: BuildOptions, work: _Work) -> Summary:
 
 def _why_empty(catalog: Catalog, store: Store, plan: SplitPlan) -> str:
     """Why nothing of a split is stored."""
-    failures = [catalog.missing[row] for row in catalog.missing.rows(plan.split).tolist()]
+    failures = list(catalog.missing.of(plan.split))
     counts = Counter(failure.reason.split(":")[0] for failure in failures)
     example = f"{failures[0].id}: {failures[0].reason}" if failures else ""
     for number in range(len(plan)):

@@ -29,12 +29,12 @@ from pipeline.data.storage import Location, is_remote, join, local, location
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_name, check_output_directory
 from shard_tools import catalogs
+from shard_tools.audio_files import split_of_segments
 from shard_tools.build import Summary, build, build_slice, merge
 from shard_tools.catalogs import Catalog
 from shard_tools.distribute import ENGINES
 from shard_tools.esc50_archive import SHA256, URL, fetch_esc50
 from shard_tools.plan import BuildOptions, Slice, write_plan
-from shard_tools.splits import split_of_segments
 from shard_tools.synth import write_synth
 from shard_tools.write import AudioOptions
 

@@ -26,19 +26,19 @@ from pipeline.files import check_name
 from pipeline.flow import Clip
 from shard_tools.audio_files import (
     AudioFiles,
+    joiner,
     kind,
     listed,
     plain_times,
+    refuse_split_folders,
     segment_names,
     split_name,
     walk,
     what_is_there,
 )
-from shard_tools.columns import Clips, Failure, Failures, relative
-from shard_tools.overrides import Overrides, read_overrides
-from shard_tools.splits import refuse_split_folders
+from shard_tools.columns import Failure, Rows, relative
+from shard_tools.labels import Overrides, of_ontology, of_table, read_overrides, read_vocabulary, spellings
 from shard_tools.tables import SEPARATOR, Table
-from shard_tools.vocabulary import of_ontology, of_table, read_vocabulary, spellings
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Catalog:
         dataset: Its name, for the manifest.
         root: Directory that clip paths are relative to.
         labels: Vocabulary; a clip's labels are indices into it.
-        clips: Clips whose file was found; a sequence of `Clip` in columns.
+        clips: Clips whose file was found.
         missing: Listed clips without a file.
         missing_labels: How often each label index occurs among them, by split.
         overrides: Labels that replace the official ones; already applied.
@@ -68,13 +68,13 @@ class Catalog:
     dataset: str
     root: Location
     labels: list[Label]
-    clips: Clips = field(init=False)
-    missing: Failures = field(default_factory=Failures)
+    clips: Rows[Clip] = field(init=False)
+    missing: Rows[Failure] = field(default_factory=lambda: Rows(Failure))
     missing_labels: dict[str, Counter[int]] = field(default_factory=dict)
     overrides: Overrides | None = None
 
     def __post_init__(self) -> None:
-        self.clips = Clips(str(self.root))
+        self.clips = Rows(Clip, str(self.root))
 
     @property
     def splits(self) -> list[str]:
@@ -125,7 +125,7 @@ def audioset(
         ontology: AudioSet's ontology.json.
         split: Name of the split.
         listing: Paths below `root`, one a line, instead of a walk (hours, for two million files on a network disk).
-        overrides: A csv of labels that replace the official ones (overrides.py).
+        overrides: A csv of labels that replace the official ones (labels.py).
         separator: Of several labels in a cell of `overrides`; None: `;`.
 
     Raises:
@@ -168,15 +168,14 @@ def audioset(
             reason = "missing: no such audio file below --audio-root"
             catalog.miss(Failure(key, "", reason, split, key, line, start, end), picked)
             continue
-        clips = []
+        whole, clips = (plain_times(ytid), plain_times(f"Y{ytid}")), []
         for stem, path in found:
-            is_segment = stem not in (plain_times(ytid), plain_times(f"Y{ytid}"))
-            first, last = (0.0, end - start) if is_segment else (start, end)
-            clip = Clip(key, path, first, last, picked, split, id=ytid, trimmed=is_segment or None, line=line)
-            clips.append(clip)
-        catalog.clips.append(replace(clips[0], others=tuple(clips[1:])))
+            first, last, trimmed = (start, end, None) if stem in whole else (0.0, end - start, True)
+            clips.append(Clip(key, path, first, last, picked, split, id=ytid, trimmed=trimmed, line=line))
+        catalog.clips.append(clips[0] if len(clips) == 1 else replace(clips[0], others=tuple(clips[1:])))
     if not seen:
         raise UserError(f"{segments}: holds no segments; give an official AudioSet segments csv")
+    del seen  # before the columns are put together
     _say_doubles(source, doubles)
     files.report()
     _require_files(catalog, lambda: f"{what_is_there(files.endings)}; files are looked for as YTID.wav, YYTID.wav, "
@@ -253,14 +252,15 @@ def table(
     catalog = Catalog("csv", root, labels)
     if not is_remote(root) and not local(root).is_dir():
         raise UserError(f"--audio-root {root}: is no directory; give the directory that the paths of {path} begin in")
-    there = set(walk(root)) if is_remote(root) else None
+    there, place = set(walk(root)) if is_remote(root) else None, joiner(root)
     seen: dict[str, int] = {}  # split and key: hash of what the row says
     # Split and segment: hash of labels and fold. Without a column of keys the key is the segment's.
     segments: dict[str, int] | None = {} if "key" in source.columns(("path", "labels")) else None
     doubles: list[int] = []
     in_splits: dict[str, None] = {}
     again, shared, unlabelled, first_missing = [], [], 0, ""
-    folds = _Folds(source)
+    folds: Counter[tuple[str, int]] = Counter()
+    first_of_fold: dict[tuple[str, int], int] = {}
 
     def rows() -> Iterator[TableRow]:
         return _table_rows(source, separator, index, split, _Names(root, path))
@@ -285,9 +285,10 @@ def table(
                 again.append(line)
         if any(other + segment in (seen if segments is None else segments) for other in in_splits if other != own):
             shared.append(line)
-        file = location if is_remote(location) else join(root, location)
+        file = location if is_remote(location) else place(location)
         unlabelled += not picked
-        folds.add(line, own, fold)
+        folds[own, min(fold, 1)] += 1
+        first_of_fold.setdefault((own, min(fold, 1)), line)
         if file not in there if there is not None else not os.path.isfile(file):
             catalog.miss(Failure(name, name, MISSING, own, key, line, start, end), picked)
             first_missing = first_missing or location
@@ -297,7 +298,7 @@ def table(
         catalog.clips.append(clip)
     if not seen:
         raise UserError(f"{path}: no row of split '{split}'; give a split of its column")
-    folds.check()
+    _check_folds(source, folds, first_of_fold)
     _say_doubles(source, doubles)
     if again:
         log.warning("%s: %d rows list, under another key, what an earlier row lists, such as line %d: such clips count "
@@ -307,6 +308,7 @@ def table(
                     "trained on", path, len(shared), shared[0])  # fmt: skip
     if unlabelled:
         log.warning("%s: %d of %d clips have no label", path, unlabelled, len(seen))
+    del seen, segments  # before the columns are put together
     near = _near(root, first_missing, there) if first_missing else ""
     _require_files(catalog, lambda: f"such as '{first_missing}'; {near or what_is_there(_endings(root, there))}")
     if near:
@@ -509,37 +511,27 @@ def _contradiction(
     return source.problem(line, what, remedies.get(differs, "tell them apart by a column key"))
 
 
-class _Folds:
-    """Looks at a column of folds as a whole: 1 to K, for every clip of a split or for none."""
+def _check_folds(source: Table, folds: Counter[tuple[str, int]], lines: dict[tuple[str, int], int]) -> None:
+    """Refuses fold 0 beside others, and says where a split's clips have folds only in part.
 
-    def __init__(self, source: Table) -> None:
-        self._source = source
-        self._zero = 0  # line
-        self._count: Counter[tuple[str, bool]] = Counter()
-        self._first_without: dict[str, int] = {}
+    Args:
+        source: The table.
+        folds: Clips by split and fold: -1 an empty cell, 0 that number, 1 any other.
+        lines: The first of each.
 
-    def add(self, line: int, split: str, fold: int) -> None:
-        """A row; a fold of -1 is an empty cell."""
-        self._zero = self._zero or (line if fold == 0 else 0)
-        self._count[split, fold > 0] += 1
-        if fold <= 0:
-            self._first_without.setdefault(split, line)
-
-    def check(self) -> None:
-        """Refuses fold 0 beside others, and says where a split's clips have folds only in part.
-
-        Raises:
-            UserError: as said.
-        """
-        some = any(has for _, has in self._count)
-        if self._zero and some:
-            what = "fold 0 beside others: folds count from 1, and 0 would be in every training set"
-            raise self._source.problem(self._zero, what, "add 1 to the whole column")
-        for split, line in self._first_without.items():
-            if self._count[split, True]:
-                log.warning("%s:%d: %d clips of split '%s' have no fold and %d have one: those without are in every "
-                            "training set", self._source.path, line, self._count[split, False], split,
-                            self._count[split, True])  # fmt: skip
+    Raises:
+        UserError: as said.
+    """
+    zero = min((line for (_, fold), line in lines.items() if fold == 0), default=0)
+    if zero and any(fold > 0 for _, fold in folds):
+        what = "fold 0 beside others: folds count from 1, and 0 would be in every training set"
+        raise source.problem(zero, what, "add 1 to the whole column")
+    for split in dict.fromkeys(split for split, fold in folds if fold <= 0):
+        without = [lines[split, fold] for fold in (-1, 0) if (split, fold) in lines]
+        if folds[split, 1]:
+            log.warning("%s:%d: %d clips of split '%s' have no fold and %d have one: those without are in every "
+                        "training set", source.path, min(without), folds[split, -1] + folds[split, 0], split,
+                        folds[split, 1])  # fmt: skip
 
 
 def _held_out(root: Location, names: Sequence[str]) -> dict[str, str] | None:

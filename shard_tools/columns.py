@@ -1,17 +1,18 @@
-"""Clips and failures as columns: a catalog of two million rows in a few hundred megabytes.
+"""What a data set lists, as Arrow tables: two million rows in a few hundred megabytes.
 
-In: `Clip` and `Failure` objects, one at a time. Out: the same objects by row, or Arrow tables.
+In: `Clip` and `Failure` objects, one at a time. Out: the same objects by row, or columns.
 
-A `Clip` object costs about 500 bytes with its strings; a row here about 100, because strings lie end to
-end in one buffer and numbers in arrays. Objects are made when a row is asked for and dropped after use.
+A `Clip` object costs about 500 bytes with its strings, a row about 130. Objects wait until there are enough for a batch
+of columns, and are made again when a row is asked for.
 """
 
 import json
 import os
-from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, overload
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,9 @@ import xxhash
 from pipeline.data.storage import is_remote
 from pipeline.flow import Clip
 
-TRIMMED = {None: -1, False: 0, True: 1}
+BATCH = 1 << 14  # rows that wait as objects
+TEXT = pa.large_binary()  # UTF-8; the bytes of names that are not survive (surrogateescape)
+FEW = pa.dictionary(pa.int32(), pa.string())  # of which there are few: splits, reasons
 
 
 @dataclass(frozen=True)
@@ -55,265 +58,204 @@ class Failure:
         return {name: value for name, value in asdict(self).items() if name != "used" or value}
 
 
-class Strings:
-    """Strings end to end in one buffer; file names that are not UTF-8 survive (surrogateescape)."""
-
-    def __init__(self) -> None:
-        self._heap = bytearray()
-        self._offsets = array("q", [0])
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def __getitem__(self, row: int) -> str:
-        return self._heap[self._offsets[row] : self._offsets[row + 1]].decode("utf-8", "surrogateescape")
-
-    def append(self, text: str) -> None:
-        """Adds a row."""
-        self._heap += text.encode("utf-8", "surrogateescape")
-        self._offsets.append(len(self._heap))
-
-    def truncate(self, rows: int) -> None:
-        """Keeps the first rows."""
-        del self._offsets[rows + 1 :]
-        del self._heap[self._offsets[-1] :]
-
-    def arrow(self) -> pa.Array:
-        """large_binary [rows], a view: nothing may be appended while it lives."""
-        buffers = [None, pa.py_buffer(self._offsets), pa.py_buffer(self._heap)]
-        return pa.Array.from_buffers(pa.large_binary(), len(self), buffers)
+# In the order of the fields of `Clip` and `Failure`.
+SEGMENT = [("path", TEXT), ("start", pa.float64()), ("end", pa.float64()), ("trimmed", pa.bool_())]
+SCHEMAS = {
+    Clip: pa.schema([
+        ("key", TEXT), ("path", TEXT), ("start", pa.float64()), ("end", pa.float64()),
+        ("labels", pa.large_list(pa.int32())), ("split", FEW), ("fold", pa.int16()), ("id", TEXT),
+        ("trimmed", pa.bool_()), ("line", pa.int32()), ("others", pa.large_list(pa.struct(SEGMENT))),
+    ]),
+    Failure: pa.schema([
+        ("id", TEXT), ("path", TEXT), ("reason", FEW), ("split", FEW), ("key", TEXT), ("row", pa.int64()),
+        ("start", pa.float64()), ("end", pa.float64()), ("used", FEW),
+    ]),
+}  # fmt: skip
+Row = TypeVar("Row", Clip, Failure)
 
 
-class Names:
-    """Strings of which there are few (splits, reasons), as codes."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self._codes: dict[str, int] = {}
-        self.rows = array("i")
-
-    def __getitem__(self, row: int) -> str:
-        return self.names[self.rows[row]]
-
-    def append(self, name: str) -> None:
-        """Adds a row."""
-        code = self._codes.setdefault(name, len(self.names))
-        if code == len(self.names):
-            self.names.append(name)
-        self.rows.append(code)
-
-    def of(self, name: str) -> np.ndarray:
-        """int64, the rows that hold the name."""
-        return np.flatnonzero(np.asarray(self.rows) == self._codes.get(name, -1))
-
-
-class Clips(Sequence[Clip]):
-    """Clips of a catalog; behaves as a sequence of `Clip` that can be appended to.
+class Rows(Sequence[Row], Generic[Row]):
+    """Clips or failures of a catalog: a sequence of them that can be appended to, over an Arrow table.
 
     Args:
-        root: Paths below it are kept relative to it.
+        kind: `Clip` or `Failure`.
+        root: Of the audio: paths of clips below it are kept relative to it.
     """
 
-    def __init__(self, root: str) -> None:
-        self._prefix = root.rstrip("/") + "/"
-        self._outside = array("q")  # rows whose file does not lie below the root
-        self._others: dict[int, tuple[Clip, ...]] = {}  # by row, of those few that have several files
-        self._absolute = self._prefix if is_remote(root) else os.path.abspath(root).rstrip("/") + "/"
-        self._key, self._path, self._id = Strings(), Strings(), Strings()
-        self._split = Names()
-        self._start, self._end = array("d"), array("d")  # end: NaN is None
-        self._labels, self._label_offsets = array("i"), array("q", [0])
-        self._fold, self._trimmed, self._line = array("h"), array("b"), array("i")
-        self._hash = array("Q")
+    def __init__(self, kind: type[Row], root: str = "") -> None:
+        self._kind: type[Row] = kind
+        self._schema, self._root = SCHEMAS[kind], root.rstrip("/") + "/"
+        self._absolute = self._root if is_remote(root) else os.path.abspath(root).rstrip("/") + "/"
+        self._waiting: list[Row] = []
+        self._table = self._schema.empty_table()
 
     def __len__(self) -> int:
-        return len(self._key)
+        return len(self._table) + len(self._waiting)
 
     @overload
-    def __getitem__(self, row: int) -> Clip: ...
+    def __getitem__(self, row: int) -> Row: ...
     @overload
-    def __getitem__(self, row: slice) -> list[Clip]: ...
-    def __getitem__(self, row: int | slice) -> Clip | list[Clip]:
-        if isinstance(row, slice):
-            return [self[number] for number in range(*row.indices(len(self)))]
-        if row < 0:
-            row += len(self)
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        path, end, trimmed = self._path[row], self._end[row], self._trimmed[row]
-        return Clip(
-            key=self._key[row],
-            path=path if path.startswith("/") or is_remote(path) else self._prefix + path,
-            start=self._start[row],
-            end=None if end != end else end,
-            labels=tuple(self._labels[self._label_offsets[row] : self._label_offsets[row + 1]]),
-            split=self._split[row],
-            fold=self._fold[row],
-            id=self._id[row],
-            trimmed=None if trimmed < 0 else bool(trimmed),
-            line=self._line[row],
-            others=self._others.get(row, ()),
-        )
+    def __getitem__(self, row: slice) -> list[Row]: ...
+    def __getitem__(self, row: int | slice) -> Row | list[Row]:
+        chosen = range(len(self))[row]
+        return self.at([chosen])[0] if isinstance(chosen, int) else self.at(chosen)
 
-    def __iter__(self) -> Iterator[Clip]:
-        return (self[row] for row in range(len(self)))
+    def __iter__(self) -> Iterator[Row]:
+        for first in range(0, len(self), BATCH):
+            yield from self[first : first + BATCH]
 
-    def append(self, clip: Clip) -> None:
-        """Adds a clip."""
-        path = clip.path
-        if path.startswith(self._prefix):
-            path = path[len(self._prefix) :]
-        elif not is_remote(path):
-            path = os.path.abspath(path).removeprefix(self._absolute)
-        if path.startswith("/") or is_remote(path):
-            self._outside.append(len(self))
-        if clip.others:
-            self._others[len(self)] = clip.others
-        self._key.append(clip.key)
-        self._path.append(path)
-        self._id.append(clip.id)
-        self._split.append(clip.split)
-        self._start.append(clip.start)
-        self._end.append(float("nan") if clip.end is None else clip.end)
-        self._labels.extend(clip.labels)
-        self._label_offsets.append(len(self._labels))
-        self._fold.append(clip.fold)
-        self._trimmed.append(TRIMMED[clip.trimmed])
-        self._line.append(clip.line)
-        self._hash.append(xxhash.xxh3_64_intdigest(f"{clip.split}\0{clip.key}".encode("utf-8", "surrogateescape")))
+    def append(self, row: Row) -> None:
+        """Adds one."""
+        self._waiting.append(row)
+        if len(self._waiting) == BATCH:
+            self._write()
 
     def truncate(self, rows: int) -> None:
         """Keeps the first rows."""
-        for strings in (self._key, self._path, self._id):
-            strings.truncate(rows)
-        for column in (self._split.rows, self._start, self._end, self._fold, self._trimmed, self._line, self._hash):
-            del column[rows:]
-        del self._label_offsets[rows + 1 :]
-        del self._labels[self._label_offsets[-1] :]
-        self._outside = array("q", (row for row in self._outside if row < rows))
-        self._others = {row: others for row, others in self._others.items() if row < rows}
+        self._table = self.table.slice(0, rows)
 
     @property
     def splits(self) -> list[str]:
         """Names of the splits, in order of appearance."""
-        used = set(np.unique(np.asarray(self._split.rows)).tolist())
-        return [name for code, name in enumerate(self._split.names) if code in used]
+        names: list[str] = pc.unique(self.table["split"].cast(pa.string())).to_pylist()
+        return names
 
     def rows(self, split: str) -> np.ndarray:
         """int64, the rows of a split, in order."""
-        return self._split.of(split)
+        return np.flatnonzero(self._mask(split).to_numpy())
+
+    def of(self, split: str) -> Iterator[Row]:
+        """The objects of a split, one after another."""
+        rows = self.rows(split)
+        for first in range(0, len(rows), BATCH):
+            yield from self.at(rows[first : first + BATCH])
+
+    @property
+    def table(self) -> pa.Table:
+        """All rows as columns, each in one piece, as rows are slow to find in many.
+
+        To be asked for before threads do: then it stays as it is until a row is added.
+        """
+        if self._waiting:
+            self._write()
+        table = self._table
+        if table.column(0).num_chunks > 1:
+            self._table, whole = self._schema.empty_table(), []
+            table = table.unify_dictionaries()
+            while table.num_columns:  # one after another, each freed before the next is made
+                whole.append(table.column(0).combine_chunks())
+                table = table.remove_column(0)
+            self._table = pa.Table.from_arrays(whole, schema=self._schema)
+        return self._table
+
+    def take(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
+        """Some rows; some columns of them, or all."""
+        table = self.table
+        return (table if columns is None else table.select(columns)).take(pa.array(rows, pa.int64()))
+
+    def at(self, rows: Sequence[int] | np.ndarray) -> list[Row]:
+        """The objects of some rows."""
+        cells = {name: column.to_pylist() for name, column in zip(self._schema.names, self.take(rows), strict=True)}
+        for field in self._schema:
+            if field.type == TEXT:
+                cells[field.name] = list(map(_text, cells[field.name]))
+        others = cells.pop("others", None)
+        if others is not None:
+            cells["path"] = list(map(self._located, cells["path"]))
+            cells["labels"] = list(map(tuple, cells["labels"]))
+        found: list[Any] = [self._kind(*row) for row in zip(*cells.values(), strict=True)]
+        for place, files in enumerate(others or ()):
+            if files:
+                clip = found[place]
+                further = [replace(clip, **file | {"path": self._located(_text(file["path"]))}) for file in files]
+                found[place] = replace(clip, others=tuple(further))
+        return found
+
+    def recorded(self, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Columns of some clips, paths as they are recorded (`recorded`)."""
+        table = self.take(rows, list(dict.fromkeys([*columns, "id"])))
+        if "path" in columns:
+            path = table["path"]
+            outside = pc.or_(pc.starts_with(path, "/"), pc.match_substring(path, "://"))
+            if pc.any(outside).as_py():
+                path = pc.if_else(outside, table["id"], path)
+            table = table.set_column(table.column_names.index("path"), "path", path)
+        return table.select(columns)
 
     def label_counts(self, split: str, classes: int) -> np.ndarray:
         """int64 [classes], clips of a split with each label."""
-        chosen = np.zeros(len(self), bool)
-        chosen[self.rows(split)] = True
-        of_label = np.repeat(chosen, np.diff(np.asarray(self._label_offsets)))
-        return np.bincount(np.asarray(self._labels)[of_label], minlength=classes)
+        labels = pc.list_flatten(self.table["labels"].filter(self._mask(split)))
+        return np.bincount(labels.to_numpy(), minlength=classes)
 
-    def repeat(self) -> tuple[Clip, Clip] | None:
-        """The first two clips of one split that share a key, if there are any."""
-        hashes = np.asarray(self._hash)
-        order = np.argsort(hashes, kind="stable")
-        same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-        for left, right in zip(order[same].tolist(), order[same + 1].tolist(), strict=True):
-            first, second = self[left], self[right]
-            if (first.split, first.key) == (second.split, second.key):
-                return first, second
+    def repeat(self) -> tuple[Row, Row] | None:
+        """The first two of one split that share a key, if there are any."""
+        for split in self.splits:
+            mine = self._mask(split)
+            keys = self.table["key"].filter(mine)
+            if pc.count_distinct(keys).as_py() == len(keys):
+                continue
+            counts = keys.value_counts()
+            twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+            rows = np.flatnonzero(pc.and_(mine, pc.equal(self.table["key"], twice[0])).to_numpy())
+            first, second = self.at(rows[:2])
+            return first, second
         return None
 
     def others(self, rows: np.ndarray) -> str:
-        """Hash of the further files of the given rows; "": they have none."""
+        """Hash of the further files of the given clips; "": they have none."""
+        counts = pc.list_value_length(self.table["others"]).to_numpy()[rows]
+        places = np.flatnonzero(counts)
+        clips: list[Any] = self.at(rows[places])
         found = [
-            [place, recorded(other, self._prefix), other.start, other.end, other.trimmed]
-            for place, row in enumerate(rows.tolist())
-            for other in self._others.get(row, ())
+            [place, recorded(other, self._root), other.start, other.end, other.trimmed]
+            for place, clip in zip(places.tolist(), clips, strict=True)
+            for other in clip.others
         ]
         return xxhash.xxh3_128_hexdigest(json.dumps(found).encode()) if found else ""
 
-    def table(self, rows: np.ndarray) -> pa.Table:
-        """The given rows as Arrow columns; strings are large_binary, paths as they are recorded (`recorded`)."""
-        take = pa.array(rows)
-        path = self._path.arrow().take(take)
-        outside = np.isin(rows, np.asarray(self._outside))
-        if outside.any():
-            path = pc.if_else(pa.array(outside), self._id.arrow().take(take), path)
-        labels = pa.LargeListArray.from_arrays(
-            pa.array(np.asarray(self._label_offsets)), pa.array(np.asarray(self._labels))
-        )
-        end, trimmed = np.asarray(self._end)[rows], np.asarray(self._trimmed)[rows]
-        return pa.table(
-            {
-                "key": self._key.arrow().take(take),
-                "path": path,
-                "id": self._id.arrow().take(take),
-                "start": np.asarray(self._start)[rows],
-                "end": pa.array(end, mask=np.isnan(end)),
-                "labels": labels.take(take),
-                "fold": np.asarray(self._fold)[rows],
-                "trimmed": pa.array(trimmed == 1, mask=trimmed < 0),
-            }
-        )
+    def _write(self) -> None:
+        """Makes columns of what waits."""
+        columns = []
+        for field in self._schema:
+            values = list(map(attrgetter(field.name), self._waiting))
+            if field.name == "others":
+                values = [self._segments(files) if files else () for files in values]
+            elif field.name == "path" and self._kind is Clip:
+                values = list(map(self._inside, values))
+            if field.type == TEXT:
+                with suppress(UnicodeEncodeError):  # some name is not UTF-8
+                    columns.append(pa.array(values, TEXT))
+                    continue
+                values = list(map(_bytes, values))
+            columns.append(pa.array(values, field.type))
+        self._table = pa.concat_tables([self._table, pa.Table.from_arrays(columns, schema=self._schema)])
+        self._waiting = []
+
+    def _segments(self, files: Sequence[Clip]) -> list[dict[str, Any]]:
+        return [
+            {"path": _bytes(self._inside(one.path)), "start": one.start, "end": one.end, "trimmed": one.trimmed}
+            for one in files
+        ]
+
+    def _mask(self, split: str) -> pa.ChunkedArray:
+        return pc.equal(self.table["split"], split)
+
+    def _inside(self, path: str) -> str:
+        """A path as it is kept: relative to the root where it lies below it."""
+        if path.startswith(self._root):
+            return path[len(self._root) :]
+        return path if is_remote(path) else os.path.abspath(path).removeprefix(self._absolute)
+
+    def _located(self, path: str) -> str:
+        return path if path.startswith("/") or is_remote(path) else self._root + path
 
 
-class Failures(Sequence[Failure]):
-    """Failures of a catalog; behaves as a sequence of `Failure` that can be appended to."""
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
 
-    def __init__(self) -> None:
-        self._id, self._path, self._key = Strings(), Strings(), Strings()
-        self._reason, self._split = Names(), Names()
-        self._row, self._start, self._end = array("q"), array("d"), array("d")  # row: -1, end: NaN are None
 
-    def __len__(self) -> int:
-        return len(self._id)
-
-    @overload
-    def __getitem__(self, row: int) -> Failure: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Failure]: ...
-    def __getitem__(self, row: int | slice) -> Failure | list[Failure]:
-        if isinstance(row, slice):
-            return [self[number] for number in range(*row.indices(len(self)))]
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        end = self._end[row]
-        return Failure(
-            id=self._id[row],
-            path=self._path[row],
-            reason=self._reason[row],
-            split=self._split[row],
-            key=self._key[row],
-            row=None if self._row[row] < 0 else self._row[row],
-            start=self._start[row],
-            end=None if end != end else end,
-        )
-
-    def __iter__(self) -> Iterator[Failure]:
-        return (self[row] for row in range(len(self)))
-
-    def append(self, failure: Failure) -> None:
-        """Adds a failure."""
-        self._id.append(failure.id)
-        self._path.append(failure.path)
-        self._reason.append(failure.reason)
-        self._split.append(failure.split)
-        self._key.append(failure.key)
-        self._row.append(-1 if failure.row is None else failure.row)
-        self._start.append(failure.start)
-        self._end.append(float("nan") if failure.end is None else failure.end)
-
-    @property
-    def splits(self) -> list[str]:
-        """Names of the splits, in order of appearance."""
-        return list(self._split.names)
-
-    def rows(self, split: str) -> np.ndarray:
-        """int64, the rows of a split, in order."""
-        return self._split.of(split)
-
-    def table(self, rows: np.ndarray) -> pa.Table:
-        """Ids and paths of the given rows as Arrow columns."""
-        take = pa.array(rows)
-        return pa.table({"id": self._id.arrow().take(take), "path": self._path.arrow().take(take)})
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", "surrogateescape")
 
 
 def relative(path: str, root: str) -> str:
@@ -332,17 +274,17 @@ def recorded(clip: Clip, root: str) -> str:
     return relative(clip.path, root) if inside else clip.id or clip.path.rpartition("/")[2]
 
 
-def digest(table: pa.Table, columns: Sequence[str]) -> str:
-    """Hash of columns of a table of this module, equal for equal rows however they are chunked."""
+def digest(table: pa.Table) -> str:
+    """Hash of the columns of a table of this module, equal for equal rows however they are chunked."""
     whole = xxhash.xxh3_128()
-    for name in columns:
-        column: Any = table[name].combine_chunks()
+    for chunked in table.columns:
+        column: Any = chunked.combine_chunks()
         column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-        if pa.types.is_large_list(column.type) or pa.types.is_large_binary(column.type):
+        if pa.types.is_large_list(column.type) or column.type == TEXT:
             offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
             whole.update(np.diff(offsets).tobytes())
             column = column.flatten() if pa.types.is_large_list(column.type) else column
-        if pa.types.is_large_binary(column.type):
+        if column.type == TEXT:
             whole.update(memoryview(column.buffers()[2] or b"")[offsets[0] : offsets[-1]])
         else:
             column = column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column

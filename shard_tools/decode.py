@@ -1,7 +1,7 @@
 """Any audio file -> mono float32 samples at one rate: one segment, or the whole recording piece by piece.
 
-In: a path. Out: `Decoded` of a segment, or a `Recording` that is read from front to back; or a `DecodeError` whose text
-is the reason.
+In: a path. Out: `Decoded` of a segment, or the samples of the whole file, from front to back; or a `DecodeError` whose
+text is the reason.
 
 libsndfile reads PCM (WAV, AIFF, AU, W64, CAF) and FLAC, whose samples it finds exactly; FFmpeg's libraries
 (`shard_tools/ffmpeg_codecs.py`) read the rest, audio tracks of videos included. What a file begins with decides, so a
@@ -48,7 +48,7 @@ PCM_TAGS = frozenset({0x0001, 0x0002, 0x0003, 0x0006, 0x0007, 0x0011, 0x0031, 0x
 # libsndfile's note on a header that promises more bytes than the file holds: WAV, AIFF, AU, W64.
 PROMISE = re.compile(r"(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)")
 
-__all__ = ["DecodeError", "Decoded", "MachineError", "Recording", "decode"]
+__all__ = ["DecodeError", "Decoded", "MachineError", "decode", "decode_whole"]
 
 
 @dataclass(slots=True)
@@ -124,19 +124,19 @@ def _segment(source: "FFmpegSource | _LibsndfileSource", handle: int, begin: flo
     Raises:
         DecodeError: damaged or truncated within the segment.
     """
+
+    def bounds() -> tuple[int, int]:  # the rate is that of the first block
+        _check_rate(source.rate)
+        first = round(begin * source.rate)
+        return first, first + round(length * source.rate)
+
     parts: list[np.ndarray] = []
-    first = last = -1
     for place, block in source.blocks(begin, length):
-        if last < 0:
-            _check_rate(source.rate)
-            first = round(begin * source.rate)
-            last = first + round(length * source.rate)
+        first, last = bounds()
         parts.append(block[max(0, first - place) : max(0, last - place)])
         if place + len(block) >= last:
             break
-    _check_rate(source.rate)
-    first = round(begin * source.rate)
-    last = first + round(length * source.rate)
+    first, last = bounds()
     for gap in source.gaps:
         if gap.place < last and gap.place + max(1, gap.samples) > first:
             raise DecodeError(f"damaged: {_told(gap, source.rate)}")
@@ -151,53 +151,46 @@ def _segment(source: "FFmpegSource | _LibsndfileSource", handle: int, begin: flo
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
-class Recording:
-    """A whole file, whatever its length, read once from front to back; damage costs what is damaged.
-
-    Attributes:
-        problems: What was found damaged or missing, one plain line each; filled when all is read.
+def decode_whole(path: str, rate: int, problems: list[str]) -> Iterator[np.ndarray]:
+    """A file of any length, read once from front to back; damage costs what is damaged.
 
     Args:
         path: Source file.
         rate: Wanted sample rate, Hz.
+        problems: Gets what was found damaged or missing, one plain line each.
+
+    Yields:
+        Consecutive samples, float32 [n], mono at the wanted rate. What is lost is silence, so that times stay right.
+
+    Raises:
+        DecodeError: nothing can be decoded.
+        MachineError: the file cannot be read now.
     """
-
-    def __init__(self, path: str, rate: int) -> None:
-        self._path, self._rate = path, rate
-        self.problems: list[str] = []
-
-    def pieces(self) -> Iterator[np.ndarray]:
-        """Consecutive samples, float32 [n], mono at the wanted rate. What is lost is silence, so that times stay right.
-
-        Raises:
-            DecodeError: nothing can be decoded.
-            MachineError: the file cannot be read now.
-        """
-        with _opened(self._path, whole=True) as (source, handle):
-            due, stream, sound = 0, None, True
-            for place, block in source.blocks(0.0):
-                _check_rate(source.rate)
-                if sound and not np.isfinite(block).all():
-                    sound = False
-                    self.problems.append(f"NaN or infinite samples near {place / source.rate:.1f} s, taken for 0")
-                if stream is None and source.rate != self._rate:
-                    stream = soxr.ResampleStream(source.rate, self._rate, 1, dtype="float32", quality="HQ")
-                lost = np.zeros(max(0, place - due), np.float32)
-                due = place + len(block)
-                finite = block if sound else np.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0)
-                for part in (lost, finite) if len(lost) else (finite,):
-                    if len(piece := part if stream is None else stream.resample_chunk(part)):
-                        yield piece
-            if not due:
-                raise DecodeError("empty: no samples in the file")
-            if stream is not None and len(piece := stream.resample_chunk(np.zeros(0, np.float32), last=True)):
-                yield piece
-            self.problems += [f"damaged {_told(gap, source.rate)}" for gap in source.gaps]
-            promise = broken_promise(handle)
-            if source.missing > SLACK:
-                promise = f"its header promises {source.missing:.1f} s more"
-            if promise:
-                self.problems.append(f"truncated: {promise}")
+    with _opened(path, whole=True) as (source, handle):
+        due, stream, sound = 0, None, True
+        for place, block in source.blocks(0.0):
+            _check_rate(source.rate)
+            if sound and not np.isfinite(block).all():
+                sound = False
+                problems.append(f"NaN or infinite samples near {place / source.rate:.1f} s, taken for 0")
+            if stream is None and source.rate != rate:
+                stream = soxr.ResampleStream(source.rate, rate, 1, dtype="float32", quality="HQ")
+            lost = np.zeros(max(0, place - due), np.float32)
+            due = place + len(block)
+            finite = block if sound else np.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0)
+            for part in (lost, finite) if len(lost) else (finite,):
+                if len(piece := part if stream is None else stream.resample_chunk(part)):
+                    yield piece
+        if not due:
+            raise DecodeError("empty: no samples in the file")
+        if stream is not None and len(piece := stream.resample_chunk(np.zeros(0, np.float32), last=True)):
+            yield piece
+        problems += [f"damaged {_told(gap, source.rate)}" for gap in source.gaps]
+        promise = broken_promise(handle)
+        if source.missing > SLACK:
+            promise = f"its header promises {source.missing:.1f} s more"
+        if promise:
+            problems.append(f"truncated: {promise}")
 
 
 def _told(gap: Gap, rate: int) -> str:
@@ -310,7 +303,7 @@ class _LibsndfileSource:
     def length(self) -> float:
         """Seconds of the whole file."""
         if not self.ended and self._file.frames >= UNKNOWN_FRAMES:
-            for _ in self._blocks(self.place / self.rate, math.inf):
+            for _ in self.blocks(self.place / self.rate):
                 pass
         return self.place / self.rate if self.ended else float(self._file.frames / self.rate)
 
@@ -321,9 +314,6 @@ class _LibsndfileSource:
             DecodeError: damaged.
             MachineError: the file cannot be read now.
         """
-        return self._blocks(start, seconds)
-
-    def _blocks(self, start: float, seconds: float) -> Iterator[tuple[int, np.ndarray]]:
         self.place, self.ended = min(round(start * self.rate), int(self._file.frames)), False
         try:
             self._file.seek(self.place)

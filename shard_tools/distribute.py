@@ -11,12 +11,14 @@ on for longer ends the build, with nothing recorded of the shard. Slices need no
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -24,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline.errors import UserError
+from pipeline.faults import stop_signals
 from shard_tools.segment import MachineError
 from shard_tools.write import ShardPlan, write_shard
 
@@ -52,14 +55,11 @@ def run(plans: Iterable[ShardPlan], workers: int, engine: str = "process") -> Ge
             there.
     """
     if engine == "inline":
-        return _run_inline(plans)
-    return _run_ray(plans, workers) if engine == "ray" else _run_processes(plans, workers)
-
-
-def _run_inline(plans: Iterable[ShardPlan]) -> Generator[ShardPlan, None, None]:
-    for plan in plans:
-        write_patiently(plan)
-        yield plan
+        for plan in plans:
+            write_patiently(plan)
+            yield plan
+    else:
+        yield from _run_ray(plans, workers) if engine == "ray" else _run_processes(plans, workers)
 
 
 def write_patiently(plan: ShardPlan) -> None:
@@ -86,20 +86,16 @@ def _run_processes(plans: Iterable[ShardPlan], workers: int) -> Generator[ShardP
     for name, value in ONE_THREAD.items():
         os.environ.setdefault(name, value)
     queue = iter(plans)
-    # Workers hold the reading end: when this process stops, or is killed, they see the end of the pipe.
-    reader, writer = multiprocessing.Pipe(duplex=False)
     running: dict[Future[None], tuple[int, ShardPlan, int]] = {}  # worker, plan, deaths at it
-    # One pool for each worker: a death breaks a pool, and must be told which shard it was.
-    pools = {number: _pool(reader) for number in range(workers)}
-    idle = list(pools)
-    whole = False
-    try:
+    with _pools() as pool:
+        # One pool for each worker: a death breaks a pool, and must be told which shard it was.
+        pools = {number: pool(1) for number in range(workers)}
+        idle = list(pools)
         while True:
             while idle and (plan := next(queue, None)) is not None:
                 number = idle.pop()
-                running[pools[number].submit(write_patiently, plan)] = number, plan, 0
+                running[_submit(pools[number], write_patiently, plan)] = number, plan, 0
             if not running:
-                whole = True
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -107,20 +103,13 @@ def _run_processes(plans: Iterable[ShardPlan], workers: int) -> Generator[ShardP
                 try:
                     future.result()
                 except BrokenProcessPool as error:
-                    pools.pop(number).shutdown()
-                    pools[number] = _pool(reader)
+                    pools[number].shutdown()
+                    pools[number] = pool(1)
                     _check_deaths(plan, deaths + 1, DEATHS, error)
-                    running[pools[number].submit(write_patiently, plan)] = number, plan, deaths + 1
+                    running[_submit(pools[number], write_patiently, plan)] = number, plan, deaths + 1
                     continue
                 idle.append(number)
                 yield plan
-    finally:
-        if not whole:
-            writer.close()  # the workers exit at once
-        for pool in pools.values():
-            pool.shutdown(cancel_futures=True)
-        writer.close()
-        reader.close()
 
 
 def each(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
@@ -135,36 +124,59 @@ def each(function: Callable[[Item], Result], items: Iterable[Item], workers: int
         yield from map(function, items)
         return
     queue = iter(items)
-    reader, writer = multiprocessing.Pipe(duplex=False)
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(reader,))
     try:
-        ahead = deque(pool.submit(function, item) for item in islice(queue, 2 * workers))
-        while ahead:
-            result = ahead.popleft().result()
-            ahead.extend(pool.submit(function, item) for item in islice(queue, 1))
-            yield result
+        with _pools() as pool:
+            made = pool(workers)
+            ahead = deque(_submit(made, function, item) for item in islice(queue, 2 * workers))
+            while ahead:
+                result = ahead.popleft().result()
+                ahead.extend(_submit(made, function, item) for item in islice(queue, 1))
+                yield result
     except BrokenProcessPool as error:
         raise UserError("a worker process was killed (out of memory?); run it again with fewer --workers") from error
+
+
+@contextmanager
+def _pools() -> Iterator[Callable[[int], ProcessPoolExecutor]]:
+    """Makes pools of processes that end with the block: once they are done, after an error at once."""
+    # Workers hold the reading end: when this process stops, or is killed, they see the end of the pipe.
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    context, made = multiprocessing.get_context("spawn"), list[ProcessPoolExecutor]()
+
+    def pool(workers: int) -> ProcessPoolExecutor:
+        made.append(ProcessPoolExecutor(workers, context, _begin_worker, (reader,)))
+        return made[-1]
+
+    try:
+        yield pool
     except BaseException:
         writer.close()  # the workers exit at once
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        for one in made:
+            one.shutdown(cancel_futures=True)
         writer.close()
         reader.close()
 
 
-def _pool(reader: Connection) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=context, initializer=_begin_worker, initargs=(reader,))
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future[Result]:
+    """Hands a task to a pool, which may start a worker for it; Ctrl-C waits until it has, and is ours alone.
+
+    A worker that it met at its imports, or that was left without what it is started with, would end with a traceback.
+    """
+    with stop_signals() as told:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a worker inherits it, and keeps it
+        try:
+            future = pool.submit(function, item)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for number in told:
+        signal.raise_signal(number)
+    return future
 
 
 def _begin_worker(reader: Connection) -> None:
-    """One thread; Ctrl-C is the parent's; and no worker outlives its parent."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """One thread; and no worker outlives its parent."""
     torch.set_num_threads(1)
 
     def follow() -> None:

@@ -23,8 +23,8 @@ from typing import BinaryIO
 
 from pipeline.data.storage import SILENCE, LongerError, TransferLimit
 from pipeline.errors import UserError
-from pipeline.files import check_output_directory
-from shard_tools.store import sha256 as digest
+from pipeline.files import check_output_directory, new_file
+from pipeline.files import sha256 as digest
 
 log = logging.getLogger(__name__)
 
@@ -88,24 +88,17 @@ def fetch_esc50(root: Path, url: str, sha256: str | None, unchecked: bool) -> Pa
 def _fetch(url: str, archive: Path) -> None:
     if not url.startswith(("http://", "https://")):
         raise UserError(f"--archive-url {url}: is no http(s) URL; a copy at hand goes to --root")
-    handle, name = tempfile.mkstemp(prefix=f"{archive.name}.", suffix=".tmp", dir=archive.parent)
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with new_file(archive) as partial:
+        with partial.open("wb") as file:
             try:
                 promised = _download(url, file)
             except (http.client.HTTPException, ValueError, OSError) as error:
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                     raise
                 raise UserError(f"{url}: {error}; try again, or give a copy at hand with --root") from error
-            file.flush()
-            os.fsync(file.fileno())
         got = partial.stat().st_size
         if promised is not None and str(got) != promised.strip():
             raise UserError(f"{url}: {got} of {promised} bytes came; run the same command to try again")
-        partial.replace(archive)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _download(url: str, file: BinaryIO) -> str | None:

@@ -1,4 +1,4 @@
-"""Records of finished shards -> index.parquet, failures.jsonl and, last, manifest.json.
+"""Records of finished shards -> index.parquet, failures.jsonl and, last, manifest.json; and what reads them again.
 
 In: the plans whose shards are all written, and the manifest of what was there before. Out: a `Manifest`.
 
@@ -9,13 +9,12 @@ Done again it gives the same bytes. Rows pass through one row group at a time.
 """
 
 import hashlib
-import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -27,16 +26,18 @@ from pipeline.data.fbank import FRAME_MS, HOP_MS, frame_count
 from pipeline.data.manifest import FORMAT, INDEX_SCHEMA, VERSION, Manifest, open_checked
 from pipeline.data.storage import Location, join, read_bytes, sizes
 from pipeline.errors import UserError
+from pipeline.files import sha256
 from shard_tools.catalogs import Catalog
 from shard_tools.plan import BuildOptions, SplitPlan
-from shard_tools.store import Store, sha256
-from shard_tools.write import read_record, shard_name
+from shard_tools.store import Store
+from shard_tools.write import read_record
 
 log = logging.getLogger(__name__)
 
 PRODUCTS = ("failures.jsonl", "index.parquet", "manifest.json")  # in the order in which they are replaced
 SWITCH = ".build/.switch"  # no name of a split begins with a dot
 ROW_GROUP = 1 << 12  # rows that a loader decodes to get at a shard's
+PLAIN = pa.schema([(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in INDEX_SCHEMA])
 READ_AHEAD = 16  # records in flight; from an object store the waiting is what costs
 
 
@@ -54,47 +55,75 @@ def finish(
     """
     content = _beginning(catalog, options, earlier)
     new = {plan.split: plan for plan in plans}
-    totals = _Totals(plans, len(catalog.labels))
-    order = list(dict.fromkeys([*content["splits"], *new]))
-    earlier_shards = content["shards"]
-    content["shards"] = []
+    before, content["shards"], content["single_label"] = content["shards"], [], True
     with (
         store.temporary(f"{SWITCH}/index.parquet") as index,
         store.temporary(f"{SWITCH}/failures.jsonl") as failures,
     ):
         with failures.open("wb") as lines, IndexWriter(index) as rows:
-            for split in order:
-                if split not in new:
-                    lines.writelines(_earlier_failures(store, split))
-                    for table in _earlier_rows(store, earlier, split) if earlier else ():
-                        rows.write(table)
-                        totals.see(table)
-                    content["shards"] += [shard for shard in earlier_shards if shard["split"] == split]
-                    continue
-                plan = new[split]
-                for row in catalog.missing.rows(split).tolist():
-                    lines.write(_line(catalog.missing[row].line()))
-                for number, (table, facts) in enumerate(_records(store, plan)):
-                    rows.write(table)
-                    for failure in facts["failures"]:
-                        lines.write(_line(failure))
-                    totals.add(plan, number, table, facts)
-                content["shards"] += [shard for shard in totals.shards if shard["split"] == split]
-        content["single_label"] = totals.single_label
+
+            def add(table: pa.Table) -> None:
+                rows.write(table)
+                single = pc.all(pc.equal(pc.list_value_length(table["labels"]), 1)).as_py()
+                content["single_label"] &= single is not False  # None: no rows
+
+            for split in dict.fromkeys([*content["splits"], *new]):
+                if split in new:
+                    content["splits"][split], shards = _add_split(catalog, store, new[split], add, lines)
+                    content["options"][split] = new[split].identity
+                else:
+                    shards = [shard for shard in before if shard["split"] == split]
+                    kept = store.read("failures.jsonl").splitlines(keepends=True)
+                    lines.writelines(line for line in kept if json.loads(line)["split"] == split)
+                    for table in index_groups(store.location, earlier) if earlier else ():
+                        add(table.filter(pc.equal(table["split"], split)))
+                content["shards"] += shards
         for name, path in (("index", index), ("failures", failures)):
             with path.open("rb") as file:
                 content[name] = {"size": path.stat().st_size, "sha256": sha256(file)}
         store.commit(failures, f"{SWITCH}/failures.jsonl")
         store.commit(index, f"{SWITCH}/index.parquet")
-    for plan in plans:
-        totals_of_split = totals.split(plan.split, catalog.listed(plan.split))
-        content["splits"][plan.split] = totals_of_split | {"class_listed": catalog.class_listed(plan.split)}
-        content["options"][plan.split] = plan.identity
     draft = Manifest.model_validate({**content, "digest": ""})
     manifest = draft.model_copy(update={"digest": draft.computed_digest()})
     store.write(f"{SWITCH}/manifest.json", render(manifest))
     switch(store, manifest, [] if earlier is None else [shard.name for shard in earlier.shards])
     return manifest
+
+
+def _add_split(
+    catalog: Catalog, store: Store, plan: SplitPlan, add: Callable[[pa.Table], None], lines: BinaryIO
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Adds a new split's rows and failures; returns its totals and its shards for the manifest."""
+    shards: list[dict[str, Any]] = []
+    sums, seconds, silent, classes = np.zeros(3), 0.0, 0, np.zeros(len(catalog.labels), np.int64)
+    for missing in catalog.missing.of(plan.split):
+        lines.write(_line(missing.line()))
+    for number, (table, facts) in enumerate(_records(store, plan)):
+        add(table)
+        for failure in facts["failures"]:
+            lines.write(_line(failure))
+        sums += facts["sums"]
+        silent += facts["silent"]
+        seconds += float(np.sum(table["seconds"].to_numpy(), dtype=np.float64))
+        labels = table["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        classes += np.bincount(labels, minlength=len(classes))
+        if facts["clips"]:
+            kept = {name: facts[name] for name in ("clips", "size", "sha256")}
+            shards.append({"name": plan.name(number), "split": plan.split, **kept})
+    count, total, square = sums
+    mean = total / count if count else 0.0
+    totals = {
+        "clips": sum(shard["clips"] for shard in shards),
+        "listed": catalog.listed(plan.split),
+        "shards": len(shards),
+        "seconds": seconds,
+        "silent": silent,
+        "class_clips": classes.tolist(),
+        "class_listed": catalog.class_listed(plan.split),
+        "fbank_mean": mean,
+        "fbank_std": float(np.sqrt(max(square / count - mean**2, 1e-12))) if count else 1.0,
+    }
+    return totals, shards
 
 
 def switch(store: Store, manifest: Manifest, earlier: Sequence[str]) -> None:
@@ -175,84 +204,6 @@ def reasons(store: Store, splits: Sequence[str]) -> tuple[Counter[str], int]:
     return counts, len(lines) - counts.total()
 
 
-class IndexWriter:
-    """index.parquet in row groups of one size, so that its bytes depend on its rows alone."""
-
-    def __init__(self, path: Any) -> None:
-        self._writer = pq.ParquetWriter(path, INDEX_SCHEMA, compression="zstd")
-        self._waiting: list[pa.Table] = []
-
-    def __enter__(self) -> "IndexWriter":
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self._flush(1)
-        self._writer.close()
-
-    def write(self, table: pa.Table) -> None:
-        """Adds rows."""
-        self._waiting.append(table.cast(PLAIN))
-        if sum(map(len, self._waiting)) >= ROW_GROUP:
-            self._flush(ROW_GROUP)
-
-    def _flush(self, least: int) -> None:
-        whole = pa.concat_tables(self._waiting) if self._waiting else PLAIN.empty_table()
-        start = 0
-        while len(whole) - start >= least:
-            # Encoded here: dictionaries of the parts differ with how the rows came.
-            group = whole.slice(start, ROW_GROUP).combine_chunks().cast(INDEX_SCHEMA)
-            self._writer.write_table(group, row_group_size=ROW_GROUP)
-            start += ROW_GROUP
-        self._waiting = [whole.slice(start)] if start < len(whole) else []
-
-
-PLAIN = pa.schema([(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in INDEX_SCHEMA])
-
-
-class _Totals:
-    """Sums over the shards of each split."""
-
-    def __init__(self, plans: Sequence[SplitPlan], classes: int) -> None:
-        self.shards: list[dict[str, Any]] = []
-        self.single_label = True  # as far as was seen
-        self._sums = {plan.split: np.zeros(3) for plan in plans}
-        self._seconds = {plan.split: 0.0 for plan in plans}
-        self._silent = {plan.split: 0 for plan in plans}
-        self._classes = {plan.split: np.zeros(classes, np.int64) for plan in plans}
-
-    def add(self, plan: SplitPlan, number: int, table: pa.Table, facts: dict[str, Any]) -> None:
-        self._sums[plan.split] += facts["sums"]
-        self._silent[plan.split] += facts["silent"]
-        self._seconds[plan.split] += float(np.sum(table["seconds"].to_numpy(), dtype=np.float64))
-        labels = table["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        counts = self._classes[plan.split]
-        counts += np.bincount(labels, minlength=len(counts))
-        self.see(table)
-        if facts["clips"]:
-            shard = {name: facts[name] for name in ("clips", "size", "sha256")}
-            self.shards.append({"name": shard_name(plan.split, number), "split": plan.split, **shard})
-
-    def see(self, table: pa.Table) -> None:
-        """Rows of a split that stays."""
-        self.single_label &= bool(pc.all(pc.equal(pc.list_value_length(table["labels"]), 1)).as_py() in (True, None))
-
-    def split(self, name: str, listed: int) -> dict[str, Any]:
-        count, total, square = self._sums[name]
-        mean = total / count if count else 0.0
-        shards = [shard for shard in self.shards if shard["split"] == name]
-        return {
-            "clips": sum(shard["clips"] for shard in shards),
-            "listed": listed,
-            "shards": len(shards),
-            "seconds": self._seconds[name],
-            "silent": self._silent[name],
-            "class_clips": self._classes[name].tolist(),
-            "fbank_mean": mean,
-            "fbank_std": float(np.sqrt(max(square / count - mean**2, 1e-12))) if count else 1.0,
-        }
-
-
 def _beginning(catalog: Catalog, options: BuildOptions, earlier: Manifest | None) -> dict[str, Any]:
     audio = options.audio
     before = None if earlier is None else earlier.model_dump()
@@ -293,16 +244,32 @@ def _line(failure: dict[str, Any]) -> bytes:
     return (json.dumps(failure, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def _earlier_failures(store: Store, split: str) -> Iterator[bytes]:
-    with io.BytesIO(store.read("failures.jsonl")) as file:
-        for line in file:
-            if json.loads(line)["split"] == split:
-                yield line
+class IndexWriter:
+    """index.parquet in row groups of one size; use it in `with`."""
 
+    def __init__(self, path: Any) -> None:
+        self._writer = pq.ParquetWriter(path, INDEX_SCHEMA, compression="zstd")
+        self._waiting = PLAIN.empty_table()
 
-def _earlier_rows(store: Store, earlier: Manifest, split: str) -> Iterator[pa.Table]:
-    for table in index_groups(store.location, earlier):
-        yield table.filter(pc.equal(table["split"], split))
+    def __enter__(self) -> "IndexWriter":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self._flush(1)
+        self._writer.close()
+
+    def write(self, table: pa.Table) -> None:
+        """Adds rows."""
+        self._waiting = pa.concat_tables([self._waiting, table.cast(PLAIN)])
+        self._flush(ROW_GROUP)
+
+    def _flush(self, least: int) -> None:
+        while len(self._waiting) >= least:
+            # Encoded here: dictionaries of the parts differ with how the rows came.
+            group = self._waiting.slice(0, ROW_GROUP).combine_chunks().cast(INDEX_SCHEMA)
+            self._writer.write_table(group, row_group_size=ROW_GROUP)
+            self._waiting = self._waiting.slice(ROW_GROUP)
 
 
 def index_groups(location: Location, manifest: Manifest) -> Iterator[pa.Table]:
@@ -317,3 +284,23 @@ def index_groups(location: Location, manifest: Manifest) -> Iterator[pa.Table]:
                 yield file.read_row_group(number).cast(PLAIN)
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: other columns
         raise UserError(f"{join(location, 'index.parquet')}: {error}; build the shards again") from error
+
+
+def rows_by_shard(location: Location, manifest: Manifest) -> Iterator[tuple[str, pa.Table]]:
+    """Rows that follow one another and are of one shard, with its name; all rows, in order.
+
+    Raises:
+        UserError: as `index_groups`.
+    """
+    waiting = PLAIN.empty_table()
+    for group in index_groups(location, manifest):
+        waiting = pa.concat_tables([waiting, group])
+        while len(waiting):
+            name = waiting["shard"][0].as_py()
+            count = pc.index(pc.equal(waiting["shard"], name), False).as_py()
+            if count < 0:
+                break  # it may go on in the next row group
+            yield name, waiting.slice(0, count)
+            waiting = waiting.slice(count)
+    if len(waiting):
+        yield waiting["shard"][0].as_py(), waiting

@@ -1,18 +1,18 @@
 """Decoding in a process of its own: one that hangs or crashes on a file costs that clip and no more.
 
-In: what `decode` takes, or the path of a recording. Out: what `decode` or a `Recording` gives, a segment or piece
+In: what `decode` or `decode_whole` takes. Out: what they give, a segment or piece
 after at most a time limit.
 
 A library call cannot be stopped from within its process, and a segmentation fault in a codec takes the
 process with it; FFmpeg's and libsndfile's demuxers see hostile files by the million. So each worker
-keeps one decoder process: requests go down its stdin, replies come up its stdout, one JSON line each, and
-samples pass through shared memory. That costs about 0.2 ms a clip. After a time-out or crash the next clip
+keeps one decoder process: requests and replies pass through a pipe, as JSON, and samples through shared memory. That
+costs about 0.2 ms a clip. After a time-out or crash the next clip
 gets a new process (0.2 s).
 
 A process that ends by its own doing (SIGSEGV, SIGABRT ...) or takes too long is the file's fault; one that does not
 start, or that SIGKILL ends, as where the kernel is out of memory, is the machine's.
 
-A decoder whose worker was killed ends by itself: at the end of its stdin, or by its own alarm.
+A decoder whose worker was killed ends by itself: at the end of the pipe, or by its own alarm.
 """
 
 import atexit
@@ -21,21 +21,21 @@ import json
 import math
 import mmap
 import os
-import select
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
+from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 
 from pipeline.errors import UserError
-from shard_tools.decode import Decoded, DecodeError, MachineError, Recording, decode
+from shard_tools.decode import Decoded, DecodeError, MachineError, decode, decode_whole
 from shard_tools.segment import reason_of
 
 TIME_LIMIT = 60.0  # seconds for one segment: 500 times what a slow one takes
@@ -65,7 +65,6 @@ class DecoderProcess:
         except OSError as error:
             raise MachineError(error.errno, f"no memory for a decoder process: {error.strerror}") from error
         self._process: subprocess.Popen[bytes] | None = None
-        self._unread = b""
 
     def decode(self, path: str, start: float, end: float | None, trimmed: bool | None = True) -> Decoded:
         """`shard_tools.decode.decode` under the time limit.
@@ -80,7 +79,7 @@ class DecoderProcess:
         return Decoded(waveform, **reply)
 
     def pieces(self, path: str, problems: list[str]) -> Iterator[np.ndarray]:
-        """`shard_tools.decode.Recording.pieces` under the time limit, each as long as a piece but the last.
+        """`shard_tools.decode.decode_whole` under the time limit, each as long as a piece but the last.
 
         Args:
             path: Source file.
@@ -112,24 +111,25 @@ class DecoderProcess:
     def _start(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
-        handle = self._file.fileno()
-        words = [str(handle), str(self._rate), repr(self._seconds), repr(self._limit)]
+        self._kill()
         path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path]))
         try:
             self._errors.truncate(0)
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", "from shard_tools.guard import serve; serve()", *words],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-                stderr=self._errors,
-                pass_fds=(handle,),
-                env=os.environ | {"PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C is the worker's
-            )
+            self._pipe, theirs = Pipe()
+            with theirs:
+                handles = (theirs.fileno(), self._file.fileno())
+                words = [*map(str, handles), str(self._rate), repr(self._seconds), repr(self._limit)]
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", "from shard_tools.guard import serve; serve()", *words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._errors,  # libraries chatter on both (mpg123, FFmpeg)
+                    stderr=self._errors,
+                    pass_fds=handles,
+                    env=os.environ | {"PYTHONPATH": path},
+                    start_new_session=True,  # Ctrl-C is the worker's
+                )
         except OSError as error:
             raise MachineError(error.errno, f"the decoder process does not start: {error.strerror}") from error
-        self._unread = b""
         try:
             self._receive(START_LIMIT)
         except TimeoutError as error:
@@ -141,7 +141,8 @@ class DecoderProcess:
     def _ask(self, request: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
         """Samples of the next reply, and the rest of it."""
         try:
-            self._send(request)
+            with suppress(BrokenPipeError):  # then there is no reply either
+                self._pipe.send_bytes(json.dumps(request).encode())
             reply = self._receive(self._limit)
         except TimeoutError:
             self._kill()
@@ -154,56 +155,36 @@ class DecoderProcess:
             raise MachineError(*reply["machine"])
         return np.frombuffer(self._memory, np.float32, reply.pop("samples")).copy(), reply
 
-    def _send(self, request: dict[str, Any]) -> None:
-        try:
-            _pipe(self._process, "stdin").write(json.dumps(request).encode() + b"\n")
-        except BrokenPipeError as error:
-            raise EOFError(self._death()) from error
-
     def _receive(self, limit: float) -> dict[str, Any]:
         """Next reply.
 
         Raises:
             TimeoutError: none within the limit.
             EOFError: the process died, and how.
-        """
-        handle = _pipe(self._process, "stdout").fileno()
-        deadline = time.monotonic() + limit
-        while b"\n" not in self._unread:
-            ready, _, _ = select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError(f"nothing after {limit:g} s")
-            got = os.read(handle, 1 << 16)
-            if not got:
-                raise EOFError(self._death())
-            self._unread += got
-        line, _, self._unread = self._unread.partition(b"\n")
-        content: dict[str, Any] = json.loads(line)
-        return content
-
-    def _death(self) -> str:
-        """How the process ended, with the last line that it or a library wrote.
-
-        Raises:
             MachineError: something killed it.
         """
-        process = self._process
-        status = 0 if process is None else process.wait(GRACE)
+        try:
+            if not self._pipe.poll(limit):
+                raise TimeoutError(f"nothing after {limit:g} s")
+            content: dict[str, Any] = json.loads(self._pipe.recv_bytes())
+            return content
+        except (EOFError, ConnectionResetError):
+            pass
+        status = 0 if self._process is None else self._process.wait(GRACE)
         self._kill()
         if status == -signal.SIGKILL:
             raise MachineError(errno.ENOMEM, "the decoder process was killed (SIGKILL): is the memory short?")
         how = f"died of {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 1000))
-        said = self._errors.read().decode("utf-8", "replace").strip().splitlines()
-        return f"the decoder {how}" + (f" ({said[-1]})" if said else "")
+        said = self._errors.read().decode("utf-8", "replace").strip().splitlines()  # of it or a library
+        raise EOFError(f"the decoder {how}" + (f" ({said[-1]})" if said else ""))
 
     def _kill(self) -> None:
         """Ends the process and what it started; does not wait for one that the kernel holds (a dead network disk)."""
         process, self._process = self._process, None
         if process is None:
             return
-        for name in ("stdin", "stdout"):
-            _pipe(process, name).close()
+        self._pipe.close()
         try:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(GRACE)
@@ -220,13 +201,6 @@ def _scratch(name: str) -> IO[bytes]:
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create(name), "w+b", buffering=0)
     return tempfile.TemporaryFile(buffering=0)  # macOS
-
-
-def _pipe(process: "subprocess.Popen[bytes] | None", name: str) -> IO[bytes]:
-    pipe: IO[bytes] | None = getattr(process, name, None)
-    if pipe is None:
-        raise EOFError("the decoder process is not running")
-    return pipe
 
 
 def guarded_decode(
@@ -256,27 +230,29 @@ def _process(rate: int, seconds: float) -> DecoderProcess:
 
 
 def serve() -> None:
-    """The decoder process's loop: a JSON request a line, a JSON reply a line, until stdin ends."""
-    handle, rate, seconds, limit = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
-    memory = np.frombuffer(mmap.mmap(handle, 0), np.float32)
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    _reply(replies, {"ready": True})
-    os.dup2(2, 1)  # libraries chatter on both (mpg123, FFmpeg); the replies have their own descriptor
-    recording, pieces = Recording("", rate), iter(list[np.ndarray]())
-    for line in sys.stdin.buffer:
+    """The decoder process's loop: a request and a reply in JSON, until the other end of the pipe is closed."""
+    pipe, rate, seconds, limit = Connection(int(sys.argv[1])), int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5])
+    memory = np.frombuffer(mmap.mmap(int(sys.argv[2]), 0), np.float32)
+    problems, pieces = list[str](), iter(list[np.ndarray]())
+    reply: dict[str, Any] = {"ready": True}
+    while True:
+        pipe.send_bytes(json.dumps(reply).encode())
+        signal.alarm(0)
+        try:
+            request = json.loads(pipe.recv_bytes())
+        except EOFError:
+            return
         signal.alarm(math.ceil(limit + START_LIMIT + GRACE))  # ends an orphan, even in a library's endless loop
         os.ftruncate(2, 0)
         os.lseek(2, 0, os.SEEK_SET)
-        request = json.loads(line)
-        reply: dict[str, Any]
         try:
             if request.get("recording"):
-                recording = Recording(request["recording"], rate)
-                pieces = _pieces(recording, round(rate * seconds))
+                problems = []
+                pieces = _pieces(decode_whole(request["recording"], rate, problems), round(rate * seconds))
             if "recording" in request:
                 waveform, reply = next(pieces, np.zeros(0, np.float32)), {}
                 if not len(waveform):
-                    reply = {"problems": recording.problems}
+                    reply = {"problems": problems}
             else:
                 decoded = decode(rate=rate, seconds=seconds, **request)
                 waveform, reply = decoded.waveform, {name: getattr(decoded, name) for name in FIELDS}
@@ -284,22 +260,18 @@ def serve() -> None:
             reply["samples"] = len(waveform)
         except DecodeError as error:
             reply = {"error": str(error)}
-        except MachineError as error:
-            reply = {"machine": [error.errno, error.strerror]}
         except OSError as error:
-            reason = reason_of("", error)
-            machine = isinstance(reason, MachineError)
-            reply = {"machine": [error.errno, error.strerror]} if machine else {"error": str(reason)}
+            whose = error if isinstance(error, MachineError) else reason_of("", error)
+            machine = isinstance(whose, MachineError)
+            reply = {"machine": [error.errno, error.strerror]} if machine else {"error": str(whose)}
         except MemoryError:
             reply = {"error": "out of memory: the header asks for too much"}
-        signal.alarm(0)
-        _reply(replies, reply)
 
 
-def _pieces(recording: Recording, samples: int) -> Iterator[np.ndarray]:
+def _pieces(parts: Iterable[np.ndarray], samples: int) -> Iterator[np.ndarray]:
     """A recording in pieces of so many samples, but for the last."""
     held: list[np.ndarray] = []
-    for part in recording.pieces():
+    for part in parts:
         held.append(part)
         if sum(map(len, held)) >= samples:
             whole = np.concatenate(held)
@@ -308,7 +280,3 @@ def _pieces(recording: Recording, samples: int) -> Iterator[np.ndarray]:
             held = [whole[len(whole) // samples * samples :]]
     if sum(map(len, held)):
         yield np.concatenate(held)
-
-
-def _reply(replies: Any, content: dict[str, Any]) -> None:
-    replies.write(json.dumps(content).encode() + b"\n")

@@ -87,11 +87,10 @@ def write_plan(catalog: Catalog, out: Location, options: BuildOptions) -> Iterat
                 plan = SplitPlan(catalog, split, out, options)
                 for first in range(0, len(plan.order), PLAN_ROWS):
                     rows = plan.order[first : first + PLAN_ROWS]
-                    numbers = range(first, first + len(rows))
-                    names = [plan.name(number // options.clips_per_shard) for number in numbers]
-                    columns = {"split": pa.array([split] * len(rows)), "shard": pa.array(names)}
-                    table = catalog.clips.table(rows)
-                    columns |= {name: table[name] for name in PLAN_SCHEMA.names if name not in columns}
+                    numbers = np.arange(first, first + len(rows)) // options.clips_per_shard
+                    names = pa.array([plan.name(number) for number in range(numbers[0], numbers[-1] + 1)])
+                    columns = [pa.repeat(split, len(rows)), names.take(pa.array(numbers - numbers[0]))]
+                    columns += catalog.clips.recorded(rows, PLAN_SCHEMA.names[2:]).columns
                     writer.write_table(pa.table(columns, schema=PLAN_SCHEMA))
                 yield (
                     f"{split}: {len(plan.order)} of {catalog.listed(split)} listed clips have a file; {len(plan)} "
@@ -116,6 +115,8 @@ class SplitPlan:
         self.staged: Collection[int] = ()  # shards that are written aside: the finished split keeps its own until then
         rows = catalog.clips.rows(split)
         self.order = rows[np.random.default_rng([options.seed]).permutation(len(rows))]
+        self.mine = list(range(len(self)))  # shards that this process is to write, and those of them that are not there
+        self.todo: list[int] = []
 
     def __len__(self) -> int:
         return math.ceil(len(self.order) / self.options.clips_per_shard)
@@ -135,7 +136,7 @@ class SplitPlan:
         return ShardPlan(
             split=self.split,
             number=number,
-            clips=[self.catalog.clips[row] for row in rows],
+            clips=self.catalog.clips.at(rows),
             labels=self.catalog.labels,
             root=str(self.catalog.root),
             out=self.out,
@@ -148,7 +149,7 @@ class SplitPlan:
 
     @cached_property
     def _probes(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.catalog.clips[row].path for row in self.order[:PROBES].tolist()))
+        return tuple(dict.fromkeys(clip.path for clip in self.catalog.clips.at(self.order[:PROBES])))
 
     @cached_property
     def digest(self) -> str:
@@ -156,19 +157,18 @@ class SplitPlan:
         content = json.dumps(self.identity | {"decoder": identity()}, sort_keys=True)
         return xxhash.xxh3_128_hexdigest(content.encode())
 
-    def shards(self, numbers: list[int]) -> Iterator[ShardPlan]:
-        """Shards one after another; only those asked for exist at a time."""
-        return (self.shard(number) for number in numbers)
-
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What must be equal for a build to be the same build; the names are those an error message uses."""
         catalog, split = self.catalog, self.split
-        clips = catalog.clips.table(catalog.clips.rows(split))
-        missing = catalog.missing.rows(split)
+        clips, missing = catalog.clips.rows(split), catalog.missing.rows(split)
+
+        def of(*columns: str) -> str:
+            return digest(catalog.clips.recorded(clips, columns))
+
         # Absent without them, so that the digests of other builds stay what they were.
         better = {} if catalog.overrides is None else {"label overrides": catalog.overrides.record()}
-        others = catalog.clips.others(catalog.clips.rows(split))
+        others = catalog.clips.others(clips)
         further = {"further files of the clips": others} if others else {}
         return {
             "dataset": catalog.dataset,
@@ -177,14 +177,14 @@ class SplitPlan:
             **asdict(self.options.audio),
             "clips found": len(clips),
             "clips missing": len(missing),
-            "keys of the clips": digest(clips, ["key", "id"]),
-            "source files": digest(clips, ["path"]),
-            "segments": digest(clips, ["start", "end", "trimmed"]),
+            "keys of the clips": of("key", "id"),
+            "source files": of("path"),
+            "segments": of("start", "end", "trimmed"),
             **better,
             **further,
-            "labels of the clips": digest(clips, ["labels"]),
-            "folds of the clips": digest(clips, ["fold"]),
-            "missing clips": digest(catalog.missing.table(missing), ["id", "path"]),
+            "labels of the clips": of("labels"),
+            "folds of the clips": of("fold"),
+            "missing clips": digest(catalog.missing.take(missing, ["id", "path"])),
         }
 
 

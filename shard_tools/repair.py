@@ -1,6 +1,6 @@
 """Damaged shards -> whole ones: tars from the sources, the index from the tars; sound ones compared with the sources.
 
-In: `Findings` of verify_shards.py. Out: files that are what the manifest lists, or a line that says why not.
+In: what verify_shards.py found. Out: files that are what the manifest lists, or a line that says why not.
 
 A tar is replaced only by the very bytes that the manifest lists. The index can be made from the tars, as
 each clip's json holds all that is in its row; where another version of Parquet's writer gives other
@@ -11,53 +11,55 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 
 from pipeline.data.manifest import INDEX_SCHEMA, FileRecord, Manifest, load_manifest
 from pipeline.data.storage import Location, is_remote, join
+from pipeline.files import sha256
 from pipeline.flow import Clip
 from shard_tools.distribute import each
-from shard_tools.finish import IndexWriter, index_groups, render
+from shard_tools.finish import PRODUCTS, IndexWriter, render, rows_by_shard
 from shard_tools.segment import MachineError
-from shard_tools.store import Store, local_copies, sha256
-from shard_tools.verify_shards import Findings, shards_with_rows
+from shard_tools.store import Store, local_copies
 from shard_tools.write import BLOCK, EXTENSIONS, MEMBERS, AudioOptions, ShardPlan, shard_number, write_tar
 
 
-def repair(directory: Location, found: Findings, root: str, workers: int) -> Iterator[str]:
+def repair(directory: Location, found: Mapping[str, object], root: str, workers: int) -> Iterator[str]:
     """Repairs what can be repaired; a line for each file.
 
     Args:
         directory: Of the shards.
-        found: What is wrong.
+        found: Files that are missing or damaged, by name.
         root: Directory or URL of the sources.
         workers: Processes.
     """
     manifest = load_manifest(directory)
-    Store(directory).clean({"index.parquet", "failures.jsonl", "manifest.json", *found.shards})
-    if found.failures:
+    hashes = {shard.name: shard.sha256 for shard in manifest.shards if shard.name in found}
+    Store(directory).clean({*PRODUCTS, *hashes})
+    if "failures.jsonl" in found:
         yield _repair_failures(directory, manifest)
         manifest = load_manifest(directory)
-    if found.index and found.shards:
+    if "index.parquet" in found and hashes:
         yield (
-            f"index.parquet and {len(found.shards)} tars, such as {min(found.shards)}, are damaged: one is made from "
+            f"index.parquet and {len(hashes)} tars, such as {min(hashes)}, are damaged: one is made from "
             "the other; run build_shards.py with --overwrite"
         )
         return
-    if found.index:
+    if "index.parquet" in found:
         yield _repair_index(directory, manifest)
-    if not found.shards:
-        return
-    hashes = {shard.name: shard.sha256 for shard in manifest.shards}
-    plans = (_plan(directory, manifest, *table, root) for table in _tables(directory, manifest, found.shards))
-    yield from each(partial(repair_shard, hashes=hashes), plans, min(workers, len(found.shards)))
+    if hashes:
+        plans = (
+            _plan(directory, manifest, name, rows, root)
+            for name, rows in rows_by_shard(directory, manifest)
+            if name in hashes
+        )
+        yield from each(partial(repair_shard, hashes=hashes), plans, min(workers, len(hashes)))
 
 
 def repair_shard(plan: ShardPlan, hashes: dict[str, str]) -> str:
@@ -88,10 +90,11 @@ def compare(directory: Location, root: str, workers: int) -> Iterator[str]:
         workers: Processes.
     """
     manifest = load_manifest(directory)
+    shards = {shard.name for shard in manifest.shards}
     tasks = (
-        (_plan(directory, manifest, shard.name, rows, root), rows)
-        for shard, rows in shards_with_rows(directory, manifest, Findings())
-        if rows is not None
+        (_plan(directory, manifest, name, rows, root), rows)
+        for name, rows in rows_by_shard(directory, manifest)
+        if name in shards
     )
     for lines in each(compare_shard, tasks, workers):
         yield from lines
@@ -113,15 +116,6 @@ def compare_shard(task: tuple[ShardPlan, pa.Table]) -> list[str]:
     ]
     nothing = [f"{one['key']}: its source gives nothing: {one['reason']}" for one in facts["failures"]]
     return other + [f"{plan.name}: {line}" for line in nothing]
-
-
-def _tables(directory: Location, manifest: Manifest, names: set[str]) -> Iterator[tuple[str, pa.Table]]:
-    """Index rows of some shards."""
-    parts: dict[str, list[pa.Table]] = {name: [] for name in sorted(names)}
-    for group in index_groups(directory, manifest):
-        for name in names.intersection(pc.unique(group["shard"]).to_pylist()):
-            parts[name].append(group.filter(pc.equal(group["shard"], name)))
-    yield from ((name, pa.concat_tables(tables)) for name, tables in parts.items())
 
 
 def _plan(directory: Location, manifest: Manifest, name: str, rows: pa.Table, root: str) -> ShardPlan:

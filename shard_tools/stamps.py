@@ -13,8 +13,9 @@ an object kept) and, for what that does not confirm, or where there are few, by 
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -73,60 +74,49 @@ class Change(NamedTuple):
         return f"{self.path} ({sizes if self.old[0] != self.new[0] else 'as long, but written anew'})"
 
 
-class Sources:
-    """Sources as they are now, for comparisons by many threads; use it in `with`.
+@contextmanager
+def comparison(root: Location, count: int) -> Iterator[Callable[[Sequence[str], Sequence[Stamp]], list[Change]]]:
+    """A function, for many threads: those of some sources that do not have their stamps any more.
+
+    It raises UserError where their store does not answer.
 
     Args:
         root: Of the sources.
         count: How many are going to be compared.
     """
+    there = np.empty(0, np.uint64)  # hashes of path and stamp, in order
+    if is_remote(root) and count >= LIST_FROM and not str(root).startswith("http"):  # a page is no listing
+        try:
+            there = np.sort(np.fromiter((_hash(path, now) for path, now in _listing(str(root))), np.uint64))
+        except OSError as error:
+            log.warning("%s: cannot be listed (%s): a request for each of %d files instead", root, error, count)
 
-    def __init__(self, root: Location, count: int) -> None:
-        self._there = np.empty(0, np.uint64)
-        if is_remote(root) and count >= LIST_FROM and not str(root).startswith("http"):  # a page is no listing
-            try:
-                listed = np.fromiter((_hash(path, now) for path, now in _listing(str(root))), np.uint64)
-                self._there = np.sort(listed)
-            except OSError as error:
-                log.warning("%s: cannot be listed (%s): a request for each of %d files instead", root, error, count)
-        self._pool = ThreadPoolExecutor(REQUESTS)
+    def listed(path: str, old: Stamp) -> bool:
+        """Whether the listing has a source as it was."""
+        wanted = np.uint64(_hash(path, old))
+        place = int(np.searchsorted(there, wanted))
+        return place < len(there) and bool(there[place] == wanted)
 
-    def __enter__(self) -> "Sources":
-        return self
+    def now(pair: tuple[str, Stamp]) -> Change:
+        path, old = pair
+        try:
+            return Change(path, old, stamp(path))
+        except OSError as error:
+            if old is None:  # it could not be looked at then either
+                return Change(path, old, None)
+            raise UserError(f"{error}; files are compared with what was decoded: try again when they answer") from error
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def changed(self, paths: Sequence[str], stamps: Sequence[Stamp]) -> list[Change]:
-        """Those of some sources that do not have their stamps any more.
-
-        Raises:
-            UserError: their store does not answer.
-        """
-        pairs = [pair for pair in zip(paths, stamps, strict=True) if not self._listed(*pair)]
-        remote = [pair for pair in pairs if is_remote(pair[0])]
-        found = [Change(path, old, stamp(path)) for path, old in pairs if not is_remote(path)]
-        found += self._pool.map(_asked, remote)
+    def changed(paths: Sequence[str], stamps: Sequence[Stamp]) -> list[Change]:
+        pairs = [pair for pair in zip(paths, stamps, strict=True) if not (len(there) and listed(*pair))]
+        found = [now(pair) for pair in pairs if not is_remote(pair[0])]
+        found += pool.map(now, [pair for pair in pairs if is_remote(pair[0])])
         return [change for change in found if change.old != change.new]
 
-    def _listed(self, path: str, old: Stamp) -> bool:
-        """Whether the listing has a source as it was."""
-        if not len(self._there):
-            return False
-        wanted = np.uint64(_hash(path, old))
-        place = int(np.searchsorted(self._there, wanted))
-        return place < len(self._there) and bool(self._there[place] == wanted)
-
-
-def _asked(pair: tuple[str, Stamp]) -> Change:
-    """A source of a store as it is now."""
-    path, old = pair
+    pool = ThreadPoolExecutor(REQUESTS)
     try:
-        return Change(path, old, stamp(path))
-    except OSError as error:
-        if old is None:  # it could not be looked at then either
-            return Change(path, old, None)
-        raise UserError(f"{error}; files are compared with what was decoded: try again when they answer") from error
+        yield changed
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def stamp_of(info: dict[str, Any]) -> Stamp:

@@ -8,34 +8,31 @@ rename but need none, as an object appears when its upload is complete: the file
 scratch, uploaded (in parts where it is large, each part with the client's own checksum), retried, and
 compared with what the store says it holds: size, and content by the store's hash, or read back where its hash is none.
 
-Scratch is a directory of each process's own in TMPDIR, which a lock marks as in use: a process that is gone holds
-none, whichever host or container it was on.
+Scratch files have no name (Linux): none is left by a process that is gone, and nobody else can open one.
 """
 
-import atexit
-import fcntl
 import hashlib
 import logging
+import mimetypes
 import os
-import platform
 import re
 import shutil
 import tempfile
-import threading
 import uuid
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import xxhash
 
 from pipeline.data import storage
 from pipeline.data.storage import FINAL, Location, attempt, is_remote, join
-from pipeline.files import sync
+from pipeline.files import sha256, sync
 from shard_tools.segment import MachineError
 from shard_tools.stamps import Stamp, stamp, stamp_of
 
@@ -105,10 +102,11 @@ class Store:
     def temporary(self, name: str) -> Iterator[Path]:
         """A local path to write `name` to; what is not committed is removed."""
         if self.remote:
-            path = _scratch_file(Path(name).suffix)
-        else:
-            path = storage.local(join(self.location, f"{name}.craft-{uuid.uuid4().hex[:8]}.tmp"))
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with scratch_file() as file:
+                yield Path(_place(file))
+            return
+        path = storage.local(join(self.location, f"{name}.craft-{uuid.uuid4().hex[:8]}.tmp"))
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield path
         finally:
@@ -176,7 +174,6 @@ class Store:
         Args:
             names: Files whose leftovers they are; those of any others may be a user's.
         """
-        clean_scratch()
         if not self.remote:
             folder = storage.local(self.location)
             for path in folder.iterdir() if folder.is_dir() else ():
@@ -206,7 +203,8 @@ class Store:
 
     def _upload(self, file: Path, name: str) -> Stamp:
         system, path = storage.file_system(join(self.location, name))
-        options = {"chunksize": PART_BYTES} if hasattr(system, "call_s3") else {}
+        kind = mimetypes.guess_type(name)[0] or "binary/octet-stream"  # which the client takes from a file's name
+        options = {"chunksize": PART_BYTES, "ContentType": kind} if hasattr(system, "call_s3") else {}
         size = file.stat().st_size
         storage.transfer(system, "put_file", size, str(file), path, **options)
         system.invalidate_cache()
@@ -216,14 +214,10 @@ class Store:
         if str(info.get("ETag", "")).strip('"') == _etag(file):
             return stamp_of(info)
         # No hash that says something about the content (encrypted by the store, or another kind of store).
-        back = _scratch_file(".back")
-        try:
-            storage.fetch(system, path, str(back), size=size)
-            with back.open("rb") as came, file.open("rb") as sent:
-                if sha256(came) != sha256(sent):
-                    raise OSError("what the store holds differs from what was sent")
-        finally:
-            back.unlink(missing_ok=True)
+        with scratch_file() as came, file.open("rb") as sent:
+            storage.fetch(system, path, _place(came), size=size)
+            if sha256(came) != sha256(sent):
+                raise OSError("what the store holds differs from what was sent")
         return stamp_of(info)
 
 
@@ -244,22 +238,6 @@ def unseal(content: bytes) -> bytes:
     return content
 
 
-def sha256(file: BinaryIO) -> str:
-    """Hash of an open file, read in pieces."""
-    whole = hashlib.sha256()
-    while piece := file.read(1 << 22):
-        whole.update(piece)
-    return whole.hexdigest()
-
-
-def clean_scratch() -> None:
-    """Removes scratch directories of processes of this host and user that are gone."""
-    with suppress(OSError):  # nothing can be cleaned where nothing can be looked at
-        for folder in Path(tempfile.gettempdir()).glob(f"{_scratch_name()}*"):
-            with suppress(FileNotFoundError):  # another process was faster
-                _remove_abandoned(folder)
-
-
 def local_copies(paths: Iterable[str]) -> Iterator[str | OSError]:
     """For each path one that can be opened here: itself, or a copy that lives until the next is asked for.
 
@@ -278,26 +256,29 @@ def stamped_copies(paths: Iterable[str]) -> Iterator[tuple[str | OSError, Stamp]
 def _copies(paths: Iterable[str], stamped: bool) -> Iterator[tuple[str | OSError, Stamp]]:
     queue = iter(paths)
     with ThreadPoolExecutor(FETCH_THREADS) as pool:
-        ahead = [pool.submit(_fetch, path, stamped) for path in islice(queue, FETCH_AHEAD)]
+        ahead = deque(pool.submit(_fetch, path, stamped) for path in islice(queue, FETCH_AHEAD))
         try:
             while ahead:
-                copy, now = ahead.pop(0).result()
-                try:
+                copy, now = ahead.popleft().result()
+                if isinstance(copy, (str, OSError)):
                     yield copy, now
-                finally:
-                    _drop(copy)
-                ahead += [pool.submit(_fetch, path, stamped) for path in islice(queue, 1)]
+                else:
+                    with copy:
+                        yield _place(copy), now
+                ahead.extend(pool.submit(_fetch, path, stamped) for path in islice(queue, 1))
         finally:
             for future in ahead:
-                _drop(future.result()[0])
+                copy = future.result()[0]
+                if not isinstance(copy, (str, OSError)):
+                    copy.close()
 
 
-def _fetch(path: str, stamped: bool) -> tuple[str | OSError, Stamp]:
+def _fetch(path: str, stamped: bool) -> tuple[str | OSError | IO[bytes], Stamp]:
     if not is_remote(path):
         return path, stamp(path) if stamped else None
     now: Stamp = None
     try:
-        target = _scratch_file(Path(path.rsplit("/", 1)[-1]).suffix)
+        target = scratch_file()
     except MachineError as error:
         return error, None
     if stamped:
@@ -306,90 +287,31 @@ def _fetch(path: str, stamped: bool) -> tuple[str | OSError, Stamp]:
     try:
         system, inner = storage.file_system(path)
         size = int(now[0]) if now else None
-        attempt(lambda: storage.fetch(system, inner, str(target), size=size), path)
+        attempt(lambda: storage.fetch(system, inner, _place(target), size=size), path)
     except OSError as error:
-        target.unlink(missing_ok=True)
+        target.close()
         status = getattr(error.__cause__, "status", 0)
         if isinstance(error, FINAL) or (400 <= status < 500 and status not in BUSY):
             return error, now
         return MachineError(str(error)), now
-    return str(target), now
+    return target, now
 
 
-def _drop(copy: str | OSError) -> None:
-    if isinstance(copy, str) and Path(copy).parent == _scratch():
-        Path(copy).unlink(missing_ok=True)
-
-
-_scratches: dict[int, Path] = {}  # by process: a fork makes its own
-_scratch_lock = threading.Lock()
-
-
-def _scratch() -> Path:
-    """The directory of this process for its copies of remote files; removed when it ends.
+def scratch_file() -> IO[bytes]:
+    """A file in TMPDIR that ends with this process, however that ends: it has no name there, but see `_place`.
 
     Raises:
         MachineError: TMPDIR is full, or cannot be written.
     """
-    with _scratch_lock:
-        folder = _scratches.get(os.getpid())
-        if folder is None or not folder.is_dir():  # cleaners of /tmp remove what is old
-            folder = _scratches[os.getpid()] = _new_scratch()
-            atexit.register(_remove_own, os.getpid(), folder)
-        return folder
-
-
-def _scratch_name() -> str:
-    host = re.sub(r"[^A-Za-z0-9_.]", "_", platform.node())
-    return f"craft-scratch-{os.getuid()}-{host}-"
-
-
-def _new_scratch() -> Path:
-    """A directory that nobody can foresee or enter, locked for as long as this process lives."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    try:
-        words = f"{boot.read_text()[:8] if boot.exists() else 'boot'}-{os.getpid()}-"
-        while True:
-            folder = Path(tempfile.mkdtemp(prefix=_scratch_name() + words))
-            if _lock_directory(folder, keep=True):  # else another process took it for abandoned in this moment
-                return folder
+    try:  # without /proc a file can only be opened again by a name
+        return tempfile.TemporaryFile() if Path("/proc/self/fd").is_dir() else tempfile.NamedTemporaryFile()
     except OSError as error:
-        raise MachineError(f"no scratch directory: {error}; set TMPDIR to a directory of yours with room") from error
+        raise MachineError(f"no scratch file: {error}; set TMPDIR to a directory of yours with room") from error
 
 
-def _lock_directory(folder: Path, keep: bool) -> bool:
-    """Whether a directory is locked by us now; `keep`: until this process ends, whatever the file system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = os.path.samestat(os.fstat(handle), os.lstat(folder))
-    except (BlockingIOError, FileNotFoundError):
-        ours = False
-    except OSError:  # no locks on this file system: nobody can take it for abandoned
-        ours = keep
-    if not (ours and keep):
-        os.close(handle)
-    return ours
-
-
-def _remove_abandoned(folder: Path) -> None:
-    status = folder.lstat()
-    if folder.is_symlink() or status.st_uid != os.getuid() or folder in _scratches.values():
-        return
-    if _lock_directory(folder, keep=False):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_own(process: int, folder: Path) -> None:
-    if process == os.getpid():
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _scratch_file(suffix: str) -> Path:
-    return _scratch() / f"{uuid.uuid4().hex}{suffix}"
+def _place(file: IO[bytes]) -> str:
+    """A path by which this process and others of this user can open a scratch file."""
+    return file.name if isinstance(file.name, str) else f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 def _etag(file: Path) -> str:
@@ -402,4 +324,3 @@ def _etag(file: Path) -> str:
         while chunk := content.read(PART_BYTES):
             parts.append(hashlib.md5(chunk, usedforsecurity=False).digest())
     return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
-

@@ -163,16 +163,18 @@ def survey(directory: Location, sample: int, seed: int, keep: int) -> Survey:
         rates[sound.about.original_sample_rate] += 1
         if number in listen:
             sounds.append(sound)
-    return Survey(manifest, durations, padded, _failures(directory, manifest), levels, sounds, decoders, rates)
+    failures: dict[str, Counter[str]] = {name: Counter() for name in manifest.splits}
+    for line in _failure_lines(directory, manifest):
+        if not line.used:
+            failures.setdefault(line.split, Counter())[line.reason.split(":")[0]] += 1
+    return Survey(manifest, durations, padded, failures, levels, sounds, decoders, rates)
 
 
 def measure(sound: Sound, rate: int) -> Level:
     """Level of one clip."""
     real = sound.real(rate)
     low, high = real.min(), real.max()
-    flat = any(
-        _longest_run(real == value) >= FLAT_RUN for value in (low, high) if abs(value) >= LOUD
-    )  # fmt: skip
+    flat = any(_longest_run(real == value) >= FLAT_RUN for value in (low, high) if abs(value) >= LOUD)
     size = min(len(real), max(1, round(FRAME_SECONDS * rate)))
     frames = real[: len(real) // size * size].reshape(-1, size)
     quiet = _db(np.sqrt(np.square(frames).mean(axis=1))) < QUIET_DB
@@ -256,14 +258,6 @@ def _failure_lines(directory: Location, manifest: Manifest) -> Iterator[FailureL
 def _first(error: ValidationError) -> str:
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-
-
-def _failures(directory: Location, manifest: Manifest) -> dict[str, Counter[str]]:
-    found: dict[str, Counter[str]] = {name: Counter() for name in manifest.splits}
-    for line in _failure_lines(directory, manifest):
-        if not line.used:
-            found.setdefault(line.split, Counter())[line.reason.split(":")[0]] += 1
-    return found
 
 
 def _longest_run(there: np.ndarray) -> int:

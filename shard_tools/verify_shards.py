@@ -23,8 +23,8 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,8 @@ from pipeline.data.storage import Location, is_remote, join, local, location, re
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory
 from shard_tools.distribute import each
-from shard_tools.finish import PRODUCTS, damage, index_groups, render
+from shard_tools.finish import damage, render, rows_by_shard
+from shard_tools.repair import compare, repair
 from shard_tools.segment import MachineError
 from shard_tools.store import local_copies
 from shard_tools.write import BLOCK, EXTENSIONS, MEMBERS, AudioOptions, stored_fbank
@@ -48,53 +49,57 @@ FBANK_EVERY = 16  # the fbank of every 16th clip is computed again
 TOLERANCE = 4e-3  # a float16 step at the fbank's range
 
 
-@dataclass(slots=True)
-class Findings:
-    """What is wrong.
-
-    Attributes:
-        problems: One line each; empty: sound.
-        shards: Names of tars that are missing or damaged.
-        index: index.parquet is missing or damaged.
-        failures: failures.jsonl is.
-    """
-
-    problems: list[str] = field(default_factory=list)
-    shards: set[str] = field(default_factory=set)
-    index: bool = False
-    failures: bool = False
-
-
 def verify(directory: Location, workers: int) -> list[str]:
     """Problems found, one line each; empty: sound.
 
     Raises:
         UserError: no readable manifest.
     """
-    return examine(directory, workers).problems
+    return [line for lines in examine(directory, workers).values() for line in lines]
 
 
-def examine(directory: Location, workers: int) -> Findings:
-    """Reads everything.
+def examine(directory: Location, workers: int) -> dict[str, list[str]]:
+    """Reads everything; returns the problems of each file that has any, and of the `keys`, one line each.
 
     Raises:
         UserError: no readable manifest.
     """
     manifest = load_manifest(directory)
-    found = Findings()
+    found = {name: [f"{name}: {problem}"] for name, problem in damage(directory, manifest).items()}
     if read_bytes(join(directory, "manifest.json")) != render(manifest):
-        found.problems.append("manifest.json: damaged: its bytes are not those that were written")
-    _check_files(directory, manifest, found)
-    absent = set(found.shards)
-    shards = shards_with_rows(directory, manifest, found)
+        found["manifest.json"] = ["manifest.json: damaged: its bytes are not those that were written"]
+    shards = {shard.name: shard for shard in manifest.shards}
+    for name in sorted(sizes(directory).keys() - shards.keys()):
+        if name.endswith(".tar"):
+            found[name] = [f"{name}: not in the manifest"]
+    whole = {name: shard for name, shard in shards.items() if name not in found}
+    of_index: dict[str, list[str]] = {}
+
+    def tasks() -> Iterator[tuple[ShardRecord, pa.Table | None]]:
+        """Each shard that is there with its rows of the index; fills `of_index`."""
+        if "index.parquet" in found:
+            yield from ((shard, None) for shard in whole.values())
+            return
+        keys: list[pa.Array] = []
+        rowless = dict(shards)
+        for name, rows in rows_by_shard(directory, manifest):
+            keys += pc.binary_join_element_wise(rows["split"], rows["key"], "/").chunks
+            if rowless.pop(name, None) and name in whole:
+                yield whole[name], rows
+        if rowless:
+            of_index["index.parquet"] = [f"{name}: no rows in the index" for name in rowless]
+        counts = pa.chunked_array(keys, pa.string()).value_counts()
+        twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
+        if twice:  # in the tars too: an index made anew from them would be the same
+            of_index["keys"] = [f"index.parquet: key {key} is there twice" for key in twice]
+
     check = partial(check_shard, directory=directory, manifest=manifest)
-    tasks = (task for task in shards if task[0].name not in absent)
-    with tqdm(total=len(manifest.shards) - len(absent), unit="shard", disable=not sys.stderr.isatty()) as bar:
-        for name, problems in each(check, tasks, min(workers, max(1, len(manifest.shards)))):
-            found.problems += problems
-            found.shards |= {name} if problems else set()
+    with tqdm(total=len(whole), unit="shard", disable=not sys.stderr.isatty()) as bar:
+        for name, problems in each(check, tasks(), min(workers, max(1, len(shards)))):
+            if problems:
+                found[name] = problems
             bar.update()
-    return found
+    return found | of_index
 
 
 def check_shard(
@@ -179,49 +184,6 @@ def _check_clip(
             yield f"{where}: fbank differs by {worst:.4f} from the waveform's"
 
 
-def _check_files(directory: Location, manifest: Manifest, found: Findings) -> None:
-    """Presence and size of every file, and hashes of the small ones."""
-    there = sizes(directory)
-    wrong = damage(directory, manifest)
-    found.problems += [f"{name}: {problem}" for name, problem in wrong.items()]
-    found.index, found.failures = "index.parquet" in wrong, "failures.jsonl" in wrong
-    found.shards |= wrong.keys() - set(PRODUCTS)
-    listed = {shard.name for shard in manifest.shards}
-    found.problems += [f"{name}: not in the manifest" for name in sorted(there.keys() - listed) if name[-4:] == ".tar"]
-
-
-def shards_with_rows(
-    directory: Location, manifest: Manifest, found: Findings
-) -> Iterator[tuple[ShardRecord, pa.Table | None]]:
-    """Each shard with its rows of the index, and last the keys that are there twice."""
-    if found.index:
-        yield from ((shard, None) for shard in manifest.shards)
-        return
-    records = {shard.name: shard for shard in manifest.shards}
-    waiting: pa.Table | None = None
-    keys: list[pa.Array] = []
-    for group in index_groups(directory, manifest):
-        keys += pc.binary_join_element_wise(group["split"], group["key"], "/").chunks
-        waiting = group if waiting is None else pa.concat_tables([waiting, group])
-        while len(waiting):
-            name = waiting["shard"][0].as_py()
-            same = pc.equal(waiting["shard"], name)
-            count = pc.index(same, False).as_py()
-            if count < 0:
-                break  # it may go on in the next row group
-            if name in records:
-                yield records.pop(name), waiting.slice(0, count)
-            waiting = waiting.slice(count)
-    if waiting is not None and len(waiting) and (name := waiting["shard"][0].as_py()) in records:
-        yield records.pop(name), waiting
-    for name in records:
-        found.problems.append(f"{name}: no rows in the index")
-        found.index = True
-    counts = pa.chunked_array(keys, pa.string()).value_counts()
-    twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
-    found.problems += [f"index.parquet: key {key} is there twice" for key in twice]
-
-
 @contextmanager
 def _mapped(path: str) -> Iterator[memoryview]:
     if not os.path.getsize(path):
@@ -260,30 +222,29 @@ def _run(args: argparse.Namespace) -> int:
     if args.repair and not is_remote(args.directory) and local(args.directory).is_dir():
         check_output_directory(local(args.directory), "--repair")
     found = examine(args.directory, workers)
-    for problem in found.problems:
+    for problem in chain(*found.values()):
         sys.stdout.write(f"{problem}\n")
-    from shard_tools.repair import compare, repair  # imports this module
-
     root = str(args.audio_root or join(args.directory, "source"))
-    if (args.sources or (args.repair and found.shards)) and not is_remote(root) and not local(root).is_dir():
+    manifest = load_manifest(args.directory)
+    damaged = found.keys() & {shard.name for shard in manifest.shards}
+    if (args.sources or (args.repair and damaged)) and not is_remote(root) and not local(root).is_dir():
         raise UserError(f"{root}: no such directory of the sources; give it with --audio-root")
-    if args.repair and (found.shards or found.index or found.failures):
+    if args.repair and (damaged or found.keys() & {"index.parquet", "failures.jsonl"}):
         for line in repair(args.directory, found, root, workers):
             sys.stdout.write(f"repair: {line}\n")
         found = examine(args.directory, workers)
-        for problem in found.problems:
+        for problem in chain(*found.values()):
             sys.stdout.write(f"still: {problem}\n")
+    problems = sum(map(len, found.values()))
     if args.sources:
         unknown = ["sources: not compared, as index.parquet is damaged; --repair makes it anew"]
-        lines = unknown if found.index else compare(args.directory, root, workers)
-        for line in lines:
-            found.problems.append(line)
+        for line in unknown if "index.parquet" in found else compare(args.directory, root, workers):
+            problems += 1
             sys.stdout.write(f"{line}\n")
-    manifest = load_manifest(args.directory)
-    state = f"{len(found.problems)} problems" if found.problems else "sound"
+    state = f"{problems} problems" if problems else "sound"
     clips = sum(split.clips for split in manifest.splits.values())
     sys.stdout.write(f"{args.directory}: {clips} clips in {len(manifest.shards)} shards: {state}\n")
-    return 1 if found.problems else 0
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -309,7 +309,7 @@ def _decode_all(
 
 
 def _attempt(
-    clip: Clip, stamped: tuple[str | OSError, Stamp], plan: ShardPlan
+    clip: Clip, stamped: tuple[str | OSError, Stamp], plan: ShardPlan, again: bool = False
 ) -> tuple[Decoded | DecodeError, Stamp]:
     """The clip out of its own file (a copy and its stamp), or why that gives nothing; and the stamp.
 
@@ -319,36 +319,22 @@ def _attempt(
     try:
         return _decode(clip, stamped[0], plan), stamped[1]
     except DecodeError as error:
-        return _once_more(clip, plan, error, stamped[1])
-
-
-def _once_more(clip: Clip, plan: ShardPlan, error: DecodeError, now: Stamp) -> tuple[Decoded | DecodeError, Stamp]:
-    """A file that is not there, or not for us, may be one of all whose disk or store is away for a moment.
-
-    Raises:
-        MachineError: none of the others can be looked at either.
-    """
-    if str(error).split(":")[0] not in ABSENT:
-        return error, now
-    others = dict.fromkeys([*(other.path for other in plan.clips), *plan.probes])
-    others.pop(clip.path, None)
-    if not others:
-        return error, now
-    try:
-        if not any(map(_readable, list(others)[:PROBES])):
-            raise MachineError(f"{clip.path}: {error}; and so are the others: is their disk or store there?")
-    except OSError as trouble:
-        raise trouble if isinstance(trouble, MachineError) else MachineError(str(trouble)) from error
-    for copy, now in stamped_copies([clip.path]):
+        others = dict.fromkeys([*(other.path for other in plan.clips), *plan.probes])
+        others.pop(clip.path, None)
+        if again or not others or str(error).split(":")[0] not in ABSENT:
+            return error, stamped[1]
+        # A file that is not there, or not for us, may be one of all whose disk or store is away for a moment.
         try:
-            return _decode(clip, copy, plan), now
-        except DecodeError as same:
-            return same, now
+            if not any(
+                stamp(path) is not None and (is_remote(path) or os.access(path, os.R_OK))
+                for path in list(others)[:PROBES]
+            ):
+                raise MachineError(f"{clip.path}: {error}; and so are the others: is their disk or store there?")
+        except OSError as trouble:
+            raise trouble if isinstance(trouble, MachineError) else MachineError(str(trouble)) from error
+    for further in stamped_copies([clip.path]):
+        return _attempt(clip, further, plan, again=True)
     raise AssertionError("unreachable")
-
-
-def _readable(path: str) -> bool:
-    return stamp(path) is not None and (is_remote(path) or os.access(path, os.R_OK))
 
 
 def _failure(failed: Sequence[tuple[Clip, DecodeError]], plan: ShardPlan, row: int | None, used: str) -> Failure:

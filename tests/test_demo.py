@@ -4,7 +4,6 @@ import json
 import socket
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from pipeline.errors import UserError
 from pipeline.serving import demo
 from pipeline.serving.scorer import load_scorer
 from pipeline.tracking.figures import confusion
-from shard_tools.portrait import _class_picture
 from tests import browser, lab
 from tests.ranks import ROOT, free_port
 from tests.test_export import make_run
@@ -46,7 +44,6 @@ def test_names_that_look_like_formulas_are_drawn_and_hops_are_bounded(tmp_path):
     figure.savefig(tmp_path / "x.png")
     assert r"$\frac$ and $x_" in scores
     confusion(np.eye(6), np.eye(6), scorer.labels, tmp_path)
-    _class_picture(scorer.labels, {"train": SimpleNamespace(class_clips=[1] * 6, class_listed=None)})
     for hop in (0.0, 1e-9, 11.0, float("nan")):
         with pytest.raises(UserError, match="seconds between windows"):
             demo.answer(scorer, path, hop)

@@ -129,7 +129,7 @@ def speed(codec: str, files: int, clips: int, workers: int) -> None:
         folder = Path(name)
         catalog = generate(folder / "audio", files, clips, codec)
         options = BuildOptions(AUDIO, clips)
-        (shard,) = SplitPlan(catalog, "train", folder / "whole", options).shards([0])
+        shard = SplitPlan(catalog, "train", folder / "whole", options).shard(0)
         rounds: dict[str, list[float]] = {}
         decode(shard.clips[0].path, 0.0, None, rate=16000, seconds=10)  # libraries load outside the measure
         for _ in range(ROUNDS):
@@ -160,7 +160,7 @@ def scale(catalog: catalogs.Catalog, folder: Path, clips: int, workers: int) -> 
         use_cores(count)
         for number in range(ROUNDS):
             plan = SplitPlan(catalog, "train", folder / f"{count}-{number}", BuildOptions(AUDIO, size))
-            ends = [time.perf_counter() for _ in run(plan.shards(list(range(len(plan)))), count)]
+            ends = [time.perf_counter() for _ in run(map(plan.shard, range(len(plan))), count)]
             laps.append((len(ends) - count) * size / (ends[-1] - ends[count - 1]))
         rates[count] = statistics.median(laps)
         print(f"{count} worker(s) at work: {rates[count]:.1f} clips/s")

@@ -73,7 +73,7 @@ def measure(folder: Path, words: list[str]) -> None:
     options = BuildOptions(AudioOptions(), PER_SHARD)
     assert catalog.clips.repeat() is None
     plan = SplitPlan(catalog, "train", out, options)
-    plan.identity()
+    assert plan.identity
     lap(f"plan of {len(plan)} shards, and its identity")
     list(write_plan(catalog, out, options))
     lap("plan.parquet")

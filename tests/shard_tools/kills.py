@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from pipeline.data.manifest import load_manifest
+from pipeline.flow import Clip
 from shard_tools import catalogs
 from shard_tools.build import build
-from shard_tools.columns import Clips
+from shard_tools.columns import Rows
 from shard_tools.finish import damage
 from tests.helpers import digests, options, synth_catalog
 
@@ -156,7 +157,7 @@ def full_disk(folder: Path, source: Path) -> dict:
 def main() -> None:
     folder = Path(sys.argv[1])
     # Imported here, so that children need not: pandas, by Arrow.
-    assert not len(Clips("/").table(np.empty(0, np.int64)))
+    assert not len(Rows(Clip, "/").take(np.empty(0, np.int64)))
     source = folder / "source"
     synth_catalog(source, CLIPS, SECONDS)
     mended = folder / "mended"

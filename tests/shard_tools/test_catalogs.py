@@ -12,10 +12,9 @@ import soundfile
 from pipeline.data.manifest import load_index
 from pipeline.errors import UserError
 from shard_tools import catalogs
-from shard_tools.audio_files import AudioFiles, plain_times, walk
+from shard_tools.audio_files import AudioFiles, plain_times, split_of_segments, walk
 from shard_tools.build import build
 from shard_tools.catalogs import clean_key
-from shard_tools.splits import split_of_segments
 from tests.helpers import digests, options
 
 WORDS = 'index,mid,display_name\n0,/m/1,dog\n1,/m/2,"bark, howl"\n2,/m/3,cat\n'

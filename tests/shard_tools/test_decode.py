@@ -18,7 +18,7 @@ import soundfile
 
 from shard_tools import catalogs, ffmpeg_codecs, guard
 from shard_tools.build import build
-from shard_tools.decode import DecodeError, MachineError, Recording, decode
+from shard_tools.decode import DecodeError, MachineError, decode, decode_whole
 from shard_tools.guard import DecoderProcess
 from shard_tools.plan import BuildOptions
 from shard_tools.write import AudioOptions
@@ -202,7 +202,7 @@ def test_no_file_opens_another_one(tmp_path, monkeypatch):
                 with pytest.raises(DecodeError, match="undecodable"):
                     decode(name, 0.0, None, rate=RATE, seconds=3)
                 with pytest.raises(DecodeError, match="undecodable"):
-                    list(Recording(name, RATE).pieces())
+                    list(decode_whole(name, RATE, []))
             path.unlink()
 
 
@@ -258,13 +258,13 @@ def test_eight_bytes_of_a_minute_cost_a_moment(tmp_path, name):
     place = len(content) * 8 // 10
     content[place : place + 8] = bytes(8)
     path.write_bytes(bytes(content))
-    recording = Recording(str(path), RATE)
-    waveform = np.concatenate(list(recording.pieces()))
+    problems: list[str] = []
+    waveform = np.concatenate(list(decode_whole(str(path), RATE, problems)))
     assert len(waveform) / RATE == pytest.approx(60, abs=0.15)
     for second in (10, 40, 55, 58):
         assert second_of(waveform[second * RATE : (second + 1) * RATE]) == second
     if name in ("m.ogg", "m.opus", "m.m4a", "m.flac", "m.ac3"):  # of the others nothing tells
-        (problem,) = recording.problems
+        (problem,) = problems
         found = re.fullmatch(r"damaged near (\d+\.\d) s: (\d+\.\d\d) s lost", problem)
         assert found, problem
         near, lost = map(float, found.groups())
@@ -395,7 +395,7 @@ def test_a_decoder_ends_with_its_worker(patched):
     process, good, _ = patched("pass", 60.0)
     process.decode(str(good), 0.0, None)
     child = process._process
-    child.stdin.close()  # what the kernel does when the worker is killed
+    process._pipe.close()  # what the kernel does when the worker is killed
     assert child.wait(60) == 0
     process.close()
     assert guard.TIME_LIMIT > 0

@@ -48,7 +48,7 @@ def test_a_ray_cluster_of_two_workers_gives_the_same_bytes(catalog, wanted, tmp_
         build(catalog, tmp_path / "out", options(0.2), 100, engine="ray")
         assert digests(tmp_path / "out") == wanted
         (tmp_path / "a file").touch()
-        plans = SplitPlan(catalog, "train", tmp_path / "a file" / "below", options(0.2)).shards([0])
+        plans = [SplitPlan(catalog, "train", tmp_path / "a file" / "below", options(0.2)).shard(0)]
         with pytest.raises(OSError, match="a file"):
             list(run(plans, 1, "ray"))
     finally:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import boto3
@@ -55,7 +56,7 @@ def download(client, bucket: str, prefix: str, folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_build_into_s3_gives_the_same_bytes(local, bucket, tmp_path):
+def test_a_build_into_s3_gives_the_same_bytes(local, bucket, tmp_path, monkeypatch):
     """Two real worker processes; then the audio, too, from the store."""
     catalog, wanted = local
     client, name = bucket
@@ -68,9 +69,13 @@ def test_a_build_into_s3_gives_the_same_bytes(local, bucket, tmp_path):
         client.upload_file(str(path), name, f"audio/{path.relative_to(str(catalog.root))}")
     root = f"s3://{name}/audio"
     remote = catalogs.table(root, f"{root}/table.csv", None, None)
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     build(remote, f"s3://{name}/from/s3", options(0.2), 1, engine="inline")
     assert download(client, name, "from/s3", tmp_path / "2") == wanted
-    assert not list(store._scratch().iterdir())
+    assert not list((tmp_path / "scratch").iterdir())
+    kinds = {file: client.head_object(Bucket=name, Key=f"from/s3/{file}")["ContentType"] for file in wanted}
+    assert (kinds["manifest.json"], kinds["train-000000.tar"]) == ("application/json", "application/x-tar")
 
 
 def test_slices_into_s3_and_an_object_that_vanished(local, bucket, tmp_path):

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from shard_tools import catalogs, esc50_archive
 from shard_tools.build import build
 from shard_tools.esc50_archive import fetch_esc50
-from shard_tools.overrides import read_overrides
+from shard_tools.labels import read_overrides
 from tests.helpers import options
 from tests.shard_tools.test_build import command
 

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from shard_tools import catalogs, stamps
 from shard_tools.build import build, build_slice, merge
 from shard_tools.plan import Slice, SplitPlan
-from shard_tools.stamps import Change, Sources
+from shard_tools.stamps import Change, comparison
 from tests.helpers import digests, options
 
 SECONDS, CLIPS, PER_SHARD = 0.1, 12, 2
@@ -132,8 +132,8 @@ def test_a_store_that_does_not_answer_changes_nothing(audio, tmp_path, monkeypat
         with pytest.raises(UserError, match=r"the network went away .* try again when they answer"):
             build(catalog, out, options(SECONDS, PER_SHARD), 1, engine="inline")
         # One object that can never be looked at (a key of the customer's) does not stop what came to terms with it.
-        with Sources(catalog.root, 1) as sources:
-            assert sources.changed([first_source(catalog, out)], [None]) == []
+        with comparison(catalog.root, 1) as changed:
+            assert changed([first_source(catalog, out)], [None]) == []
     assert times(out) == before
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from shard_tools import catalogs
-from shard_tools.overrides import read_overrides
+from shard_tools.labels import read_overrides
 from shard_tools.tables import LONGEST_CELL, Table
 
 ROWS = [("ü.wav", "dog"), ("2.wav", "bark;dog")]

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import soxr
 
-from shard_tools.decode import DecodeError, Recording, decode
+from shard_tools.decode import DecodeError, decode, decode_whole
 from tests.shard_tools.corpus import encode
 
 RATE = 16000
@@ -82,9 +82,9 @@ def made(source):
 
 def whole(path: Path) -> np.ndarray:
     """All of a file, read from front to back: what the places of segments are counted in."""
-    recording = Recording(str(path), RATE)
-    waveform = np.concatenate(list(recording.pieces()))
-    assert recording.problems == []
+    problems: list[str] = []
+    waveform = np.concatenate(list(decode_whole(str(path), RATE, problems)))
+    assert problems == []
     return waveform
 
 
@@ -159,9 +159,9 @@ def test_a_wav_whose_size_is_wrong(source, tmp_path, size):
     if size == "both":
         content[4:8] = (said + at - 4).to_bytes(4, "little")
     path.write_bytes(bytes(content))
-    recording = Recording(str(path), RATE)
-    everything = np.concatenate(list(recording.pieces()))
-    assert recording.problems == (["truncated: its header promises 10.0 s more"] if size == "twice" else [])
+    problems: list[str] = []
+    everything = np.concatenate(list(decode_whole(str(path), RATE, problems)))
+    assert problems == (["truncated: its header promises 10.0 s more"] if size == "twice" else [])
     assert len(everything) == pytest.approx(10 * RATE, abs=2)
     for start in (0.0, 4.2, 9.0):
         decoded = decode(str(path), start, start + 1, rate=RATE, seconds=10, trimmed=False)

@@ -60,7 +60,7 @@ def run_ranks(
     """
     if Path("/dev/nvidiactl").exists():  # a GPU's runtime survives no fork
         end = time.monotonic() + timeout
-        ended = [rank.end(end - time.monotonic()) for rank in start_ranks(ranks, script, *args)]
+        ended = [rank.end(max(0.0, end - time.monotonic())) for rank in start_ranks(ranks, script, *args)]
     else:
         ended = _fork([str(script), *map(str, args)], _places(ranks), timeout)
     for rank, (status, output) in enumerate(ended):
@@ -73,15 +73,17 @@ def _fork(words: list[str], places: list[dict[str, str]], timeout: float) -> lis
     context.set_forkserver_preload(["tests.preloaded"])
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, place["RANK"]) for place in places]
-        started = [context.Process(target=_become, args=(words, os.environ | place, log))
-                   for place, log in zip(places, logs, strict=True)]  # fmt: skip
-        for process in started:
-            process.start()
-        end = time.monotonic() + timeout
-        for process in started:
-            process.join(max(0.0, end - time.monotonic()))
-            process.kill()
-            process.join()
+        started, end = [], time.monotonic() + timeout
+        try:
+            for place, log in zip(places, logs, strict=True):
+                started.append(context.Process(target=_become, args=(words, os.environ | place, log)))
+                started[-1].start()
+            for process in started:
+                process.join(max(0.0, end - time.monotonic()))
+        finally:
+            for process in started:
+                process.kill()
+                process.join()
         return [(process.exitcode, log.read_text()) for process, log in zip(started, logs, strict=True)]
 
 

@@ -59,7 +59,8 @@ def test_stops_kills_and_a_hanging_rank_leave_the_losses_of_a_straight_run(pretr
         os.kill(worker(ranks[rank]), signal.SIGKILL)
         # The metrics of lost steps are cut off when the run goes on; until then they would count.
         wait_for(lambda: losses(tmp_path)[-1]["step"] <= read_state(tmp_path)["step"] + 1, ranks, "restart")
-    wait_for(reached(tmp_path, stopped + 9), ranks, "the last step before the hang")
+    # Seconds after the restart: a rank is missed once it has been heard of.
+    wait_for(reached(tmp_path, stopped + 18), ranks, "the last step before the hang")
     hanging = worker(ranks[1])
     log = tmp_path / "logs" / "rank-0.log"
     before = log.read_text().count("not heard of")

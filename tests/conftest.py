@@ -24,6 +24,11 @@ from tests.slurm import SLURM_PROGRAMS, Slurm, slurm_cluster
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# For every process that the tests start. Threads of several processes at once would wait for each other's cores; and
+# without bytecode each process would compile our sources anew.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 LEFT_OUT = "left out"
 # Fixtures that take minutes -> what the modules that use them are called as a group, which one process runs.
 GROUPS = {"pretrained": "runs", "slurm": "runs", "chain": "lab"}
@@ -117,7 +122,7 @@ def deepspeed_run() -> Callable[..., subprocess.CompletedProcess[str]]:
             str(script),
             *map(str, args),
         ]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
         if check and done.returncode:
             pytest.fail(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")

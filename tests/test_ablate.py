@@ -243,9 +243,8 @@ def test_submitit_runs_a_job_and_reports_its_failure(tmp_path):
 
 
 @pytest.mark.slow
-def test_slurm_runs_a_table_and_a_killed_ablate_finds_its_job_again(slurm, shards, tmp_path, monkeypatch):
+def test_slurm_runs_a_table_and_a_killed_ablate_finds_its_job_again(slurm, shards, tmp_path):
     """A pretraining and the finetuning that starts from it, two tasks each, queued one after the other."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     scale = yaml.safe_load((ROOT / "configs/ablation/scale/micro.yaml").read_text())
     scale["pretrain"]["settings"] |= {"train.steps": 4, "train.batch_size": 8, "eval.clips": 8, "log.pictures": 0}
     scale["tasks"]["as_bal"]["settings"] |= {"train.epochs": 1, "eval.every_epochs": 1}

@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -27,7 +26,7 @@ from pipeline.recipes import dump_recipe, load_recipe
 from pipeline.report.collect import Predictions
 from pipeline.runs import mean_probability, score_averaged_weights, score_ensemble
 from pipeline.tasks import FinetuneTask
-from tests.conftest import ROOT
+from tests.ranks import run_ranks
 
 
 def read(path) -> Predictions:
@@ -55,19 +54,19 @@ def runs(shards, tmp_path_factory):
     return made
 
 
-def evaluate(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launchers/evaluate.py", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+def evaluate(*words: object) -> str:
+    """What evaluate.py prints."""
+    ((_, said),) = run_ranks(1, "launchers/evaluate.py", *words)
+    return said
 
 
 @pytest.fixture(scope="module")
 def single(runs, shards, tmp_path_factory):
     """(results, predictions, folder of plots) of the first run on one rank."""
     out = tmp_path_factory.mktemp("single")
-    done = evaluate("--checkpoint", runs[0], "--shards", shards, "--out", out / "results.json", "--predictions",
+    said = evaluate("--checkpoint", runs[0], "--shards", shards, "--out", out / "results.json", "--predictions",
                     out / "predictions.parquet", "--plots", out / "plots", "--workers", 0)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "95 % interval" in done.stdout
+    assert "95 % interval" in said
     return json.loads((out / "results.json").read_text()), read(out / "predictions.parquet"), out / "plots"
 
 
@@ -108,11 +107,9 @@ def test_two_ranks_score_what_one_scores(deepspeed_run, runs, shards, single, tm
 @pytest.mark.slow
 def test_an_ensemble_averages_probabilities_and_a_mean_model_averages_weights(runs, shards, single, tmp_path):
     for combine in ("scores", "weights"):
-        done = evaluate("--checkpoint", *runs, "--shards", shards, "--combine", combine, "--workers", 0,
-                        "--predictions", tmp_path / combine, "--out", tmp_path / f"{combine}.json")  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    other = evaluate("--checkpoint", runs[1], "--shards", shards, "--workers", 0, "--predictions", tmp_path / "b")
-    assert other.returncode == 0, other.stderr
+        evaluate("--checkpoint", *runs, "--shards", shards, "--combine", combine, "--workers", 0,
+                 "--predictions", tmp_path / combine, "--out", tmp_path / f"{combine}.json")  # fmt: skip
+    evaluate("--checkpoint", runs[1], "--shards", shards, "--workers", 0, "--predictions", tmp_path / "b")
     mean = (expit(single[1].scores) + expit(read(tmp_path / "b").scores)) / 2
     np.testing.assert_allclose(read(tmp_path / "scores").scores, mean, atol=1e-6)
     assert json.loads((tmp_path / "scores.json").read_text())["ensemble"] == [str(run) for run in runs]
@@ -124,10 +121,9 @@ def test_an_ensemble_averages_probabilities_and_a_mean_model_averages_weights(ru
     kept = original.read_bytes()
     try:
         original.write_bytes(merged.read_bytes())
-        again = evaluate("--checkpoint", runs[0], "--shards", shards, "--workers", 0, "--predictions", tmp_path / "m")
+        evaluate("--checkpoint", runs[0], "--shards", shards, "--workers", 0, "--predictions", tmp_path / "m")
     finally:
         original.write_bytes(kept)
-    assert again.returncode == 0, again.stderr
     np.testing.assert_allclose(
         read(tmp_path / "weights").scores, read(tmp_path / "m").scores, atol=1e-5
     )
@@ -146,10 +142,11 @@ def test_results_name_how_the_model_pools(runs, shards, tmp_path):
 
 
 def test_a_directory_that_is_no_run_is_one_line(shards, tmp_path):
-    done = evaluate("--checkpoint", tmp_path, "--shards", shards)
-    assert done.returncode == 2
-    assert str(tmp_path) in done.stderr
-    assert "Traceback" not in done.stderr
+    command = ["launchers/evaluate.py", "--checkpoint", tmp_path, "--shards", shards]
+    ((status, said),) = run_ranks(1, *command, check=False)
+    assert status == 2
+    assert str(tmp_path) in said
+    assert "Traceback" not in said
 
 
 def test_places_are_tried_before_anything_is_scored(runs, shards, tmp_path, monkeypatch):

@@ -15,7 +15,10 @@ BATCH, COUNT = 12, 6
 NAMES = ("position", "row", "valid", "waveform", "fbank", "targets", "length")
 AUGMENT = AugmentConfig(mixup=0.5, freq_mask=24, time_mask=16, noise=0.1, noise_snr=(10, 20), roll=0.05)
 PLACES = [(1, 0), (1, 2), (2, 1), (4, 2), (3, 1)]
-OTHERS = [(1, 0, "without"), (2, 1, "without"), (1, 2, "splits"), (3, 0, "splits")]
+LOCAL = [*((*place, sampler) for place in PLACES for sampler in ("shuffle", "balanced")),
+         (1, 0, "without"), (2, 1, "without"), (1, 2, "splits"), (3, 0, "splits")]  # fmt: skip
+# Readers know one place from another, the order does not: readers of one rank, ranks that read, readers of several.
+REMOTE = [(1, 2, "splits"), (2, 0, "without"), (2, 1, "balanced"), (4, 2, "shuffle")]
 SAMPLERS = {
     "shuffle": {},
     "balanced": {"sampler": "balanced"},
@@ -90,10 +93,9 @@ def caches(tmp_path_factory):
     return {sampler: tmp_path_factory.mktemp("cache") for sampler in SAMPLERS}
 
 
-@pytest.mark.parametrize("source", ["shards", "s3_shards"])
 @pytest.mark.parametrize(
-    ("ranks", "workers", "sampler"),
-    [*((*place, sampler) for place in PLACES for sampler in ("shuffle", "balanced")), *OTHERS],
+    ("source", "ranks", "workers", "sampler"),
+    [*(("shards", *cell) for cell in LOCAL), *(("s3_shards", *cell) for cell in REMOTE)],
 )
 def test_ranks_workers_and_resuming_anywhere_change_no_byte(
     request, tmp_path, expected, caches, source, ranks, workers, sampler

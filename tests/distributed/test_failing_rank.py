@@ -1,7 +1,6 @@
 """A rank that fails ends all ranks within a minute, and each says which rank, on which host, and why."""
 
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -9,28 +8,20 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.tracking.__main__ import sync
 from pipeline.tracking.spool import Spool
-from tests.distributed.conftest import lines
-from tests.ranks import start_ranks
+from tests.distributed.conftest import MICRO, lines
+from tests.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("failing_rank.py")
 MINUTE = 60.0
 
 
-def ended(ranks, seconds: float) -> list[tuple[int, str]]:
-    """All of them, at most so long from now."""
-    end = time.monotonic() + seconds
-    return [rank.end(max(0.1, end - time.monotonic())) for rank in ranks]
-
-
 @pytest.mark.slow
 def test_the_trainer_names_the_rank_and_the_reason_and_closes_its_tracking(shards, tmp_path):
-    words = [f"data.shards={shards}", f"run.dir={tmp_path / 'run'}", "model.size=micro", "train.batch_size=8",
-             "train.steps=1000", "log.every=1", "data.workers=1", "optim.warmup=0", "log.system_every=0",
-             f"log.uri=sqlite:///{tmp_path}/mlflow.db"]  # fmt: skip
-    ranks = start_ranks(2, SCRIPT, "pretrain", 1, *words)
-    said = [output for _, output in ended(ranks, 3 * MINUTE)]
-    statuses = [rank.process.returncode for rank in ranks]
-    assert statuses == [70, 70], said[0][-4000:]
+    words = [f"data.shards={shards}", f"run.dir={tmp_path / 'run'}", "train.steps=1000", "log.system_every=0",
+             f"log.uri=sqlite:///{tmp_path}/mlflow.db", *MICRO]  # fmt: skip
+    ends = run_ranks(2, SCRIPT, "pretrain", 1, *words, check=False, timeout=3 * MINUTE)
+    said = [output for _, output in ends]
+    assert [status for status, _ in ends] == [70, 70], said[0][-4000:]
     reason = f"rank 1 on {socket.gethostname()}: OutOfMemoryError: no memory for 3 GiB"
     assert f"error: {reason}\n" in said[1]
     assert "Traceback" in said[1]
@@ -55,7 +46,7 @@ def test_the_trainer_names_the_rank_and_the_reason_and_closes_its_tracking(shard
     ],
 )
 def test_every_kind_of_fault_ends_all_ranks_with_its_status(kind, failing, status, said):
-    ends = ended(start_ranks(2, SCRIPT, kind, failing), MINUTE)
+    ends = run_ranks(2, SCRIPT, kind, failing, check=False, timeout=MINUTE)
     assert [found for found, _ in ends] == [status] * 2, ends
     for (_, output), expected in zip(ends, said, strict=True):
         errors = [line + "\n" for line in output.splitlines() if line.startswith("error: ")]

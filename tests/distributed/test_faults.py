@@ -15,7 +15,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.manifest import load_index
 from pipeline.engine.checkpoint import complete_checkpoints, read_state
 from tests.distributed.conftest import MICRO, STEPS, lines, losses
-from tests.ranks import start_ranks
+from tests.ranks import run_ranks, start_ranks
 
 PATIENCE = 300.0
 
@@ -40,7 +40,7 @@ def worker(rank) -> int:
 
 @pytest.mark.slow
 def test_stops_kills_and_a_hanging_rank_leave_the_losses_of_a_straight_run(pretrained, pretraining, tmp_path):
-    """SIGTERM at one rank; then, in one launch that restarts itself, four kills and one rank that hangs."""
+    """SIGTERM at one rank; then, in one launch that restarts itself, a kill of each rank and one that hangs."""
     words = [*pretraining, f"run.dir={tmp_path}", "checkpoint.every=1", "run.timeout=25", "log.mlflow=false"]
     ranks = start_ranks(2, "launchers/pretrain.py", *words)
     wait_for(reached(tmp_path, 4), ranks, "step 4")
@@ -53,12 +53,13 @@ def test_stops_kills_and_a_hanging_rank_leave_the_losses_of_a_straight_run(pretr
     assert losses(tmp_path)[-1]["step"] == stopped  # nothing was lost
 
     ranks = start_ranks(2, "launchers/pretrain.py", "--max-restarts", 8, *words)
-    for step, rank in ((stopped + 3, 0), (stopped + 6, 1), (stopped + 9, 1), (stopped + 12, 0)):
+    for step, rank in ((stopped + 3, 0), (stopped + 6, 1)):
         wait_for(reached(tmp_path, step), ranks, f"step {step}")
         os.kill(worker(ranks[rank]), signal.SIGKILL)
         # The metrics of lost steps are cut off when the run goes on; until then they would count.
         wait_for(lambda: losses(tmp_path)[-1]["step"] <= read_state(tmp_path)["step"] + 1, ranks, "restart")
-    wait_for(reached(tmp_path, stopped + 15), ranks, "the last step before the hang")
+    # Seconds after the restart: a rank is missed once it has been heard of.
+    wait_for(reached(tmp_path, stopped + 18), ranks, "the last step before the hang")
     hanging = worker(ranks[1])
     log = tmp_path / "logs" / "rank-0.log"
     before = log.read_text().count("not heard of")
@@ -70,9 +71,9 @@ def test_stops_kills_and_a_hanging_rank_leave_the_losses_of_a_straight_run(pretr
     named = re.findall(r"rank 1 on (\S+) \(last at step (\d+), \w+\): not heard of for", ended[0][1])
     assert named  # a busy machine may have taken a slow start for a hang before
     assert named[-1][0] == socket.gethostname()
-    # Notes are posted every few seconds; the last one is at least that of the restart after the fourth kill.
-    assert stopped + 10 <= int(named[-1][1]) <= STEPS
-    assert "restart 5 of 8" in ended[0][1] + ended[1][1]
+    # Notes are posted every few seconds; the last one is at least that of the restart after the second kill.
+    assert stopped + 4 <= int(named[-1][1]) <= STEPS
+    assert "restart 3 of 8" in ended[0][1] + ended[1][1]
     assert losses(tmp_path) == losses(pretrained)
     assert len(complete_checkpoints(tmp_path)) <= 3  # the last two and the best
 
@@ -128,7 +129,7 @@ def test_bad_clips_are_counted_over_all_ranks_and_too_many_end_the_run(shards, t
     last = next(step for step, count in enumerate(total) if count > limit)
     words = [f"data.shards={copy}", f"run.dir={tmp_path / 'run'}", "train.steps=20", "log.mlflow=false", *MICRO]
     words += [f"data.max_bad={limit}", "data.max_bad_share=1"]
-    ended = [rank.end() for rank in start_ranks(2, "launchers/pretrain.py", *words)]
+    ended = run_ranks(2, "launchers/pretrain.py", *words, check=False)
     assert [status for status, _ in ended] == [2, 2], ended[0][1][-4000:]
     assert [line["bad_clips"] for line in lines(tmp_path / "run")] == total[: last + 1]
     said = ended[0][1]
@@ -140,13 +141,13 @@ def test_bad_clips_are_counted_over_all_ranks_and_too_many_end_the_run(shards, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "ranks"), [("zero0.json", 1), ("zero2.json", 2)])
-def test_steps_that_are_not_finite_change_nothing_and_end_the_run(deepspeed_run, shards, tmp_path, stage, ranks):
+def test_steps_that_are_not_finite_change_nothing_and_end_the_run(shards, tmp_path, stage, ranks):
     """A rate of 1e30 makes the second step's gradient NaN; three such steps in a row are too many."""
-    done = deepspeed_run(ranks, "launchers/pretrain.py", "--deepspeed_config", stage, f"data.shards={shards}",
-                         f"run.dir={tmp_path}", "train.steps=20", "train.max_bad_steps=3", "log.mlflow=false", *MICRO,
-                         "optim.lr=1e30", "optim.warmup=0", check=False)  # fmt: skip
-    assert done.returncode == 2
-    assert "train.max_bad_steps = 3" in done.stderr
+    ended = run_ranks(ranks, "launchers/pretrain.py", "--deepspeed_config", stage, f"data.shards={shards}",
+                      f"run.dir={tmp_path}", "train.steps=20", "train.max_bad_steps=3", "log.mlflow=false", *MICRO,
+                      "optim.lr=1e30", "optim.warmup=0", check=False)  # fmt: skip
+    assert [status for status, _ in ended] == [2] * ranks
+    assert "train.max_bad_steps = 3" in ended[0][1]
     assert lines(tmp_path)[-1]["skipped_steps"] == 2
     keys = (tmp_path / "bad_clips.txt").read_text().split()
     assert len(keys) == 8

@@ -30,7 +30,6 @@ def test_a_job_that_is_preempted_saves_is_queued_again_and_ends_as_if_it_had_not
     slurm, pretrained, pretraining, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     output, run_dir = tmp_path / "job.log", tmp_path / "run"
     job = slurm.run(*SBATCH, f"--output={output}", "launchers/slurm.sbatch", "launchers/pretrain.py", *pretraining,
                     f"run.dir={run_dir}", "log.mlflow=false", "checkpoint.every=1")  # fmt: skip

@@ -126,6 +126,7 @@ class Faults:
         with self.before_exit(dump_stacks):
             self._since, self._timeout = time.monotonic(), timeout
             try:
+                self._set_place(0)  # at once: one that is lost before the thread's next round is missed, too
                 yield
             except BaseException as error:
                 self.report(error)

@@ -1,11 +1,14 @@
 """A rank that fails ends all ranks within a minute, and each says which rank, on which host, and why."""
 
+import json
 import socket
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from torch.distributed import HashStore
 
+from pipeline.faults import VERDICT, Faults
 from pipeline.tracking.__main__ import sync
 from pipeline.tracking.spool import Spool
 from tests.distributed.conftest import MICRO, lines
@@ -52,3 +55,16 @@ def test_every_kind_of_fault_ends_all_ranks_with_its_status(kind, failing, statu
         errors = [line + "\n" for line in output.splitlines() if line.startswith("error: ")]
         assert len(errors) == bool(expected), output
         assert not expected or errors[0].startswith("error: " + expected.replace("HOST", socket.gethostname())), errors
+
+
+def test_a_rank_is_watched_from_the_first_moment(tmp_path):
+    """One that is cut off at once is missed by its neighbour, who looks for what has changed since."""
+    store = HashStore()
+    store.set(VERDICT, "")
+    faults = Faults(store, 0, 2)
+    faults._closed.set()  # the thread, which says more later on, ends
+    faults._thread.join()
+    assert json.loads(store.get("place/0"))["count"] < 0
+    with faults.watch(tmp_path, 60):
+        assert json.loads(store.get("place/0"))["count"] == 0
+    assert json.loads(store.get("place/0"))["count"] < 0

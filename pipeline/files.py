@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from pipeline.errors import UserError
 
@@ -258,7 +258,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def sha256(file: BinaryIO) -> str:
+def sha256(file: IO[bytes]) -> str:
     """Hash of an open file from where it stands to its end, read in pieces: 64 hex digits."""
     whole = hashlib.sha256()
     while piece := file.read(1 << 22):

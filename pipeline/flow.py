@@ -40,6 +40,7 @@ class Clip:
             `start` is not 0 and the file, as long as the segment, ends before it (AudioSet, names without a start).
         line: Of the table that lists the clip, for `failures.jsonl`; 0: there is no table.
         at: Where the bytes of a member are in its container (`shard_tools/sources.py`); None: it is found by its name.
+        events: Onset and offset in seconds, and label index, of sound events that the data set lists.
         others: The same clip in other files, to be tried in this order where this one cannot be decoded.
     """
 
@@ -54,6 +55,7 @@ class Clip:
     trimmed: bool | None = None
     line: int = field(default=0, compare=False)
     at: tuple[int, int] | None = field(default=None, compare=False)
+    events: tuple[tuple[float, float, int], ...] = ()
     others: tuple["Clip", ...] = ()
 
 

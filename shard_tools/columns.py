@@ -65,7 +65,8 @@ SCHEMAS = {
     Clip: pa.schema([
         ("key", TEXT), ("path", TEXT), ("start", pa.float64()), ("end", pa.float64()),
         ("labels", pa.large_list(pa.int32())), ("split", FEW), ("fold", pa.int16()), ("id", TEXT),
-        ("trimmed", pa.bool_()), ("line", pa.int32()), ("at", AT), ("others", pa.large_list(pa.struct(SEGMENT))),
+        ("trimmed", pa.bool_()), ("line", pa.int32()), ("at", AT),
+        ("events", pa.large_list(pa.list_(pa.float64(), 3))), ("others", pa.large_list(pa.struct(SEGMENT))),
     ]),
     Failure: pa.schema([
         ("id", TEXT), ("path", TEXT), ("reason", FEW), ("split", FEW), ("key", TEXT), ("row", pa.int64()),
@@ -165,6 +166,7 @@ class Rows(Sequence[Row], Generic[Row]):
             cells["path"] = list(map(self._located, cells["path"]))
             cells["labels"] = list(map(tuple, cells["labels"]))
             cells["at"] = list(map(_place, cells["at"]))
+            cells["events"] = [tuple((on, off, int(label)) for on, off, label in one) for one in cells["events"]]
         found: list[Any] = [self._kind(*row) for row in zip(*cells.values(), strict=True)]
         for place, files in enumerate(others or ()):
             if files:

@@ -45,7 +45,7 @@ from pipeline.data.storage import attempt, is_remote
 from pipeline.errors import UserError
 from pipeline.files import new_file
 from shard_tools.names import BETWEEN, plain, split_source
-from shard_tools.segment import MACHINE_ERRNOS, MachineError, reason_of
+from shard_tools.segment import MACHINE_ERRNOS, POINTER, MachineError, reason_of
 from shard_tools.stamps import Stamp, stamp
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,6 @@ LISTED_AT_ONCE = 16  # containers behind URLs, whose listing is waiting
 RATES = ("sample_rate", "sampling_rate", "samplerate", "sr", "fs")  # an HDF5 file's attributes
 LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 STORED, DEFLATED = 0, 8
-POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class SourceError(OSError):
@@ -204,7 +203,7 @@ class ParquetSource:
             kinds = {f"{field.name}.{inner.name}": inner.type for inner in field.type} \
                 if pa.types.is_struct(field.type) else {field.name: field.type}  # fmt: skip
             found += [name for name, type_ in kinds.items() if pa.types.is_binary(type_) or
-                      pa.types.is_large_binary(type_)]  # fmt: skip
+                      pa.types.is_large_binary(type_) or (pa.types.is_null(type_) and name.endswith(".bytes"))]
         named = [name for name in found if name.split(".")[0] in ("audio", "wav", "flac", "mp3", "bytes")]
         return next(iter(named or (found if len(found) == 1 else [])), "")
 
@@ -249,9 +248,9 @@ def _tar_index(container: str) -> tuple[list[Entry], list[str]]:
     with suppress(OSError, ValueError, KeyError, pa.ArrowException):
         table = pq.read_table(kept)
         columns = [table[name].to_pylist() for name in INDEX.names]
-        rows = [(name.decode("utf-8", "surrogateescape"), (offset, size), size, text)
-                for name, offset, size, text in zip(*columns, strict=True)]  # fmt: skip
-        return rows, json.loads(table.schema.metadata[b"problems"])
+        rows: list[Entry] = [(name.decode("utf-8", "surrogateescape"), (offset, size), size, text)
+                             for name, offset, size, text in zip(*columns, strict=True)]  # fmt: skip
+        return rows, list(json.loads(table.schema.metadata[b"problems"]))
     with open_container(container) as file:
         found, problems = _tar_headers(container, file)
     names = [name.encode("utf-8", "surrogateescape") for name, _, _, _ in found]
@@ -285,7 +284,7 @@ def _tar_headers(container: str, file: BinaryIO) -> tuple[list[Entry], list[str]
         with tarfile.open(fileobj=file, mode="r:") as tar:
             try:
                 while (info := tar.next()) is not None:
-                    tar.members = []  # which it would keep
+                    tar.members = []  # type: ignore[attr-defined] # which it would keep
                     if info.isfile() and not info.issparse():
                         text = None
                         if info.name.lower().endswith(TEXT_ENDINGS) and info.size <= TEXT_BYTES:
@@ -482,7 +481,7 @@ def _row_of_hdf5(container: str, now: tuple[int | str, ...], name: str, target: 
 @lru_cache(maxsize=2)
 def _hdf5(container: str, _: tuple[int | str, ...], __: int) -> Any:
     """An open HDF5 file, by path, stamp and process."""
-    import h5py  # 0.2 s, which builds of anything else need not wait for
+    import h5py  # type: ignore[import-untyped] # 0.2 s, which builds of anything else need not wait for
 
     return h5py.File(open_container(container) if is_remote(container) else container, "r")
 

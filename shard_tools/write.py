@@ -414,6 +414,8 @@ def _describe(clip: Clip, plan: ShardPlan, decoded: Decoded, about: dict[str, An
         "silent": about["silent"],
         "gain": about["gain"],
     }
+    if clip.events:
+        content["events"] = [{"onset": onset, "offset": offset, "label": label} for onset, offset, label in clip.events]
     return json.dumps(content, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogateescape")
 
 

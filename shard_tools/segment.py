@@ -101,7 +101,7 @@ def refuse_text(head: bytes) -> None:
         DecodeError: they are text.
     """
     if head.startswith(POINTER):
-        raise DecodeError("undecodable: a pointer of Git-LFS, not the recording; run 'git lfs pull' where it was cloned")
+        raise DecodeError("undecodable: a pointer of Git-LFS, not audio; run 'git lfs pull' where it was cloned")
     if not any(byte < 32 and byte not in b"\t\n\r\f\x1b" for byte in head):
         raise DecodeError(f"undecodable: text, not audio: {head[:40].decode('utf-8', 'replace')!r}")
 

@@ -481,7 +481,7 @@ def _row_of_hdf5(container: str, now: tuple[int | str, ...], name: str, target: 
 @lru_cache(maxsize=2)
 def _hdf5(container: str, _: tuple[int | str, ...], __: int) -> Any:
     """An open HDF5 file, by path, stamp and process."""
-    import h5py  # type: ignore[import-untyped] # 0.2 s, which builds of anything else need not wait for
+    import h5py  # 0.2 s, which builds of anything else need not wait for
 
     return h5py.File(open_container(container) if is_remote(container) else container, "r")
 

@@ -65,7 +65,7 @@ def opened(path: str) -> Iterator[Any]:
     Raises:
         UserError: it is none, or cut.
     """
-    import h5py  # type: ignore[import-untyped]
+    import h5py  # see sources.py
 
     try:
         handle = open_container(path)

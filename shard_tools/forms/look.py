@@ -104,9 +104,10 @@ def read(form: str, asked: Asked) -> Catalog:
     """
     tables: list[str] = []
     if form in OF_TABLES and asked.table is None:
-        tables = [name for found, name in _tables(asked, _names(asked)) if found == form]
+        names = _names(asked)
+        tables = [name for found, name in _tables(asked, names) if found == form]
         if not tables:
-            raise UserError(f"--audio-root {asked.root}: no table of --dataset {form}: {_there(asked)}; give --table")
+            raise UserError(f"--audio-root {asked.root}: no table of --dataset {form}: {_there(names)}; give --table")
     return FORMS[form](asked, tables)
 
 
@@ -116,13 +117,14 @@ def find(asked: Asked) -> str:
     Raises:
         UserError: there is no evidence, or for several.
     """
-    found = _of_table(asked) if asked.table is not None else _of_root(asked)
+    names = _names(asked) if asked.table is None else []
+    found = _of_table(asked) if asked.table is not None else _of_root(asked, names)
     where = asked.table or asked.root
     if len(found) != 1:
         readings = "; ".join(f"--dataset {form} ({why})" for form, why in found.items())
         if found:
             raise UserError(f"{where}: could be read as {readings}; give one of them")
-        raise UserError(f"{where}: no form of data set that is known: {_there(asked)}; see --help for --dataset")
+        raise UserError(f"{where}: no form of data set that is known: {_there(names)}; see --help for --dataset")
     ((form, why),) = found.items()
     log.info("%s: read as --dataset %s: %s", where, form, why)
     return form
@@ -134,15 +136,14 @@ def packed(asked: Asked) -> str:
     Raises:
         UserError: a container cannot be read.
     """
-    return next((form for form in _of_root(asked) if form in ("parquet", "hdf5", "wds")), "")
+    return next((form for form in _of_root(asked, _names(asked)) if form in ("parquet", "hdf5", "wds")), "")
 
 
 def _names(asked: Asked) -> list[str]:
     return [relative(path, str(asked.root)) for path in islice(walk(asked.root), LOOK_AROUND)]
 
 
-def _there(asked: Asked) -> str:
-    names = _names(asked) if asked.table is None else []
+def _there(names: list[str]) -> str:
     packed = [name for name in names if COMPRESSED.fullmatch(name)]
     left = [name for name in names if name.endswith(UNFINISHED)]
     said = what_is_there(endings_of(iter(names)))
@@ -212,9 +213,8 @@ def _tables(asked: Asked, names: list[str]) -> Iterator[tuple[str, str]]:
                 yield form, name
 
 
-def _of_root(asked: Asked) -> dict[str, str]:
+def _of_root(asked: Asked, names: list[str]) -> dict[str, str]:
     """Forms that a directory can be, with the evidence."""
-    names = _names(asked)
     there = set(names)
     found: dict[str, str] = {}
     for form, mark in (("esc50", "meta/esc50.csv"), ("fsd50k", fsd50k.MARK), ("urbansound8k", urbansound8k.MARK),

@@ -26,10 +26,11 @@ What could be several is refused. At most LOOK_AROUND files are looked at, and t
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from pipeline.data.storage import join, read_bytes
+from pipeline.data.storage import join
 from pipeline.errors import UserError
 from shard_tools import catalogs
 from shard_tools.audio_files import HELD_OUT, SPLIT_NAMES, UNFINISHED, endings_of, kind, split_name, walk, what_is_there
@@ -53,13 +54,13 @@ from shard_tools.forms import (
 from shard_tools.forms.entries import Asked
 from shard_tools.forms.records import LABELS, is_json, parquet_source, records_of
 from shard_tools.names import COMPRESSED
-from shard_tools.sources import members
+from shard_tools.sources import members, open_container
 from shard_tools.tables import Table
 
 log = logging.getLogger(__name__)
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
-HEAD_BYTES = 1 << 26  # of a list in JSON, which has to be read whole
+HEAD_BYTES = 1000  # of a list in JSON
 Reader = Callable[[Asked, list[str]], Catalog]
 
 
@@ -176,14 +177,14 @@ def _table_form(path: object) -> str:
             names = set(source.schema.names)
             return "parquet" if source.audio else "csv" if {"path", "labels"} <= names else ""
     if is_json(where):
-        first = next((line for line in Table(where).lines() if line.strip()), "")
-        if first.lstrip().startswith("{") and '"data"' in first[:1000]:
-            return "ast_json"
         try:
-            row = next(iter(records_of(where)), (0, {}))[1]
-        except UserError:
-            content = read_bytes(where, HEAD_BYTES)[:1000]
-            return "ast_json" if b'"data"' in content else ""
+            with open_container(where) as file:
+                head = file.read(HEAD_BYTES).decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
+        except OSError as error:
+            raise UserError(f"{where}: {error.strerror or error}; check the path") from error
+        if re.match(r'\{\s*"data"\s*:', head):
+            return "ast_json"
+        row = next(iter(records_of(where)), (0, {}))[1]
         return "nemo" if "audio_filepath" in row else "csv" if {"path", "labels"} <= row.keys() else ""
     if _has(where, "path", ("labels",)):
         return "csv"

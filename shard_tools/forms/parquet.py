@@ -3,7 +3,7 @@
 | column | what |
 |---|---|
 | audio {bytes, path}, or one of bytes | a whole file of audio a row |
-| video_id, id, key, filename, ... | the clip's name, if there is one; else the file's name and the row's number |
+| video_id, id, key, filename, ... | the clip's name where each has its own; else the file's name and the row's number |
 | labels, label, tags, ... | mids, names, numbers or classes of the hub's; a list where they are several |
 | human_labels | names of the mids in `labels`, in their order |
 | fold | if it is there |
@@ -13,6 +13,7 @@ are read, by column.
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,7 +31,10 @@ from shard_tools.forms.records import BATCH, LABELS, parquet_source
 from shard_tools.names import BETWEEN
 from shard_tools.sources import ParquetSource
 
-IDS = ("video_id", "ytid", "youtube_id", "id", "key", "file_name", "filename", "fname", "name", "path")
+log = logging.getLogger(__name__)
+
+IDS = ("video_id", "ytid", "youtube_id", "id", "key", "clip_id", "segment_id", "file_name", "filename", "fname",
+       "slice_file_name")  # fmt: skip
 
 
 def read(asked: Asked, labelled: bool = True) -> Catalog:
@@ -113,11 +117,14 @@ def _collect(source: ParquetSource, column: str, names: dict[str, str]) -> bool:
 def _entries(source: ParquetSource, path: str, inside: str, split: str, labelled: bool) -> Iterator[Entry]:
     there = source.schema.names
     id_ = next((name for name in IDS if name in there and pa.types.is_string(source.schema.field(name).type)), "")
+    metadata = source.file.metadata
+    if id_ and pc.count_distinct(source.file.read([id_], use_threads=False)[id_]).as_py() < metadata.num_rows:
+        log.warning("%s: several rows have the same '%s', so clips go by the rows' numbers", path, id_)
+        id_ = ""
     column = _labels(source) if labelled else ""
     classes = _classes(source, column)
     fold = "fold" if "fold" in there and pa.types.is_integer(source.schema.field("fold").type) else ""
     wanted = [name for name in (id_, column, fold) if name]
-    metadata = source.file.metadata
     sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     first = np.cumsum([0, *sizes])
     row, group = 0, 0

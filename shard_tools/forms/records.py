@@ -34,10 +34,8 @@ def parquet_source(path: str) -> Iterator[ParquetSource]:
 
 
 def is_json(path: Location) -> bool:
-    """Whether the first line that is not blank begins as JSON does."""
-    if str(path).lower().endswith(".parquet"):
-        return False
-    return next((line.lstrip()[:1] in "{[" for line in Table(path).lines() if line.strip()), False)
+    """Whether a file is JSON, by its name: a pipe can be read only once."""
+    return str(path).lower().endswith((".json", ".jsonl", ".ndjson"))
 
 
 def records_of(path: Location, needed: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:

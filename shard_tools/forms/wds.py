@@ -11,7 +11,8 @@ several tars: without an `id` a clip goes by its tar and KEY.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 from pipeline.errors import UserError
@@ -37,13 +38,13 @@ def read(asked: Asked) -> Catalog:
     paths = [path for path in walk(asked.root) if path.lower().endswith(".tar")]
 
     def entries() -> Iterator[Entry]:
-        for path in paths:
-            yield from _entries(list(members([path])), root)
+        for _, found in groupby(members(paths), lambda member: split_source(member.name)[0]):
+            yield from _entries(found, root)
 
     return assemble("wds", asked, entries, None, lambda: what_is_there(endings_of(walk(asked.root))))
 
 
-def _entries(found: list[Member], root: str) -> Iterator[Entry]:
+def _entries(found: Iterable[Member], root: str) -> Iterator[Entry]:
     """Clips of one tar."""
     groups: dict[str, list[Member]] = {}
     for member in found:

@@ -26,6 +26,7 @@ from shard_tools.repair import compare
 from tests.helpers import digests, options
 from tests.shard_tools.containers import recordings
 from tests.shard_tools.test_build import command
+from tests.stores import hub_server
 
 OPTIONS = options(1.0, 4)
 (WAV,) = recordings(1)
@@ -322,3 +323,16 @@ def test_git_lfs_pointers_are_named(layouts, tmp_path):
 )  # fmt: skip
 def test_the_split_that_a_name_tells(path, split):
     assert split_of(path) == split
+
+
+def test_the_hub_s_parquet_is_read_in_place(layouts, tmp_path):
+    """In a process of its own: the hub's client reads its address when it is imported."""
+    with hub_server(layouts / "hf_parquet") as (url, environment), pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        words = ["--seconds", 1, "--clips-per-shard", 4, "--workers", 1]
+        done = command("--root", url, "--out", tmp_path / "hub", *words)
+        assert done.returncode == 0, done.stderr
+        assert f"{url}: read as --dataset parquet: data/bal_train/00.parquet with a column audio" in done.stderr
+    build(catalog("--root", layouts / "hf_parquet"), tmp_path / "disk", OPTIONS, 1, engine="inline")
+    assert digests(tmp_path / "hub") == digests(tmp_path / "disk")

@@ -35,6 +35,7 @@ from shard_tools.store import Store
 from shard_tools.write import AudioOptions, ShardPlan, shard_name
 
 PLAN_ROWS = 1 << 16  # at a time
+EVENTS = "events of the clips"
 WINDOW = 2  # shards, whose clips come from the same row groups
 PARQUET = rf"(?i)\.parquet{BETWEEN}[0-9]+$"
 PROBES = 8  # files that are looked at where one is gone: is it the file, or the disk or store?
@@ -183,7 +184,7 @@ class SplitPlan:
         further = {"further files of the clips": others} if others else {}
         events = catalog.clips.take(catalog.clips.rows(split), ["events"])["events"]
         if pc.sum(pc.list_value_length(events)).as_py():
-            further["events of the clips"] = xxhash.xxh3_128_hexdigest(json.dumps(events.to_pylist()).encode())
+            further[EVENTS] = xxhash.xxh3_128_hexdigest(json.dumps(events.to_pylist()).encode())
         if self._grouped:
             further["row groups"] = xxhash.xxh3_128_hexdigest(self.order.tobytes())
         return {
@@ -207,8 +208,9 @@ class SplitPlan:
 def _order(groups: np.ndarray | None, clips: int, options: BuildOptions) -> np.ndarray:
     """int64, the permutation of a split's clips; see the beginning of this file."""
     rng = np.random.default_rng([options.seed])
+    order: np.ndarray = rng.permutation(clips)
     if groups is None:
-        return rng.permutation(clips)
+        return order
     sizes = np.bincount(groups)
     places = np.empty(len(sizes), np.int64)
     places[rng.permutation(len(sizes))] = np.arange(len(sizes))

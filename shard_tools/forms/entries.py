@@ -161,8 +161,7 @@ def assemble(
         labels = read_vocabulary(asked.class_labels)
     elif labels is None:
         labels = _labels_of(entries())
-    index: dict[str | int, int] = dict(enumerate(range(len(labels))))
-    index |= spellings(labels)
+    index: dict[Any, int] = {**dict(enumerate(range(len(labels)))), **spellings(labels)}
     catalog = Catalog(dataset, asked.root, list(labels))
     seen: dict[str, int] = {}
     splits: set[str] = set()

@@ -93,7 +93,7 @@ def _entries(path: str, inside: str, file: Any, given: int | None, classes: int 
     for first in range(0, len(rows), ROWS):
         last = min(first + ROWS, len(rows))
         called = names[first:last] if names is not None else [b""] * (last - first)
-        truth = np.zeros((last - first, 0)) if classes is None else np.asarray(target[first:last])
+        truth = np.zeros((last - first, 0)) if classes is None or target is None else np.asarray(target[first:last])
         for row, name, one in zip(range(first, last), called, truth, strict=True):
             text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name)
             youtube = YOUTUBE.fullmatch(text)

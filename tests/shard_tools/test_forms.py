@@ -22,7 +22,8 @@ from shard_tools import build_shards
 from shard_tools.build import build
 from shard_tools.forms import look
 from shard_tools.forms.entries import Asked, split_of
-from shard_tools.repair import compare
+from shard_tools.repair import compare, repair
+from shard_tools.verify_shards import examine
 from tests.helpers import digests, options
 from tests.shard_tools.containers import recordings
 from tests.shard_tools.test_build import command
@@ -192,6 +193,11 @@ def test_events_are_kept_and_a_clip_has_the_labels_of_all_tables(layouts, tmp_pa
     with tarfile.open(tmp_path / "train-000000.tar") as tar:
         about = json.loads(tar.extractfile(next(member for member in tar if member.name.endswith("json"))).read())
     assert about["events"] == [{"onset": 0.5, "offset": 2.0, "label": 1}, {"onset": 1.0, "offset": 4.0, "label": 0}]
+    root = str(layouts / "dcase")
+    assert list(compare(tmp_path, root, 1)) == []
+    whole = (tmp_path / "train-000000.tar").read_bytes()
+    (tmp_path / "train-000000.tar").write_bytes(whole[:5000] + b"x" + whole[5001:])
+    assert list(repair(tmp_path, examine(tmp_path, 1), root, 1)) == ["train-000000.tar: built again, as it was"]
 
 
 def wds(path: Path, *clips: dict) -> None:

@@ -15,7 +15,10 @@ import h5py
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from pipeline.config import AugmentConfig, DataConfig
+from pipeline.data.loader import Needs, Place, build_loader
 from pipeline.data.manifest import load_index, load_manifest
 from pipeline.errors import UserError
 from shard_tools import build_shards
@@ -23,7 +26,7 @@ from shard_tools.build import build
 from shard_tools.forms import look
 from shard_tools.forms.entries import Asked, split_of
 from shard_tools.repair import compare, repair
-from shard_tools.verify_shards import examine
+from shard_tools.verify_shards import examine, verify
 from tests.helpers import digests, options
 from tests.shard_tools.containers import recordings
 from tests.shard_tools.test_build import command
@@ -342,3 +345,17 @@ def test_the_hub_s_parquet_is_read_in_place(layouts, tmp_path):
         assert f"{url}: read as --dataset parquet: data/bal_train/00.parquet with a column audio" in done.stderr
     build(catalog("--root", layouts / "hf_parquet"), tmp_path / "disk", OPTIONS, 1, engine="inline")
     assert digests(tmp_path / "hub") == digests(tmp_path / "disk")
+
+
+def test_clips_without_labels_are_loaded(layouts, tmp_path):
+    build(catalog("--root", layouts / "unlabelled"), tmp_path, OPTIONS, 1, engine="inline")
+    data = DataConfig(shards=str(tmp_path), workers=0)
+    place = Place(0, 1, torch.device("cpu"))
+    with build_loader(
+        data, AugmentConfig(), part="train", needs=Needs(True, True), batch_size=4, seed=0, place=place
+    ) as loader:
+        batch = next(loader.train_batches(0))
+        assert len(set(loader.keys(batch.row.tolist()))) == 4
+        assert batch.targets.shape == (4, 0)
+        assert batch.waveform.abs().sum() > 0
+    assert verify(tmp_path, 1) == []

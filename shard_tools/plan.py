@@ -126,7 +126,7 @@ class SplitPlan:
         rows = catalog.clips.rows(split)
         groups = _row_groups(catalog, rows)
         self._grouped = groups is not None
-        self.order = rows[_order(groups, len(rows), options)]
+        self.order: np.ndarray = rows[_order(groups, len(rows), options)]
         self.mine = list(range(len(self)))  # shards that this process is to write, and those of them that are not there
         self.todo: list[int] = []
 

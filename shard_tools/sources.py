@@ -66,6 +66,7 @@ LISTED_AT_ONCE = 16  # containers behind URLs, whose listing is waiting
 RATES = ("sample_rate", "sampling_rate", "samplerate", "sr", "fs")  # an HDF5 file's attributes
 LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 STORED, DEFLATED = 0, 8
+OTHER = "damaged: its container has something else where it was listed; is it being written?"
 
 
 class SourceError(OSError):
@@ -131,7 +132,7 @@ def extract(path: str, at: Place, target: IO[bytes], now: Stamp) -> None:
             if place is None:
                 raise SourceError(f"vanished: {container.rpartition('/')[2]} holds no such member")
             with _opened(container, now) as file:
-                (_tar_member if kind == "tar" else _zip_member)(file, *place, target)
+                (_tar_member if kind == "tar" else _zip_member)(file, name, *place, target)
         target.flush()
     except (SourceError, MachineError):
         raise
@@ -330,22 +331,33 @@ def _zip_index(container: str) -> tuple[list[Entry], list[str]]:
     return found, problems
 
 
-def _tar_member(file: "_Descriptor | _Remote", offset: int, size: int, target: IO[bytes]) -> None:
-    if offset < 0 or not 0 <= size <= MEMBER_BYTES or offset + size > file.size:
+def _tar_member(file: "_Descriptor | _Remote", name: str, offset: int, size: int, target: IO[bytes]) -> None:
+    if offset < tarfile.BLOCKSIZE or not 0 <= size <= MEMBER_BYTES or offset + size > file.size:
         raise SourceError(f"truncated: its tar ends within it ({size} bytes were to come)")
+    block = file.range(offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE, size + tarfile.BLOCKSIZE)
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.TarError as error:
+        raise SourceError(OTHER) from error
+    short = name.isascii() and len(name) < tarfile.LENGTH_NAME - 2  # the header has all of it, with ./ before
+    if header.size != size or (short and plain(header.name) != name):
+        raise SourceError(OTHER)
     for start in range(0, size, PIECE):
         piece = file.range(offset + start, min(PIECE, size - start), size - start)
         target.write(piece)
 
 
-def _zip_member(file: "_Descriptor | _Remote", offset: int, packed: int, target: IO[bytes]) -> None:
+def _zip_member(file: "_Descriptor | _Remote", name: str, offset: int, packed: int, target: IO[bytes]) -> None:
     whole = LOCAL_HEADER.size + packed
     if offset < 0 or packed < 0 or offset + whole > file.size:
         raise SourceError(f"truncated: its zip ends within it ({packed} bytes were to come)")
     head = LOCAL_HEADER.unpack(file.range(offset, LOCAL_HEADER.size, min(whole + 1024, file.size - offset)))
     magic, _, flags, method, _, _, crc, _, size, name_bytes, extra_bytes = head
     if magic != b"PK\x03\x04":
-        raise SourceError("damaged: no member of the zip is where its directory says")
+        raise SourceError(OTHER)
+    called = file.range(offset + LOCAL_HEADER.size, min(name_bytes, file.size - offset - LOCAL_HEADER.size), 0)
+    if name.isascii() and plain(called.decode("latin-1")) != name:
+        raise SourceError(OTHER)
     if flags & 1:
         raise SourceError("unreadable: it is encrypted; unpack the zip")
     if method not in (STORED, DEFLATED):
@@ -468,7 +480,7 @@ def _row_of_hdf5(container: str, now: tuple[int | str, ...], name: str, target: 
         if rate is None or not 0 < rate < 1 << 24:
             raise SourceError("sample rate: its HDF5 file does not say it; build with --source-rate")
         row = rows[int(number)]
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py's kinds of damage
         if isinstance(error, (SourceError, MachineError)) or getattr(error, "errno", None) in MACHINE_ERRNOS:
             raise
         raise SourceError(f"damaged: {str(error).splitlines()[0]:.160}") from error

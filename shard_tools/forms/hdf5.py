@@ -71,7 +71,7 @@ def opened(path: str) -> Iterator[Any]:
         handle = open_container(path)
         with handle, h5py.File(handle if is_remote(path) else path, "r") as file:
             yield file
-    except OSError as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py's kinds of damage
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: no HDF5 file, or a truncated one ({reason:.120}); get it again") from error
 

@@ -131,7 +131,7 @@ def test_a_layout_in_s3_gives_the_same_shards(layouts, tmp_path, s3, name):
     assert list(compare(tmp_path / "store", f"s3://{bucket}", 1)) == []
 
 
-def test_what_is_found_is_said_in_one_line(layouts, caplog):
+def test_what_is_found_is_said_in_one_line(layouts, shared, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     forms = {"hf_parquet": "parquet", "wds": "wds", "clap": "wds", "panns_h5": "hdf5", "ast_json": "ast_json",
              "fsd50k": "fsd50k", "vggsound": "vggsound", "urbansound8k": "urbansound8k", "kaldi": "kaldi",
@@ -142,6 +142,15 @@ def test_what_is_found_is_said_in_one_line(layouts, caplog):
         assert look.find(Asked(layouts / name)) == form
         (said,) = [record.message for record in caplog.records]
         assert said.startswith(f"{layouts / name}: read as --dataset {form}: ")
+    assert look.find(Asked(shared / "data" / "esc50")) == "esc50"
+    (tmp_path / "0.wav").write_bytes(WAV)
+    (tmp_path / "list.tsv").write_text("path\tlabels\n0.wav\tdog\n")
+    assert look.find(Asked(tmp_path)) == "csv"
+    assert [clip.path for clip in catalog("--root", tmp_path).clips] == [str(tmp_path / "0.wav")]
+    for name in ("dog", "cat"):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        (tmp_path / "folders" / name / "0.wav").write_bytes(WAV)
+    assert look.find(Asked(tmp_path / "folders")) == "folder"
     for table, form in (("nemo/manifest.json", "nemo"), ("ast_json/bal.json", "ast_json"), ("dcase/weak.tsv", "dcase"),
                         ("vggsound/vggsound.csv", "vggsound"), ("unlabelled.csv", "unlabelled"),
                         ("audiofolder_metadata/train/metadata.csv", "audiofolder")):  # fmt: skip

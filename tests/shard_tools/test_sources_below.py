@@ -2,12 +2,14 @@
 
 import io
 import json
+import random
 import signal
 import struct
 import subprocess
 import sys
 import tarfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from pipeline.data.manifest import load_index
 from pipeline.errors import UserError
 from shard_tools import sources
 from shard_tools.build import build, build_slice, merge
+from shard_tools.forms import hdf5
+from shard_tools.forms.records import parquet_source
 from shard_tools.names import plain, split_source
 from shard_tools.plan import Slice, SplitPlan
 from shard_tools.repair import compare, repair
@@ -196,14 +200,26 @@ def test_a_zip_bomb_is_named_and_never_inflated(tmp_path, monkeypatch, caplog):
         assert target.tell() <= 1 << 22
 
 
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_a_container_that_was_written_anew_gives_no_other_clip(tmp_path, kind):
+    """A clip's place was listed before; what lies there now is not it."""
+    pack(tmp_path, kind, WAVS)
+    clips = list(catalog_of(tmp_path, kind).clips)
+    pack(tmp_path, kind, [WAVS[0] + bytes(700), *WAVS[:0:-1]])
+    read(clips[0].path)
+    with pytest.raises(SourceError, match="damaged: its container has something else where it was listed"):
+        read(clips[1].path, clips[1].at)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"magic": b"XXXX"}, "damaged: no member"),
+        ({"magic": b"XXXX"}, "damaged: its container has something else"),
         ({"flags": 1}, "unreadable: it is encrypted"),
         ({"method": 93}, "undecodable: packed by method 93"),
         ({"crc": 1}, "damaged: its CRC-32"),
-        ({"name": 60000}, "truncated: its zip ends within it"),
+        ({"name": 60000}, "damaged: its container has something else"),
+        ({"extra": 60000}, "truncated: its zip ends within it"),
         ({"method": 8}, "damaged: "),
     ],
 )
@@ -310,3 +326,36 @@ def test_killed_builds_go_on_to_the_same_bytes(tmp_path, cache):
             assert point["untouched"], (kind, point)
             assert not point["leftovers"], (kind, point)
         assert len({point["finished"] for point in points}) > 1, kind
+
+
+def test_whatever_is_changed_in_a_container_is_one_line_or_a_failure(tmp_path, caplog):
+    rng = random.Random(0)
+    for kind in KINDS:
+        pack(tmp_path, kind, WAVS[:4])
+        whole = (tmp_path / f"a.{kind}").read_bytes()
+        said: list[str] = []
+        for number in range(60):
+            content = bytearray(whole)
+            # Half of the places where a container says what is in it: at its end, or in the tar's headers.
+            places = [rng.choice((rng.randrange(len(content)), -1 - rng.randrange(700))) for _ in range(3)]
+            for place in places:
+                content[place] = rng.randrange(256)
+            path = tmp_path / f"{number}.{kind}"
+            path.write_bytes(content if number % 3 else content[: rng.randrange(len(content))])
+            try:
+                if kind in ("tar", "zip"):
+                    found = [(member.name, member.at) for member in members([str(path)])]
+                else:
+                    with (parquet_source if kind == "parquet" else hdf5.opened)(str(path)) as file:
+                        found = [(f"{path}::{row}", None) for row in range(2)]
+                        sources.rate_of(file) if kind == "h5" else file.audio
+            except UserError as error:
+                said.append(str(error))
+                continue
+            for name, at in found:
+                with suppress(SourceError):
+                    read(name, at)
+            path.unlink()
+        assert said, kind
+        assert "\n" not in "".join(said)
+    caplog.clear()

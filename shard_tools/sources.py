@@ -481,7 +481,8 @@ def _row_of_hdf5(container: str, now: tuple[int | str, ...], name: str, target: 
             raise SourceError("sample rate: its HDF5 file does not say it; build with --source-rate")
         row = rows[int(number)]
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py's kinds of damage
-        if isinstance(error, (SourceError, MachineError)) or getattr(error, "errno", None) in MACHINE_ERRNOS:
+        machine = isinstance(error, OSError) and (error.errno in MACHINE_ERRNOS or is_remote(container))
+        if machine or isinstance(error, (SourceError, MachineError)):
             raise
         raise SourceError(f"damaged: {str(error).splitlines()[0]:.160}") from error
     subtype, kind = ("PCM_16", np.int16) if row.dtype.kind == "i" else ("FLOAT", np.float32)

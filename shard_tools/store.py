@@ -293,10 +293,14 @@ def _fetch(path: str, at: Place, stamps: dict[str, Stamp] | None) -> tuple[str |
     if stamps is not None and member and container in stamps:
         now = stamps[container]
     elif stamps is not None:
-        with suppress(OSError):  # the fetch says what is wrong
+        try:
             now = stamp(path)  # before the content: of a file that changes in between, a restart sees that it has
             if is_remote(container):
                 stamps[container] = now
+        except OSError as error:
+            if member:  # without it nobody knows whether the container is there; of a file the fetch says what is wrong
+                target.close()
+                return MachineError(str(error)), None
     try:
         if member:
             extract(path, at, target, now)

@@ -195,9 +195,11 @@ def assemble(
                            entry.line, at) for path, at in entry.others]  # fmt: skip
             clip = replace(clip, others=tuple(others))
         catalog.clips.append(clip)
+    any_clips = bool(seen)
+    del seen  # before the columns are put together
     if doubles:
         log.warning("%s: %d clips are listed twice, and count once", table or asked.root, doubles)
-    if not seen:
+    if not any_clips:
         has = f"no clips of split '{asked.split}'; it has {', '.join(sorted(splits))}" if splits else "lists no clips"
         raise UserError(f"{table or asked.root}: {has}: {there()}")
     empty = catalog.empty_split()

@@ -12,22 +12,26 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data import storage
 from pipeline.data.manifest import load_index
 from pipeline.errors import UserError
-from shard_tools import sources
+from shard_tools import sources, stamps
 from shard_tools.build import build, build_slice, merge
 from shard_tools.forms import hdf5
 from shard_tools.forms.records import parquet_source
 from shard_tools.names import plain, split_source
 from shard_tools.plan import Slice, SplitPlan
 from shard_tools.repair import compare, repair
+from shard_tools.segment import MachineError
 from shard_tools.sources import SourceError, extract, members
 from shard_tools.stamps import stamp
+from shard_tools.store import stamped_copies
 from shard_tools.verify_shards import examine, verify
 from tests.conftest import ROOT
 from tests.helpers import digests, options
@@ -359,3 +363,32 @@ def test_whatever_is_changed_in_a_container_is_one_line_or_a_failure(tmp_path, c
         assert said, kind
         assert "\n" not in "".join(said)
     caplog.clear()
+
+
+def test_a_store_that_does_not_answer_is_no_fault_of_a_clip(tmp_path, monkeypatch, s3):
+    """Neither where it is asked for the container, nor where it is asked for the bytes."""
+
+    def away(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
+    bucket = boto3.client("s3")
+    bucket.create_bucket(Bucket="away")
+    for kind in KINDS:
+        pack(tmp_path, kind, WAVS)
+        bucket.upload_file(f"{tmp_path}/a.{kind}", "away", f"a.{kind}")
+        clip = catalog_of(tmp_path, kind).clips[0]
+        source = clip.path.replace(str(tmp_path), "s3://away")
+        for copy, now in stamped_copies([(source, clip.at)]):
+            assert Path(copy).read_bytes() == WAVS[0]
+            assert now[0] == (tmp_path / f"a.{kind}").stat().st_size
+        with monkeypatch.context() as patch:
+            patch.setattr(stamps, "transfer", away)
+            ((copy, _),) = stamped_copies([(source, clip.at)])
+            assert isinstance(copy, MachineError), kind
+        with monkeypatch.context() as patch:  # the container answers, its bytes do not come
+            sources._groups.clear()
+            sources._hdf5.cache_clear()
+            patch.setattr(storage, "transfer", away)
+            ((copy, _),) = stamped_copies([(source, clip.at)])
+            assert isinstance(copy, MachineError), kind

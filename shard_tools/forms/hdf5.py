@@ -10,6 +10,7 @@ The sample rate is the attribute `sample_rate` (or `sr`, `fs`), else --source-ra
 balanced_train.h5, unbalanced_train_part00.h5, eval.h5.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from shard_tools.labels import read_vocabulary
 from shard_tools.names import BETWEEN
 from shard_tools.sources import open_container, rate_of, waveforms
 
+log = logging.getLogger(__name__)
+
 NAMES = ("audio_name", "filename", "file_name", "name", "id")
 TARGETS = ("target", "targets", "labels", "label")
 ROWS = 1 << 14  # at a time
@@ -42,6 +45,11 @@ def read(asked: Asked, labelled: bool = True) -> Catalog:
     """
     root = str(asked.root)
     paths = [path for path in walk(asked.root) if path.lower().endswith((".h5", ".hdf5"))]
+    held = [path for path in paths if _holds(path)]
+    if held and len(held) < len(paths):
+        other = next(path for path in paths if path not in held)
+        log.warning("%s: %d HDF5 files without waveforms are left out, such as %s", root, len(paths) - len(held), other)
+    paths = held or paths
     if labelled and asked.class_labels is None:
         raise UserError(f"{paths[0] if paths else root}: holds its labels as columns of numbers; give --class-labels "
                         "CSV (index,mid,display_name), or build without: --dataset unlabelled")  # fmt: skip
@@ -56,6 +64,11 @@ def read(asked: Asked, labelled: bool = True) -> Catalog:
         return what_is_there(endings_of(walk(asked.root)))
 
     return assemble("hdf5", asked, entries, None if labelled else [], there)
+
+
+def _holds(path: str) -> bool:
+    with opened(path) as file:
+        return waveforms(file) is not None
 
 
 @contextmanager

@@ -310,8 +310,11 @@ def test_bad_input_is_one_line(layouts, tmp_path, caplog):
         del file.attrs["sample_rate"]
     vocabulary = ["--class-labels", layouts / "class_labels_indices.csv"]
     refused("does not say its sample rate.*--source-rate", "--root", tmp_path / "h", *vocabulary)
+    with h5py.File(tmp_path / "h" / "hdf5s" / "index.h5", "w") as file:  # as PANNs has beside them
+        file["audio_name"] = [b"x"]
     found = catalog("--root", tmp_path / "h", *vocabulary, "--source-rate", 16000)
     assert found.clips[3].path.endswith("::3@16000")
+    assert "1 HDF5 files without waveforms are left out, such as " in caplog.text
 
 
 def test_git_lfs_pointers_are_named(layouts, tmp_path):

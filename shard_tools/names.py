@@ -15,11 +15,6 @@ INSIDE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, CONTAINERS))})){BETWEEN}(
 COMPRESSED = re.compile(r".+\.(?:tar\.[a-z0-9]{1,4}|tgz|tbz2?|txz|7z|rar)", re.IGNORECASE | re.DOTALL)
 
 
-def is_container(path: str) -> bool:
-    """Whether a file's ending says that its members can be read in place."""
-    return path.lower().endswith(CONTAINERS)
-
-
 def split_source(path: str) -> tuple[str, str]:
     """(container, member) of a source; (path, "") of a file of its own."""
     found = INSIDE.fullmatch(path) if BETWEEN in path else None

@@ -203,8 +203,13 @@ class ParquetSource:
         for field in self.schema:
             kinds = {f"{field.name}.{inner.name}": inner.type for inner in field.type} \
                 if pa.types.is_struct(field.type) else {field.name: field.type}  # fmt: skip
-            found += [name for name, type_ in kinds.items() if pa.types.is_binary(type_) or
-                      pa.types.is_large_binary(type_) or (pa.types.is_null(type_) and name.endswith(".bytes"))]
+            found += [
+                name
+                for name, type_ in kinds.items()
+                if pa.types.is_binary(type_)
+                or pa.types.is_large_binary(type_)
+                or (pa.types.is_null(type_) and name.endswith(".bytes"))
+            ]
         named = [name for name in found if name.split(".")[0] in ("audio", "wav", "flac", "mp3", "bytes")]
         return next(iter(named or (found if len(found) == 1 else [])), "")
 

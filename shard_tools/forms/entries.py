@@ -188,8 +188,20 @@ def assemble(
             catalog.miss(Failure(entry.id, entry.id, MISSING, split, key, entry.line or None, entry.start, entry.end),
                          picked)  # fmt: skip
             continue
-        clip = Clip(key, entry.path, entry.start, entry.end, picked, split, entry.fold, entry.id, entry.trimmed,
-                    entry.line, entry.at, tuple((onset, offset, index[name]) for onset, offset, name in entry.events))
+        clip = Clip(
+            key,
+            entry.path,
+            entry.start,
+            entry.end,
+            picked,
+            split,
+            entry.fold,
+            entry.id,
+            entry.trimmed,
+            entry.line,
+            entry.at,
+            tuple((onset, offset, index[name]) for onset, offset, name in entry.events),
+        )
         if entry.others:
             others = [Clip(key, path, entry.start, entry.end, picked, split, entry.fold, entry.id, entry.trimmed,
                            entry.line, at) for path, at in entry.others]  # fmt: skip

@@ -327,6 +327,9 @@ def test_git_lfs_pointers_are_named(layouts, tmp_path):
     assert (line["path"], line["reason"]) == (
         first.name, "undecodable: a pointer of Git-LFS, not audio; run 'git lfs pull' where it was cloned"
     )  # fmt: skip
+    (tmp_path / "t.csv").write_text(pointer)
+    with pytest.raises(UserError, match=r"t\.csv:1: a pointer of Git-LFS, not the file; run 'git lfs pull'"):
+        catalog("--dataset", "csv", "--table", tmp_path / "t.csv")
     for kind in ("parquet", "tar", "zip"):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / f"a.{kind}").write_text(pointer)

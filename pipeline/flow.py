@@ -29,7 +29,7 @@ class Clip:
     Attributes:
         key: Sample key in the shards: unique within a split, `[A-Za-z0-9_-]` only, never a dot
             (WebDataset splits a member's name at its first dot).
-        path: Source file.
+        path: Source file, or `CONTAINER::MEMBER` of a tar, zip, Parquet or HDF5 file.
         start: First second of the segment in the file.
         end: Last second of the segment; None is the end of the file or `start` + clip length.
         labels: Indices into the label vocabulary, ascending.
@@ -39,6 +39,8 @@ class Clip:
         trimmed: The file is known to be the segment itself, and `start` is 0; False: it is not; None: it is where
             `start` is not 0 and the file, as long as the segment, ends before it (AudioSet, names without a start).
         line: Of the table that lists the clip, for `failures.jsonl`; 0: there is no table.
+        at: Where the bytes of a member are in its container (`shard_tools/sources.py`); None: it is found by its name.
+        events: Onset and offset in seconds, and label index, of sound events that the data set lists.
         others: The same clip in other files, to be tried in this order where this one cannot be decoded.
     """
 
@@ -52,6 +54,8 @@ class Clip:
     id: str = ""
     trimmed: bool | None = None
     line: int = field(default=0, compare=False)
+    at: tuple[int, int] | None = field(default=None, compare=False)
+    events: tuple[tuple[float, float, int], ...] = ()
     others: tuple["Clip", ...] = ()
 
 

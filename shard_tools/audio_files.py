@@ -16,7 +16,9 @@ from functools import lru_cache
 
 from pipeline.data.storage import Location, attempt, file_system, is_remote, join, transfer
 from pipeline.errors import UserError
+from shard_tools.names import BETWEEN, split_source
 from shard_tools.segment import AUDIO_ENDINGS
+from shard_tools.sources import Place, members
 from shard_tools.tables import Table
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,10 @@ SPLIT_NAMES = frozenset({
     "train", "training", "valid", "validation", "val", "dev", "devel", "development", "test", "testing", "eval",
     "evaluation", "traindata", "testdata", "train_set", "test_set", "trainset", "testset", "trainval", "heldout",
 })  # fmt: skip
+HELD_OUT = {"validation_list.txt": "validation", "testing_list.txt": "test"}  # Speech Commands' lists and their splits
+UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2")  # downloads
+UNFINISHED_SAID = "unfinished downloads are left out"
+ARCHIVES = (".tar", ".zip")
 FOLD_NAME = re.compile(r"(fold|split)[ _-]?[0-9]+", re.IGNORECASE)
 
 # Endings of what lies beside audio and is none, in lower case.
@@ -63,6 +69,8 @@ def kind(ending: str) -> int | None:
 def split_name(path: str) -> tuple[str, str]:
     """Stem and ending (with its dot) of a path's last part."""
     name = path.rpartition("/")[2]
+    if BETWEEN in name:
+        name = split_source(path)[1] or name
     stem, dot, ending = name.rpartition(".")
     return (stem, dot + ending) if stem else (name, "")
 
@@ -122,6 +130,11 @@ class AudioFiles:
         return sorted(files, key=lambda path: (kind(split_name(path)[1]), path))
 
 
+def endings_of(paths: Iterable[str]) -> Counter[str]:
+    """How many of some files have each ending."""
+    return Counter(split_name(path)[1] for path in paths)
+
+
 def what_is_there(endings: Counter[str]) -> str:
     """Counts of files by ending, in words."""
     ordered = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
@@ -154,6 +167,31 @@ def joiner(root: Location) -> Callable[[str], str]:
     return place
 
 
+def audio_paths(paths: Iterable[str], places: dict[str, Place]) -> Iterator[str]:
+    """All files, and where none of them has an ending of audio, the members of their tars and zips.
+
+    Args:
+        paths: Of all files that there are.
+        places: Gets where the members' bytes are.
+
+    Raises:
+        UserError: a tar or zip cannot be read.
+    """
+    archives, plain_files = [], 0
+    for path in paths:
+        if path.lower().endswith(ARCHIVES):
+            archives.append(path)
+        plain_files += kind(split_name(path)[1]) == 0
+        yield path
+    if plain_files and archives:
+        log.warning("%d tars and zips, such as %s, are not looked into, as %d audio files lie beside them",
+                    len(archives), archives[0], plain_files)  # fmt: skip
+        return
+    for member in members(archives):
+        places[member.name] = member.at
+        yield member.name
+
+
 def walk(root: Location) -> Iterator[str]:
     """Paths of all files below `root` but hidden ones.
 
@@ -171,6 +209,7 @@ def walk(root: Location) -> Iterator[str]:
         raise UserError(f"--audio-root {root}: {error.strerror}; give the directory that holds the audio") from error
     hidden: list[str] = []
     again: list[str] = []
+    unfinished: list[str] = []
     unreadable: list[OSError] = []
     # Links to a folder that holds the root lead back to it.
     seen = {_identity(parent) for parent in _parents(os.path.realpath(root))}
@@ -186,12 +225,14 @@ def walk(root: Location) -> Iterator[str]:
             hidden += [os.path.join(folder, name) for name in directories if name.startswith(".")]
             directories[:] = sorted(name for name in directories if not name.startswith("."))
             tops += [link for name in directories if os.path.islink(link := os.path.join(folder, name))]
+            unfinished += [os.path.join(folder, name) for name in names if name.endswith(UNFINISHED)]
             for name in sorted(names):
                 if not name.startswith("."):
                     yield os.path.join(folder, name)
                 elif kind(split_name(name)[1]) == 0:
                     hidden.append(os.path.join(folder, name))
     _say(root, "hidden folders and audio files are left out", hidden)
+    _say(root, UNFINISHED_SAID, unfinished)
     _say(root, "folders are reached again by links, and read once", again)
     closed = [f"{error.filename} ({error.strerror})" for error in unreadable]
     _say(root, "folders cannot be read, and what they hold is left out", closed)
@@ -283,6 +324,8 @@ def _walk_store(root: Location) -> Iterator[str]:
         elif inside and not inside.endswith("/"):  # some stores hold an empty object for a directory
             yield join(root, inside)
     _say(root, "hidden audio files are left out", hidden)
+    _say(root, UNFINISHED_SAID, [join(root, name[len(path) :].lstrip("/")) for name in found
+                                 if name.endswith(UNFINISHED)])  # fmt: skip
 
 
 def _say(root: Location, what: str, paths: list[str]) -> None:

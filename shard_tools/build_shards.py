@@ -1,7 +1,8 @@
-"""Write a labelled audio data set into WebDataset tar shards.
+"""Write an audio data set, labelled or not, into WebDataset tar shards.
 
-In: AudioSet, ESC-50, a csv, a folder of class folders, or generated audio. Out: in --out, tars of
-waveforms, fbanks and labels, index.parquet, manifest.json and failures.jsonl. Same inputs and
+In: --root, a directory or URL, or --table, in any of the forms of --dataset; without that option what is there says
+which (shard_tools/forms/look.py). Audio inside tars, zips, Parquet and HDF5 files is read in place, never unpacked.
+Out: in --out, tars of waveforms, fbanks and labels, index.parquet, manifest.json and failures.jsonl. Same inputs and
 options give the same bytes, whatever the workers, engine or slices. Run the same command again to go
 on after an interruption. Trouble of the machine, its disks or its network ends the build with nothing recorded;
 only what is a file's own is written to failures.jsonl. Exit status: 0 done, 1 more than --max-failures clips
@@ -34,6 +35,8 @@ from shard_tools.build import Summary, build, build_slice, merge
 from shard_tools.catalogs import Catalog
 from shard_tools.distribute import ENGINES
 from shard_tools.esc50_archive import SHA256, URL, fetch_esc50
+from shard_tools.forms import look
+from shard_tools.forms.entries import Asked
 from shard_tools.plan import BuildOptions, Slice, write_plan
 from shard_tools.synth import write_synth
 from shard_tools.write import AudioOptions
@@ -41,6 +44,9 @@ from shard_tools.write import AudioOptions
 log = logging.getLogger(__name__)
 
 EXAMPLES = """examples:
+  build_shards.py --root hf://datasets/agkphysics/AudioSet --out shards/audioset
+  build_shards.py --root FSD50K --out shards/fsd50k
+  build_shards.py --dataset unlabelled --root recordings --out shards/recordings
   build_shards.py --dataset esc50 --audio-root ESC-50 --seconds 5 --out shards/esc50
   build_shards.py --dataset audioset --segments balanced_train_segments.csv \\
       --class-labels class_labels_indices.csv --audio-root wavs --out shards/audioset
@@ -56,11 +62,12 @@ EXAMPLES = """examples:
 OPTIONS_OF = {
     "audio_list": ("audioset",),
     "segments": ("audioset",),
-    "class_labels": ("audioset", "csv"),
+    "class_labels": ("audioset", "csv", *sorted(look.FORMS.keys() - {"csv", *look.OWN_CLASSES})),
     "label_overrides": ("audioset",),
-    "label_separator": ("audioset", "csv"),
+    "label_separator": ("audioset", "csv", "ast_json", "audiofolder", "kaldi", "nemo"),
     "ontology": ("audioset",),
-    "table": ("csv",),
+    "source_rate": ("audioset", "hdf5", "unlabelled"),
+    "table": ("csv", "ast_json", "audiofolder", "dcase", "nemo", "unlabelled", "vggsound"),
     "download": ("esc50",),
     "archive_url": ("esc50",),
     "sha256": ("esc50",),
@@ -92,7 +99,8 @@ def parser() -> argparse.ArgumentParser:
     def place(option: str, *names: str, **words: Any) -> None:
         add(option, *names, type=partial(location, what=option), **words)
 
-    add("--dataset", required=True, choices=("audioset", "esc50", "csv", "folder", "synth"), help="what to read")
+    add("--dataset", default="auto", choices=("auto", "audioset", *look.FORMS, "synth"), metavar="FORM",
+        help=f"auto, audioset, {', '.join(look.FORMS)}, or synth, which is generated (default: auto, by what is there)")
     place("--out", required=True, metavar="DIR|URL", help="of the shards")
     place("--audio-root", "--root", metavar="DIR|URL", help="of the audio (default: of --table; synth: OUT/source)")
     place("--audio-list", metavar="TXT", help="audioset: paths below --audio-root, by line (no default)")
@@ -106,11 +114,13 @@ def parser() -> argparse.ArgumentParser:
         "--sha256", default=SHA256, metavar="HEX", help="that the archive of --download must have (default: none known)"
     )
     add("--accept-any-archive", action="store_true", help="use the archive of --download whatever its sha256 is")
-    place("--table", metavar="CSV", help="columns path,labels[,start,end,split,fold,key] (no default)")
+    place("--table", metavar="FILE", help="that lists the clips; csv: columns path,labels[,start,end,split,fold,key] "
+        "(default: looked for in --root)")  # fmt: skip
+    add("--source-rate", type=int, metavar="HZ", help="hdf5: of waveforms whose file does not say it (no default)")
     add(
         "--label-separator",
         metavar="TEXT",
-        help="csv, --label-overrides: between several labels in a cell (default: ;)",
+        help="tables, --label-overrides: between several labels in a cell (default: ; for csv)",
     )
     place("--ontology", metavar="JSON", help="audioset: names of labels without --class-labels (no default)")
     add("--split", metavar="NAME", help="(default: eval for an eval csv, else train; csv: its column; folder: by "
@@ -153,7 +163,9 @@ def read_catalog(args: argparse.Namespace) -> Catalog:
     Raises:
         UserError: an option that the data set needs is missing.
     """
-    if args.dataset == "audioset":
+    if args.dataset == "audioset" and args.segments is None and (packed := look.packed(_asked(args))):
+        catalog = look.read(packed, _asked(args))
+    elif args.dataset == "audioset":
         segments = _needed(args, "segments")
         catalog = catalogs.audioset(
             _needed(args, "audio_root"),
@@ -171,12 +183,8 @@ def read_catalog(args: argparse.Namespace) -> Catalog:
     elif args.dataset == "esc50":
         root = _download(args) if args.download else _needed(args, "audio_root")
         catalog = catalogs.esc50(root, args.split or "train")
-    elif args.dataset == "folder":
-        catalog = catalogs.folder(_needed(args, "audio_root"), args.split)
-    elif args.dataset == "csv":
-        table = _needed(args, "table")
-        root = args.audio_root or (str(table).rpartition("/")[0] if is_remote(table) else local(table).parent)
-        catalog = catalogs.table(root, table, args.class_labels, args.split, args.label_separator)
+    elif args.dataset in look.FORMS:
+        catalog = look.read(args.dataset, _asked(args))
     else:
         root = local(args.audio_root or join(args.out, "source"))
         table = write_synth(root, args.limit or 800, args.seconds, args.sample_rate, args.seed)
@@ -187,6 +195,19 @@ def read_catalog(args: argparse.Namespace) -> Catalog:
     if not catalog.clips:
         raise UserError(f"--dataset {args.dataset}: lists no clips; check the paths and --split")
     return catalog
+
+
+def _asked(args: argparse.Namespace) -> Asked:
+    """What a form is asked for.
+
+    Raises:
+        UserError: neither a root nor a table is given.
+    """
+    table, root = args.table, args.audio_root
+    if root is None:
+        table = table or _needed(args, "table" if args.dataset == "csv" else "audio_root")
+        root = str(table).rpartition("/")[0] if is_remote(table) else local(table).parent
+    return Asked(root, table, args.class_labels, args.split, args.label_separator, args.source_rate)
 
 
 def _download(args: argparse.Namespace) -> Path:
@@ -201,10 +222,14 @@ def main() -> int:
     line = parser()
     args = line.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    _check(args, {name for name, value in vars(args).items() if value != line.get_default(name)})
+    given = {name for name, value in vars(args).items() if value != line.get_default(name)}
+    _check(args, given)
     begun = time.perf_counter()
     signal.signal(signal.SIGTERM, _interrupt)  # Slurm's time limit, kill: as Ctrl-C
     try:
+        if args.dataset == "auto":
+            args.dataset = "audioset" if args.segments else "esc50" if args.download else look.find(_asked(args))
+            _fit(args, given)
         catalog = read_catalog(args)
         # Before hours of decoding, not after.
         require_coverage(args.require_coverage, {name: (len(catalog.clips.rows(name)), catalog.listed(name))
@@ -262,6 +287,7 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
         ("limit", 1, None),
         ("seed", 0, 2**63 - 1),
         ("max_failures", 0, None),
+        ("source_rate", *SAMPLE_RATES),
     ):
         value = getattr(args, name)
         if value is not None and not least <= value <= (math.inf if most is None else most):
@@ -277,10 +303,8 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
         )
     if args.require_coverage is not None and not 0 < args.require_coverage <= 1:
         raise UserError(f"--require-coverage {args.require_coverage:g} is no share of the clips; give one such as 0.95")
-    for name in sorted(given & OPTIONS_OF.keys()):
-        if args.dataset not in OPTIONS_OF[name]:
-            of = " and ".join(OPTIONS_OF[name])
-            raise UserError(f"--{name.replace('_', '-')} is of --dataset {of}, not {args.dataset}; leave it out")
+    if args.dataset != "auto":
+        _fit(args, given)
     for name, other in EXCLUDE:
         if {name, other} <= given:
             raise UserError(f"--{name.replace('_', '-')} does not go with --{other.replace('_', '-')}; leave one out")
@@ -298,6 +322,19 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
         raise UserError(f"--out {args.out}: generated audio needs a local --audio-root; give one")
     if not is_remote(args.out):
         check_output_directory(args.out, "--out")
+
+
+def _fit(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuses options that a form of data set does not have.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name in sorted(given & OPTIONS_OF.keys()):
+        if args.dataset not in OPTIONS_OF[name]:
+            *others, last = OPTIONS_OF[name]
+            of = f"{', '.join(others)} and {last}" if others else last
+            raise UserError(f"--{name.replace('_', '-')} is of --dataset {of}, not {args.dataset}; leave it out")
 
 
 def _interrupt(*_: Any) -> None:

@@ -25,7 +25,10 @@ from pipeline.errors import UserError
 from pipeline.files import check_name
 from pipeline.flow import Clip
 from shard_tools.audio_files import (
+    HELD_OUT,
     AudioFiles,
+    audio_paths,
+    endings_of,
     joiner,
     kind,
     listed,
@@ -38,6 +41,8 @@ from shard_tools.audio_files import (
 )
 from shard_tools.columns import Failure, Rows, relative
 from shard_tools.labels import Overrides, of_ontology, of_table, read_overrides, read_vocabulary, spellings
+from shard_tools.names import split_source
+from shard_tools.sources import Place
 from shard_tools.tables import SEPARATOR, Table
 
 log = logging.getLogger(__name__)
@@ -46,7 +51,6 @@ KEY_LIMIT = 60  # a tar member name of at most 100 bytes fits one header
 MOST_FOLDS = 32767  # int16 in the index
 LOOK_AROUND = 100_000  # files looked at to say what is there instead of what is missing
 SEGMENT_ID = re.compile(r"[A-Za-z0-9_-]{1,50}")  # part of a sample's key
-HELD_OUT = {"validation_list.txt": "validation", "testing_list.txt": "test"}  # Speech Commands' lists and their splits
 NOISE_FOLDER = "_background_noise_"  # Speech Commands' recordings for mixing
 MISSING = "missing: no such audio file"
 
@@ -112,7 +116,7 @@ def audioset(
     overrides: Location | None = None,
     separator: str | None = None,
 ) -> Catalog:
-    """AudioSet's official csv and audio files named after YouTube ids, anywhere below `root`.
+    """AudioSet's official csv and audio named after YouTube ids, anywhere below `root`: files, or else in tars or zips.
 
     Files are found as `YTID.*`, `YTID_START.*` or `YTID_START_END.*`, with a Y before or without, the times as seconds
     (30, 30.0, 000030) or milliseconds (30000). A file with a start in its name is the segment itself; of the others,
@@ -141,7 +145,8 @@ def audioset(
     else:
         raise UserError("--class-labels is missing; give AudioSet's class_labels_indices.csv")
     index = {label.id: number for number, label in enumerate(labels)}
-    files = AudioFiles(listed(root, listing) if listing else walk(root), plain_times)
+    places: dict[str, Place] = {}
+    files = AudioFiles(audio_paths(listed(root, listing) if listing else walk(root), places), plain_times)
     catalog = Catalog("audioset", root, labels)
     catalog.overrides = read_overrides(overrides, labels, separator) if overrides else None
     seen: dict[str, int] = {}  # key: hash of what its row says
@@ -171,7 +176,8 @@ def audioset(
         whole, clips = (plain_times(ytid), plain_times(f"Y{ytid}")), []
         for stem, path in found:
             first, last, trimmed = (start, end, None) if stem in whole else (0.0, end - start, True)
-            clips.append(Clip(key, path, first, last, picked, split, id=ytid, trimmed=trimmed, line=line))
+            at = places.get(path)
+            clips.append(Clip(key, path, first, last, picked, split, id=ytid, trimmed=trimmed, line=line, at=at))
         catalog.clips.append(clips[0] if len(clips) == 1 else replace(clips[0], others=tuple(clips[1:])))
     if not seen:
         raise UserError(f"{segments}: holds no segments; give an official AudioSet segments csv")
@@ -263,7 +269,7 @@ def table(
     first_of_fold: dict[tuple[str, int], int] = {}
 
     def rows() -> Iterator[TableRow]:
-        return _table_rows(source, separator, index, split, _Names(root, path))
+        return _table_rows(source, separator, index, split, Names(root, path))
 
     for line, own, key, name, facts in rows():
         count, digest = len(seen), hash(facts)
@@ -289,7 +295,8 @@ def table(
         unlabelled += not picked
         folds[own, min(fold, 1)] += 1
         first_of_fold.setdefault((own, min(fold, 1)), line)
-        if file not in there if there is not None else not os.path.isfile(file):
+        holder = split_source(file)[0]
+        if holder not in there if there is not None else not os.path.isfile(holder):
             catalog.miss(Failure(name, name, MISSING, own, key, line, start, end), picked)
             first_missing = first_missing or location
             continue
@@ -351,7 +358,7 @@ def folder(root: Location, split: str | None = None) -> Catalog:
     classes = sorted(files)
     if not classes:
         raise UserError(
-            f"--audio-root {root}: holds no folders of audio ({what_is_there(left_out + _count(stray))}); a folder "
+            f"--audio-root {root}: holds no folders of audio ({what_is_there(left_out + endings_of(stray))}); a folder "
             "data set has one folder per class"
         )
     refuse_split_folders(root, classes, list(inner))
@@ -419,7 +426,7 @@ def _segments(source: Table) -> Iterator[tuple[int, str, float, float, list[str]
 TableRow = tuple[int, str, str, str, tuple[str, float, float | None, tuple[int, ...], int]]
 
 
-class _Names:
+class Names:
     """What shards call the files of a table: nothing of where they lie on this machine.
 
     Args:
@@ -465,7 +472,7 @@ def _prefixes(folder: Location) -> list[str]:
 
 
 def _table_rows(
-    source: Table, separator: str | None, index: dict[str, int], split: str | None, called: _Names
+    source: Table, separator: str | None, index: dict[str, int], split: str | None, called: Names
 ) -> Iterator[TableRow]:
     """(line, split, key, name of the file, (path, start, end, labels, fold)) of a table.
 
@@ -598,8 +605,4 @@ def _near(root: Location, path: str, there: set[str] | None) -> str:
 
 
 def _endings(root: Location, there: set[str] | None) -> Counter[str]:
-    return _count(islice(walk(root) if there is None else iter(there), LOOK_AROUND))
-
-
-def _count(paths: Iterable[str]) -> Counter[str]:
-    return Counter(split_name(path)[1] for path in paths)
+    return endings_of(islice(walk(root) if there is None else iter(there), LOOK_AROUND))

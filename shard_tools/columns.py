@@ -59,12 +59,14 @@ class Failure:
 
 
 # In the order of the fields of `Clip` and `Failure`.
-SEGMENT = [("path", TEXT), ("start", pa.float64()), ("end", pa.float64()), ("trimmed", pa.bool_())]
+AT = pa.list_(pa.int64(), 2)
+SEGMENT = [("path", TEXT), ("start", pa.float64()), ("end", pa.float64()), ("trimmed", pa.bool_()), ("at", AT)]
 SCHEMAS = {
     Clip: pa.schema([
         ("key", TEXT), ("path", TEXT), ("start", pa.float64()), ("end", pa.float64()),
         ("labels", pa.large_list(pa.int32())), ("split", FEW), ("fold", pa.int16()), ("id", TEXT),
-        ("trimmed", pa.bool_()), ("line", pa.int32()), ("others", pa.large_list(pa.struct(SEGMENT))),
+        ("trimmed", pa.bool_()), ("line", pa.int32()), ("at", AT),
+        ("events", pa.large_list(pa.list_(pa.float64(), 3))), ("others", pa.large_list(pa.struct(SEGMENT))),
     ]),
     Failure: pa.schema([
         ("id", TEXT), ("path", TEXT), ("reason", FEW), ("split", FEW), ("key", TEXT), ("row", pa.int64()),
@@ -163,11 +165,14 @@ class Rows(Sequence[Row], Generic[Row]):
         if others is not None:
             cells["path"] = list(map(self._located, cells["path"]))
             cells["labels"] = list(map(tuple, cells["labels"]))
+            cells["at"] = list(map(_place, cells["at"]))
+            cells["events"] = [tuple((on, off, int(label)) for on, off, label in one) for one in cells["events"]]
         found: list[Any] = [self._kind(*row) for row in zip(*cells.values(), strict=True)]
         for place, files in enumerate(others or ()):
             if files:
                 clip = found[place]
-                further = [replace(clip, **file | {"path": self._located(_text(file["path"]))}) for file in files]
+                where = [{"path": self._located(_text(file["path"])), "at": _place(file["at"])} for file in files]
+                further = [replace(clip, **file | known) for file, known in zip(files, where, strict=True)]
                 found[place] = replace(clip, others=tuple(further))
         return found
 
@@ -233,9 +238,10 @@ class Rows(Sequence[Row], Generic[Row]):
 
     def _segments(self, files: Sequence[Clip]) -> list[dict[str, Any]]:
         return [
-            {"path": _bytes(self._inside(one.path)), "start": one.start, "end": one.end, "trimmed": one.trimmed}
+            {"path": _bytes(self._inside(one.path)), "start": one.start, "end": one.end, "trimmed": one.trimmed,
+             "at": one.at}
             for one in files
-        ]
+        ]  # fmt: skip
 
     def _mask(self, split: str) -> pa.ChunkedArray:
         return pc.equal(self.table["split"], split)
@@ -256,6 +262,10 @@ def _bytes(text: str) -> bytes:
 
 def _text(content: bytes) -> str:
     return content.decode("utf-8", "surrogateescape")
+
+
+def _place(pair: list[int] | None) -> tuple[int, int] | None:
+    return (pair[0], pair[1]) if pair else None
 
 
 def relative(path: str, root: str) -> str:

@@ -225,6 +225,7 @@ def _beginning(catalog: Catalog, options: BuildOptions, earlier: Manifest | None
             "encoding": "float16.npy",
         },
         "labels": [label.model_dump() for label in catalog.labels],
+        **({} if catalog.labels else {"unlabelled": True}),
         "splits": before["splits"] if before else {},
         "shards": before["shards"] if before else [],
         "options": before["options"] if before else {},

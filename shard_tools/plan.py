@@ -4,6 +4,11 @@ In: a `Catalog` and `BuildOptions`. Out: `SplitPlan`, whose shards are made one 
 
 A seeded permutation of a split's clips, cut into shards of equal planned size. It does not depend on
 workers, engine, slice or what is there already, so all of them give the same bytes. Memory: one int64 a clip.
+
+Rows of Parquet files are read by row group, and a permutation of clips would read a group for each. There the groups
+are permuted, and clips only among so many groups as fill WINDOW shards; a shard has its clips by group. So a group is
+read two or three times, and a shard mixes what WINDOW shards hold of groups from anywhere: where groups differ in their
+classes, so do shards, which training evens out over its streams (pipeline/data/order.py).
 """
 
 import io
@@ -16,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -24,10 +30,14 @@ from pipeline.errors import UserError
 from shard_tools.catalogs import Catalog
 from shard_tools.columns import digest
 from shard_tools.ffmpeg_codecs import identity
+from shard_tools.names import BETWEEN
 from shard_tools.store import Store
 from shard_tools.write import AudioOptions, ShardPlan, shard_name
 
 PLAN_ROWS = 1 << 16  # at a time
+EVENTS = "events of the clips"
+WINDOW = 2  # shards, whose clips come from the same row groups
+PARQUET = rf"(?i)\.parquet{BETWEEN}[0-9]+$"
 PROBES = 8  # files that are looked at where one is gone: is it the file, or the disk or store?
 PLAN_SCHEMA = pa.schema(
     [
@@ -114,7 +124,9 @@ class SplitPlan:
         self.catalog, self.split, self.out, self.options = catalog, split, out, options
         self.staged: Collection[int] = ()  # shards that are written aside: the finished split keeps its own until then
         rows = catalog.clips.rows(split)
-        self.order = rows[np.random.default_rng([options.seed]).permutation(len(rows))]
+        groups = _row_groups(catalog, rows)
+        self._grouped = groups is not None
+        self.order: np.ndarray = rows[_order(groups, len(rows), options)]
         self.mine = list(range(len(self)))  # shards that this process is to write, and those of them that are not there
         self.todo: list[int] = []
 
@@ -170,6 +182,11 @@ class SplitPlan:
         better = {} if catalog.overrides is None else {"label overrides": catalog.overrides.record()}
         others = catalog.clips.others(clips)
         further = {"further files of the clips": others} if others else {}
+        events = catalog.clips.take(catalog.clips.rows(split), ["events"])["events"]
+        if pc.sum(pc.list_value_length(events)).as_py():
+            further[EVENTS] = xxhash.xxh3_128_hexdigest(json.dumps(events.to_pylist()).encode())
+        if self._grouped:
+            further["row groups"] = xxhash.xxh3_128_hexdigest(self.order.tobytes())
         return {
             "dataset": catalog.dataset,
             "clips_per_shard": self.options.clips_per_shard,
@@ -186,6 +203,38 @@ class SplitPlan:
             "folds of the clips": of("fold"),
             "missing clips": digest(catalog.missing.take(missing, ["id", "path"])),
         }
+
+
+def _order(groups: np.ndarray | None, clips: int, options: BuildOptions) -> np.ndarray:
+    """int64, the permutation of a split's clips; see the beginning of this file."""
+    rng = np.random.default_rng([options.seed])
+    order: np.ndarray = rng.permutation(clips)
+    if groups is None:
+        return order
+    sizes = np.bincount(groups)
+    places = np.empty(len(sizes), np.int64)
+    places[rng.permutation(len(sizes))] = np.arange(len(sizes))
+    began = np.zeros(len(sizes), np.int64)  # clips before each group
+    turn = np.argsort(places)
+    began[turn] = np.cumsum(sizes[turn]) - sizes[turn]
+    window = began[groups] // (WINDOW * options.clips_per_shard)
+    order = np.lexsort((rng.permutation(clips), window))
+    shard = np.arange(clips) // options.clips_per_shard
+    return order[np.lexsort((np.arange(clips), places[groups[order]], shard))]
+
+
+def _row_groups(catalog: Catalog, rows: np.ndarray) -> np.ndarray | None:
+    """int64 [n], a number for each row group, of which any other source is one of its own; None: there are none."""
+    table = catalog.clips.take(rows, ["path", "at"])
+    path = table["path"].combine_chunks()
+    inside = pc.match_substring_regex(path, PARQUET).to_numpy(zero_copy_only=False)
+    if not inside.any():
+        return None
+    files = pc.replace_substring_regex(path, f"{BETWEEN}.*", "").dictionary_encode().indices.to_numpy()
+    at = pc.list_element(table["at"], 0).fill_null(-1).to_numpy()
+    found = np.where(inside, files.astype(np.int64) << 32 | (at + 1), -1 - np.arange(len(rows)))
+    numbers: np.ndarray = np.unique(found, return_inverse=True)[1]
+    return numbers
 
 
 def _is_plan(store: Store) -> bool:

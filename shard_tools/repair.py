@@ -25,6 +25,7 @@ from pipeline.files import sha256
 from pipeline.flow import Clip
 from shard_tools.distribute import each
 from shard_tools.finish import PRODUCTS, IndexWriter, render, rows_by_shard
+from shard_tools.plan import EVENTS
 from shard_tools.segment import MachineError
 from shard_tools.store import Store, local_copies
 from shard_tools.write import BLOCK, EXTENSIONS, MEMBERS, AudioOptions, ShardPlan, shard_number, write_tar
@@ -121,6 +122,8 @@ def compare_shard(task: tuple[ShardPlan, pa.Table]) -> list[str]:
 def _plan(directory: Location, manifest: Manifest, name: str, rows: pa.Table, root: str) -> ShardPlan:
     """What a tar was made of, by its index rows."""
     audio = AudioOptions(manifest.audio.sample_rate, manifest.audio.seconds, manifest.fbank.mel_bins)
+    split = rows["split"][0].as_py()
+    events = _events(join(directory, name), rows) if EVENTS in manifest.options.get(split, {}) else {}
     clips = [
         Clip(
             key=row["key"],
@@ -132,11 +135,27 @@ def _plan(directory: Location, manifest: Manifest, name: str, rows: pa.Table, ro
             fold=row["fold"],
             id=row["source"],
             trimmed=row["trimmed"],
+            events=events.get(row["key"], ()),
         )
         for row in rows.to_pylist()
     ]
-    split = rows["split"][0].as_py()
     return ShardPlan(split, shard_number(split, name), clips, manifest.labels, root, directory, audio)
+
+
+def _events(where: str, rows: pa.Table) -> dict[str, tuple[tuple[float, float, int], ...]]:
+    """Sound events by key, which the index does not have: out of those of a tar's jsons that are sound."""
+    found: dict[str, tuple[tuple[float, float, int], ...]] = {}
+    for copy in local_copies([where]):
+        if isinstance(copy, OSError):
+            return found
+        with open(copy, "rb") as file:
+            for row in rows.select(["key", "json_offset", "json_size", "json_xxh3"]).to_pylist():
+                file.seek(row["json_offset"])
+                content = file.read(row["json_size"])
+                if xxhash.xxh3_64_intdigest(content) == row["json_xxh3"]:
+                    events = json.loads(content).get("events", [])
+                    found[row["key"]] = tuple((one["onset"], one["offset"], one["label"]) for one in events)
+    return found
 
 
 def _repair_failures(directory: Location, manifest: Manifest) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 SLACK = 0.15  # seconds by which a container's duration and its audio differ (priming, last frame)
 HEAD = 512  # bytes that tell a text from audio
+POINTER = b"version https://git-lfs.github.com/spec/"  # what Git-LFS leaves in the place of a file
 # Endings that audio, and video with sound, goes by, in lower case. What a file holds decides its decoding: these decide
 # which files a folder's audio are, and which of several files that differ in their ending is the audio.
 AUDIO_ENDINGS = frozenset({
@@ -99,6 +100,8 @@ def refuse_text(head: bytes) -> None:
     Raises:
         DecodeError: they are text.
     """
+    if head.startswith(POINTER):
+        raise DecodeError("undecodable: a pointer of Git-LFS, not audio; run 'git lfs pull' where it was cloned")
     if not any(byte < 32 and byte not in b"\t\n\r\f\x1b" for byte in head):
         raise DecodeError(f"undecodable: text, not audio: {head[:40].decode('utf-8', 'replace')!r}")
 

@@ -1,9 +1,11 @@
 """Stamps: what tells that a source has changed since it was decoded.
 
-In: paths and URLs of sources. Out: their stamps, and which of many sources do not have theirs any more.
+In: names of sources. Out: their stamps, and which of many sources do not have theirs any more.
 
 Local: size and time of modification. In a store: size, and what its `info` says of the content (S3's ETag, Google's
 md5, the Hub's blob id), else of the time; of a web server that sends neither, the size is all there is.
+
+The stamp of a member is that of its container.
 
 A build takes a remote stamp with the fetch, in the fetching threads (store.py). A restart compares those of all
 finished shards: from one listing of the audio root (a thousand objects a request, a page at a time from S3, 8 bytes
@@ -24,6 +26,7 @@ import xxhash
 
 from pipeline.data.storage import FINAL, Location, attempt, file_system, is_remote, join, transfer
 from pipeline.errors import UserError
+from shard_tools.names import split_source
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ def stamp(path: str) -> Stamp:
     Raises:
         OSError: its store does not answer.
     """
+    path = split_source(path)[0]
     if not is_remote(path):
         try:
             status = os.stat(path)
@@ -93,7 +97,7 @@ def comparison(root: Location, count: int) -> Iterator[Callable[[Sequence[str], 
 
     def listed(path: str, old: Stamp) -> bool:
         """Whether the listing has a source as it was."""
-        wanted = np.uint64(_hash(path, old))
+        wanted = np.uint64(_hash(split_source(path)[0], old))
         place = int(np.searchsorted(there, wanted))
         return place < len(there) and bool(there[place] == wanted)
 
@@ -109,7 +113,9 @@ def comparison(root: Location, count: int) -> Iterator[Callable[[Sequence[str], 
     def changed(paths: Sequence[str], stamps: Sequence[Stamp]) -> list[Change]:
         pairs = [pair for pair in zip(paths, stamps, strict=True) if not (len(there) and listed(*pair))]
         found = [now(pair) for pair in pairs if not is_remote(pair[0])]
-        found += pool.map(now, [pair for pair in pairs if is_remote(pair[0])])
+        # Of the members of one container the first stands for all: a request each would ask the same.
+        remote = {(split_source(path)[0], str(old)): (path, old) for path, old in reversed(pairs) if is_remote(path)}
+        found += pool.map(now, reversed(remote.values()))
         return [change for change in found if change.old != change.new]
 
     pool = ThreadPoolExecutor(REQUESTS)

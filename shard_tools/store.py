@@ -33,7 +33,9 @@ import xxhash
 from pipeline.data import storage
 from pipeline.data.storage import FINAL, Location, attempt, is_remote, join
 from pipeline.files import sha256, sync
+from shard_tools.names import split_source
 from shard_tools.segment import MachineError
+from shard_tools.sources import Place, SourceError, extract
 from shard_tools.stamps import Stamp, stamp, stamp_of
 
 log = logging.getLogger(__name__)
@@ -241,22 +243,28 @@ def unseal(content: bytes) -> bytes:
 def local_copies(paths: Iterable[str]) -> Iterator[str | OSError]:
     """For each path one that can be opened here: itself, or a copy that lives until the next is asked for.
 
-    Remote files are fetched a few ahead, so that decoding does not wait for the network. A file that
+    Remote files and members of containers are fetched a few ahead, so that decoding does not wait for them. What
     cannot be fetched is its error, in its place: a `MachineError` where its store, the network or the scratch disk
     is at fault, another where the store says that this file is not there, or not for us.
     """
-    return (copy for copy, _ in _copies(paths, stamped=False))
+    return (copy for copy, _ in _copies(((path, None) for path in paths), None))
 
 
-def stamped_copies(paths: Iterable[str]) -> Iterator[tuple[str | OSError, Stamp]]:
-    """As `local_copies`, each with the stamp that its source had before it was fetched."""
-    return _copies(paths, stamped=True)
+def stamped_copies(sources: Iterable[tuple[str, Place]]) -> Iterator[tuple[str | OSError, Stamp]]:
+    """As `local_copies` of sources and where they are, each with the stamp that it had before it was fetched.
+
+    A container behind a URL is asked for its stamp once: one that changes meanwhile keeps the old one, so that a
+    restart sees it.
+    """
+    return _copies(sources, {})
 
 
-def _copies(paths: Iterable[str], stamped: bool) -> Iterator[tuple[str | OSError, Stamp]]:
-    queue = iter(paths)
+def _copies(
+    sources: Iterable[tuple[str, Place]], stamps: dict[str, Stamp] | None
+) -> Iterator[tuple[str | OSError, Stamp]]:
+    queue = iter(sources)
     with ThreadPoolExecutor(FETCH_THREADS) as pool:
-        ahead = deque(pool.submit(_fetch, path, stamped) for path in islice(queue, FETCH_AHEAD))
+        ahead = deque(pool.submit(_fetch, *source, stamps) for source in islice(queue, FETCH_AHEAD))
         try:
             while ahead:
                 copy, now = ahead.popleft().result()
@@ -265,7 +273,7 @@ def _copies(paths: Iterable[str], stamped: bool) -> Iterator[tuple[str | OSError
                 else:
                     with copy:
                         yield _place(copy), now
-                ahead.extend(pool.submit(_fetch, path, stamped) for path in islice(queue, 1))
+                ahead.extend(pool.submit(_fetch, *source, stamps) for source in islice(queue, 1))
         finally:
             for future in ahead:
                 copy = future.result()[0]
@@ -273,21 +281,36 @@ def _copies(paths: Iterable[str], stamped: bool) -> Iterator[tuple[str | OSError
                     copy.close()
 
 
-def _fetch(path: str, stamped: bool) -> tuple[str | OSError | IO[bytes], Stamp]:
-    if not is_remote(path):
-        return path, stamp(path) if stamped else None
+def _fetch(path: str, at: Place, stamps: dict[str, Stamp] | None) -> tuple[str | OSError | IO[bytes], Stamp]:
+    container, member = split_source(path)
+    if not is_remote(path) and not member:
+        return path, None if stamps is None else stamp(path)
     now: Stamp = None
     try:
         target = scratch_file()
     except MachineError as error:
         return error, None
-    if stamped:
-        with suppress(OSError):  # the fetch says what is wrong
+    if stamps is not None and member and container in stamps:
+        now = stamps[container]
+    elif stamps is not None:
+        try:
             now = stamp(path)  # before the content: of a file that changes in between, a restart sees that it has
+            if is_remote(container):
+                stamps[container] = now
+        except OSError as error:
+            if member:  # without it nobody knows whether the container is there; of a file the fetch says what is wrong
+                target.close()
+                return MachineError(str(error)), None
     try:
+        if member:
+            extract(path, at, target, now)
+            return target, now
         system, inner = storage.file_system(path)
         size = int(now[0]) if now else None
         attempt(lambda: storage.fetch(system, inner, _place(target), size=size), path)
+    except (SourceError, MachineError) as error:
+        target.close()
+        return error, now
     except OSError as error:
         target.close()
         status = getattr(error.__cause__, "status", 0)

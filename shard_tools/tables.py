@@ -18,6 +18,7 @@ from typing import TextIO
 
 from pipeline.data.storage import Location, is_remote, local, read_bytes
 from pipeline.errors import UserError
+from shard_tools.segment import POINTER
 
 LONGEST_LINE = 1 << 20  # characters; a file without line ends is no table
 LONGEST_CELL = csv.field_size_limit()  # 131072 characters
@@ -200,10 +201,13 @@ class Table:
         """The text; the mark at its beginning tells the encoding."""
         try:
             raw = local(self.path).open("rb") if self._content is None else io.BytesIO(self._content)
-            head = raw.read(4)
+            head = raw.read(len(POINTER))
             raw.seek(0)
         except OSError as error:
             raise self._unreadable(error) from error
+        if head == POINTER:
+            raw.close()
+            raise self.problem(1, "a pointer of Git-LFS, not the file", "run 'git lfs pull' where it was cloned")
         for magic, kind in NOT_TEXT.items():
             if head.startswith(magic):
                 raw.close()

@@ -38,7 +38,9 @@ from pipeline.flow import Clip
 from shard_tools.columns import Failure, recorded
 from shard_tools.decode import Decoded, DecodeError
 from shard_tools.guard import guarded_decode
+from shard_tools.names import split_source
 from shard_tools.segment import MachineError
+from shard_tools.sources import SourceError
 from shard_tools.stamps import Stamp, stamp
 from shard_tools.store import Store, seal, stamped_copies, unseal
 
@@ -286,7 +288,7 @@ def _decode_all(
         tried: Gets place in the shard, number among `Clip.others` and stamp of each other file that was decoded.
         failures: Gets the clips that cannot be decoded, and those whose first file cannot be.
     """
-    copies = stamped_copies(clip.path for clip in plan.clips)
+    copies = stamped_copies((clip.path, clip.at) for clip in plan.clips)
     for place, (clip, first) in enumerate(zip(plan.clips, copies, strict=True)):
         one, failed = clip, list[tuple[Clip, DecodeError]]()
         found, now = _attempt(clip, first, plan)
@@ -296,7 +298,7 @@ def _decode_all(
                 break
             failed.append((one, found))
             one = other
-            for further in stamped_copies([other.path]):
+            for further in stamped_copies([(other.path, other.at)]):
                 found, now = _attempt(other, further, plan)
                 tried.append((place, number, now))
         if isinstance(found, DecodeError):
@@ -326,13 +328,13 @@ def _attempt(
         # A file that is not there, or not for us, may be one of all whose disk or store is away for a moment.
         try:
             if not any(
-                stamp(path) is not None and (is_remote(path) or os.access(path, os.R_OK))
+                stamp(path) is not None and (is_remote(path) or os.access(split_source(path)[0], os.R_OK))
                 for path in list(others)[:PROBES]
             ):
                 raise MachineError(f"{clip.path}: {error}; and so are the others: is their disk or store there?")
         except OSError as trouble:
             raise trouble if isinstance(trouble, MachineError) else MachineError(str(trouble)) from error
-    for further in stamped_copies([clip.path]):
+    for further in stamped_copies([(clip.path, clip.at)]):
         return _attempt(clip, further, plan, again=True)
     raise AssertionError("unreachable")
 
@@ -362,6 +364,8 @@ def _decode(clip: Clip, copy: str | OSError, plan: ShardPlan) -> Decoded:
     audio = plan.audio
     if isinstance(copy, MachineError):
         raise copy
+    if isinstance(copy, SourceError):
+        raise DecodeError(str(copy)) from copy
     if isinstance(copy, OSError):
         gone = isinstance(copy, FileNotFoundError)
         reason = "vanished: the file is not there any more" if gone else "unreadable: its store does not give it to us"
@@ -410,6 +414,8 @@ def _describe(clip: Clip, plan: ShardPlan, decoded: Decoded, about: dict[str, An
         "silent": about["silent"],
         "gain": about["gain"],
     }
+    if clip.events:
+        content["events"] = [{"onset": onset, "offset": offset, "label": label} for onset, offset, label in clip.events]
     return json.dumps(content, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogateescape")
 
 

@@ -158,15 +158,18 @@ def hub_server(directory: Path) -> Iterator[tuple[str, dict[str, str]]]:
         def do_POST(self) -> None:
             sent = self.rfile.read(int(self.headers["Content-Length"])).decode()
             paths = urllib.parse.parse_qs(sent).get("paths") or json.loads(sent)["paths"]
-            self._json([entry(directory / path) for path in paths if (directory / path).is_file()])
+            self._json([entry(directory / path) for path in paths if (directory / path).exists()])
 
         def _answer(self) -> None:
             path = urllib.parse.unquote(self.path).split("?")[0]
-            if path.startswith(f"/api/datasets/{repo}/tree/main"):
-                self._json([entry(path) for path in sorted(directory.iterdir()) if path.is_file()])
+            tree, files = f"/api/datasets/{repo}/tree/main", f"/datasets/{repo}/resolve/main/"
+            if path.startswith(tree):
+                folder = directory / path.removeprefix(tree).strip("/")
+                found = folder.rglob("*") if "recursive=true" in self.path.lower() else folder.iterdir()
+                self._json([entry(path) for path in sorted(found)])
             elif path in (f"/api/datasets/{repo}", f"/api/datasets/{repo}/revision/main"):
                 self._json({"id": repo, "sha": "0" * 40, "private": False, "tags": [], "siblings": []})
-            elif path.startswith(f"/datasets/{repo}/resolve/main/") and (file := directory / Path(path).name).is_file():
+            elif path.startswith(files) and (file := directory / path.removeprefix(files)).is_file():
                 content = file.read_bytes()
                 first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
                 part = content[int(first) : int(last or len(content)) + 1]
@@ -189,7 +192,8 @@ def hub_server(directory: Path) -> Iterator[tuple[str, dict[str, str]]]:
             pass
 
     def entry(path: Path) -> dict[str, object]:
-        return {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0" * 40}
+        kind, size = ("file", path.stat().st_size) if path.is_file() else ("directory", 0)
+        return {"type": kind, "path": str(path.relative_to(directory)), "size": size, "oid": "0" * 40}
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

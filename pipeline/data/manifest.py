@@ -22,7 +22,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from pipeline.data.npy import MAX_HEADER, Array
 from pipeline.data.storage import Location, is_remote, join, local, read_bytes
@@ -154,7 +162,7 @@ class ShardRecord(FileRecord):
 
 
 class Manifest(Record):
-    """`manifest.json`."""
+    """`manifest.json`; `unlabelled` is there where the clips have no labels, and the vocabulary no classes."""
 
     format: Literal["craft-shards"]
     version: Literal[1]
@@ -162,6 +170,7 @@ class Manifest(Record):
     audio: AudioFormat
     fbank: FbankFormat
     single_label: bool
+    unlabelled: Literal[True] | None = None
     labels: list[Label]
     splits: dict[SplitName, SplitRecord]
     shards: list[ShardRecord]
@@ -202,6 +211,13 @@ class Manifest(Record):
                 if counts and len(counts) != len(self.labels):
                     raise ValueError(f"splits: '{name}': {what} has {len(counts)} counts for {len(self.labels)} labels")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = dump(self)
+        if content.get("unlabelled") is None:  # as in manifests from before there was such a field
+            content.pop("unlabelled", None)
+        return content
 
     def computed_digest(self) -> str:
         """sha256 over everything but the digest itself, shard and index hashes included."""

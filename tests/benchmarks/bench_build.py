@@ -1,13 +1,16 @@
 """What building shards costs: its unavoidable parts alone, the whole, more workers, and the usual way.
 
-    python -m tests.benchmarks.bench_build [--files 64] [--clips 512] [--codec m4a wav] [--catalog 2000000]
+    python -m tests.benchmarks.bench_build [--files 64] [--clips 512] [--codec m4a wav]
+        [--containers tar zip parquet h5] [--catalog 2000000] [--rows 1700000]
 
 In: nothing; files of 10 s, 44.1 kHz stereo, are generated and encoded, and listed again and again up to a shard of
 --clips. Out: tables on stdout, medians of 3 rounds in which all ways take turns. Parts: decode (with down-mix and
 resampling), fbank, encode (int16, float16, .npy), write (tar, sha256, xxh3, fsync), each timed over all clips in this
 process. Ratio: sum of the parts / whole. The usual way: an ffmpeg subprocess, torchaudio's fbank and tarfile, clip by
 clip. All of that on one core (Linux: by affinity, which a worker's decoder process inherits); N workers have N cores.
---catalog N: time and peak memory of --dry-run on N AudioSet rows.
+--containers: the same files (HDF5: their mean as int16) inside a tar, a zip, a Parquet file of row groups of 16 or an
+HDF5 file; reading them is one more part.
+--catalog N: time and peak memory of --dry-run on N AudioSet rows; --rows N: on N rows of Parquet files.
 """
 
 import argparse
@@ -21,10 +24,16 @@ import sys
 import tarfile
 import tempfile
 import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import imageio_ffmpeg
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import soundfile
 import torch
 import torchaudio
@@ -35,8 +44,10 @@ from shard_tools import catalogs
 from shard_tools.decode import decode
 from shard_tools.distribute import run
 from shard_tools.plan import BuildOptions, SplitPlan
+from shard_tools.sources import extract
+from shard_tools.stamps import stamp
 from shard_tools.synth import CLASSES, render
-from shard_tools.write import AudioOptions, TarWriter, encode_waveform, npy, stored_fbank, write_shard
+from shard_tools.write import AudioOptions, ShardPlan, TarWriter, encode_waveform, npy, stored_fbank, write_shard
 from tests.conftest import ROOT
 
 AUDIO = AudioOptions()
@@ -65,8 +76,44 @@ def generate(folder: Path, files: int, clips: int, codec: str) -> catalogs.Catal
     return catalog
 
 
-def parts(catalog: catalogs.Catalog, out: Path) -> dict[str, float]:
-    """Seconds of each unavoidable part, over all clips."""
+def pack(catalog: catalogs.Catalog, folder: Path, kind: str) -> tuple[catalogs.Catalog, list[str]]:
+    """The catalog of the same clips in a container, and the files that hold what the container gives."""
+    paths = list(dict.fromkeys(clip.path for clip in catalog.clips))
+    where, held = folder / f"all.{kind}", [Path(path).read_bytes() for path in paths]
+    at: list[tuple[int, int] | None] = [None] * len(paths)
+    names = [str(number) for number in range(len(paths))]
+    if kind == "tar":
+        with where.open("wb") as file:
+            tar = TarWriter(file)
+            at = [tar.add(f"{number}.wav", [content])[:2] for number, content in enumerate(held)]
+            tar.close()
+    elif kind == "zip":
+        with zipfile.ZipFile(where, "w", zipfile.ZIP_DEFLATED) as archive:
+            for number, content in enumerate(held):
+                archive.writestr(f"{number}.wav", content)
+            at = [(info.header_offset, info.compress_size) for info in archive.infolist()]
+    elif kind == "parquet":
+        rows = [{"bytes": content, "path": ""} for content in held]
+        pq.write_table(pa.table({"audio": rows}), where, row_group_size=16)
+        at = [divmod(number, 16) for number in range(len(paths))]
+    else:
+        sounds = [soundfile.read(path)[0].mean(axis=1) for path in paths]
+        paths = [f"{path}.mono.wav" for path in paths]
+        for path, sound in zip(paths, sounds, strict=True):
+            soundfile.write(path, sound, SOURCE_RATE)
+        with h5py.File(where, "w") as file:
+            file["waveform"] = np.stack([soundfile.read(path, dtype="int16")[0] for path in paths])
+            file.attrs["sample_rate"] = SOURCE_RATE
+    names = [f"{number}.wav" if kind in ("tar", "zip") else f"{number}" for number in range(len(paths))]
+    packed = catalogs.Catalog("bench", folder, catalog.labels)
+    for number, clip in enumerate(catalog.clips):
+        own = number % len(paths)
+        packed.clips.append(replace(clip, path=f"{where}::{names[own]}", at=at[own]))
+    return packed, [paths[number % len(paths)] for number in range(len(catalog.clips))]
+
+
+def parts(catalog: catalogs.Catalog, out: Path, shard: ShardPlan, files: list[str] | None = None) -> dict[str, float]:
+    """Seconds of each unavoidable part, over all clips; `files`: what they are outside their container."""
     times: dict[str, float] = {}
     begun = time.perf_counter()
 
@@ -75,7 +122,13 @@ def parts(catalog: catalogs.Catalog, out: Path) -> dict[str, float]:
         times[name] = time.perf_counter() - begun
         begun = time.perf_counter()
 
-    decoded = [decode(c.path, c.start, c.end, rate=AUDIO.sample_rate, seconds=AUDIO.seconds) for c in catalog.clips]
+    if files is not None:
+        for clip in shard.clips:
+            with tempfile.TemporaryFile() as target:
+                extract(clip.path, clip.at, target, stamp(clip.path))
+        lap("read")
+    paths = files or [clip.path for clip in catalog.clips]
+    decoded = [decode(path, 0.0, None, rate=AUDIO.sample_rate, seconds=AUDIO.seconds) for path in paths]
     lap("decode")
     waveforms = [encode_waveform(one, AUDIO.samples)[0] for one in decoded]
     lap("encode")
@@ -122,33 +175,38 @@ def use_cores(count: int) -> None:
         os.sched_setaffinity(0, CORES[:count])
 
 
-def speed(codec: str, files: int, clips: int, workers: int) -> None:
-    """One table."""
+def speed(codec: str, files: int, clips: int, workers: int, kind: str = "") -> None:
+    """One table; `kind`: of the container."""
     use_cores(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         catalog = generate(folder / "audio", files, clips, codec)
+        loose = catalog.clips[:files]
+        outside = None
+        if kind:
+            catalog, outside = pack(catalog, folder, kind)
         options = BuildOptions(AUDIO, clips)
         shard = SplitPlan(catalog, "train", folder / "whole", options).shard(0)
         rounds: dict[str, list[float]] = {}
-        decode(shard.clips[0].path, 0.0, None, rate=16000, seconds=10)  # libraries load outside the measure
+        decode(loose[0].path, 0.0, None, rate=16000, seconds=10)  # libraries load outside the measure
         for _ in range(ROUNDS):
-            found = parts(catalog, folder)
+            found = parts(catalog, folder, shard, outside)
             begun = time.perf_counter()
             write_shard(shard)
             found["whole"] = time.perf_counter() - begun
-            found["usual way"] = usual(catalog.clips[:files], folder) * clips / files
+            found["usual way"] = usual(loose, folder) * clips / files
             for key, value in found.items():
                 rounds.setdefault(key, []).append(value)
         times = {key: statistics.median(values) for key, values in rounds.items()}
-        total = sum(times[key] for key in ("decode", "encode", "fbank", "write"))
-        print(f"\n{codec}: {clips} clips of 10 s ({files} files), one worker on one core")
+        total = sum(times[key] for key in ("read", "decode", "encode", "fbank", "write") if key in times)
+        print(f"\n{codec}{f' in {kind}' * bool(kind)}: {clips} clips of 10 s ({files} files), one worker on one core")
         print("| part | ms a clip | clips/s |\n|---|---|---|")
         for key, value in {**times, "sum of parts": total}.items():
             print(f"| {key} | {1000 * value / clips:.2f} | {clips / value:.1f} |")
         print(f"sum of parts / whole: {total / times['whole']:.3f}; usual way / whole: "
               f"{times['usual way'] / times['whole']:.2f}")  # fmt: skip
-        scale(catalog, folder, clips, workers)
+        if not kind:
+            scale(catalog, folder, clips, workers)
 
 
 def scale(catalog: catalogs.Catalog, folder: Path, clips: int, workers: int) -> None:
@@ -184,17 +242,30 @@ def simulate(folder: Path, rows: int) -> list[str]:
             "/data/audioset", "--audio-list", str(listing), "--split", "train"]  # fmt: skip
 
 
-def catalog_cost(rows: int) -> None:
+def parquet(folder: Path, rows: int) -> list[str]:
+    """AudioSet as the hub has it, `rows` rows in 40 files of row groups of 100; returns the builder's options."""
+    rng = np.random.default_rng(0)
+    (folder / "data" / "unbal_train").mkdir(parents=True)
+    for number in range(40):
+        first, last = number * rows // 40, (number + 1) * rows // 40
+        labels = [[f"/m/{mid:04d}" for mid in rng.integers(0, 527, 2)] for _ in range(first, last)]
+        columns = {"video_id": [f"{row:011d}" for row in range(first, last)], "labels": labels, "human_labels": labels,
+                   "audio": [{"bytes": b"none", "path": "x.flac"}] * (last - first)}  # fmt: skip
+        pq.write_table(pa.table(columns), folder / "data" / "unbal_train" / f"{number:02d}.parquet", row_group_size=100)
+    return ["--root", str(folder / "data")]
+
+
+def catalog_cost(rows: int, make: Callable[[Path, int], list[str]]) -> None:
     """Time and peak memory of --dry-run, in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
-        words = simulate(Path(name), rows)
+        words = make(Path(name), rows)
         script = str(ROOT / "shard_tools" / "build_shards.py")
         line = [sys.executable, script, *words, "--out", f"{name}/out", "--dry-run"]
         begun = time.perf_counter()
         done = subprocess.run(line, check=True, capture_output=True, text=True, cwd=ROOT)
         seconds = time.perf_counter() - begun
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-        print(f"\n--dry-run of {rows} rows: {seconds:.0f} s, peak memory {peak:.2f} GB")
+        print(f"\n--dry-run of {rows} rows ({make.__name__}): {seconds:.0f} s, peak memory {peak:.2f} GB")
         print(done.stdout.replace(name, "..."), end="")
 
 
@@ -204,15 +275,21 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=512, help="of a shard")
     parser.add_argument("--codec", nargs="*", default=["m4a", "wav"])
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--containers", nargs="*", default=["tar", "zip", "parquet", "h5"])
     parser.add_argument("--catalog", type=int, metavar="N")
+    parser.add_argument("--rows", type=int, metavar="N")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cores = f"{os.cpu_count()} cores, torch {torch.__version__}, torchaudio {torchaudio.__version__}"
     print(f"{cores}, Python {sys.version.split()[0]}")
     if args.catalog:  # first: the peak of children is that of the largest
-        catalog_cost(args.catalog)
+        catalog_cost(args.catalog, simulate)
+    if args.rows:
+        catalog_cost(args.rows, parquet)
     for codec in args.codec:
         speed(codec, args.files, args.clips, args.workers)
+    for kind in args.containers:
+        speed("wav", args.files, args.clips, args.workers, kind)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,11 @@ from shard_tools.build import build
 from shard_tools.columns import Rows
 from shard_tools.finish import damage
 from tests.helpers import digests, options, synth_catalog
+from tests.shard_tools.containers import catalog_of
 
 CLIPS, PER_SHARD, SECONDS = 46, 6, 0.1
 FULL_DISK = 3
+MEMBERS = 24  # of containers
 WRITES = ("write", "writelines", "fsync", "replace", "link", "mkdir", "write_table")  # calls that a full disk refuses
 
 
@@ -64,7 +66,10 @@ def attempt(
         try:
             torch.set_num_threads(1)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            catalog = catalogs.table(source, source / "table.csv", None, split)
+            if (source / "table.csv").exists():
+                catalog = catalogs.table(source, source / "table.csv", None, split)
+            else:
+                catalog = catalog_of(source, source.name, MEMBERS)
             sys.setprofile(count)
             build(catalog, out, options(SECONDS, PER_SHARD), 1, engine="inline", retry=retry)
             sys.setprofile(None)
@@ -154,8 +159,19 @@ def full_disk(folder: Path, source: Path) -> dict:
     return {"failed": failed, "leftovers": leftovers, "identical": digests(out) == digests(folder / "whole-fresh")}
 
 
+def containers(folder: Path) -> dict[str, list[dict]]:
+    """Builds from what `pack` wrote below the folder, killed four times each."""
+    return {
+        source.name: kills(folder / "out", source, 1, 4, None, lambda out: None, source.name)
+        for source in sorted((folder / "sources").iterdir())
+    }
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
+    if (folder / "sources").exists():
+        sys.stdout.write(json.dumps(containers(folder)))
+        return
     # Imported here, so that children need not: pandas, by Arrow.
     assert not len(Rows(Clip, "/").take(np.empty(0, np.int64)))
     source = folder / "source"

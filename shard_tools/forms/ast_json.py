@@ -1,0 +1,57 @@
+"""The lists of AST, SSAST and Audio-MAE.
+
+| file | what |
+|---|---|
+| --table, or every .json in the root | {"data": [{"wav": path, "labels": "mid,mid"}, ...]}; its name tells the split |
+
+Paths are absolute, or relative to the root. Without --class-labels the classes are the mids that occur.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.data.storage import Location, join, read_bytes
+from pipeline.errors import UserError
+from shard_tools.catalogs import Catalog, Names
+from shard_tools.forms.entries import Asked, Entry, Files, assemble, names_of, split_of
+
+
+def read(asked: Asked, tables: list[str] | None = None) -> Catalog:
+    """Their catalog.
+
+    Raises:
+        UserError: a list is malformed, or no file is there.
+    """
+    paths: list[Location] = [asked.table] if asked.table else [join(asked.root, name) for name in tables or []]
+    files = Files(asked.root)
+
+    def entries() -> Iterator[Entry]:
+        for path in paths:
+            called = Names(asked.root, path)
+            for number, row in enumerate(rows(path), 1):
+                if not isinstance(row, dict) or not isinstance(row.get("wav"), str) or not row["wav"]:
+                    raise UserError(f"{path}: item {number} of data has no 'wav'; write {{\"wav\": PATH, \"labels\": "
+                                    '"MID,MID"}')  # fmt: skip
+                where, name = called.of(row["wav"])
+                labels = names_of(row.get("labels"), asked.separator or ",")
+                yield Entry(name, files.at(where), labels, split_of(str(path).rpartition("/")[2]), number)
+
+    return assemble("ast_json", asked, entries, None, files.report, paths[0] if paths else asked.root)
+
+
+def rows(path: Location) -> list[Any]:
+    """The items of a list.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        content = json.loads(read_bytes(path))
+        found = content["data"]
+        if not isinstance(found, list):
+            raise TypeError("'data' is no list")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__} {error}"
+        raise UserError(f'{path}: {reason:.160}; give a list {{"data": [{{"wav": ..., "labels": ...}}]}}') from error
+    return found

@@ -1,0 +1,144 @@
+"""Parquet files with the audio inside, as the Hugging Face hub has them (agkphysics/AudioSet since 2025, and others).
+
+| column | what |
+|---|---|
+| audio {bytes, path}, or one of bytes | a whole file of audio a row |
+| video_id, id, key, filename, ... | the clip's name where each has its own; else the file's name and the row's number |
+| labels, label, tags, ... | mids, names, numbers or classes of the hub's; a list where they are several |
+| human_labels | names of the mids in `labels`, in their order |
+| fold | if it is there |
+
+A file's name or folder tells the split: data/bal_train/00.parquet, train-00000-of-00004.parquet. Only ids and labels
+are read, by column.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.data.manifest import Label
+from pipeline.errors import UserError
+from shard_tools.audio_files import endings_of, walk, what_is_there
+from shard_tools.catalogs import Catalog
+from shard_tools.columns import relative
+from shard_tools.forms.entries import Asked, Entry, assemble, names_of, split_of
+from shard_tools.forms.records import BATCH, LABELS, parquet_source
+from shard_tools.names import BETWEEN
+from shard_tools.sources import ParquetSource
+
+log = logging.getLogger(__name__)
+
+IDS = ("video_id", "ytid", "youtube_id", "id", "key", "clip_id", "segment_id", "file_name", "filename", "fname",
+       "slice_file_name")  # fmt: skip
+
+
+def read(asked: Asked, labelled: bool = True) -> Catalog:
+    """The catalog of all Parquet files below the root.
+
+    Raises:
+        UserError: there is none, or one has no audio or, where labels are asked for, none of those.
+    """
+    root = str(asked.root)
+    paths = [path for path in walk(asked.root) if path.lower().endswith(".parquet")]
+    names: dict[str, str] = {}
+    numbered, dataset = False, "parquet"
+    for path in paths:
+        with parquet_source(path) as source:
+            columns = source.schema.names
+            if not source.audio:
+                raise UserError(f"{path}: no column of audio (has {', '.join(columns[:20])}); it needs audio {{bytes, "
+                                "path}")  # fmt: skip
+            column = _labels(source)
+            if labelled and not column:
+                raise UserError(f"{path}: no column of labels (has {', '.join(columns[:20])}); it needs one of "
+                                f"{', '.join(LABELS[:4])}, or build without: --dataset unlabelled")  # fmt: skip
+            if "video_id" in columns and "labels" in columns:
+                dataset = "audioset"
+            if labelled and asked.class_labels is None:
+                numbered |= _collect(source, column, names)
+    if labelled and numbered and not names:
+        raise UserError(f"{paths[0]}: its labels are numbers, and nothing says of which classes; give --class-labels")
+    labels = [Label(id=name, name=names[name] or name) for name in sorted(names)] if labelled else []
+
+    def entries() -> Iterator[Entry]:
+        for path in paths:
+            split = split_of(relative(path, root))
+            with parquet_source(path) as source:
+                yield from _entries(source, path, relative(path, root), split, labelled)
+
+    def there() -> str:
+        return what_is_there(endings_of(walk(asked.root)))
+
+    return assemble(dataset, asked, entries, labels, there)
+
+
+def _labels(source: ParquetSource) -> str:
+    return next((name for name in LABELS if name in source.schema.names), "")
+
+
+def _classes(source: ParquetSource, column: str) -> list[str]:
+    """Names of the hub's ClassLabel in a column; empty: it is none."""
+    try:
+        info = json.loads((source.schema.metadata or {}).get(b"huggingface", b"{}"))
+        feature = info["info"]["features"][column]
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
+        return list(map(str, feature["names"]))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return []
+
+
+def _collect(source: ParquetSource, column: str, names: dict[str, str]) -> bool:
+    """Adds the classes of a file, with their names; whether they are numbers without names."""
+    classes = _classes(source, column)
+    if classes:
+        names |= {name: "" for name in classes if name not in names}
+        return False
+    wanted = [column] + (["human_labels"] if "human_labels" in source.schema.names and column == "labels" else [])
+    for batch in source.file.iter_batches(BATCH, columns=wanted, use_threads=False):
+        ids, spoken = batch.column(0), batch.column(1) if len(wanted) > 1 else None
+        if spoken is not None and not pc.all(pc.equal(pc.list_value_length(ids), pc.list_value_length(spoken))).as_py():
+            spoken = None
+        ids = pc.list_flatten(ids) if pa.types.is_list(ids.type) or pa.types.is_large_list(ids.type) else ids
+        if pa.types.is_integer(ids.type):
+            return True
+        flat = ids.to_pylist()
+        called = pc.list_flatten(spoken).to_pylist() if spoken is not None else [""] * len(flat)
+        for name, word in dict(zip(flat, called, strict=True)).items():
+            if name is not None and not names.get(name):
+                names[name] = word or ""
+    return False
+
+
+def _entries(source: ParquetSource, path: str, inside: str, split: str, labelled: bool) -> Iterator[Entry]:
+    there = source.schema.names
+    id_ = next((name for name in IDS if name in there and pa.types.is_string(source.schema.field(name).type)), "")
+    metadata = source.file.metadata
+    if id_ and pc.count_distinct(source.file.read([id_], use_threads=False)[id_]).as_py() < metadata.num_rows:
+        log.warning("%s: several rows have the same '%s', so clips go by the rows' numbers", path, id_)
+        id_ = ""
+    column = _labels(source) if labelled else ""
+    classes = _classes(source, column)
+    fold = "fold" if "fold" in there and pa.types.is_integer(source.schema.field("fold").type) else ""
+    wanted = [name for name in (id_, column, fold) if name]
+    sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    first = np.cumsum([0, *sizes])
+    row, group = 0, 0
+    if not wanted:
+        batches: Iterator[list[Any]] = iter([[{}] * int(first[-1])])
+    else:
+        batches = (batch.to_pylist() for batch in source.file.iter_batches(BATCH, columns=wanted, use_threads=False))
+    for rows in batches:
+        for cells in rows:
+            while row >= first[group + 1]:
+                group += 1
+            picked: list[Any] = names_of(cells[column]) if column else []
+            picked = [classes[label] if isinstance(label, int) and 0 <= label < len(classes) else label
+                      for label in picked]  # fmt: skip
+            yield Entry(cells.get(id_) or f"{inside}{BETWEEN}{row}", f"{path}{BETWEEN}{row}", picked, split,
+                        at=(group, int(row - first[group])), fold=int(cells.get(fold) or 0))  # fmt: skip
+            row += 1

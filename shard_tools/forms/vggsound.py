@@ -1,0 +1,41 @@
+"""VGGSound: a csv without a header, and clips named after videos.
+
+| file below the root | what |
+|---|---|
+| vggsound.csv, or --table | YouTube id, start in seconds, label, `train` or `test` |
+| anywhere | ID_SSSSSS.wav, ID_START_END.flac and the like, with a Y before or without: the 10 s from START on |
+"""
+
+from collections.abc import Iterator
+
+from pipeline.data.storage import join
+from shard_tools.audio_files import plain_times, segment_names
+from shard_tools.catalogs import Catalog
+from shard_tools.forms.entries import Asked, Entry, Files, assemble
+from shard_tools.tables import Table
+
+MARK = "vggsound.csv"
+SECONDS = 10.0
+
+
+def read(asked: Asked) -> Catalog:
+    """Its catalog.
+
+    Raises:
+        UserError: the csv is missing or malformed, or no file is there.
+    """
+    source, files = Table(asked.table or join(asked.root, MARK)), Files(asked.root, plain_times)
+
+    def entries() -> Iterator[Entry]:
+        for line, row in source.rows():
+            if len(row) != 4:
+                raise source.problem(line, f"{len(row)} cells, not id,start,label,split", "get the csv again")
+            name, start = row[0], source.seconds(line, "start", row[1])
+            found = files.find(segment_names(name, start, start + SECONDS))
+            stem, path, at = found[0] if found else ("", "", None)
+            whole = stem in (plain_times(name), plain_times(f"Y{name}"))
+            first = start if whole else 0.0
+            yield Entry(f"{name}_{int(start):06d}", path, [row[2].strip()], row[3].strip(), line, at, first,
+                        first + SECONDS, trimmed=None if whole else True)  # fmt: skip
+
+    return assemble("vggsound", asked, entries, None, files.report, source.path)

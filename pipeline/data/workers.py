@@ -2,9 +2,10 @@
 
 In: numbers of steps. Out: the slots of them, filled, in order. A reader that died is replaced and reads its steps anew.
 
-torch's DataLoader could do it: whole steps as items, and the numbers of slots through its queues. It was measured and
-delivers less (tests/benchmarks/bench_loader.py): an answer passes a thread, a lock and a poll on its way. Here each
-reader has a pipe. The pipes hold the steps in flight at most: a consumer that takes no batches stops the readers.
+torch's DataLoader could do it: whole steps as items, and the numbers of slots through its queues. Built so, the loader
+gave 4 to 14 % fewer clips a second (rows "ours" of tests/benchmarks/bench_loader.py): an answer passes a thread, a lock
+and a poll on its way. Here each reader has a pipe. The pipes hold the steps in flight at most: a consumer that takes no
+batches stops the readers.
 """
 
 import gc

@@ -109,7 +109,7 @@ class DataConfig(Section):
     streams: int = result(64, ge=1, description="S: streams of shards; halved where the clips do not fill S windows")
     window: int = result(2048, ge=1, description="clips of the shuffle window of one stream")
     workers: int = neutral(2, ge=0, description="reader processes per rank; 0: the training process reads")
-    prefetch: int = neutral(4, ge=1, description="batches in flight per rank")
+    prefetch: int = neutral(4, ge=1, description="batches in flight per rank; at least one a worker")
     on_error: Literal["skip", "raise"] = neutral("skip", description="a corrupt sample is replaced, or ends the run")
     max_bad: int = neutral(1000, ge=0, description="corrupt samples of one epoch, over all ranks, that end the run")
     max_bad_share: float = neutral(

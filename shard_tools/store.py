@@ -243,18 +243,21 @@ def unseal(content: bytes) -> bytes:
 def local_copies(paths: Iterable[str]) -> Iterator[str | OSError]:
     """For each path one that can be opened here: itself, or a copy that lives until the next is asked for.
 
-    Remote files and members of containers are fetched a few ahead, so that decoding does not wait for them. What
-    cannot be fetched is its error, in its place: a `MachineError` where its store, the network or the scratch disk
-    is at fault, another where the store says that this file is not there, or not for us.
+    Remote files are fetched a few ahead, so that decoding does not wait for the network. What cannot
+    be fetched is its error, in its place: a `MachineError` where its store, the network or the scratch disk is at
+    fault, another where the store says that this file is not there, or not for us.
     """
     return (copy for copy, _ in _copies(((path, None) for path in paths), None))
 
 
 def stamped_copies(sources: Iterable[tuple[str, Place]]) -> Iterator[tuple[str | OSError, Stamp]]:
-    """As `local_copies` of sources and where they are, each with the stamp that it had before it was fetched.
+    """As `local_copies`, of members of containers too, each with the stamp that it had before it was fetched.
 
     A container behind a URL is asked for its stamp once: one that changes meanwhile keeps the old one, so that a
     restart sees it.
+
+    Args:
+        sources: Name, and where a member's bytes are.
     """
     return _copies(sources, {})
 

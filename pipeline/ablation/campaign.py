@@ -10,7 +10,6 @@ In: a `Grid`, a directory, an executor. Out: finished run directories, each with
 again, and the launcher goes on from its newest checkpoint; so a crash at any moment loses nothing.
 """
 
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +23,6 @@ from pipeline.data.manifest import load_manifest
 from pipeline.engine.checkpoint import complete_checkpoints
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json, write_text
-
-log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 DAMAGED = "that run is damaged; delete its directory to run it again"

@@ -9,7 +9,6 @@ DataLoader slow (tests/benchmarks/bench_loader.py). Nothing grows with the clips
 """
 
 import itertools
-import logging
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
@@ -40,8 +39,6 @@ from pipeline.data.workers import Workers
 from pipeline.errors import UserError
 from pipeline.files import open_regular
 from pipeline.flow import Batch
-
-log = logging.getLogger(__name__)
 
 OPEN_FILES = 384  # of a reader and order: the shards of 64 windows of 2048 clips, 512 a shard; limits are 1024 and up
 
@@ -269,9 +266,10 @@ class Loader(IterableDataset[Batch]):
         coming = itertools.count(first) if stop is None else iter(range(first, stop))
         prefetcher = None
         workers = Workers(self._steps, self._pool, self._data.workers)
+        ahead = max(self._data.prefetch, self._data.workers) if self._data.workers else 1  # each reader has a batch
 
         def read_ahead() -> None:
-            while len(workers) < (self._data.prefetch if self._data.workers else 1):
+            while len(workers) < ahead:
                 step = next(coming, None)
                 if step is None:
                     return

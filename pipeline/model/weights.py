@@ -3,7 +3,6 @@
 In: a run directory, a file of weights or a Hugging Face directory. Out: a filled module and a `LoadReport`.
 """
 
-import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,6 @@ from pipeline.files import check_name, read_json
 from pipeline.methods import mismatch
 from pipeline.model.embed import resize_positions
 from pipeline.model.foreign import translate
-
-log = logging.getLogger(__name__)
 
 AVERAGE = "average.safetensors"
 SHARDED = ".index.json"  # Hugging Face's list of the files that a large model is split into

@@ -6,7 +6,6 @@ In: table files and the directory that ablate.py filled. Out: report.md, report.
 numbers.json; the same in MLflow, beside the runs. Cells that were not run are empty.
 """
 
-import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +20,6 @@ from pipeline.files import check_output_directory, read_json, write_json, write_
 from pipeline.report import render
 from pipeline.report.collect import Collected
 from pipeline.tracking import tracking_uri
-
-log = logging.getLogger(__name__)
 
 
 def main() -> int:

@@ -161,7 +161,7 @@ def assemble(
         labels = read_vocabulary(asked.class_labels)
     elif labels is None:
         labels = _labels_of(entries())
-    index: dict[Any, int] = {**dict(enumerate(range(len(labels)))), **spellings(labels)}
+    index: dict[Any, int] = {**{number: number for number in range(len(labels))}, **spellings(labels)}
     catalog = Catalog(dataset, asked.root, list(labels))
     seen: dict[str, int] = {}
     splits: set[str] = set()

@@ -172,10 +172,11 @@ def test_an_iterator_that_is_dropped_ends_its_readers_and_the_next_one_starts_an
     assert not readers()  # closing the loader ends them too
 
 
-def test_an_idle_consumer_stops_the_readers(shards, tmp_path):
-    """What they have read is right though the shards are lost; three batches."""
+@pytest.mark.parametrize(("workers", "prefetch"), [(2, 3), (3, 1)])
+def test_an_idle_consumer_stops_the_readers(shards, tmp_path, workers, prefetch):
+    """What they have read is right though the shards are lost: three batches, so that each reader has one."""
     shutil.copytree(shards, tmp_path / "copy", ignore=shutil.ignore_patterns("source"))
-    with loader(tmp_path / "copy", prefetch=3, max_bad_share=1) as own:
+    with loader(tmp_path / "copy", workers, prefetch=prefetch, max_bad_share=1) as own:
         batches = own.batches()
         next(batches)
         read, last = 0, -1

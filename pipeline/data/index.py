@@ -7,11 +7,7 @@ label, bring that to 0.48 s: tests/benchmarks/bench_growth.py), and memory holds
 shards were used last (80 bytes a clip, in each process that reads).
 """
 
-from array import array
-from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
-from struct import Struct
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,26 +19,23 @@ from pipeline.errors import UserError
 
 ROWS_KEPT = 1 << 19  # three times the shards that 64 streams with windows of 2048 clips have open
 PLACE = np.dtype([("offset", "<i8"), ("size", "<i8"), ("xxh3", "<u8")])  # of a member in its tar
-ROW = np.dtype([("samples", "<i8"), ("waveform", PLACE), ("fbank", PLACE)])
-UNPACK_ROW = Struct("<qqqQqqQ").unpack_from  # a fifth of the time of numpy's own
-
-Place = tuple[int, int, int]
+ROW = np.dtype([("samples", "<i8"), ("waveform", PLACE), ("fbank", PLACE), ("begin", "<i4"), ("count", "<i4")])
 
 
-class Entry(NamedTuple):
-    """What the index says of a clip.
+class Clips(NamedTuple):
+    """What the index says of clips [m].
 
     Attributes:
-        shard: Number of its shard.
-        samples: Of audio before the padding, at least 1.
-        waveform, fbank: Offset, size and xxh3 of the member, its .npy header included.
-        labels: int32 [labels].
+        shard: int64 [m], numbers of their shards.
+        rows: ROW [m]: `samples` of audio before the padding, at least 1; offset, size and xxh3 of the members
+            `waveform` and `fbank`, their .npy headers included.
+        which: int64 [labels of all], whose of the m a label is.
+        labels: int32 [labels of all], the label.
     """
 
-    shard: int
-    samples: int
-    waveform: Place
-    fbank: Place
+    shard: np.ndarray
+    rows: np.ndarray
+    which: np.ndarray
     labels: np.ndarray
 
 
@@ -74,13 +67,19 @@ class ShardIndex:
         self.shard_names = [shard.name for shard in manifest.shards]
         sizes = np.array([shard.clips for shard in manifest.shards], np.int64)
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
-        self._bounds = array("q", self._starts.tolist())  # for single rows, of which numpy is slow
         self._members = members
         self._file = IndexFile(directory, manifest)
         self._groups = np.concatenate([[0], np.cumsum(self._file.sizes)]).astype(np.int64)
         self._decoded: dict[tuple[str, ...], tuple[int, pa.Table]] = {}
-        self._kept: OrderedDict[int, tuple[memoryview, memoryview, np.ndarray]] = OrderedDict()
-        self._room = max(1, rows_kept // int(sizes.max(initial=1)))
+        # A shard's rows lie in a slot as wide as the largest shard; memory that no row was written to costs nothing.
+        width = int(sizes.max(initial=1))
+        slots = min(len(sizes), max(1, rows_kept // width))
+        self._slot_of = np.full(len(sizes), -1)  # -1: not in memory
+        self._shard_in = np.full(slots, -1)
+        self._used = np.zeros(slots, np.int64)  # call of `clips` that last needed a slot
+        self._calls = 0
+        self._rows = np.zeros((slots, width), ROW)
+        self._labels = np.zeros((slots, 2 * width), np.int32)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -128,38 +127,60 @@ class ShardIndex:
         """Labels of all rows, for class weights; 12 bytes a clip of two labels."""
         return LabelTable(*_lists(self._file.check(self._file.read(["labels"]))["labels"]))
 
-    def clip(self, row: int) -> Entry:
-        """What the index says of a row; the rows of its shard are read where they are not in memory.
+    def clips(self, rows: np.ndarray) -> Clips:
+        """What the index says of rows: int64 [m]; those of shards that are not in memory are read.
+
+        Some twenty calls of numpy, however many clips.
 
         Raises:
             UserError: rows that cannot be, or are not those of the manifest.
         """
-        shard = bisect_right(self._bounds, row) - 1
-        kept = self._kept.get(shard)
-        if kept is None:
-            rows, offsets, labels = self._read(shard)
-            kept = self._kept[shard] = rows.view(np.uint8).data, offsets.data, labels
-            if len(self._kept) > self._room:
-                self._kept.popitem(last=False)
-        else:
-            self._kept.move_to_end(shard)
-        packed, begins, labels = kept
-        place = row - self._bounds[shard]
-        samples, *places = UNPACK_ROW(packed, place * ROW.itemsize)
-        mine = labels[begins[place] : begins[place + 1]]
-        return Entry(shard, samples, (places[0], places[1], places[2]), (places[3], places[4], places[5]), mine)
+        shards = self.shards(rows)
+        self._calls += 1
+        if (self._slot_of[shards] < 0).any():
+            self._load(np.unique(shards))
+        slots = self._slot_of[shards]
+        self._used[slots] = self._calls
+        found = self._rows[slots, rows - self._starts[shards]]
+        counts = found["count"]
+        which = np.repeat(np.arange(len(rows)), counts)
+        place = np.arange(len(which)) + np.repeat(found["begin"] - np.cumsum(counts) + counts, counts)
+        return Clips(shards, found, which, self._labels[slots[which], place])
 
     def name(self, row: int) -> tuple[str, str]:
         """Key and shard of a row."""
-        key = self._file.check(self._rows(row, row + 1, ("key",)))["key"][0]
-        return str(key), self.shard_names[bisect_right(self._bounds, row) - 1]
+        key = self._file.check(self._table(row, row + 1, ("key",)))["key"][0]
+        return str(key), self.shard_names[int(self.shards(np.array([row]))[0])]
 
-    def _read(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ROW [n], and its labels: int32 [n + 1] where each row's begin, int32 [labels]."""
-        start, stop = self._bounds[shard], self._bounds[shard + 1]
+    def _load(self, needed: np.ndarray) -> None:
+        """Reads those of the shards that are not in memory, in place of the ones that were not used for longest."""
+        slots = self._slot_of[needed]
+        self._used[slots[slots >= 0]] = self._calls
+        more = len(needed) - len(self._rows)
+        if more > 0:
+            self._shard_in = np.append(self._shard_in, np.full(more, -1))
+            self._used = np.append(self._used, np.zeros(more, np.int64))
+            self._rows, self._labels = (
+                np.concatenate([kept, np.zeros((more, kept.shape[1]), kept.dtype)])
+                for kept in (self._rows, self._labels)
+            )
+        for shard in needed[slots < 0].tolist():
+            rows, labels = self._read(shard)
+            slot = int(self._used.argmin())
+            if self._shard_in[slot] >= 0:
+                self._slot_of[self._shard_in[slot]] = -1
+            self._slot_of[shard], self._shard_in[slot], self._used[slot] = slot, shard, self._calls
+            self._rows[slot, : len(rows)] = rows
+            if len(labels) > self._labels.shape[1]:
+                self._labels = np.pad(self._labels, ((0, 0), (0, len(labels) - self._labels.shape[1])))
+            self._labels[slot, : len(labels)] = labels
+
+    def _read(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """ROW [n] of a shard, and the labels of all n."""
+        start, stop = int(self._starts[shard]), int(self._starts[shard + 1])
         places = [(member, what, f"{member}_{what}") for member in self._members for what in PLACE.names or ()]
         columns = ("shard", "split", "labels", "seconds", *(column for _, _, column in places))
-        table = self._file.check(self._rows(start, stop, columns))
+        table = self._file.check(self._table(start, stop, columns))
         named = table["shard"].combine_chunks().unique().to_pylist()
         if named != [self.shard_names[shard]]:
             raise UserError(
@@ -170,9 +191,11 @@ class ShardIndex:
         rows["samples"] = np.clip(np.rint(table["seconds"].to_numpy() * audio.sample_rate), 1, audio.samples)
         for member, what, column in places:
             rows[member][what] = table[column].to_numpy()
-        return rows, *_lists(table["labels"])
+        offsets, labels = _lists(table["labels"])
+        rows["begin"], rows["count"] = offsets[:-1], np.diff(offsets)
+        return rows, labels
 
-    def _rows(self, start: int, stop: int, columns: tuple[str, ...]) -> pa.Table:
+    def _table(self, start: int, stop: int, columns: tuple[str, ...]) -> pa.Table:
         """Some columns of rows start .. stop - 1. The last row group stays decoded: neighbours follow often."""
         parts = []
         group = int(np.searchsorted(self._groups, start, side="right")) - 1

@@ -7,7 +7,7 @@ each reader. `fill`, for readers, does the rest: where the clips lie, what they 
 a bad clip is found there too, by a rule that knows no ranks: see `pipeline.data.bad`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,14 +16,13 @@ import torch
 from pipeline.config import AugmentConfig
 from pipeline.data.augment import draw_mixup
 from pipeline.data.bad import stand_ins
-from pipeline.data.index import Entry, Place, ShardIndex
+from pipeline.data.index import ShardIndex
 from pipeline.data.order import EvalOrder, TrainOrder
 from pipeline.data.pool import Arrays, Pool
 from pipeline.data.reader import Reader
 from pipeline.errors import UserError
 
 Problems = list[tuple[int, str]]  # index row of a bad clip, what is wrong with it
-Read = tuple[tuple[int, bool], str, int, Place, np.ndarray]  # whose, and what `Reader.read` takes
 
 
 class Draw(NamedTuple):
@@ -128,74 +127,78 @@ class Steps:
             self._reader = None
 
     def _fill(self, arrays: Arrays, step: int, problems: Problems) -> None:
-        """All look-ups come before the first read: one between two reads, each of which fills the cache, costs double.
-
-        Below, a clip of the batch is named by its place, and mixup's other one by that and True.
-        """
+        """Looks all clips up, then reads: a look-up between two reads, each of which fills the cache, costs double."""
         if self._reader is None:
             self._reader = self._open_reader()
-        rows = {(place, False): row for place, row in enumerate(arrays["planned"].tolist())}
-        rows |= {(place, True): row for place, row in enumerate(arrays["other"].tolist()) if row >= 0}
-        clips = {name: self._index.clip(row) for name, row in rows.items()}
-        reads = [read for name, clip in clips.items() for read in self._reads(arrays, name, clip)]
-        bad: dict[tuple[int, bool], str] = {}
-        for name, member, shard, where, out in reads:
-            problem = self._reader.read(member, shard, where, out)
-            if problem is not None:
-                bad.setdefault(name, f"{member}: {problem}")
-        for name, problem in bad.items():
-            self._bad.add(rows[name])
-            problems.append((rows[name], problem))
-        for name in bad:
-            rows[name], clips[name] = self._stand_in(arrays, step, name, rows[name], problems)
+        size = len(arrays["row"])
+        mixed = np.flatnonzero(arrays["other"] >= 0)
+        rows = np.concatenate([arrays["planned"], arrays["other"][mixed]])
+        places = np.concatenate([np.arange(size), mixed])  # in the batch; from `size` on are mixup's other clips
+        clips = self._index.clips(rows)
+        bad = []
+        for members, first, stop in ((self._own, 0, size), (("partner",), size, len(rows))):
+            if first < stop:
+                some = slice(first, stop)
+                for i, problem in self._read(arrays, members, places[some], clips.shard[some], clips.rows[some]):
+                    bad.append(first + i)
+                    problems.append((int(rows[first + i]), problem))
+        self._bad.update(rows[bad].tolist())
+        for i in bad:
+            rows[i] = self._stand_in(arrays, step, int(places[i]), i >= size, int(rows[i]), problems)
+        if bad:
+            clips = self._index.clips(rows)
 
-        own = [clips[place, False] for place in range(len(arrays["row"]))]
-        arrays["row"][:] = [rows[place, False] for place in range(len(own))]
-        arrays["length"][:], arrays["weight"][:] = [clip.samples for clip in own], 1
+        arrays["row"][:] = rows[:size]
         # Not mixed after all: the other clip of a window of one, or one clip that stands in for both.
-        mixed = [place for place, other in rows if other and rows[place, True] != rows[place, False]]
-        arrays["weight"][mixed] = arrays["share"][mixed]
-        targets = arrays["targets"]
+        mixed_in = rows[size:] != rows[mixed]
+        mixed, others = mixed[mixed_in], size + np.flatnonzero(mixed_in)
+        share = np.ones(len(rows), np.float32)
+        share[mixed], share[others] = arrays["share"][mixed], 1 - arrays["share"][mixed]
+        arrays["weight"][:] = share[:size]
+        targets, samples = arrays["targets"], clips.rows["samples"]
         targets[:] = 0
-        which = np.repeat(np.arange(len(own)), [len(clip.labels) for clip in own])
-        targets[which, np.concatenate([clip.labels for clip in own])] = arrays["weight"][which]
-        for place in mixed:
-            other = clips[place, True]
-            targets[place, other.labels] += np.float32(1 - arrays["share"][place])
-            arrays["length"][place] = max(arrays["length"][place], other.samples)
+        own = clips.which < size
+        targets[clips.which[own], clips.labels[own]] = share[clips.which[own]]
+        theirs = np.isin(clips.which, others)
+        targets[places[clips.which[theirs]], clips.labels[theirs]] += share[clips.which[theirs]]
+        arrays["length"][:] = samples[:size]
+        arrays["length"][mixed] = np.maximum(samples[mixed], samples[others])
 
-    def _reads(self, arrays: Arrays, name: tuple[int, bool], clip: Entry) -> list[Read]:
-        place, other = name
-        if other:
-            return [(name, "waveform", clip.shard, clip.waveform, arrays["partner"][place])]
-        return [
-            (name, member, clip.shard, clip.fbank if member == "fbank" else clip.waveform, arrays[member][place])
-            for member in self._own
-        ]
+    def _read(
+        self, arrays: Arrays, members: Sequence[str], places: np.ndarray, shards: np.ndarray, rows: np.ndarray
+    ) -> Iterator[tuple[int, str]]:
+        """Reads members of clips [m] to their places in the batch; yields the number and problem of each bad one."""
+        assert self._reader is not None
+        read = self._reader.read
+        columns = []
+        for member in members:
+            kind = "waveform" if member == "partner" else member
+            columns.append((kind, rows[kind].tolist(), arrays[member]))
+        for i, (place, shard) in enumerate(zip(places.tolist(), shards.tolist(), strict=True)):
+            for kind, where, out in columns:
+                problem = read(kind, shard, where[i], out[place])
+                if problem is not None:
+                    yield i, f"{kind}: {problem}"
+                    break
 
-    def _stand_in(
-        self, arrays: Arrays, step: int, name: tuple[int, bool], planned: int, problems: Problems
-    ) -> tuple[int, Entry]:
-        """Reads another clip in place of a bad one; returns its row and entry.
+    def _stand_in(self, arrays: Arrays, step: int, place: int, other: bool, planned: int, problems: Problems) -> int:
+        """Reads another clip in place of a bad one; returns its row.
 
         Where every other clip is in the batch or bad, one of the batch must stand in.
         """
-        assert self._reader is not None
         batch = set(self._order.rows(step * self._batch_size + np.arange(self._batch_size)).tolist())
-        order = self._others if name[1] else self._order
+        order = self._others if other else self._order
         for avoided in (batch, set()):
-            for row in stand_ins(order.rows, int(arrays["position"][name[0]]), self._stride, len(self._order)):
+            for row in stand_ins(order.rows, int(arrays["position"][place]), self._stride, len(self._order)):
                 if row in self._bad or row in avoided:
                     continue
-                clip = self._index.clip(row)
-                for _, member, shard, where, out in self._reads(arrays, name, clip):
-                    problem = self._reader.read(member, shard, where, out)
-                    if problem is not None:
-                        self._bad.add(row)
-                        problems.append((row, f"{member}: {problem}"))
-                        break
-                else:
-                    return row, clip
+                clip = self._index.clips(np.array([row]))
+                members = ("partner",) if other else self._own
+                problem = next(self._read(arrays, members, np.array([place]), clip.shard, clip.rows), None)
+                if problem is None:
+                    return row
+                self._bad.add(row)
+                problems.append((row, problem[1]))
         key, shard_name = self._index.name(planned)
         raise UserError(
             f"{self._index.directory}: no clip can be read in place of {key} of {shard_name}, nor any other; run "

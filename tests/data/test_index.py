@@ -13,14 +13,14 @@ from tests.helpers import write_index
 
 
 def check(index, whole, rows):
-    for row in rows.tolist():
-        found = index.clip(row)
+    clips = index.clips(rows)
+    for number, row in enumerate(rows.tolist()):
         for member in ("waveform", "fbank"):
             place = tuple(whole[row][f"{member}_{what}"] for what in ("offset", "size", "xxh3"))
-            assert getattr(found, member) == place
-        assert index.shard_names[found.shard] == whole[row]["shard"]
-        assert found.samples == round(whole[row]["seconds"] * 16000)
-        assert found.labels.tolist() == whole[row]["labels"]
+            assert clips.rows[member][number].item() == place
+        assert index.shard_names[clips.shard[number]] == whole[row]["shard"]
+        assert clips.rows["samples"][number] == round(whole[row]["seconds"] * 16000)
+        assert clips.labels[clips.which == number].tolist() == whole[row]["labels"]
 
 
 @pytest.mark.parametrize("kept", [1, 24, 1 << 19])
@@ -48,7 +48,7 @@ def test_an_index_in_another_order_is_refused(shards, tmp_path):
     write_index(tmp_path, table.take(np.arange(len(table))[::-1]))
     index = ShardIndex(str(tmp_path), load_manifest(tmp_path))
     with pytest.raises(UserError, match="one of another build"):
-        index.clip(0)
+        index.clips(np.array([0]))
 
 
 def test_a_damaged_index_is_one_line(shards, tmp_path):
@@ -106,7 +106,7 @@ def test_rows_that_cannot_be_are_one_line(shards, tmp_path, change, said):
     """Their hash is that of the manifest: the index was written so."""
     index = rewritten(shards, tmp_path, change)
     with pytest.raises(UserError) as error:
-        index.clip(0)
+        index.clips(np.array([0]))
     assert f"{tmp_path}/index.parquet: {said}" in str(error.value)
 
 

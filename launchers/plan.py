@@ -31,7 +31,7 @@ def main() -> None:
 
     kind: type[PretrainRecipe | FinetuneRecipe] = FinetuneRecipe if args.finetune else PretrainRecipe
     recipe = load_recipe(kind, args.config, args.settings)
-    shape, clips = _data(recipe.data.shards, recipe)
+    shape, clips = _data(recipe)
     contrast = False
     if isinstance(recipe, FinetuneRecipe):
         label, wav, spec = FINETUNE[recipe.finetune.method].label, True, False  # mixup: fbanks are computed
@@ -86,18 +86,18 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _data(shards: str, recipe: PretrainRecipe | FinetuneRecipe) -> tuple["Shape", int]:
+def _data(recipe: PretrainRecipe | FinetuneRecipe) -> tuple["Shape", int]:
     """Audio format and training clips: of the shards, else AudioSet's."""
-    from pipeline.data.manifest import load_manifest
+    from pipeline.data.corpus import load_corpus
     from pipeline.data.spec import DataSpec
     from pipeline.engine.plan import Shape
 
-    if not shards:
+    if not recipe.data.shards:
         return Shape(), 20_000 if isinstance(recipe, FinetuneRecipe) else 2_000_000
-    manifest = load_manifest(shards)
-    spec = DataSpec.of(manifest, recipe.data)
+    corpus = load_corpus(recipe.data)
+    spec = DataSpec.of(corpus, recipe.data)
     return (Shape(spec.samples, spec.mel_bins, spec.frames, len(spec.labels)),
-            sum(manifest.splits[name].clips for name in recipe.data.train_splits))  # fmt: skip
+            sum(member.clips for member in corpus.members))  # fmt: skip
 
 
 def _batch(recipe: PretrainRecipe | FinetuneRecipe, gpus: int) -> int:

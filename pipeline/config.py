@@ -17,7 +17,17 @@ Each setting states its effect, and nothing else decides what a run directory ma
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 Effect = Literal["result", "course", "neutral"]
 
@@ -88,10 +98,46 @@ class RunConfig(Section):
     timeout: float = neutral(1800.0, gt=0, description="seconds a collective may take before the run aborts")
 
 
+class ShardSet(Section):
+    """One of several sets of shards in `data.shards`; its path alone may stand for it."""
+
+    path: UserPath = Field(min_length=1)
+    weight: float | None = Field(None, ge=0)
+    split: SplitNames = ""
+    eval_split: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+Shards = Annotated[
+    Annotated[UserPath, Tag("text")] | Annotated[tuple[ShardSet, ...], Tag("list")],
+    Discriminator(lambda value: "text" if isinstance(value, str) else "list"),  # an error is of the right one alone
+]
+
+
+class Phase(Section):
+    """From this step on, the weights of the sets in `data.shards`."""
+
+    step: int = Field(ge=1)
+    weights: tuple[Annotated[float, Field(ge=0)], ...]
+
+
 class DataConfig(Section):
     """Which clips, in which order."""
 
-    shards: UserPath = neutral("", description="directory or URL that holds manifest.json")
+    shards: Shards = neutral(
+        "", description="directory or URL that holds manifest.json; or several as [{path: A, weight: 3}, {path: B, "
+        "weight: 1, split: train, eval_split: eval}]: shares of the draws (none: of the clips), splits other than below"
+    )
+    temperature: float = result(
+        1.0, gt=0, description="several sets without weights: their shares are those of clips^(1/temperature)"
+    )
+    schedule: tuple[Phase, ...] = result(
+        (), description="several sets: other weights from a step on, such as [{step: 10000, weights: [1, 1]}]"
+    )
     train_split: SplitNames = result(
         "train", description="split to train on; of several, such as unbalanced,train, the clips of all, in that order"
     )
@@ -124,9 +170,47 @@ class DataConfig(Section):
     )
 
     @property
-    def train_splits(self) -> list[str]:
-        """The names in `train_split`."""
-        return self.train_split.split(",")
+    def sets(self) -> tuple[ShardSet, ...]:
+        """The sets of shards, of which there may be one."""
+        return (ShardSet(path=self.shards),) if isinstance(self.shards, str) else self.shards
+
+    @property
+    def shown(self) -> str:
+        """`shards` in words."""
+        texts = [one.path + (f" (weight {one.weight:g})" if one.weight is not None else "") for one in self.sets]
+        return ", ".join(texts)
+
+    @model_validator(mode="after")
+    def _mixture(self) -> "DataConfig":
+        several = not isinstance(self.shards, str)
+        sets = self.sets if several else ()
+        if several and not sets:
+            raise ValueError("shards names no set")
+        weights = [one.weight for one in sets]
+        if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
+            raise ValueError("shards: give each set a weight, or none")
+        named = [(one.path, one.split or self.train_split) for one in sets]
+        for one in named:
+            if named.count(one) > 1:
+                raise ValueError(f"shards: {one[0]} is there twice; raise its weight")
+        if not several and (self.schedule or self.temperature != 1):
+            raise ValueError("schedule and temperature are for several sets of shards; list them in shards")
+        if self.temperature != 1 and any(weight is not None for weight in weights):
+            raise ValueError("temperature is for sets without weights; leave it, or the weights, out")
+        if several and self.fold:
+            raise ValueError("fold: several sets have no folds in common; give one set, or splits")
+        if several and self.sampler == "balanced" and not self.replacement:
+            raise ValueError("replacement=false is for one set of shards")
+        steps = [phase.step for phase in self.schedule]
+        if steps != sorted(set(steps)):
+            raise ValueError("schedule: its steps must rise")
+        for mix in (weights if weights and weights[0] is not None else [1.0], *(p.weights for p in self.schedule)):
+            if not any(mix):
+                raise ValueError("all weights are 0")
+        for phase in self.schedule:
+            if len(phase.weights) != len(sets):
+                raise ValueError(f"schedule: step {phase.step} has {len(phase.weights)} weights for {len(sets)} sets")
+        return self
 
 
 class AugmentConfig(Section):

@@ -23,7 +23,8 @@ import numpy as np
 from pipeline import distributed
 from pipeline.command_line import Launch
 from pipeline.config import FinetuneRecipe
-from pipeline.data.manifest import Manifest, load_index, load_manifest
+from pipeline.data.corpus import load_corpus
+from pipeline.data.manifest import load_index
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine.checkpoint import complete_checkpoints
@@ -49,16 +50,16 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World) -> dict[str, An
     """
     recipe, name = launch.recipe, f"{finetuning_name(launch.recipe)}-folds"
     ds, _ = reconcile(launch.ds, recipe, world)
-    manifest = load_manifest(recipe.data.shards)
-    folds = choose_folds(recipe, manifest)
+    corpus = load_corpus(recipe.data)
+    folds = choose_folds(recipe)
     run_dir = Path(recipe.run.dir or f"runs/finetune-{name}")
     parts = {fold: fold_launch(launch, run_dir, name, fold) for fold in folds}
-    spec = DataSpec.of(manifest, recipe.data)
+    spec = DataSpec.of(corpus, recipe.data)
     done = distributed.decide(lambda: _check(launch, ds, spec, run_dir, name, parts))
     with ExitStack() as stack:
         stack.enter_context(open_run(run_dir, world))
         distributed.decide(lambda: write_record(run_dir, recipe, ds, spec))  # as each fold's directory has it
-        tracker = stack.enter_context(tracked(launch, run_dir, name, "cross-validation", world, manifest))
+        tracker = stack.enter_context(tracked(launch, run_dir, name, "cross-validation", world, corpus))
         for number, (fold, part) in enumerate(parts.items(), start=1):
             if fold in done:
                 log.info("fold %d is done (%d of %d)", fold, number, len(folds))
@@ -85,7 +86,7 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World) -> dict[str, An
     return content
 
 
-def choose_folds(recipe: FinetuneRecipe, manifest: Manifest) -> list[int]:
+def choose_folds(recipe: FinetuneRecipe) -> list[int]:
     """The folds that `finetune.folds` names.
 
     Raises:
@@ -99,7 +100,10 @@ def choose_folds(recipe: FinetuneRecipe, manifest: Manifest) -> list[int]:
             f"log.register_as = {recipe.log.register_as}: each fold has a model of its own; register one of them "
             "afterwards with python -m pipeline.serving RUN_DIR/fold-K --register NAME"
         )
-    found = [load_index(data.shards, split, columns=["fold"])["fold"].to_pylist() for split in data.train_splits]
+    if not isinstance(data.shards, str):
+        raise UserError(f"finetune.folds = {wanted}: several sets of shards have no folds in common; give one set")
+    location = data.shards
+    found = [load_index(location, split, columns=["fold"])["fold"].to_pylist() for split in data.train_split.split(",")]
     known = sorted(set().union(*found) - {0})
     if len(known) < 2:
         raise UserError(

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -42,7 +42,7 @@ def load_recipe(kind: type[RecipeT], files: Sequence[str | Path] = (), words: Se
         if not equals or not key:
             raise UserError(f"'{word}' is not key=value; write for instance train.steps=100")
         try:
-            value: Any = text if _is_text(kind, key) else _read_value(text)
+            value: Any = text if _is_text(kind, key, text) else _read_value(text)
         except ValueError as error:
             raise UserError(f"{key}: '{text:.100}' is not a YAML value ({error}); quote it") from error
         for part in reversed(key.split(".")):
@@ -193,12 +193,16 @@ def _expanded(node: yaml.Node, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
-def _is_text(kind: type[Recipe], key: str) -> bool:
-    """A setting that takes any text: run.name=007 is no number, model.init= is empty."""
+def _is_text(kind: type[RecipeT], key: str, text: str) -> bool:
+    """A setting that takes any text: run.name=007 is no number, model.init= is empty; data.shards=[...] is a list."""
     section, _, name = key.partition(".")
     field = kind.model_fields.get(section)
     fields = getattr(field.annotation, "model_fields", {}) if field else {}
-    return name in fields and fields[name].annotation is str
+    if name not in fields:
+        return False
+    annotation = fields[name].annotation
+    kinds = [get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(annotation)]
+    return annotation is str or (str in kinds and not text.lstrip().startswith("["))
 
 
 def read_yaml(file: Path, remedy: str) -> Any:
@@ -241,11 +245,19 @@ def _explain(kind: type[Recipe], error: ValidationError) -> str:
         near = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; --help lists all keys"
         return f"unknown setting {where:.100} = {first['input']!r:.100}{hint}"
-    text = f"{where} = {first['input']!r:.100}: {first['msg'].removeprefix('Value error, ')}"
+    inner = [f".{part}" if isinstance(part, str) else f"[{part}]" for part in first["loc"][2:] if part != "list"]
+    numbered = any(isinstance(part, int) for part in first["loc"])
+    below = "".join(inner) if numbered and isinstance(first["loc"][-1], str) else ""  # of a list of sections
+    said = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+    if len(first["loc"]) == 1:  # of a section: several settings do not fit each other
+        return f"{where}: {said}"
+    text = f"{where}{below} = {first['input']!r:.100}: {said}"
+    default = flatten(kind()).get(where)
     lists = [part for part in (field.annotation, *get_args(field.annotation)) if get_origin(part) is tuple]
-    if not lists or first["type"] == "value_error":
+    sections = any(isinstance(part, type) and issubclass(part, Section) for one in lists for part in get_args(one))
+    if below or not lists or sections or first["type"] == "value_error":
         return text
-    return f"{text.replace('a valid tuple', 'a list')}; write it as {_example(lists[0], flatten(kind())[where])}"
+    return f"{text}; write it as {_example(lists[0], default)}"
 
 
 def _field(kind: type[Recipe], key: str) -> FieldInfo | None:

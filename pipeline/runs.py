@@ -78,15 +78,15 @@ def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World) -> Scored
         data, "eval", waveform=task.method.wav, fbank=task.method.spec, batch_size=eval_batch_size(recipe, world),
         rank=world.rank, world_size=world.size, device=world.device,
     ) as loader:  # fmt: skip
-        manifest = loader.manifest
-        found = (manifest.audio.sample_rate, manifest.audio.samples, manifest.fbank.mel_bins)
+        corpus = loader.corpus
+        found = (corpus.audio.sample_rate, corpus.audio.samples, corpus.fbank.mel_bins)
         if found != (spec.sample_rate, spec.samples, spec.mel_bins):
             raise UserError(
-                f"{data.shards}: {found[0]} Hz, {found[1]} samples, {found[2]} mel bins, but {run_dir} was trained on "
+                f"{data.shown}: {found[0]} Hz, {found[1]} samples, {found[2]} mel bins, but {run_dir} was trained on "
                 f"{spec.sample_rate} Hz, {spec.samples}, {spec.mel_bins}; rebuild the shards with that format"
             )
-        if [label.id for label in manifest.labels] != [label.id for label in spec.labels]:
-            raise UserError(f"{data.shards}: its labels are not those that {run_dir} was trained on")
+        if [label.id for label in corpus.labels] != [label.id for label in spec.labels]:
+            raise UserError(f"{data.shown}: its labels are not those that {run_dir} was trained on")
         scores = score(task, loader.batches())
         loader.bad_clips.check(loader.clips - len(scores.rows))
         keys = loader.keys(scores.rows.tolist())
@@ -95,7 +95,7 @@ def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World) -> Scored
         "pool": finetuned_recipe(run_dir).finetune.pool,
         "split": recipe.data.train_split if recipe.data.fold else recipe.data.eval_split,
         "fold": recipe.data.fold,
-        "shards_digest": manifest.digest,
+        "shards_digest": corpus.digest,
     }
     return Scored(scores, keys, spec, about)
 

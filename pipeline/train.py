@@ -16,8 +16,8 @@ from typing import Any, Literal
 from pipeline import distributed
 from pipeline.command_line import Launch
 from pipeline.config import DataConfig, FinetuneRecipe, PretrainRecipe, Recipe
+from pipeline.data.corpus import Corpus, load_corpus
 from pipeline.data.loader import Loader
-from pipeline.data.manifest import Manifest, load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine.evaluation import (
@@ -85,7 +85,7 @@ def finetune(launch: Launch[FinetuneRecipe], world: World) -> None:
     """
     recipe = launch.recipe
     method = FINETUNE[recipe.finetune.method]
-    single = load_manifest(recipe.data.shards).single_label
+    single = load_corpus(recipe.data).single_label
     metric = f"eval_{metric_name(single)}"
 
     def build(spec: DataSpec) -> FinetuneTask:
@@ -130,13 +130,15 @@ def _prepared(
     recipe: PretrainRecipe | FinetuneRecipe = launch.recipe
     ds, batches = reconcile(launch.ds, recipe, world)
     run_dir = Path(recipe.run.dir or f"runs/{kind}-{name}")
-    manifest = load_manifest(recipe.data.shards)
-    spec = DataSpec.of(manifest, recipe.data)
-    check_held_out(recipe.data, manifest)
+    corpus = load_corpus(recipe.data)
+    spec = DataSpec.of(corpus, recipe.data)
+    check_held_out(recipe.data, corpus)
     step, changed = distributed.decide(lambda: check_run(run_dir, recipe, ds, spec))
     with open_run(run_dir, world), _loaders(recipe, method, world) as (loader, held_out):
         for line in changed:
             log.info("from step %d on: %s", step, line)
+        for line in corpus.report:
+            log.info("%s", line)
         log.info("%d training clips, %d classes, T = %d", loader.clips, len(spec.labels), spec.frames)
         task = build(spec)
         total = recipe.train.steps or math.ceil(recipe.train.epochs * loader.clips / batches.total)
@@ -147,7 +149,7 @@ def _prepared(
             )
         init = initialise(task, recipe, spec) if recipe.model.init and not step else None
         distributed.decide(lambda: write_record(run_dir, recipe, ds, spec, init))
-        with tracked(launch, run_dir, name, kind, world, manifest) as tracker:
+        with tracked(launch, run_dir, name, kind, world, corpus) as tracker:
             yield Job(recipe, ds, batches, task, loader, total, None, metric, run_dir, tracker), held_out
 
 
@@ -159,7 +161,7 @@ def _loaders(recipe: Recipe, method: Reads, world: World) -> Iterator[tuple[Load
         world_size=world.size, device=world.device,
     )  # fmt: skip
     with part(augment=recipe.augment, batch_size=recipe.train.batch_size) as loader:
-        if not recipe.data.fold and recipe.data.eval_split not in loader.manifest.splits:
+        if not recipe.data.fold and not loader.corpus.held_out:
             if recipe.data.eval_split:
                 log.warning("data.eval_split = '%s' is not in the shards: nothing is held out", recipe.data.eval_split)
             yield loader, None
@@ -168,23 +170,23 @@ def _loaders(recipe: Recipe, method: Reads, world: World) -> Iterator[tuple[Load
             yield loader, held_out
 
 
-def check_held_out(data: DataConfig, manifest: Manifest) -> None:
+def check_held_out(data: DataConfig, corpus: Corpus) -> None:
     """Refuses an `eval_split` that was named and is not there; the default may be missing.
 
     Raises:
         UserError: see above.
     """
     default = DataConfig.model_fields["eval_split"].default
-    if not data.fold and data.eval_split not in (default, "") and data.eval_split not in manifest.splits:
+    if not data.fold and data.eval_split not in (default, "") and not corpus.held_out:
         raise UserError(
-            f"data.eval_split = '{data.eval_split}' is not in {data.shards}, which has {', '.join(manifest.splits)}; "
+            f"data.eval_split = '{data.eval_split}' is not in {data.shown}, which has {', '.join(corpus.splits)}; "
             "name one of these, or leave it empty to hold out nothing"
         )
 
 
 @contextmanager
 def tracked(
-    launch: Launch[RecipeT], run_dir: Path, name: str, kind: str, world: World, manifest: Manifest
+    launch: Launch[RecipeT], run_dir: Path, name: str, kind: str, world: World, corpus: Corpus
 ) -> Iterator[Tracker]:
     """The run's tracker, with settings, data and host told; at the end the run is finished, failed or killed."""
     recipe = launch.recipe
@@ -199,7 +201,7 @@ def tracked(
         first_of_node=distributed.local_rank() == 0,
     )
     tracker.params(flatten(recipe))
-    tracker.dataset(manifest, str(recipe.data.shards))
+    tracker.dataset(corpus, recipe.data.shown)
     tracker.tags({"ranks": str(world.size), "device": world.device.type} | recipe.log.tags)
     for file in ("config.yaml", "ds.json", "data.json"):
         tracker.artifact(run_dir / file)

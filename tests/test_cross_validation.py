@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from pipeline.command_line import Launch
 from pipeline.config import FinetuneRecipe
 from pipeline.cross_validation import choose_folds, cross_validate, fold_launch, summarise
-from pipeline.data.manifest import load_manifest
+from pipeline.data.corpus import load_corpus
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine.evaluation import read_predictions
@@ -57,10 +57,8 @@ def test_the_best_epoch_is_the_same_for_all_folds():
 
 
 def test_folds_that_are_not_there_or_contradict_are_said(shards, tmp_path):
-    manifest = load_manifest(shards)
-
     def chosen(*words: str) -> list[int]:
-        return choose_folds(load_recipe(FinetuneRecipe, [], [f"data.shards={shards}", *words]), manifest)
+        return choose_folds(load_recipe(FinetuneRecipe, [], [f"data.shards={shards}", *words]))
 
     assert chosen("finetune.folds=all") == [1, 2, 3, 5]
     assert chosen("finetune.folds=[3,2]") == [2, 3]
@@ -93,7 +91,7 @@ def test_a_directory_of_other_folds_or_of_a_single_run_is_refused_before_anythin
 
     launch = command()
     ds, _ = reconcile({}, launch.recipe, World())
-    spec = DataSpec.of(load_manifest(shards), launch.recipe.data)
+    spec = DataSpec.of(load_corpus(launch.recipe.data), launch.recipe.data)
     folder = run_dir / "fold-3"
     folder.mkdir(parents=True)
     write_record(folder, fold_launch(launch, run_dir, "x-folds", 3).recipe, ds, spec)

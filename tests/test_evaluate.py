@@ -16,6 +16,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 from launchers.evaluate import check_places, main, parser
 from pipeline.config import FinetuneRecipe, PretrainRecipe
+from pipeline.data.corpus import load_corpus
 from pipeline.data.manifest import load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
@@ -43,7 +44,7 @@ def runs(shards, tmp_path_factory):
         checkpoint.mkdir(parents=True)
         recipe = load_recipe(FinetuneRecipe, [], [f"data.shards={shards}", "model.size=micro", "model.stride=16"])
         (run_dir / "config.yaml").write_text(dump_recipe(recipe))
-        spec = DataSpec.of(load_manifest(str(shards)), recipe.data)
+        spec = DataSpec.of(load_corpus(recipe.data), recipe.data)
         spec.save(run_dir)
         torch.manual_seed(seed)
         task = FinetuneTask(recipe, spec.mel_bins, spec.frames, len(spec.labels), spec.single_label)

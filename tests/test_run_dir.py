@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
-from pipeline.data.manifest import Label, load_manifest
+from pipeline.data.corpus import load_corpus
+from pipeline.data.manifest import Label
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
 from pipeline.export import export_safetensors, open_exported
@@ -30,7 +31,7 @@ def finetuning(run_dir: Path, shards: Path, *words: str) -> FinetuneRecipe:
 
 
 def spec_of(recipe: FinetuneRecipe) -> DataSpec:
-    return DataSpec.of(load_manifest(recipe.data.shards), recipe.data)
+    return DataSpec.of(load_corpus(recipe.data), recipe.data)
 
 
 def checkpoint(run_dir: Path, step: int, recipe: FinetuneRecipe, seed: int = 0) -> Path:
@@ -167,11 +168,12 @@ def test_a_place_that_cannot_be_a_run_directory_is_refused(shards, tmp_path):
 
 
 def test_a_held_out_split_that_was_named_must_be_there(shards, tmp_path):
-    manifest = load_manifest(shards)
     for word in ("data.eval_split=eval", "data.eval_split=", "data.fold=1"):
-        check_held_out(finetuning(tmp_path, shards, word).data, manifest)
+        data = finetuning(tmp_path, shards, word).data
+        check_held_out(data, load_corpus(data))
+    data = finetuning(tmp_path, shards, "data.eval_split=evla").data
     with pytest.raises(UserError, match=r"data\.eval_split = 'evla' is not in .*, which has .*eval"):
-        check_held_out(finetuning(tmp_path, shards, "data.eval_split=evla").data, manifest)
+        check_held_out(data, load_corpus(data))
 
 
 REFUSAL = """

@@ -201,7 +201,8 @@ def test_a_resumed_job_goes_on_in_its_run(tmp_path, monkeypatch):
     """Two attempts; the first is lost after the checkpoint of step 3, with step 4 told and lines half written."""
     parts = {"train": SimpleNamespace(clips=60, listed=80)}
     audio = SimpleNamespace(sample_rate=16000, seconds=1.0)
-    manifest = SimpleNamespace(dataset="synth", digest="d" * 64, labels=[1, 2], shards=[], audio=audio, splits=parts)
+    member = SimpleNamespace(manifest=SimpleNamespace(dataset="synth", shards=[]))
+    corpus = SimpleNamespace(digest="d" * 64, labels=[1, 2], members=[member], audio=audio, splits=parts)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -213,7 +214,7 @@ def test_a_resumed_job_goes_on_in_its_run(tmp_path, monkeypatch):
         tracker.params({"train.steps": last, "data.shards": "x" * 7000})
         tracker.artifact(run_dir / "config.yaml")
         tracker.artifact(run_dir / "picture.png", "pictures")
-        tracker.dataset(manifest, "/data")
+        tracker.dataset(corpus, "/data")
         for step in range(first, last + 1):
             tracker.metrics({"loss": step / 2, "broken": float("nan")}, step)
         tracker.metrics({"eval_loss": last + 0.5}, last)

@@ -16,9 +16,9 @@ import torch
 from scipy.special import betaincinv
 
 from pipeline.config import AugmentConfig
+from pipeline.data.corpus import Corpus
 from pipeline.data.fbank import fbank as compute_fbank
 from pipeline.data.fbank import pad_frames
-from pipeline.data.manifest import Manifest
 from pipeline.data.npy import HEADER
 from pipeline.data.pool import Arrays
 from pipeline.data.reader import INT16_SCALE, normalised_zero
@@ -65,7 +65,7 @@ class Assembler:
 
     def __init__(
         self,
-        stored: Manifest,
+        stored: Corpus,
         spec: DataSpec,
         augment: AugmentConfig,
         waveform: bool,

@@ -74,13 +74,13 @@ class BadClips:
         self._data, self._name, self._clips = data, name, clips
         self._reported: set[str] = set()
 
-    def missing(self, records: dict[int, ShardRecord], clips: np.ndarray) -> frozenset[int]:
+    def missing(self, tars: dict[int, tuple[str, ShardRecord]], clips: np.ndarray) -> frozenset[int]:
         """Compares the sizes of a part's tars with the manifest, by one listing, before anything is read.
 
         Stores that cannot list (web servers, or by their permissions) are not looked at.
 
         Args:
-            records: Of the part's tars, by number.
+            tars: Of the part, by number: directory or URL, and record.
             clips: int64 [tars], of the part in each.
 
         Returns:
@@ -89,16 +89,19 @@ class BadClips:
         Raises:
             UserError: so much is missing that an epoch would have too many bad samples.
         """
-        shards = self._data.shards
-        try:
-            there = {} if shards.startswith("http") else sizes(shards)
-        except OSError as error:
-            log.info("%s: not listed: %s", shards, error)
-            return frozenset()
-        if is_remote(shards) and not there:
-            return frozenset()
-        found = [(record, there.get(record.name)) for record in records.values()]
-        wrong = [(record, size, int(n)) for (record, size), n in zip(found, clips, strict=True) if size != record.size]
+        there: dict[str, dict[str, int]] = {}
+        for location in dict.fromkeys(location for location, _ in tars.values()):
+            try:
+                listed = {} if location.startswith("http") else sizes(location)
+            except OSError as error:
+                log.info("%s: not listed: %s", location, error)
+                continue
+            if listed or not is_remote(location):
+                there[location] = listed
+        found = {number: there[where].get(record.name) if where in there else record.size
+                 for number, (where, record) in tars.items()}  # fmt: skip
+        wrong = [(tars[number][1], size, int(n)) for (number, size), n in zip(found.items(), clips, strict=True)
+                 if size != tars[number][1].size]  # fmt: skip
         if not wrong:
             return frozenset()
         share = sum(n * max(0.0, 1 - (size or 0) / record.size) for record, size, n in wrong) / int(clips.sum())
@@ -106,8 +109,8 @@ class BadClips:
             f"{record.name} ({'not there' if size is None else f'{size} bytes of {record.size}'})"
             for record, size, _ in wrong[:NAMED]
         )
-        said = f"{len(wrong)} of {len(records)} tars are not as manifest.json says, with {share:.0%} of the clips"
-        said = f"{shards}: {said}: {named}"
+        said = f"{len(wrong)} of {len(tars)} tars are not as manifest.json says, with {share:.0%} of the clips"
+        said = f"{self._data.shown}: {said}: {named}"
         first = os.environ.get("LOCAL_RANK", "0") == "0"  # each node says it: its disk may be the only one that lacks
         exceeded = self._exceeded(share * self._clips)
         if exceeded:
@@ -115,7 +118,7 @@ class BadClips:
             raise UserError(f"{said}; {exceeded} {more}", local=first)
         if first:
             log.warning("%s", said)
-        return frozenset(number for number, record in records.items() if record.name not in there)
+        return frozenset(number for number, size in found.items() if size is None)
 
     def met(self, row: int, problem: str) -> None:
         """Takes down a bad clip.
@@ -126,7 +129,7 @@ class BadClips:
         key, shard = self._name(row)
         self.problems[key] = f"{shard}: {problem}"
         if self._data.on_error == "raise":
-            raise UserError(f"{self._data.shards}/{shard}: clip {key}: {problem}; run verify_shards.py", local=True)
+            raise UserError(f"{shard}: clip {key}: {problem}; run verify_shards.py", local=True)
         if shard not in self._reported:
             self._reported.add(shard)
             log.warning("%s: clip %s: %s; replaced (later ones of this shard are only counted)", shard, key, problem)
@@ -154,7 +157,7 @@ class BadClips:
         if exceeded:
             named = "; ".join(f"{key} ({problem})" for key, problem in list(self.problems.items())[:NAMED])
             raise UserError(
-                f"{exceeded}: {total} samples of one epoch could not be read from {self._data.shards}, such as "
+                f"{exceeded}: {total} samples of one epoch could not be read from {self._data.shown}, such as "
                 f"{named or 'those that other ranks name'}; run verify_shards.py, or raise {exceeded.split(' ')[0]}",
                 local=local,
             )

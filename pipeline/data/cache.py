@@ -27,7 +27,6 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,14 +52,14 @@ class Remote(NamedTuple):
     """Shards behind a URL.
 
     Attributes:
-        url: Of the directory, for fsspec.
+        urls: Of the directory of each shard, for fsspec.
         shards: By number.
         cache: Node-local directory.
         limit: Bytes in the cache; 0: until the disk is nine tenths full.
         job: What this run's processes on the node have in common: `this_job`.
     """
 
-    url: str
+    urls: Sequence[str]
     shards: Sequence[ShardRecord]
     cache: str
     limit: int
@@ -76,6 +75,7 @@ class Cache:
 
     def __init__(self, remote: Remote) -> None:
         self._remote = remote
+        self._stores: dict[str, tuple[Any, str]] = {}
         self._folder = Path(remote.cache).expanduser() / FOLDER
         self._warned = self._read_only = False
         self._compared: set[int] = set()  # by this process, of a cache that cannot be written
@@ -91,11 +91,13 @@ class Cache:
                 f"data.cache = {remote.cache}: {error.strerror}; name a directory on a disk of this node", local=True
             ) from error
 
-    @cached_property
-    def _store(self) -> tuple[Any, str]:
-        """The file system and the path in it."""
-        files, root = file_system(self._remote.url)
-        return files, root.rstrip("/")
+    def _store(self, number: int) -> tuple[Any, str]:
+        """The file system of a shard, and its directory there."""
+        url = self._remote.urls[number]
+        if url not in self._stores:
+            files, root = file_system(url)
+            self._stores[url] = files, root.rstrip("/")
+        return self._stores[url]
 
     def open(self, number: int, ahead: bool = False) -> int:
         """A descriptor to read a shard from; it holds the shared lock that keeps the shard in the cache.
@@ -194,10 +196,10 @@ class Cache:
         """
         shard = self._remote.shards[number]
         part = path.with_name(f"{path.name}.{shard.size}{PART}")
-        where = f"{self._remote.url}/{shard.name}"
+        where = f"{self._remote.urls[number].rstrip('/')}/{shard.name}"
         seen: list[str] = []
         emptied = False
-        files, root = self._store
+        files, root = self._store(number)
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(BACKOFF * 2 ** (attempt - 1))

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.manifest import IndexFile, Manifest
+from pipeline.data.corpus import Corpus
+from pipeline.data.manifest import IndexFile
 from pipeline.data.order import LabelTable, Part
+from pipeline.data.storage import join
 from pipeline.errors import UserError
 
 ROWS_KEPT = 1 << 19  # three times the shards that 64 streams with windows of 2048 clips have open
@@ -40,16 +42,16 @@ class Clips(NamedTuple):
 
 
 class ShardIndex:
-    """Rows of `index.parquet`.
+    """Rows of the `index.parquet` of each set of shards, one set's behind the other's; its shards likewise.
 
     Args:
-        directory: Directory or URL of the shards.
-        manifest: Theirs.
+        corpus: The sets.
         members: "waveform", "fbank": whose places are read; those of others are 0.
         rows_kept: Rows in memory, of the shards used last, and at least those of one.
 
     Attributes:
-        shard_names: By shard number.
+        shards: By number.
+        locations: Directory or URL of each shard.
 
     Raises:
         UserError: the index cannot be read, or is not the one that the manifest lists.
@@ -57,20 +59,21 @@ class ShardIndex:
 
     def __init__(
         self,
-        directory: str,
-        manifest: Manifest,
+        corpus: Corpus,
         members: Sequence[str] = ("waveform", "fbank"),
         rows_kept: int = ROWS_KEPT,
     ) -> None:
-        self.directory = directory
-        self.manifest = manifest
-        self.shard_names = [shard.name for shard in manifest.shards]
-        sizes = np.array([shard.clips for shard in manifest.shards], np.int64)
+        manifests = [member.manifest for member in corpus.members]
+        self._corpus, self._members = corpus, members
+        self.shards = [shard for manifest in manifests for shard in manifest.shards]
+        self.locations = [member.location for member in corpus.members for _ in member.manifest.shards]
+        self._set_of = np.repeat(np.arange(len(manifests)), [len(manifest.shards) for manifest in manifests])
+        sizes = np.array([shard.clips for shard in self.shards], np.int64)
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
-        self._members = members
-        self._file = IndexFile(directory, manifest)
-        self._groups = np.concatenate([[0], np.cumsum(self._file.sizes)]).astype(np.int64)
-        self._decoded: dict[tuple[str, ...], tuple[int, pa.Table]] = {}
+        self._first = [int(self._starts[np.searchsorted(self._set_of, number)]) for number in range(len(manifests))]
+        self._files = [IndexFile(member.location, member.manifest) for member in corpus.members]
+        self._groups = [np.concatenate([[0], np.cumsum(file.sizes)]).astype(np.int64) for file in self._files]
+        self._decoded: dict[tuple[int, tuple[str, ...]], tuple[int, pa.Table]] = {}
         # A shard's rows lie in a slot as wide as the largest shard; memory that no row was written to costs nothing.
         width = int(sizes.max(initial=1))
         slots = min(len(sizes), max(1, rows_kept // width))
@@ -84,11 +87,13 @@ class ShardIndex:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def part(self, splits: Sequence[str], fold: int, held_out: bool, limit: int, name: str) -> Part:
+    def part(
+        self, splits: Sequence[tuple[int, str]], fold: int, held_out: bool, limit: int, name: str
+    ) -> Part:
         """The clips of a part of a run.
 
         Args:
-            splits: Of the data; their clips follow one another in this order.
+            splits: Number of the set and name, of each split; their clips follow one another in this order.
             fold: Fold to hold out; 0: none.
             held_out: The clips of that fold, not the others.
             limit: Only the first clips; 0: all.
@@ -97,8 +102,10 @@ class ShardIndex:
         Raises:
             UserError: no such fold, or no clip.
         """
-        of_shards = np.array([shard.split for shard in self.manifest.shards])
-        chosen = np.concatenate([np.flatnonzero(of_shards == split) for split in splits])
+        of_shards = np.array([shard.split for shard in self.shards])
+        chosen = np.concatenate(
+            [np.flatnonzero((of_shards == split) & (self._set_of == number)) for number, split in splits]
+        )
         sizes = np.diff(self._starts)[chosen]
         begins = self._starts[:-1][chosen]
         together = len(begins) > 0 and bool((begins[1:] == begins[:-1] + sizes[:-1]).all())
@@ -108,24 +115,30 @@ class ShardIndex:
                 starts = np.unique(np.minimum(starts, limit))
             return Part(starts, None, int(begins[0]), name)
         rows = np.concatenate([np.arange(b, b + n) for b, n in zip(begins, sizes, strict=True)] or [np.empty(0, int)])
-        named = ",".join(splits)
+        named = ",".join(split for _, split in splits)
         if fold:
-            folds = self._file.check(self._file.read(["fold"]))["fold"].to_numpy()[rows]
+            columns = [file.check(file.read(["fold"]))["fold"].to_numpy() for file in self._files]
+            folds = np.concatenate(columns)[rows]
             if fold not in folds:
                 raise UserError(f"data.fold = {fold}: split '{named}' has folds {sorted(set(folds.tolist()))}")
             rows = rows[(folds == fold) == held_out]
         rows = rows[: limit or None]
         if not len(rows):
-            raise UserError(f"{self.directory}: no clip in split '{named}', fold {fold}; see its failures.jsonl")
-        return Part.of(rows, self.shards(rows), name)
+            where = self._corpus.members[splits[0][0]].location
+            raise UserError(f"{where}: no clip in split '{named}', fold {fold}; see its failures.jsonl")
+        return Part.of(rows, self.shards_of(rows), name)
 
-    def shards(self, rows: np.ndarray) -> np.ndarray:
+    def shards_of(self, rows: np.ndarray) -> np.ndarray:
         """Shard numbers of rows: int64 [m] -> int64 [m]."""
         return np.asarray(np.searchsorted(self._starts, rows, side="right") - 1)
 
     def label_columns(self) -> LabelTable:
         """Labels of all rows, for class weights; 12 bytes a clip of two labels."""
-        return LabelTable(*_lists(self._file.check(self._file.read(["labels"]))["labels"]))
+        found = [_lists(file.check(file.read(["labels"]))["labels"]) for file in self._files]
+        lengths = [np.diff(offsets) for offsets, _ in found]
+        values = [self._joined(number, labels) for number, (_, labels) in enumerate(found)]
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]) if len(found) > 1 else found[0][0]
+        return LabelTable(offsets, np.concatenate(values) if len(found) > 1 else values[0])
 
     def clips(self, rows: np.ndarray) -> Clips:
         """What the index says of rows: int64 [m]; those of shards that are not in memory are read.
@@ -135,7 +148,7 @@ class ShardIndex:
         Raises:
             UserError: rows that cannot be, or are not those of the manifest.
         """
-        shards = self.shards(rows)
+        shards = self.shards_of(rows)
         self._calls += 1
         if (self._slot_of[shards] < 0).any():
             self._load(np.unique(shards))
@@ -148,9 +161,17 @@ class ShardIndex:
         return Clips(shards, found, which, self._labels[slots[which], place])
 
     def name(self, row: int) -> tuple[str, str]:
-        """Key and shard of a row."""
-        key = self._file.check(self._table(row, row + 1, ("key",)))["key"][0]
-        return str(key), self.shard_names[int(self.shards(np.array([row]))[0])]
+        """Key and shard of a row; of several sets the shard with its directory."""
+        shard = int(self.shards_of(np.array([row]))[0])
+        file = self._files[self._set_of[shard]]
+        key = file.check(self._table(shard, row, row + 1, ("key",)))["key"][0]
+        name = self.shards[shard].name
+        return str(key), name if len(self._files) == 1 else join(self.locations[shard], name)
+
+    def _joined(self, number: int, labels: np.ndarray) -> np.ndarray:
+        """Labels of a set in the joined vocabulary."""
+        classes = self._corpus.members[number].classes
+        return labels if classes is None else classes[labels]
 
     def _load(self, needed: np.ndarray) -> None:
         """Reads those of the shards that are not in memory, in place of the ones that were not used for longest."""
@@ -178,33 +199,40 @@ class ShardIndex:
     def _read(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """ROW [n] of a shard, and the labels of all n."""
         start, stop = int(self._starts[shard]), int(self._starts[shard + 1])
+        number, name = int(self._set_of[shard]), self.shards[shard].name
         places = [(member, what, f"{member}_{what}") for member in self._members for what in PLACE.names or ()]
         columns = ("shard", "split", "labels", "seconds", *(column for _, _, column in places))
-        table = self._file.check(self._table(start, stop, columns))
+        table = self._files[number].check(self._table(shard, start, stop, columns))
         named = table["shard"].combine_chunks().unique().to_pylist()
-        if named != [self.shard_names[shard]]:
+        if named != [name]:
+            first = self._first[number]
             raise UserError(
-                f"{self.directory}/index.parquet: rows {start} to {stop - 1} are of {', '.join(named)}, manifest.json "
-                f"has {self.shard_names[shard]} there: one of another build; run verify_shards.py"
+                f"{self.locations[shard]}/index.parquet: rows {start - first} to {stop - first - 1} are of "
+                f"{', '.join(named)}, manifest.json has {name} there: one of another build; run verify_shards.py"
             )
-        audio, rows = self.manifest.audio, np.zeros(stop - start, ROW)
+        audio, rows = self._corpus.audio, np.zeros(stop - start, ROW)
         rows["samples"] = np.clip(np.rint(table["seconds"].to_numpy() * audio.sample_rate), 1, audio.samples)
         for member, what, column in places:
             rows[member][what] = table[column].to_numpy()
         offsets, labels = _lists(table["labels"])
         rows["begin"], rows["count"] = offsets[:-1], np.diff(offsets)
-        return rows, labels
+        return rows, self._joined(number, labels)
 
-    def _table(self, start: int, stop: int, columns: tuple[str, ...]) -> pa.Table:
-        """Some columns of rows start .. stop - 1. The last row group stays decoded: neighbours follow often."""
-        parts = []
-        group = int(np.searchsorted(self._groups, start, side="right")) - 1
+    def _table(self, shard: int, start: int, stop: int, columns: tuple[str, ...]) -> pa.Table:
+        """Some columns of rows start .. stop - 1, all of one shard.
+
+        The last row group stays decoded: neighbours follow often.
+        """
+        number = int(self._set_of[shard])
+        start, stop = start - self._first[number], stop - self._first[number]
+        parts, groups, name = [], self._groups[number], (number, columns)
+        group = int(np.searchsorted(groups, start, side="right")) - 1
         while start < stop:
-            kept = self._decoded.get(columns)
+            kept = self._decoded.get(name)
             if kept is None or kept[0] != group:
-                kept = group, self._file.read(columns, group)
-                self._decoded[columns] = kept
-            begin, end = int(self._groups[group]), min(stop, int(self._groups[group + 1]))
+                kept = group, self._files[number].read(columns, group)
+                self._decoded[name] = kept
+            begin, end = int(groups[group]), min(stop, int(groups[group + 1]))
             parts.append(kept[1].slice(start - begin, end - start))
             start, group = end, group + 1
         return pa.concat_tables(parts).unify_dictionaries()

@@ -8,6 +8,7 @@ DataLoader slow (tests/benchmarks/bench_loader.py). Nothing grows with the clips
 `pipeline.data.index` and `order`.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Generator, Iterator, Sequence
@@ -27,13 +28,14 @@ from pipeline.data.ahead import Prefetcher
 from pipeline.data.augment import Assembler, changes_waveform
 from pipeline.data.bad import BadClips
 from pipeline.data.cache import Cache, Remote, this_job
+from pipeline.data.corpus import load_corpus
 from pipeline.data.index import ShardIndex
-from pipeline.data.manifest import load_manifest
+from pipeline.data.mixture import MixedOrder, shares
 from pipeline.data.order import EvalOrder, Part, TrainOrder, train_order
 from pipeline.data.pool import Arrays, Pool, slot_type
 from pipeline.data.reader import Reader
 from pipeline.data.spec import DataSpec
-from pipeline.data.steps import Draw, Steps
+from pipeline.data.steps import Draw, Order, Steps
 from pipeline.data.storage import is_remote, local
 from pipeline.data.workers import Workers
 from pipeline.errors import UserError
@@ -52,7 +54,8 @@ class Loader(IterableDataset[Batch]):
 
     Args:
         data: Settings, or just the directory or URL of the shards.
-        part: "train": the training splits without the held-out fold. "eval": that fold, or the eval split.
+        part: "train": the training splits without the held-out fold. "eval": that fold, or the eval split; of several
+            sets of shards, one set's behind the other's.
         augment: Of training clips; None: none.
         waveform, fbank: Whether batches have them.
         batch_size: Clips of a global batch; divides by the ranks.
@@ -65,7 +68,7 @@ class Loader(IterableDataset[Batch]):
 
     Attributes:
         clips: Of an epoch, over all ranks: n, or `data.epoch_clips`.
-        manifest: Of the shards.
+        corpus: The shards.
         spec: Format, normalisation and labels of the batches.
         bad_clips: Bad clips met on this rank.
 
@@ -102,13 +105,13 @@ class Loader(IterableDataset[Batch]):
                 "data.fbank = stored: the stored fbank is not that of a waveform changed by augment.mixup, noise_snr "
                 "or roll; use data.fbank=auto"
             )
-        self.manifest = load_manifest(data.shards)
-        self.spec = DataSpec.of(self.manifest, data)
+        self.corpus = load_corpus(data)
+        self.spec = DataSpec.of(self.corpus, data)
         online = fbank and (data.fbank == "online" or (data.fbank == "auto" and changed))
         read = {"waveform": waveform or online, "fbank": fbank and not online}
-        self._index = ShardIndex(data.shards, self.manifest, [member for member in read if read[member]])
-        clips = self._part(limit)
-        order, others = self._orders(clips)
+        self._index = ShardIndex(self.corpus, [member for member in read if read[member]])
+        parts = self._parts(limit)
+        order, others = self._orders(parts)
         self.clips = len(order)
         if self._train and batch_size > self.clips:
             raise UserError(
@@ -116,23 +119,24 @@ class Loader(IterableDataset[Batch]):
                 f"twice, and the contrast would push a clip away from itself; use at most {self.clips}"
             )
         self.bad_clips = BadClips(data, self._index.name, self.clips)
-        numbers = self._index.shards(clips.at(clips.starts[:-1])).tolist()
-        tars = {number: self.manifest.shards[number] for number in numbers}
-        self._absent = self.bad_clips.missing(tars, np.diff(clips.starts))
+        numbers = [self._index.shards_of(part.at(part.starts[:-1])) for part in parts]
+        tars = {n: (self._index.locations[n], self._index.shards[n]) for n in np.concatenate(numbers).tolist()}
+        self._absent = self.bad_clips.missing(tars, np.concatenate([np.diff(part.starts) for part in parts]))
         self._remote = None
-        if is_remote(data.shards):
+        if any(is_remote(member.location) for member in self.corpus.members):
             cache = data.cache or os.environ.get("CRAFT_CACHE", "") or "~/.cache/craft"
             most_bytes = int(data.cache_gb * 1e9)
-            self._remote = Remote(data.shards.rstrip("/"), self.manifest.shards, cache, most_bytes, this_job())
-        self._open_files = OPEN_FILES * (1 if others is order else 2)
+            self._remote = Remote(self._index.locations, self._index.shards, cache, most_bytes, this_job())
+        orders = len(parts) * (1 if others is order else 2)
+        self._open_files = OPEN_FILES * min(2, orders)
         if self._remote is not None:  # what is open stays in the cache: the shards of a window and of the next one
-            streams = -(-order.streams // world_size) * (1 if others is order else 2)
+            streams = -(-order.streams // world_size) * orders
             self._open_files = min(self._open_files, 2 * streams + 4)
         raw = self._device.type != "cpu" if raw is None else raw
         members = (*(member for member in read if read[member]), *(["partner"] if self._augment.mixup > 0 else []))
-        kind = slot_type(self.manifest, batch_size // world_size, self.spec.frames, members, raw)
+        kind = slot_type(self.corpus, batch_size // world_size, self.spec.frames, members, raw)
         self._pool = Pool(kind, self._device.type == "cuda")
-        self._assemble = Assembler(self.manifest, self.spec, self._augment, waveform, online, seed, self._device)
+        self._assemble = Assembler(self.corpus, self.spec, self._augment, waveform, online, seed, self._device)
         self._steps = Steps(
             order, others, self._index, self._pool, members, self._open_reader, self._augment, seed, batch_size, rank,
             world_size,
@@ -229,37 +233,83 @@ class Loader(IterableDataset[Batch]):
         """Batches before the first one that lies in a later epoch alone."""
         return -(-(epoch + 1) * self.clips // self._batch_size)
 
-    def _part(self, limit: int) -> Part:
-        data, splits = self._data, self._data.train_splits
-        if not self._train and not data.fold:
-            splits = [data.eval_split]
-            if data.eval_split not in self.manifest.splits:
+    def _parts(self, limit: int) -> list[Part]:
+        """Of a training, the clips of each set; of an evaluation, those of all sets as one."""
+        data, members = self._data, self.corpus.members
+        trained = [[(number, split) for split in member.train] for number, member in enumerate(members)]
+        if self._train or data.fold:
+            digests = [member.manifest.digest for member in members]
+        else:
+            held_out = [(number, member.held_out) for number, member in enumerate(members) if member.held_out]
+            if not held_out:
                 raise UserError(
-                    f"data.eval_split = '{data.eval_split}' is not in {data.shards}, which has "
-                    f"{', '.join(self.manifest.splits)}; name one"
+                    f"data.eval_split = '{data.eval_split}' is not in {data.shown}, which has "
+                    f"{', '.join(self.corpus.splits)}; name one"
                 )
-        name = f"{self.manifest.digest}/{','.join(splits)}/{data.fold}/{'train' if self._train else 'eval'}"
-        return self._index.part(splits, data.fold, not self._train, limit, name)
+            trained, digests = [held_out], [self.corpus.digest]
+        kind = "train" if self._train else "eval"
+        names = [f"{digest}/{','.join(split for _, split in splits)}/{data.fold}/{kind}"
+                 for digest, splits in zip(digests, trained, strict=True)]  # fmt: skip
+        return [self._index.part(splits, data.fold, not self._train, limit, name)
+                for splits, name in zip(trained, names, strict=True)]  # fmt: skip
 
-    def _orders(self, clips: Part) -> tuple[TrainOrder | EvalOrder, TrainOrder | EvalOrder]:
+    def _orders(self, parts: list[Part]) -> tuple[Order, Order]:
         """Of the clips, and of those that mixup takes besides."""
-        if not self._train:
-            held_out = EvalOrder(clips)
-            return held_out, held_out
         data, seed = self._data, self._seed
-        order = train_order(clips, data, seed, self._index.label_columns, len(self.spec.labels))
+        if not self._train:
+            held_out = EvalOrder(parts[0])
+            return held_out, held_out
+        several = len(parts) > 1
+        each = data.model_copy(update={"epoch_clips": 0}) if several else data
+        table = functools.cache(self._index.label_columns)
+        orders = [train_order(part, each, seed, table, len(self.spec.labels)) for part in parts]
+        order = self._mix(orders) if several else orders[0]
         if self._augment.mixup > 0 and data.sampler == "balanced" and self._augment.partners == "uniform":
             # SSAST, AST and PSLA draw mixup's other clips uniformly: balanced ones did worse.
-            return order, TrainOrder(replace(clips, key=f"{clips.key}/partners"), seed, data.streams, data.window)
+            keys = [f"{part.key}/partners" for part in parts]
+            others = [TrainOrder(replace(part, key=key), seed, data.streams, data.window)
+                      for part, key in zip(parts, keys, strict=True)]  # fmt: skip
+            return order, self._mix(others) if several else others[0]
         return order, order
 
+    def _mix(self, orders: list[TrainOrder]) -> MixedOrder:
+        """One order of several sets.
+
+        Raises:
+            UserError: a set is so small, for its weight, that a batch would hold clips of it twice.
+        """
+        data, members = self._data, self.corpus.members
+        clips = [len(order) for order in orders]
+        first = shares(clips, [member.weight for member in members], data.temperature)
+        phases = [(0, first), *((phase.step, phase.weights) for phase in data.schedule)]
+        for step, weights in phases:
+            for member, count, weight in zip(members, clips, weights, strict=True):
+                drawn = self._batch_size * weight / sum(weights)
+                if drawn > count:
+                    raise UserError(
+                        f"data.shards: from step {step} on a batch would hold {drawn:.0f} clips of the {count} of "
+                        f"{member.location}, so clips twice, and the contrast would push a clip away from itself; "
+                        "lower its weight, or train.batch_size"
+                    )
+        key = f"{self.corpus.digest}/{self._seed}"
+        return MixedOrder(orders, phases, key, data.streams, self._batch_size, data.epoch_clips)
+
     def _open_reader(self) -> Reader:
-        open_shard = self._open_local if self._remote is None else Cache(self._remote).open
-        arrays = {"waveform": self.manifest.audio.array, "fbank": self.manifest.fbank.array}
+        cache = None if self._remote is None else Cache(self._remote)
+
+        def open_shard(number: int) -> int:
+            location = self._index.locations[number]
+            if cache is not None and is_remote(location):
+                return cache.open(number)
+            return open_regular(local(location) / self._index.shards[number].name)
+
+        arrays = {"waveform": self.corpus.audio.array, "fbank": self.corpus.fbank.array}
         return Reader(open_shard, arrays, self.spec.mean, self.spec.std, self._open_files, self._absent)
 
-    def _open_local(self, number: int) -> int:
-        return open_regular(local(self._data.shards) / self.manifest.shards[number].name)
+    def _remote_shards(self, step: int) -> np.ndarray:
+        """Numbers of the shards behind a URL that this rank reads for global batch `step`."""
+        numbers = self._steps.shards(step)
+        return numbers[[is_remote(self._index.locations[number]) for number in numbers]]
 
     def _batches(self, first: int, stop: int | None, full: bool) -> Generator[Batch]:
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -279,7 +329,7 @@ class Loader(IterableDataset[Batch]):
 
         try:
             if self._remote is not None:
-                prefetcher = Prefetcher(self._remote, self._steps.shards, self._data.fetch_ahead, first, stop)
+                prefetcher = Prefetcher(self._remote, self._remote_shards, self._data.fetch_ahead, first, stop)
             for step in itertools.count(first):
                 read_ahead()
                 if not len(workers):

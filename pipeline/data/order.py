@@ -145,6 +145,10 @@ class EvalOrder:
         """Index rows of these positions: int64 [m] -> int64 [m]."""
         return self.part.at(positions % len(self.part))
 
+    def source(self, position: int) -> tuple["EvalOrder", int]:
+        """The order of one set of shards, this one, and a position in it: see `pipeline.data.mixture`."""
+        return self, position
+
 
 class TrainOrder:
     """Shuffled order of training; used by one thread. A batch costs some thirty calls of numpy, however large it is.
@@ -244,6 +248,10 @@ class TrainOrder:
             rows = self.rows(self._position(epoch[i], stream[i], turns))
             found[i] = next(iter(rows[rows != own[i]]), own[i])
         return found
+
+    def source(self, position: int) -> tuple["TrainOrder", int]:
+        """The order of one set of shards, this one, and a position in it: see `pipeline.data.mixture`."""
+        return self, position
 
     def _split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Epoch, stream and slot of positions."""

@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from pipeline.data.manifest import Manifest
+from pipeline.data.corpus import Corpus
 from pipeline.data.npy import HEADER
 
 ALIGNED = 64  # bytes
@@ -27,14 +27,14 @@ COPYING = 2  # batches that a GPU may still be copying when another slot is take
 Arrays = dict[str, np.ndarray]
 
 
-def slot_type(manifest: Manifest, clips: int, frames: int, members: tuple[str, ...], raw: bool) -> np.dtype[np.void]:
+def slot_type(corpus: Corpus, clips: int, frames: int, members: tuple[str, ...], raw: bool) -> np.dtype[np.void]:
     """What a slot holds.
 
     For a CPU, waveforms are float32 [B, L] and fbanks normalised float32 [B, T, M], ready for the model. For a GPU they
     are rows of the stored bytes, half as many, each with its .npy header, which is read along.
 
     Args:
-        manifest: Formats, and the number of classes.
+        corpus: Formats, and the number of classes.
         clips: B.
         frames: T, of float32 fbanks.
         members: Of "waveform", "partner" (mixup's other waveform) and "fbank", those that are read.
@@ -46,14 +46,14 @@ def slot_type(manifest: Manifest, clips: int, frames: int, members: tuple[str, .
         mixture); and of what was read, `row`, `targets` and `length` as in `Batch`, and `weight` float32 [B] (`share`,
         or 1 where the clip is not mixed after all).
     """
-    audio, fbank = manifest.audio.array, manifest.fbank.array
+    audio, fbank = corpus.audio.array, corpus.fbank.array
     fields: dict[str, tuple[str, tuple[int, ...]]] = {
         "position": ("<i8", ()), "valid": ("?", ()), "planned": ("<i8", ()), "other": ("<i8", ()), "share": ("<f8", ()),
-        "row": ("<i8", ()), "length": ("<i8", ()), "weight": ("<f4", ()), "targets": ("<f4", (len(manifest.labels),)),
+        "row": ("<i8", ()), "length": ("<i8", ()), "weight": ("<f4", ()), "targets": ("<f4", (len(corpus.labels),)),
     }  # fmt: skip
     for member in members:
         array = fbank if member == "fbank" else audio
-        shape = (frames, manifest.fbank.mel_bins) if member == "fbank" else audio.shape
+        shape = (frames, corpus.fbank.mel_bins) if member == "fbank" else audio.shape
         fields[member] = ("u1", (_aligned(HEADER + array.size),)) if raw else ("<f4", shape)
     formats = [np.dtype((kind, (clips, *shape))) for kind, shape in fields.values()]
     offsets = np.cumsum([0, *(_aligned(field.itemsize) for field in formats)])

@@ -1,6 +1,6 @@
 """What a trained model must remember of its data, so that it can hear a file without the shards.
 
-In: a manifest and the data settings. Out: `data.json` in the run directory, a checked `DataSpec`.
+In: the shards and the data settings. Out: `data.json` in the run directory, a checked `DataSpec`.
 """
 
 import math
@@ -9,8 +9,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.config import DataConfig
+from pipeline.data.corpus import Corpus
 from pipeline.data.fbank import padded_frames
-from pipeline.data.manifest import Label, Manifest
+from pipeline.data.manifest import Label
 from pipeline.errors import UserError
 from pipeline.files import write_text
 
@@ -29,7 +30,7 @@ class DataSpec(BaseModel):
         std: Of the raw fbank; the input is (x - mean) / (2 std).
         labels: Vocabulary, C entries.
         single_label: Every clip has exactly one label.
-        digest: Of the manifest.
+        digest: Of the shards, as in `Corpus`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,39 +46,36 @@ class DataSpec(BaseModel):
     digest: str
 
     @staticmethod
-    def of(manifest: Manifest, data: DataConfig) -> "DataSpec":
-        """From the manifest, where the settings do not say otherwise.
+    def of(corpus: Corpus, data: DataConfig) -> "DataSpec":
+        """From the shards, where the settings do not say otherwise; of several sets, over all clips alike.
+
+        So the normalisation does not move with the weights.
 
         Raises:
-            UserError: a training split is not in the shards, or their sample rate is not the model's.
+            UserError: their sample rate is not the model's.
         """
-        if manifest.audio.sample_rate != SAMPLE_RATE:
+        audio = corpus.audio
+        if audio.sample_rate != SAMPLE_RATE:
             raise UserError(
-                f"{data.shards}: sample rate {manifest.audio.sample_rate} Hz, the model reads {SAMPLE_RATE}; rebuild "
-                f"the shards with --sample-rate {SAMPLE_RATE}"
+                f"{data.shown}: sample rate {audio.sample_rate} Hz, the model reads {SAMPLE_RATE}; rebuild the shards "
+                f"with --sample-rate {SAMPLE_RATE}"
             )
-        for name in data.train_splits:
-            if name not in manifest.splits:
-                raise UserError(
-                    f"data.train_split = '{data.train_split}': there is no split '{name}' in {data.shards}, which has "
-                    f"{', '.join(manifest.splits)}; name one of these"
-                )
+        splits = [member.manifest.splits[name] for member in corpus.members for name in member.train]
         # Clips have equally many values: weights are shares of clips. hypot of one number is that number, to the bit.
-        splits = [manifest.splits[name] for name in data.train_splits]
         shares = [split.clips / max(1, sum(other.clips for other in splits)) for split in splits]
         mean = math.fsum(share * split.fbank_mean for share, split in zip(shares, splits, strict=True))
         deviations = [value for share, split in zip(shares, splits, strict=True)
                       for value in (share**0.5 * split.fbank_std, share**0.5 * (split.fbank_mean - mean))]  # fmt: skip
         return DataSpec(
-            sample_rate=manifest.audio.sample_rate,
-            samples=manifest.audio.samples,
-            mel_bins=manifest.fbank.mel_bins,
-            frames=data.frames or padded_frames(manifest.audio.samples / manifest.audio.sample_rate),
+            sample_rate=audio.sample_rate,
+            samples=audio.samples,
+            mel_bins=corpus.fbank.mel_bins,
+            frames=data.frames or padded_frames(audio.samples / audio.sample_rate),
             mean=mean if data.mean is None else data.mean,
             std=math.hypot(*deviations) if data.std is None else data.std,
-            labels=manifest.labels,
-            single_label=manifest.single_label,
-            digest=manifest.digest,
+            labels=corpus.labels,
+            single_label=corpus.single_label,
+            digest=corpus.digest,
         )
 
     def save(self, run_dir: Path) -> None:

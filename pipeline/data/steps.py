@@ -17,11 +17,13 @@ from pipeline.config import AugmentConfig
 from pipeline.data.augment import draw_mixup
 from pipeline.data.bad import stand_ins
 from pipeline.data.index import ShardIndex
+from pipeline.data.mixture import MixedOrder
 from pipeline.data.order import EvalOrder, TrainOrder
 from pipeline.data.pool import Arrays, Pool
 from pipeline.data.reader import Reader
 from pipeline.errors import UserError
 
+Order = TrainOrder | MixedOrder | EvalOrder
 Problems = list[tuple[int, str]]  # index row of a bad clip, what is wrong with it
 
 
@@ -64,8 +66,8 @@ class Steps:
 
     def __init__(
         self,
-        order: TrainOrder | EvalOrder,
-        others: TrainOrder | EvalOrder,
+        order: Order,
+        others: Order,
         index: ShardIndex,
         pool: Pool,
         members: tuple[str, ...],
@@ -91,7 +93,7 @@ class Steps:
         position = step * self._batch_size + self._places
         valid = position < self._order.end
         rows = self._order.rows(np.where(valid, position, 0))
-        if not (isinstance(self._others, TrainOrder) and self._augment.mixup > 0):
+        if isinstance(self._others, EvalOrder) or not self._augment.mixup:
             return Draw(position, valid, rows, np.zeros(len(rows), bool), rows, np.ones(len(rows)))
         mixed, weight, chance = draw_mixup(self._augment, self._seed, torch.from_numpy(position))
         return Draw(position, valid, rows, mixed, self._others.partners(position, chance, rows), weight)
@@ -99,7 +101,7 @@ class Steps:
     def shards(self, step: int) -> np.ndarray:
         """Numbers of the shards that this rank reads for global batch `step`."""
         draw = self.draw(step)
-        return self._index.shards(np.concatenate([draw.rows, draw.partners[draw.mixed]]))
+        return self._index.shards_of(np.concatenate([draw.rows, draw.partners[draw.mixed]]))
 
     def plan(self, slot: int, step: int) -> None:
         """Writes into a slot what this rank's clips of global batch `step` are."""
@@ -187,9 +189,9 @@ class Steps:
         Where every other clip is in the batch or bad, one of the batch must stand in.
         """
         batch = set(self._order.rows(step * self._batch_size + np.arange(self._batch_size)).tolist())
-        order = self._others if other else self._order
+        order, position = (self._others if other else self._order).source(int(arrays["position"][place]))
         for avoided in (batch, set()):
-            for row in stand_ins(order.rows, int(arrays["position"][place]), self._stride, len(self._order)):
+            for row in stand_ins(order.rows, position, self._stride, len(order)):
                 if row in self._bad or row in avoided:
                     continue
                 clip = self._index.clips(np.array([row]))
@@ -201,7 +203,5 @@ class Steps:
                 problems.append((row, problem[1]))
         key, shard_name = self._index.name(planned)
         raise UserError(
-            f"{self._index.directory}: no clip can be read in place of {key} of {shard_name}, nor any other; run "
-            "verify_shards.py",
-            local=True,
+            f"no clip can be read in place of {key} of {shard_name}, nor any other; run verify_shards.py", local=True
         )

@@ -18,7 +18,6 @@ import torch
 
 from pipeline import distributed
 from pipeline.config import CheckpointConfig
-from pipeline.data.spec import DataSpec
 from pipeline.distributed import Agreement, World
 from pipeline.engine import checkpoint
 from pipeline.engine.checkpoint import Checkpoints
@@ -108,7 +107,7 @@ class _Run:
             checkpoint.restore(engine, job.run_dir, state, weights, world)
             self.progress = Progress.of(state)
             self.mean = dict(checkpoint.stored(job.run_dir, state, "average")) if world.is_main else {}
-        data = DataSpec.of(job.loader.manifest, job.recipe.data)
+        data = job.loader.spec
         shape = Shape(data.samples, data.mel_bins, data.frames, len(data.labels))
         at_peak = clips_per_second_at_peak(job.recipe, shape, job.ds, world)
         self.telemetry = Telemetry(job.run_dir, job.tracker, world, job.recipe.log, job.task.model, job.batches.total,

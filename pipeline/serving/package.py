@@ -165,7 +165,7 @@ chooses how many labels come back.
 
 - Scores: {"softmax over the classes" if spec.single_label else "a sigmoid for each class"}.
 - Evaluation: {evaluation}.
-- Training data: `{recipe.data.shards}`, manifest {spec.digest[:16]}, split `{recipe.data.train_split}`,
+- Training data: `{recipe.data.shown}`, manifest {spec.digest[:16]}, split `{recipe.data.train_split}`,
   held-out fold {recipe.data.fold or "none"}.
 - Pretrained from: `{recipe.model.init or "nothing (random weights)"}`.
 - Classes: {names}.

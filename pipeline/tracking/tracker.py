@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import LogConfig
-from pipeline.data.manifest import Manifest
+from pipeline.data.corpus import Corpus
 from pipeline.tracking.nodes import NodeMonitor
 from pipeline.tracking.spool import RunRefused, Spool, first_line
 from pipeline.tracking.store import artifact_location, tracking_uri, without_password
@@ -95,25 +95,26 @@ class Tracker:
         """Tags."""
         self._append("tags", {"values": dict(values)})
 
-    def dataset(self, manifest: Manifest, source: str) -> None:
+    def dataset(self, corpus: Corpus, source: str) -> None:
         """What the run reads, for MLflow's panel; and, as tags, which share of the listed clips the shards hold.
 
         Args:
-            manifest: Of the shards.
-            source: Their directory or URL.
+            corpus: The shards.
+            source: Their directory or URL, or those of several sets.
         """
         shares = {f"coverage.{name}": f"{split.clips} of {split.listed} ({split.clips / max(1, split.listed):.1%})"
-                  for name, split in manifest.splits.items()}  # fmt: skip
-        self.tags({"manifest_digest": manifest.digest, **shares})
+                  for name, split in corpus.splits.items()}  # fmt: skip
+        self.tags({"manifest_digest": corpus.digest, **shares})
         profile = {
-            "classes": len(manifest.labels),
-            "shards": len(manifest.shards),
-            "sample_rate": manifest.audio.sample_rate,
-            "seconds_per_clip": manifest.audio.seconds,
-            **{f"{name}_clips": split.clips for name, split in manifest.splits.items()},
-            **{f"{name}_listed": split.listed for name, split in manifest.splits.items()},
+            "classes": len(corpus.labels),
+            "shards": sum(len(member.manifest.shards) for member in corpus.members),
+            "sample_rate": corpus.audio.sample_rate,
+            "seconds_per_clip": corpus.audio.seconds,
+            **{f"{name}_clips": split.clips for name, split in corpus.splits.items()},
+            **{f"{name}_listed": split.listed for name, split in corpus.splits.items()},
         }
-        about = {"name": manifest.dataset, "digest": manifest.digest, "source": source, "profile": profile}
+        name = " + ".join(dict.fromkeys(member.manifest.dataset for member in corpus.members))
+        about = {"name": name, "digest": corpus.digest, "source": source, "profile": profile}
         for context in ("training", "evaluation"):
             self._append("dataset", about | {"context": context})
 

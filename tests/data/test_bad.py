@@ -255,7 +255,7 @@ def test_ranks_and_nodes_read_the_bytes_of_their_own_streams_and_no_others(shard
                     planned[rows[row]["shard"]] += sum(rows[row][f"{member}_size"] for member in members)
             assert asked == planned
             touched.append(asked.copy())
-            shard_count = sum(shard.split == "train" for shard in own.manifest.shards)
+            shard_count = sum(shard.split == "train" for shard in own.corpus.members[0].manifest.shards)
     together: Counter[str] = Counter()
     for one in touched:
         together.update(one)
@@ -376,5 +376,5 @@ def test_evaluation_with_lost_shards_has_equally_many_batches_on_each_rank(copy,
             scored += [row for batch in batches for row in batch.row[batch.valid].tolist()]
             clips = own.clips
     assert counts == [[12 // ranks] * -(-clips // 12)] * ranks
-    lost = next(shard.clips for shard in own.manifest.shards if shard.split == "eval")
+    lost = next(shard.clips for shard in own.corpus.members[0].manifest.shards if shard.split == "eval")
     assert len(scored) == len(set(scored)) == clips - lost

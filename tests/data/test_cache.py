@@ -52,7 +52,8 @@ def server(shards):
 
 
 def remote(url, directory, cache, limit=0, job="a job"):
-    return Remote(url, load_manifest(directory).shards, str(cache), limit, job)
+    shards = load_manifest(directory).shards
+    return Remote([url] * len(shards), shards, str(cache), limit, job)
 
 
 def content(descriptor):
@@ -198,7 +199,7 @@ def test_a_full_disk_is_emptied_of_old_copies_or_ends_the_run(shards, server, tm
     described = remote(server.url, shards, tmp_path)
     cache = Cache(described)
     os.close(cache.open(0))
-    store, _ = cache._store
+    store, _ = cache._store(0)
     fetch, full = store.get_file, 1
 
     def get_file(source, target, callback, timeout):
@@ -241,7 +242,7 @@ def test_shards_are_fetched_before_they_are_read(shards, server, tmp_path, mixup
     with Loader(config, augment=AugmentConfig(mixup=mixup), waveform=False, batch_size=2, seed=1) as loader:
         iterator = loader.batches(0)
         next(iterator)
-        wanted = {shard.name for shard in loader.manifest.shards if shard.split == "train"}
+        wanted = {shard.name for shard in loader.corpus.members[0].manifest.shards if shard.split == "train"}
         if mixup:
             draws = [loader.draw(step) for step in range(2)]
             rows = [row for draw in draws for part in (draw.rows, draw.partners) for row in part.tolist()]
@@ -308,7 +309,7 @@ def test_a_damaged_source_is_believed_once_per_job_though_the_clock_steps_back(s
     name = described.shards[0].name
     (damaged / name).write_bytes(DAMAGES["flipped"]((damaged / name).read_bytes()))
     served = FlakyServer(damaged)
-    described = described._replace(url=served.url)
+    described = described._replace(urls=[served.url] * len(described.shards))
     monkeypatch.setattr(cache_module, "BACKOFF", 0.001)
     for _ in range(3):
         os.close(Cache(described).open(0))

@@ -6,10 +6,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.config import DataConfig
+from pipeline.data.corpus import load_corpus
 from pipeline.data.index import ShardIndex
 from pipeline.data.manifest import INDEX_SCHEMA, load_index, load_manifest
 from pipeline.errors import UserError
 from tests.helpers import write_index
+
+
+def opened(directory, rows_kept=1 << 19):
+    return ShardIndex(load_corpus(DataConfig(shards=str(directory))), rows_kept=rows_kept)
 
 
 def check(index, whole, rows):
@@ -18,7 +24,7 @@ def check(index, whole, rows):
         for member in ("waveform", "fbank"):
             place = tuple(whole[row][f"{member}_{what}"] for what in ("offset", "size", "xxh3"))
             assert clips.rows[member][number].item() == place
-        assert index.shard_names[clips.shard[number]] == whole[row]["shard"]
+        assert index.shards[clips.shard[number]].name == whole[row]["shard"]
         assert clips.rows["samples"][number] == round(whole[row]["seconds"] * 16000)
         assert clips.labels[clips.which == number].tolist() == whole[row]["labels"]
 
@@ -26,7 +32,7 @@ def check(index, whole, rows):
 @pytest.mark.parametrize("kept", [1, 24, 1 << 19])
 def test_any_rows_in_any_order_are_the_file_s(shards, kept):
     """Also with room for a shard or three: they are dropped and read again."""
-    index = ShardIndex(str(shards), load_manifest(shards), rows_kept=kept)
+    index = opened(shards, kept)
     whole = load_index(shards).to_pylist()
     rng = np.random.default_rng(0)
     for size in [*[2] * 60, 40, 3, 80, 1]:
@@ -39,31 +45,32 @@ def test_row_groups_that_cut_through_shards(shards, tmp_path):
     (tmp_path / "manifest.json").write_bytes((shards / "manifest.json").read_bytes())
     write_index(tmp_path, load_index(shards), row_group_size=5)
     whole = load_index(shards).to_pylist()
-    check(ShardIndex(str(tmp_path), load_manifest(tmp_path)), whole, np.arange(len(whole))[::-1])
+    check(opened(tmp_path), whole, np.arange(len(whole))[::-1])
 
 
 def test_an_index_in_another_order_is_refused(shards, tmp_path):
     (tmp_path / "manifest.json").write_bytes((shards / "manifest.json").read_bytes())
     table = load_index(shards)
     write_index(tmp_path, table.take(np.arange(len(table))[::-1]))
-    index = ShardIndex(str(tmp_path), load_manifest(tmp_path))
+    index = opened(tmp_path)
     with pytest.raises(UserError, match="one of another build"):
         index.clips(np.array([0]))
 
 
 def test_a_damaged_index_is_one_line(shards, tmp_path):
+    (tmp_path / "manifest.json").write_bytes((shards / "manifest.json").read_bytes())
     (tmp_path / "index.parquet").write_bytes(b"not parquet")
     with pytest.raises(UserError, match=r"index.parquet: .*run verify_shards.py"):
-        ShardIndex(str(tmp_path), load_manifest(shards))
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("fold", "held_out", "limit"), [(0, False, 0), (0, False, 11), (2, False, 0), (2, True, 0), (2, True, 3)]
 )
 def test_parts_are_the_rows_of_split_and_fold(shards, fold, held_out, limit):
-    index = ShardIndex(str(shards), load_manifest(shards))
+    index = opened(shards)
     for splits in (["train"], ["train", "eval"], ["eval", "train"], *([] if fold else [["eval"]])):
-        part = index.part(splits, fold, held_out, limit, "name")
+        part = index.part([(0, split) for split in splits], fold, held_out, limit, "name")
         rows = part.at(np.arange(len(part)))
         expected = [
             i for split in splits for i, row in enumerate(load_index(shards).to_pylist())
@@ -71,7 +78,7 @@ def test_parts_are_the_rows_of_split_and_fold(shards, fold, held_out, limit):
         ]  # fmt: skip
         assert rows.tolist() == (expected[:limit] if limit else expected)
         for number in range(len(part.starts) - 1):
-            assert len(np.unique(index.shards(part.shard(number)))) == 1
+            assert len(np.unique(index.shards_of(part.shard(number)))) == 1
 
 
 def rewritten(shards, out, change):
@@ -80,7 +87,7 @@ def rewritten(shards, out, change):
     rows = load_index(shards).to_pylist()
     change(rows)
     write_index(out, pa.Table.from_pylist(rows, INDEX_SCHEMA))
-    return ShardIndex(str(out), load_manifest(out))
+    return opened(out)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +122,7 @@ def test_labels_and_folds_that_cannot_be_are_refused_where_all_are_read(shards, 
     with pytest.raises(UserError, match="labels: 99 of 13 classes"):
         index.label_columns()
     with pytest.raises(UserError, match="fold: -1"):
-        index.part(["train"], 2, False, 0, "name")
+        index.part([(0, "train")], 2, False, 0, "name")
     with pytest.raises(UserError, match="fold: -1"):
         load_index(tmp_path, columns=["fold"])
 
@@ -131,13 +138,15 @@ def test_columns_of_other_types_are_refused(shards, tmp_path, change, said):
     (tmp_path / "manifest.json").write_bytes((shards / "manifest.json").read_bytes())
     write_index(tmp_path, change(load_index(shards)))
     with pytest.raises(UserError, match=said):
-        ShardIndex(str(tmp_path), load_manifest(tmp_path))
+        opened(tmp_path)
 
 
 def test_an_index_that_is_no_regular_file_is_refused_and_not_waited_for(shards, tmp_path):
+    (tmp_path / "manifest.json").write_bytes((shards / "manifest.json").read_bytes())
     os.mkfifo(tmp_path / "index.parquet")
     with pytest.raises(UserError, match="no regular file"):
-        ShardIndex(str(tmp_path), load_manifest(shards))
+        opened(tmp_path)
+    (tmp_path / "manifest.json").unlink()
     os.mkfifo(tmp_path / "manifest.json")
     with pytest.raises(UserError, match="no regular file"):
         load_manifest(tmp_path)

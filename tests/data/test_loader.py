@@ -163,9 +163,10 @@ def test_several_splits_are_one(shards, tmp_path):
         assert train.clips + held.clips == 80
         assert held.clips == len(load_index(shards, folds=[4])) > 0  # of this fold the train split has none
     shutil.copytree(shards, tmp_path / "copy", ignore=shutil.ignore_patterns("source"))
-    lost = next(shard for shard in own.manifest.shards if shard.split == "eval")
+    tars = load_manifest(shards).shards
+    lost = next(shard for shard in tars if shard.split == "eval")
     (tmp_path / "copy" / lost.name).unlink()
-    with pytest.raises(UserError, match=f"1 of {len(own.manifest.shards)} tars .* with {lost.clips / 80:.0%} of the "):
+    with pytest.raises(UserError, match=f"1 of {len(tars)} tars .* with {lost.clips / 80:.0%} of the "):
         loader(tmp_path / "copy", train_split="eval,train", max_bad_share=0)
 
 
@@ -306,7 +307,7 @@ def test_a_missing_shard_larger_than_any_search_is_replaced(tmp_path):
     with loader(tmp_path) as own:
         for _, batch in zip(range(20), own.batches(0), strict=False):
             assert len(batch) == BATCH
-        lost = next(shard for shard in own.manifest.shards if shard.split == "train").clips
+        lost = next(shard for shard in own.corpus.members[0].manifest.shards if shard.split == "train").clips
         assert len(own.bad) == lost > 64
 
 

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from pipeline.config import DataConfig
+from pipeline.data.corpus import load_corpus
 from pipeline.data.manifest import load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
@@ -120,7 +122,10 @@ def test_no_manifest_and_no_json(tmp_path):
 
 
 def test_another_sample_rate_names_the_remedy(shards):
-    manifest = load_manifest(shards)
-    other = manifest.model_copy(update={"audio": manifest.audio.model_copy(update={"sample_rate": 22050})})
+    data = DataConfig(shards=str(shards))
+    corpus = load_corpus(data)
+    (member,) = corpus.members
+    audio = member.manifest.audio.model_copy(update={"sample_rate": 22050})
+    other = member._replace(manifest=member.manifest.model_copy(update={"audio": audio}))
     with pytest.raises(UserError, match=r"22050 Hz, the model reads 16000; rebuild the shards with --sample-rate"):
-        DataSpec.of(other, DataConfig(shards=str(shards)))
+        DataSpec.of(replace(corpus, members=[other]), data)

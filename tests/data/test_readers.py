@@ -299,7 +299,7 @@ def test_only_what_the_method_needs_is_read(shards, asked, needs, augment, fbank
     data = DataConfig(shards=str(shards), workers=0, fbank=fbank)
     with Loader(data, augment=augment, waveform=waveform, fbank=wants_fbank, batch_size=BATCH, seed=3) as own:
         batch = next(own.batches())
-        sizes = {"waveform": own.manifest.audio.samples * 2, "fbank": own.manifest.fbank.frames * 256}
+        sizes = {"waveform": own.corpus.audio.samples * 2, "fbank": own.corpus.fbank.frames * 256}
         once = sum(sizes[m] + 128 for m in members - {"partner"})
         assert once <= asked.total() / BATCH <= once + ("partner" in members) * (sizes["waveform"] + 128)
     assert (batch.waveform is not None, batch.fbank is not None) == needs

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.data.manifest import IndexFile, Manifest
 from pipeline.data.order import LabelTable, Part
@@ -85,7 +86,9 @@ class ShardIndex:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def part(self, splits: Sequence[str], fold: int, held_out: bool, limit: int, name: str) -> Part:
+    def part(
+        self, splits: Sequence[str], fold: int, held_out: bool, limit: int, name: str, ids: pa.Array | None = None
+    ) -> Part:
         """The clips of a part of a run.
 
         Args:
@@ -94,6 +97,7 @@ class ShardIndex:
             held_out: The clips of that fold, not the others.
             limit: Only the first clips; 0: all.
             name: Of the part, for its random numbers.
+            ids: string [i], the keys of the clips to take, of those that are there; None: all. Reads the keys once.
 
         Raises:
             UserError: no such fold, or no clip.
@@ -103,7 +107,7 @@ class ShardIndex:
         sizes = np.diff(self._starts)[chosen]
         begins = self._starts[:-1][chosen]
         together = len(begins) > 0 and bool((begins[1:] == begins[:-1] + sizes[:-1]).all())
-        if together and not fold:
+        if together and not fold and ids is None:
             starts = np.concatenate([[0], np.cumsum(sizes)])
             if limit:
                 starts = np.unique(np.minimum(starts, limit))
@@ -115,6 +119,14 @@ class ShardIndex:
             if fold not in folds:
                 raise UserError(f"data.fold = {fold}: split '{named}' has folds {sorted(set(folds.tolist()))}")
             rows = rows[(folds == fold) == held_out]
+        if ids is not None:
+            keys = self._file.check(self._file.read(["key"]))["key"].cast(pa.string())
+            rows = rows[pc.is_in(keys, value_set=ids).to_numpy()[rows]]
+            if not len(rows):
+                raise UserError(
+                    f"{self.directory}: none of the {len(ids)} listed ids is in split '{named}', the first of them is "
+                    f"{ids[0].as_py()!r:.100}; inspect_shards.py --ids-out FILE writes those of the shards"
+                )
         rows = rows[: limit or None]
         if not len(rows):
             raise UserError(f"{self.directory}: no clip in split '{named}', fold {fold}; see its failures.jsonl")

@@ -19,6 +19,7 @@ from typing import Literal
 from weakref import WeakSet
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import IterableDataset
 
@@ -62,6 +63,7 @@ class Loader(IterableDataset[Batch]):
         device: Of the batches. A GPU converts the stored numbers itself, out of pinned memory.
         raw: Stored numbers travel to the device and are converted there; None: unless that is a CPU.
         limit: Only the first clips of the part; 0: all.
+        ids: string [i], keys: only those of these clips that are in the part; None: all.
 
     Attributes:
         clips: Of an epoch, over all ranks: n, or `data.epoch_clips`.
@@ -89,6 +91,7 @@ class Loader(IterableDataset[Batch]):
         device: torch.device | str = "cpu",
         raw: bool | None = None,
         limit: int = 0,
+        ids: pa.Array | None = None,
     ) -> None:
         data = data if isinstance(data, DataConfig) else DataConfig(shards=str(data))
         self._data, self._train, self._seed = data, part == "train", seed
@@ -107,7 +110,7 @@ class Loader(IterableDataset[Batch]):
         online = fbank and (data.fbank == "online" or (data.fbank == "auto" and changed))
         read = {"waveform": waveform or online, "fbank": fbank and not online}
         self._index = ShardIndex(data.shards, self.manifest, [member for member in read if read[member]])
-        clips = self._part(limit)
+        clips = self._part(limit, ids)
         order, others = self._orders(clips)
         self.clips = len(order)
         if self._train and batch_size > self.clips:
@@ -229,7 +232,7 @@ class Loader(IterableDataset[Batch]):
         """Batches before the first one that lies in a later epoch alone."""
         return -(-(epoch + 1) * self.clips // self._batch_size)
 
-    def _part(self, limit: int) -> Part:
+    def _part(self, limit: int, ids: pa.Array | None) -> Part:
         data, splits = self._data, self._data.train_splits
         if not self._train and not data.fold:
             splits = [data.eval_split]
@@ -239,7 +242,7 @@ class Loader(IterableDataset[Batch]):
                     f"{', '.join(self.manifest.splits)}; name one"
                 )
         name = f"{self.manifest.digest}/{','.join(splits)}/{data.fold}/{'train' if self._train else 'eval'}"
-        return self._index.part(splits, data.fold, not self._train, limit, name)
+        return self._index.part(splits, data.fold, not self._train, limit, name, ids)
 
     def _orders(self, clips: Part) -> tuple[TrainOrder | EvalOrder, TrainOrder | EvalOrder]:
         """Of the clips, and of those that mixup takes besides."""

@@ -142,6 +142,7 @@ def main() -> None:
     for run_dir in args.checkpoint:
         finetuned_recipe(run_dir)
     from pipeline import distributed  # torch: not for --help
+    from pipeline.data.manifest import labelled_manifest
     from pipeline.engine.evaluation import results, write_predictions
     from pipeline.model.weights import weights_file
     from pipeline.runs import score_averaged_weights, score_ensemble, score_run
@@ -153,6 +154,7 @@ def main() -> None:
     recipe = load_recipe(FinetuneRecipe, [args.checkpoint[0] / "config.yaml"], words)
     with distributed.session(recipe.run.timeout, recipe.run.seed) as world:
         distributed.decide(lambda: check_places(args))
+        labelled_manifest(args.shards)
         ids = distributed.decide(lambda: read_ids(args.ids) if args.ids else None)
         if len(runs) == 1:
             scored = score_run(*runs[0], recipe, world, ids)

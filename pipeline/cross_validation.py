@@ -23,7 +23,7 @@ import numpy as np
 from pipeline import distributed
 from pipeline.command_line import Launch
 from pipeline.config import FinetuneRecipe
-from pipeline.data.manifest import Manifest, load_index, load_manifest
+from pipeline.data.manifest import Manifest, labelled_manifest, load_index
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine.checkpoint import complete_checkpoints
@@ -45,11 +45,11 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World) -> dict[str, An
         world: Ranks.
 
     Raises:
-        UserError: settings that do not fit, or a finished fold of other settings.
+        UserError: settings that do not fit, clips without labels, or a finished fold of other settings.
     """
     recipe, name = launch.recipe, f"{finetuning_name(launch.recipe)}-folds"
     ds, _ = reconcile(launch.ds, recipe, world)
-    manifest = load_manifest(recipe.data.shards)
+    manifest = labelled_manifest(recipe.data.shards)
     folds = choose_folds(recipe, manifest)
     run_dir = Path(recipe.run.dir or f"runs/finetune-{name}")
     parts = {fold: fold_launch(launch, run_dir, name, fold) for fold in folds}

@@ -107,8 +107,8 @@ def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World, ids: pa.A
         "shards_digest": manifest.digest,
     }
     if ids is not None:
-        listed, found = len(ids), loader.clips
-        about["ids"] = {"listed": listed, "found": found, "evaluated": len(keys), "missing": listed - found}
+        there = loader.clips
+        about["ids"] = {"listed": len(ids), "found": there, "evaluated": len(keys), "missing": len(ids) - there}
     return Scored(scores, keys, spec, about)
 
 

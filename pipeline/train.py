@@ -17,7 +17,7 @@ from pipeline import distributed
 from pipeline.command_line import Launch
 from pipeline.config import DataConfig, FinetuneRecipe, PretrainRecipe, Recipe
 from pipeline.data.loader import Loader
-from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.data.manifest import Manifest, labelled_manifest, load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine.evaluation import (
@@ -81,11 +81,11 @@ def finetune(launch: Launch[FinetuneRecipe], world: World) -> None:
     """Trains, evaluates and publishes as launchers/finetune.py says.
 
     Raises:
-        UserError: settings, ds.json, shards, initial weights and ranks that do not fit each other.
+        UserError: settings, ds.json, shards, initial weights and ranks that do not fit each other; no labels.
     """
     recipe = launch.recipe
     method = FINETUNE[recipe.finetune.method]
-    single = load_manifest(recipe.data.shards).single_label
+    single = labelled_manifest(recipe.data.shards).single_label
     metric = f"eval_{metric_name(single)}"
 
     def build(spec: DataSpec) -> FinetuneTask:

@@ -283,6 +283,12 @@ def test_runs_that_cannot_be_evaluated_are_one_line(runs, shards, tmp_path, monk
             combine(pair, load_recipe(FinetuneRecipe, [runs[0] / "config.yaml"]), World())
 
 
+def test_shards_without_labels_are_one_line(runs, unlabelled, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", str(runs[0]), "--shards", str(unlabelled)])
+    with pytest.raises(UserError, match=f"{unlabelled}: its clips have no labels .*pretrain"):
+        main()
+
+
 def test_an_ensemble_of_single_label_data_averages_softmaxes():
     logits = [np.random.default_rng(seed).normal(0, 4, (50, 5)).astype(np.float32) for seed in range(3)]
     single = np.mean([softmax(part.astype(np.float64), axis=1) for part in logits], axis=0)

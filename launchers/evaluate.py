@@ -3,6 +3,7 @@
     python launchers/evaluate.py --checkpoint RUN_DIR --shards DIR [--split NAME] [--out results.json]
     python launchers/evaluate.py --checkpoint SEED0 SEED1 SEED2 --shards DIR          (ensemble)
     deepspeed --num_gpus 8 launchers/evaluate.py --checkpoint RUN_DIR --shards DIR    (any number of ranks)
+    python launchers/evaluate.py --checkpoint RUN_DIR --shards DIR --ids FILE         (the listed clips alone)
 
 In: run directories of finetune.py and shards of the same format and labels. Out: metrics with a 95 %
 bootstrap interval on stdout; with --out, the whole table as JSON; with --predictions, every clip's
@@ -15,6 +16,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from pipeline.command_line import new_parser, path_of
 from pipeline.config import FinetuneRecipe
 from pipeline.errors import UserError, run_cli
@@ -23,6 +27,8 @@ from pipeline.recipes import finetuned_recipe, load_recipe
 
 if TYPE_CHECKING:
     from pipeline.runs import Scored
+
+log = logging.getLogger(__name__)
 
 RECORDS = ("config.yaml", "ds.json", "data.json", "init.json", "fold.json", "done.json", "metrics.jsonl")  # of a run
 
@@ -37,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
         help="several runs: average their probabilities or their weights (default: scores)")  # fmt: skip
     add("--shards", required=True, metavar="DIR", help="directory or URL of shards (no default)")
     add("--split", metavar="NAME", help="split to score (default: what the run held out)")
+    add("--ids", type=path_of("--ids"), metavar="FILE",
+        help="score only these clips of the split: one id (key) a line, as inspect_shards.py --ids-out writes them "
+        "(default: all)")  # fmt: skip
     add("--out", type=path_of("--out"), metavar="JSON", help="write results.json here (default: only print)")
     add("--predictions", type=path_of("--predictions"), metavar="PARQUET",
         help="write each clip's key, labels, scores (default: nowhere)")  # fmt: skip
@@ -62,11 +71,34 @@ def check_places(args: argparse.Namespace) -> None:
     if args.plots:
         check_output_directory(args.plots, "--plots")
     places = [place.resolve() for place in (args.out, args.predictions, args.plots) if place]
-    if len(set(places)) < len(places):
-        raise UserError("--out, --predictions and --plots: two name the same place; name others")
+    inputs = [args.ids.resolve()] if args.ids else []
+    if len({*places, *inputs}) < len(places) + len(inputs):
+        raise UserError("--out, --predictions, --plots, --ids: two name the same place; name others")
     for place in places:
         if place.parent.name.startswith("step-") or (place.name in RECORDS and (place.parent / "config.yaml").exists()):
             raise UserError(f"{place} is what a run consists of; name another file")
+
+
+def read_ids(path: Path) -> pa.Array:
+    """The ids that a text file lists, one a line, each once: string [n]. Those that it repeats are named in the log.
+
+    Raises:
+        UserError: it cannot be read, or lists none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--ids {path}: {reason}; give a text file (UTF-8) of one id a line") from error
+    counts = pa.array([line.strip() for line in lines if line.strip()], pa.string()).value_counts()
+    ids, times = counts.flatten()
+    if not len(ids):
+        raise UserError(f"--ids {path}: lists no id; give one a line")
+    twice = ids.filter(pc.greater(times, 1))
+    if len(twice):
+        some = ", ".join(twice[:5].to_pylist()) + (", ..." if len(twice) > 5 else "")
+        log.warning("--ids %s: %d ids are there more than once and count once: %s", path, len(twice), some)
+    return ids
 
 
 def show(content: dict[str, Any]) -> None:
@@ -80,6 +112,12 @@ def show(content: dict[str, Any]) -> None:
         f"{content['clips']} clips of split '{content['split']}'{fold}; "
         f"{content['classes_without_positives']} classes without a positive clip left out of the mean\n"
     )
+    if ids := content.get("ids"):
+        missing = f"; {ids['missing']} are missing" if ids["missing"] else ""
+        sys.stdout.write(
+            f"{ids['file']}: {ids['listed']} ids, {ids['found']} of them in the shards, "
+            f"{ids['evaluated']} evaluated{missing}\n"
+        )
 
 
 def plot(scored: "Scored", content: dict[str, Any], folder: Path) -> None:
@@ -104,6 +142,7 @@ def main() -> None:
     for run_dir in args.checkpoint:
         finetuned_recipe(run_dir)
     from pipeline import distributed  # torch: not for --help
+    from pipeline.data.manifest import labelled_manifest
     from pipeline.engine.evaluation import results, write_predictions
     from pipeline.model.weights import weights_file
     from pipeline.runs import score_averaged_weights, score_ensemble, score_run
@@ -115,13 +154,17 @@ def main() -> None:
     recipe = load_recipe(FinetuneRecipe, [args.checkpoint[0] / "config.yaml"], words)
     with distributed.session(recipe.run.timeout, recipe.run.seed) as world:
         distributed.decide(lambda: check_places(args))
+        labelled_manifest(args.shards)
+        ids = distributed.decide(lambda: read_ids(args.ids) if args.ids else None)
         if len(runs) == 1:
-            scored = score_run(*runs[0], recipe, world)
+            scored = score_run(*runs[0], recipe, world, ids)
         else:
-            scored = (score_ensemble if args.combine == "scores" else score_averaged_weights)(runs, recipe, world)
+            scored = (score_ensemble if args.combine == "scores" else score_averaged_weights)(runs, recipe, world, ids)
         if not world.is_main:
             return
         content = results(scored.scores, scored.spec.labels, scored.spec.single_label, scored.about)
+        if args.ids:
+            content["ids"] = {"file": str(args.ids)} | content["ids"]
         show(content)
         try:
             if args.predictions:

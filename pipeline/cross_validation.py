@@ -46,11 +46,11 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World) -> dict[str, An
         world: Ranks.
 
     Raises:
-        UserError: settings that do not fit, or a finished fold of other settings.
+        UserError: settings that do not fit, clips without labels, or a finished fold of other settings.
     """
     recipe, name = launch.recipe, f"{finetuning_name(launch.recipe)}-folds"
     ds, _ = reconcile(launch.ds, recipe, world)
-    corpus = load_corpus(recipe.data)
+    corpus = load_corpus(recipe.data, labelled=True)
     folds = choose_folds(recipe)
     run_dir = Path(recipe.run.dir or f"runs/finetune-{name}")
     parts = {fold: fold_launch(launch, run_dir, name, fold) for fold in folds}

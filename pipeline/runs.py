@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -66,17 +67,25 @@ class Scored:
     about: dict[str, Any]
 
 
-def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World) -> Scored:
+def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World, ids: pa.Array | None = None) -> Scored:
     """Scores the evaluation part of `recipe.data` with a finished run's weights; a collective.
 
+    Args:
+        run_dir: The run.
+        file: Its weights.
+        recipe: Names the shards.
+        world: Ranks.
+        ids: string [i], keys: only these clips, as far as they are there; None: all.
+
     Raises:
-        UserError: the shards' audio format or labels are not those of the run; too many bad clips.
+        UserError: the shards' audio format or labels are not those of the run; none of the ids is there; too many bad
+            clips.
     """
     task, spec = load_finetuned(run_dir, file, world.device)
     data = recipe.data.model_copy(update={"mean": spec.mean, "std": spec.std, "frames": spec.frames})
     with Loader(
         data, "eval", waveform=task.method.wav, fbank=task.method.spec, batch_size=eval_batch_size(recipe, world),
-        rank=world.rank, world_size=world.size, device=world.device,
+        rank=world.rank, world_size=world.size, device=world.device, ids=ids,
     ) as loader:  # fmt: skip
         corpus = loader.corpus
         found = (corpus.audio.sample_rate, corpus.audio.samples, corpus.fbank.mel_bins)
@@ -90,13 +99,16 @@ def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World) -> Scored
         scores = score(task, loader.batches())
         loader.bad_clips.check(loader.clips - len(scores.rows))
         keys = loader.keys(scores.rows.tolist())
-    about = {
+    about: dict[str, Any] = {
         "weights": file.stem,
         "pool": finetuned_recipe(run_dir).finetune.pool,
         "split": recipe.data.train_split if recipe.data.fold else recipe.data.eval_split,
         "fold": recipe.data.fold,
         "shards_digest": corpus.digest,
     }
+    if ids is not None:
+        there = loader.clips
+        about["ids"] = {"listed": len(ids), "found": there, "evaluated": len(keys), "missing": len(ids) - there}
     return Scored(scores, keys, spec, about)
 
 
@@ -106,22 +118,25 @@ def eval_batch_size(recipe: Recipe, world: World) -> int:
     return max(1, size // world.size) * world.size
 
 
-def score_ensemble(runs: Sequence[tuple[Path, Path]], recipe: Recipe, world: World) -> Scored:
+def score_ensemble(
+    runs: Sequence[tuple[Path, Path]], recipe: Recipe, world: World, ids: pa.Array | None = None
+) -> Scored:
     """Mean probability of several runs: sigmoid of multi-label data, softmax of single-label data.
 
     Args:
         runs: (run directory, weights file) of each.
         recipe: Names the shards.
         world: Ranks.
+        ids: As of `score_run`.
 
     Raises:
         UserError: a run has other labels, or was held out other clips.
     """
     _check_labels(runs)
-    first = score_run(*runs[0], recipe, world)
+    first = score_run(*runs[0], recipe, world, ids)
     logits, pools = [first.scores.logits], [first.about["pool"]]
     for run_dir, file in runs[1:]:
-        other = score_run(run_dir, file, recipe, world)
+        other = score_run(run_dir, file, recipe, world, ids)
         if other.keys != first.keys:
             raise UserError(f"{run_dir}: scored other clips than {runs[0][0]}; name the same --split for both")
         logits.append(other.scores.logits)
@@ -148,13 +163,16 @@ def mean_probability(logits: Sequence[np.ndarray], single_label: bool) -> np.nda
     return (total / len(logits)).astype(np.float32)
 
 
-def score_averaged_weights(runs: Sequence[tuple[Path, Path]], recipe: Recipe, world: World) -> Scored:
+def score_averaged_weights(
+    runs: Sequence[tuple[Path, Path]], recipe: Recipe, world: World, ids: pa.Array | None = None
+) -> Scored:
     """The model whose weights are the mean of several runs' weights.
 
     Args:
         runs: (run directory, weights file) of each; the first one's configuration builds the model.
         recipe: Names the shards.
         world: Ranks.
+        ids: As of `score_run`.
 
     Raises:
         UserError: a run has other labels, or the weights are not of one architecture.
@@ -171,7 +189,7 @@ def score_averaged_weights(runs: Sequence[tuple[Path, Path]], recipe: Recipe, wo
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "mean.safetensors"
         save_file({name: tensor.float().contiguous() for name, tensor in mean.items()}, file)
-        scored = score_run(runs[0][0], file, recipe, world)
+        scored = score_run(runs[0][0], file, recipe, world, ids)
     return replace(scored, about=scored.about | {"averaged": [str(run_dir) for run_dir, _ in runs]})
 
 

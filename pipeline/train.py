@@ -81,11 +81,11 @@ def finetune(launch: Launch[FinetuneRecipe], world: World) -> None:
     """Trains, evaluates and publishes as launchers/finetune.py says.
 
     Raises:
-        UserError: settings, ds.json, shards, initial weights and ranks that do not fit each other.
+        UserError: settings, ds.json, shards, initial weights and ranks that do not fit each other; no labels.
     """
     recipe = launch.recipe
     method = FINETUNE[recipe.finetune.method]
-    single = load_corpus(recipe.data).single_label
+    single = load_corpus(recipe.data, labelled=True).single_label
     metric = f"eval_{metric_name(single)}"
 
     def build(spec: DataSpec) -> FinetuneTask:

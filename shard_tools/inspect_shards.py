@@ -2,7 +2,8 @@
 
 In: DIR or URL of finished shards. Out: tables on stdout, and the same in one HTML file with plots, spectrograms and
 players that needs no network. With KEY: that clip alone. All counts are exact; levels, clipping and
-quiet are measured on --sample clips drawn with --seed (rules: shard_tools/survey.py).
+quiet are measured on --sample clips drawn with --seed (rules: shard_tools/survey.py). With --ids-out: instead
+a text file of the clips' ids (keys), one a line, sorted, which evaluate.py --ids takes.
 Exit status: 0, or 2 where there are no readable shards or no such clip.
 """
 
@@ -31,7 +32,7 @@ from pipeline.data.manifest import Manifest, load_manifest
 from pipeline.data.storage import Location, location
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_file, user_path, write_text
-from shard_tools.survey import FLOOR_DB, QUIET_DB, Level, Sound, Survey, find, measure, survey
+from shard_tools.survey import FLOOR_DB, QUIET_DB, Level, Sound, Survey, find, ids, measure, survey
 
 INK, BAR, PALE = "#1c2430", "#1f6f8b", "#c3ccd6"
 NAMED_CLASSES = 60  # more than these are drawn as a curve, without names
@@ -78,6 +79,9 @@ def parser() -> argparse.ArgumentParser:
     add("--sample", type=int, default=1000, metavar="N", help="clips whose level is measured (default: 1000)")
     add("--seed", type=int, default=0, metavar="N", help="of the draw of the sample (default: 0)")
     add("--examples", type=int, default=6, metavar="N", help="clips in the report to see and hear (default: 6)")
+    add("--ids-out", type=partial(user_path, what="--ids-out"), metavar="FILE",
+        help="write the ids of the clips here, and no report (default: a report)")  # fmt: skip
+    add("--split", metavar="NAME[,NAME]", help="of --ids-out: of these splits alone (default: all)")
     return make
 
 
@@ -87,9 +91,15 @@ def main() -> int:
     for name in ("sample", "examples"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)} is negative; give 0 or more")
-    check_output_file(args.html, "--html")
+    if (args.key is not None and args.ids_out) or (args.split is not None and not args.ids_out):
+        raise UserError("--ids-out and --split are for all clips of splits: --split needs --ids-out, KEY goes alone")
+    option = "--ids-out" if args.ids_out else "--html"
+    target = check_output_file(args.ids_out or args.html, option)
     try:
-        if args.key is not None:
+        if args.ids_out:
+            keys = ids(args.directory, args.split.split(",") if args.split is not None else [])
+            lines, drawn = [f"{len(keys)} ids"], "".join(f"{key}\n" for key in keys)
+        elif args.key is not None:
             manifest = load_manifest(args.directory)
             sounds = find(args.directory, manifest, args.key)
             lines = list(clip_lines(sounds, manifest.audio.sample_rate))
@@ -99,11 +109,12 @@ def main() -> int:
     except (OSError, ValueError, KeyError) as error:  # a damaged index, json or tar
         raise UserError(f"{args.directory}: {error}; verify_shards.py says what is damaged") from error
     try:
-        args.html.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.html, drawn.encode("utf-8", "replace").decode())  # the name of a directory may not be UTF-8
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, drawn.encode("utf-8", "replace").decode())  # the name of a directory may not be UTF-8
     except OSError as error:
-        raise UserError(f"--html {args.html}: {error.strerror}; give another path") from error
-    sys.stdout.write("\n".join([*lines, f"plots, spectrograms and sound: {args.html}"]) + "\n")
+        raise UserError(f"{option} {target}: {error.strerror}; give another path") from error
+    end = "written to" if args.ids_out else "plots, spectrograms and sound:"
+    sys.stdout.write("\n".join([*lines, f"{end} {target}"]) + "\n")
     return 0
 
 

@@ -17,7 +17,7 @@ Of the real part of a waveform (its padding left out):
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -168,6 +168,23 @@ def survey(directory: Location, sample: int, seed: int, keep: int) -> Survey:
         if not line.used:
             failures.setdefault(line.split, Counter())[line.reason.split(":")[0]] += 1
     return Survey(manifest, durations, padded, failures, levels, sounds, decoders, rates)
+
+
+def ids(directory: Location, splits: Sequence[str]) -> list[str]:
+    """Keys of the clips of splits (none named: of all), each once, sorted by their bytes.
+
+    Raises:
+        UserError: there is no such split, or what is there are no shards.
+    """
+    manifest = load_manifest(directory)
+    for name in splits:
+        if name not in manifest.splits:
+            raise UserError(f"--split {name} is not in {directory}, which has {', '.join(manifest.splits)}; name one")
+    index = IndexFile(directory, manifest)
+    rows = index.check(index.read(["key", "split", "shard"]))
+    here = pc.is_in(rows["split"].cast(pa.string()), pa.array(splits or [*manifest.splits], pa.string()))
+    keys: list[str] = pc.unique(rows["key"].filter(here).cast(pa.string())).sort().to_pylist()
+    return keys
 
 
 def measure(sound: Sound, rate: int) -> Level:

@@ -142,6 +142,22 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def unlabelled(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What build_shards.py makes of two folders of recordings without labels: 32 clips of train, 16 of eval."""
+    folder, out = tmp_path_factory.mktemp("recordings"), tmp_path_factory.mktemp("unlabelled")
+    names = sorted((shards / "source" / "audio").glob("*.flac"))
+    for split, some in (("train", names[:32]), ("eval", names[32:48])):
+        (folder / split).mkdir()
+        for name in some:
+            (folder / split / name.name).symlink_to(name)
+        command = [sys.executable, "shard_tools/build_shards.py", "--root", folder / split, "--split", split, "--out",
+                   out, "--seconds", "0.5", "--clips-per-shard", "6", "--workers", "1"]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """Endpoint of moto's S3 server; the environment points clients and child processes at it."""
     from tests.stores import s3_server  # moto

@@ -230,6 +230,12 @@ def test_other_data_is_refused(world, shards):
         campaign.check_data()
 
 
+def test_data_without_labels_is_refused_before_a_run_begins(world, unlabelled):
+    grid = Grid([ROOT / "configs/ablation/table3.yaml"], "micro", {"synth": str(unlabelled)})
+    with pytest.raises(UserError, match=f"{unlabelled}: its clips have no labels"):
+        Campaign(grid, world.campaign.out).check_data()
+
+
 @pytest.mark.slow
 def test_submitit_runs_a_job_and_reports_its_failure(tmp_path):
     """submitit's own local cluster: the same objects, files and environment as with sbatch."""

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from scipy.special import expit, softmax
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from launchers.evaluate import check_places, main, parser
+from launchers.evaluate import check_places, main, parser, read_ids
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.corpus import load_corpus
-from pipeline.data.manifest import load_manifest
+from pipeline.data.manifest import load_index, load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine.evaluation import read_predictions
@@ -103,6 +103,69 @@ def test_two_ranks_score_what_one_scores(deepspeed_run, runs, shards, single, tm
     np.testing.assert_array_equal(found.targets, single[1].targets)
     np.testing.assert_allclose(found.scores, single[1].scores, rtol=1e-4, atol=1e-5)  # another batch, another GEMM
     assert json.loads((tmp_path / "r.json").read_text())["value"] == pytest.approx(single[0]["value"], abs=1e-6)
+
+
+def listed(shards, folder) -> tuple[list[str], list[str]]:
+    """Some keys of split eval, and the lines of a file that lists them beside others, one of them twice."""
+    keys = load_index(shards, "eval")["key"].to_pylist()
+    some = sorted(keys[1::2])
+    other = load_index(shards, "train")["key"][0].as_py()
+    every = [*some, other, "nothing"]
+    (folder / "ids.txt").write_text("\r\n".join([*every[::-1], "", f" {some[0]} "]), "utf-8-sig")
+    return some, every
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_listed_clips_alone_are_scored(runs, shards, single, tmp_path, ranks):
+    """Their logits are those of the whole split; the metrics are those of these clips; counts are said."""
+    some, every = listed(shards, tmp_path)
+    said = run_ranks(ranks, "launchers/evaluate.py", "--checkpoint", runs[0], "--shards", shards, "--batch-size", 6,
+                     "--ids", tmp_path / "ids.txt", "--out", tmp_path / "r.json", "--workers", 1,
+                     "--predictions", tmp_path / "p.parquet")[0][1]  # fmt: skip
+    counts = {"listed": len(every), "found": len(some), "evaluated": len(some), "missing": 2}
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert content["ids"] == {"file": str(tmp_path / "ids.txt")} | counts
+    assert content["clips"] == len(some)
+    assert f"ids.txt: {len(every)} ids, {len(some)} of them in the shards, {len(some)} evaluated; 2 are missing" in said
+    assert said.count(f"1 ids are there more than once and count once: {some[0]}") == 1
+    found = read(tmp_path / "p.parquet")
+    assert found.keys == some
+    which = [single[1].keys.index(key) for key in some]
+    np.testing.assert_allclose(found.scores, single[1].scores[which], rtol=1e-4, atol=1e-5)
+    known = found.targets.any(axis=0)
+    ap = [average_precision_score(t, s) for t, s in zip(found.targets.T[known], found.scores.T[known], strict=True)]
+    assert content["value"] == pytest.approx(np.mean(ap), abs=1e-6)
+
+
+def test_the_members_of_an_ensemble_score_the_listed_clips(runs, shards, tmp_path):
+    some, every = listed(shards, tmp_path)
+    ids = read_ids(tmp_path / "ids.txt")
+    assert sorted(ids.to_pylist()) == sorted(every)
+    members = [(run, weights_file(run)) for run in runs]
+    recipe = load_recipe(FinetuneRecipe, [], [f"data.shards={shards}", "data.workers=0"])
+    for combine in (score_ensemble, score_averaged_weights):
+        scored = combine(members, recipe, World(), ids)
+        assert sorted(scored.keys) == some
+        assert scored.about["ids"]["missing"] == 2
+
+
+def test_lists_of_nothing_are_one_line(runs, shards, tmp_path, monkeypatch):
+    path = tmp_path / "ids.txt"
+    command = ["evaluate.py", "--checkpoint", runs[0], "--shards", shards, "--workers", 0, "--ids", path]
+    for content, more, said in (
+        (None, [], "--ids .*ids.txt: No such file or directory; give a text file"),
+        (b"\xff\xfea\0", [], "--ids .*ids.txt: 'utf-8' codec can't decode"),
+        (b" \n\n", [], "--ids .*ids.txt: lists no id"),
+        (b"nothing\nof it\n", [], f"{shards}: none of the 2 listed ids is in split 'eval', the first .* 'nothing'"),
+        (b"nothing", ["--out", path], "two name the same place"),
+    ):
+        if content is not None:
+            path.write_bytes(content)
+        monkeypatch.setattr(sys, "argv", [*map(str, [*command, *more])])
+        with pytest.raises(UserError, match=said):
+            main()
+    assert path.read_bytes() == b"nothing"
 
 
 @pytest.mark.slow
@@ -219,6 +282,12 @@ def test_runs_that_cannot_be_evaluated_are_one_line(runs, shards, tmp_path, monk
     for combine in (score_ensemble, score_averaged_weights):  # averaged, the classes of one would be another's
         with pytest.raises(UserError, match="trained on other labels"):
             combine(pair, load_recipe(FinetuneRecipe, [runs[0] / "config.yaml"]), World())
+
+
+def test_shards_without_labels_are_one_line(runs, unlabelled, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", str(runs[0]), "--shards", str(unlabelled)])
+    with pytest.raises(UserError, match=f"{unlabelled}: its clips have no labels .*pretrain"):
+        main()
 
 
 def test_an_ensemble_of_single_label_data_averages_softmaxes():

@@ -19,7 +19,7 @@ import yaml
 
 from pipeline.ablation.executors import Executor
 from pipeline.ablation.grid import Grid, Run
-from pipeline.data.manifest import load_manifest
+from pipeline.data.manifest import labelled_manifest, load_manifest
 from pipeline.engine.checkpoint import complete_checkpoints
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json, write_text
@@ -63,11 +63,13 @@ class Campaign:
         return f"{self.out}{place.removeprefix('OUT')}" if place == "OUT" or place.startswith("OUT/") else place
 
     def check_data(self) -> None:
-        """A finished run must be of the data that the others will see.
+        """A finished run must be of the data that the others will see; what finetunings see must have labels.
 
         Raises:
-            UserError: it was made from other shards.
+            UserError: it was made from other shards, or clips have no labels.
         """
+        for name in {run.data for run in self.grid.runs if run.kind == "finetune"}:
+            labelled_manifest(self.shards(name))
         digests = {name: load_manifest(self.shards(name)).digest for name in {run.data for run in self.grid.runs}}
         for run in self.grid.runs:
             file = self.run_dir(run) / "done.json"

@@ -18,7 +18,15 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.manifest import AudioFormat, FbankFormat, Label, Manifest, SplitRecord, load_manifest
+from pipeline.data.manifest import (
+    AudioFormat,
+    FbankFormat,
+    Label,
+    Manifest,
+    SplitRecord,
+    labelled_manifest,
+    load_manifest,
+)
 from pipeline.errors import UserError
 
 MID = re.compile(r"/[a-z]/[0-9a-z_]+")
@@ -94,17 +102,21 @@ class Corpus:
                 }  # fmt: skip
 
 
-def load_corpus(data: DataConfig) -> Corpus:
+def load_corpus(data: DataConfig, labelled: bool = False) -> Corpus:
     """Reads the manifests that `data.shards` names.
 
+    Args:
+        data: Settings.
+        labelled: Clips without labels are refused: their classes are learned or scored.
+
     Raises:
-        UserError: no manifest, a split that is not there, or sets of different formats.
+        UserError: no manifest, a split that is not there, sets of different formats, or no labels.
     """
     found: list[Member] = []
     labels: list[Label] = []
     report: list[str] = []
     for number, one in enumerate(data.sets):
-        manifest = load_manifest(one.path)
+        manifest = labelled_manifest(one.path) if labelled else load_manifest(one.path)
         train = (one.split or data.train_split).split(",")
         for name in train:
             if name not in manifest.splits:

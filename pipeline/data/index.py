@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.data.corpus import Corpus
 from pipeline.data.manifest import IndexFile
@@ -88,7 +89,13 @@ class ShardIndex:
         return int(self._starts[-1])
 
     def part(
-        self, splits: Sequence[tuple[int, str]], fold: int, held_out: bool, limit: int, name: str
+        self,
+        splits: Sequence[tuple[int, str]],
+        fold: int,
+        held_out: bool,
+        limit: int,
+        name: str,
+        ids: pa.Array | None = None,
     ) -> Part:
         """The clips of a part of a run.
 
@@ -98,6 +105,7 @@ class ShardIndex:
             held_out: The clips of that fold, not the others.
             limit: Only the first clips; 0: all.
             name: Of the part, for its random numbers.
+            ids: string [i], the keys of the clips to take, of those that are there; None: all. Reads the keys once.
 
         Raises:
             UserError: no such fold, or no clip.
@@ -109,22 +117,30 @@ class ShardIndex:
         sizes = np.diff(self._starts)[chosen]
         begins = self._starts[:-1][chosen]
         together = len(begins) > 0 and bool((begins[1:] == begins[:-1] + sizes[:-1]).all())
-        if together and not fold:
+        if together and not fold and ids is None:
             starts = np.concatenate([[0], np.cumsum(sizes)])
             if limit:
                 starts = np.unique(np.minimum(starts, limit))
             return Part(starts, None, int(begins[0]), name)
         rows = np.concatenate([np.arange(b, b + n) for b, n in zip(begins, sizes, strict=True)] or [np.empty(0, int)])
-        named = ",".join(split for _, split in splits)
+        where, named = self._corpus.members[splits[0][0]].location, ",".join(split for _, split in splits)
         if fold:
             columns = [file.check(file.read(["fold"]))["fold"].to_numpy() for file in self._files]
             folds = np.concatenate(columns)[rows]
             if fold not in folds:
                 raise UserError(f"data.fold = {fold}: split '{named}' has folds {sorted(set(folds.tolist()))}")
             rows = rows[(folds == fold) == held_out]
+        if ids is not None:
+            keys = [file.check(file.read(["key"]))["key"].cast(pa.string()) for file in self._files]
+            there = np.concatenate([pc.is_in(one, value_set=ids).to_numpy() for one in keys])
+            rows = rows[there[rows]]
+            if not len(rows):
+                raise UserError(
+                    f"{where}: none of the {len(ids)} listed ids is in split '{named}', the first of them is "
+                    f"{ids[0].as_py()!r:.100}; inspect_shards.py --ids-out FILE writes those of the shards"
+                )
         rows = rows[: limit or None]
         if not len(rows):
-            where = self._corpus.members[splits[0][0]].location
             raise UserError(f"{where}: no clip in split '{named}', fold {fold}; see its failures.jsonl")
         return Part.of(rows, self.shards_of(rows), name)
 

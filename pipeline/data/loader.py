@@ -20,6 +20,7 @@ from typing import Literal
 from weakref import WeakSet
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import IterableDataset
 
@@ -65,6 +66,7 @@ class Loader(IterableDataset[Batch]):
         device: Of the batches. A GPU converts the stored numbers itself, out of pinned memory.
         raw: Stored numbers travel to the device and are converted there; None: unless that is a CPU.
         limit: Only the first clips of the part; 0: all.
+        ids: string [i], keys: only those of these clips that are in the part; None: all.
 
     Attributes:
         clips: Of an epoch, over all ranks: n, or `data.epoch_clips`.
@@ -92,6 +94,7 @@ class Loader(IterableDataset[Batch]):
         device: torch.device | str = "cpu",
         raw: bool | None = None,
         limit: int = 0,
+        ids: pa.Array | None = None,
     ) -> None:
         data = data if isinstance(data, DataConfig) else DataConfig(shards=str(data))
         self._data, self._train, self._seed = data, part == "train", seed
@@ -110,7 +113,7 @@ class Loader(IterableDataset[Batch]):
         online = fbank and (data.fbank == "online" or (data.fbank == "auto" and changed))
         read = {"waveform": waveform or online, "fbank": fbank and not online}
         self._index = ShardIndex(self.corpus, [member for member in read if read[member]])
-        parts = self._parts(limit)
+        parts = self._parts(limit, ids)
         order, others = self._orders(parts)
         self.clips = len(order)
         if self._train and batch_size > self.clips:
@@ -233,7 +236,7 @@ class Loader(IterableDataset[Batch]):
         """Batches before the first one that lies in a later epoch alone."""
         return -(-(epoch + 1) * self.clips // self._batch_size)
 
-    def _parts(self, limit: int) -> list[Part]:
+    def _parts(self, limit: int, ids: pa.Array | None) -> list[Part]:
         """Of a training, the clips of each set; of an evaluation, those of all sets as one."""
         data, members = self._data, self.corpus.members
         trained = [[(number, split) for split in member.train] for number, member in enumerate(members)]
@@ -250,7 +253,7 @@ class Loader(IterableDataset[Batch]):
         kind = "train" if self._train else "eval"
         names = [f"{digest}/{','.join(split for _, split in splits)}/{data.fold}/{kind}"
                  for digest, splits in zip(digests, trained, strict=True)]  # fmt: skip
-        return [self._index.part(splits, data.fold, not self._train, limit, name)
+        return [self._index.part(splits, data.fold, not self._train, limit, name, ids)
                 for splits, name in zip(trained, names, strict=True)]  # fmt: skip
 
     def _orders(self, parts: list[Part]) -> tuple[Order, Order]:

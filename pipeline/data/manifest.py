@@ -259,6 +259,22 @@ def load_manifest(directory: Location) -> Manifest:
     return manifest
 
 
+def labelled_manifest(directory: Location) -> Manifest:
+    """The manifest of shards whose classes are learned or scored.
+
+    Raises:
+        UserError: as `load_manifest`, or the clips have no labels.
+    """
+    manifest = load_manifest(directory)
+    if manifest.unlabelled:
+        raise UserError(
+            f"{directory}: its clips have no labels (manifest.json: unlabelled), which finetuning and evaluation need; "
+            "build them with labels (build_shards.py --table, --class-labels, ...: README.md, What you have), or "
+            "pretrain on these (launchers/pretrain.py)"
+        )
+    return manifest
+
+
 def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number")
 

@@ -151,6 +151,31 @@ def run_main(monkeypatch, *words: object) -> int:
     return inspect_shards.main()
 
 
+def test_the_ids_of_splits(shards, tmp_path, monkeypatch, capsys):
+    """Sorted, each once; those of every split without --split."""
+    rows = [f"tone.wav,x,{split},{key}" for split in ("train", "eval", "more") for key in ("b", "a", split)]
+    (shards.parent / "splits.csv").write_text("\n".join(["path,labels,split,key", *rows]))
+    catalog = catalogs.table(shards.parent, shards.parent / "splits.csv", None, None)
+    build(catalog, tmp_path / "out", options(SECONDS, 2), 1, engine="inline")
+    for words, keys in (
+        ([], ["a", "b", "eval", "more", "train"]),
+        (["--split", "eval"], ["a", "b", "eval"]),
+        (["--split", "more,eval"], ["a", "b", "eval", "more"]),
+    ):
+        assert run_main(monkeypatch, tmp_path / "out", "--ids-out", tmp_path / "new" / "ids.txt", *words) == 0
+        assert (tmp_path / "new" / "ids.txt").read_text().splitlines() == keys
+        assert capsys.readouterr().out == f"{len(keys)} ids\nwritten to {tmp_path}/new/ids.txt\n"
+    for words, said in (
+        (["--ids-out", tmp_path / "x", "--split", "evil"], "--split evil is not in .*out, which has train, eval, more"),
+        (["--split", "eval"], "--split needs --ids-out"),
+        (["a", "--ids-out", tmp_path / "x"], "KEY goes alone"),
+        (["--ids-out", tmp_path], "--ids-out .*is a directory"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run_main(monkeypatch, tmp_path / "out", *words)
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_flipped_bit_is_an_error_that_names_the_clip(shards, tmp_path):
     row = load_index(shards).to_pylist()[0]
     tar = shards / row["shard"]

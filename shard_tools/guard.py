@@ -41,6 +41,9 @@ from shard_tools.segment import reason_of
 TIME_LIMIT = 60.0  # seconds for one segment: 500 times what a slow one takes
 START_LIMIT = 300.0  # seconds for the decoder's imports, on a busy network disk
 GRACE = 5.0
+# glibc: arrays up to 32 MiB come from the heap, and up to 64 MiB that are free stay there. Its own limits, which follow
+# the largest array freed, give a clip's pages back after each clip: 850 page faults, 1.5 ms.
+KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 FIELDS = ("duration", "sample_rate", "channels", "decoder", "begin", "cut")  # of `Decoded`, beside its waveform
 
 
@@ -125,7 +128,7 @@ class DecoderProcess:
                     stdout=self._errors,  # libraries chatter on both (mpg123, FFmpeg)
                     stderr=self._errors,
                     pass_fds=handles,
-                    env=os.environ | {"PYTHONPATH": path},
+                    env=KEEP_PAGES | os.environ | {"PYTHONPATH": path},
                     start_new_session=True,  # Ctrl-C is the worker's
                 )
         except OSError as error:

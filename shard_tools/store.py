@@ -247,11 +247,11 @@ def local_copies(paths: Iterable[str]) -> Iterator[str | OSError]:
     be fetched is its error, in its place: a `MachineError` where its store, the network or the scratch disk is at
     fault, another where the store says that this file is not there, or not for us.
     """
-    return (copy for copy, _ in _copies(((path, None) for path in paths), None))
+    return (copy for copy, _ in stamped_copies((path, None) for path in paths))
 
 
 def stamped_copies(sources: Iterable[tuple[str, Place]]) -> Iterator[tuple[str | OSError, Stamp]]:
-    """As `local_copies`, of members of containers too, each with the stamp that it had before it was fetched.
+    """As `local_copies`, each with the stamp that it had before it was fetched.
 
     A container behind a URL is asked for its stamp once: one that changes meanwhile keeps the old one, so that a
     restart sees it.
@@ -259,13 +259,7 @@ def stamped_copies(sources: Iterable[tuple[str, Place]]) -> Iterator[tuple[str |
     Args:
         sources: Name, and where a member's bytes are.
     """
-    return _copies(sources, {})
-
-
-def _copies(
-    sources: Iterable[tuple[str, Place]], stamps: dict[str, Stamp] | None
-) -> Iterator[tuple[str | OSError, Stamp]]:
-    queue = iter(sources)
+    queue, stamps = iter(sources), dict[str, Stamp]()
     with ThreadPoolExecutor(FETCH_THREADS) as pool:
         ahead = deque(pool.submit(_fetch, *source, stamps) for source in islice(queue, FETCH_AHEAD))
         try:
@@ -284,18 +278,18 @@ def _copies(
                     copy.close()
 
 
-def _fetch(path: str, at: Place, stamps: dict[str, Stamp] | None) -> tuple[str | OSError | IO[bytes], Stamp]:
+def _fetch(path: str, at: Place, stamps: dict[str, Stamp]) -> tuple[str | OSError | IO[bytes], Stamp]:
     container, member = split_source(path)
     if not is_remote(path) and not member:
-        return path, None if stamps is None else stamp(path)
+        return path, stamp(path)
     now: Stamp = None
     try:
         target = scratch_file()
     except MachineError as error:
         return error, None
-    if stamps is not None and member and container in stamps:
+    if member and container in stamps:
         now = stamps[container]
-    elif stamps is not None:
+    else:
         try:
             now = stamp(path)  # before the content: of a file that changes in between, a restart sees that it has
             if is_remote(container):

@@ -392,3 +392,27 @@ def test_a_store_that_does_not_answer_is_no_fault_of_a_clip(tmp_path, monkeypatc
             patch.setattr(storage, "transfer", away)
             ((copy, _),) = stamped_copies([(source, clip.at)])
             assert isinstance(copy, MachineError), kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_container_in_a_store_that_changed_between_slices_is_told(tmp_path, s3, kind):
+    """By a merge, and by the next run of its slice, which reads it anew."""
+    bucket, out, url = boto3.client("s3"), tmp_path / "out", f"s3://changed-{kind}"
+    bucket.create_bucket(Bucket=f"changed-{kind}")
+
+    def put(wavs: list[bytes]) -> None:
+        pack(tmp_path, kind, wavs)
+        for name in "ab":
+            bucket.upload_file(f"{tmp_path}/{name}.{kind}", f"changed-{kind}", f"{name}.{kind}")
+
+    put(WAVS)
+    catalog = catalog_of(url, kind)
+    build_slice(catalog, out, OPTIONS, 1, Slice(1, 2), engine="inline")
+    put(WAVS[5::-1] + WAVS[6:])  # `a` of the same length, `b` as it was
+    build_slice(catalog, out, OPTIONS, 1, Slice(2, 2), engine="inline")
+    with pytest.raises(UserError, match=rf"hold files that have changed .* such as {url}/a\.{kind}::"):
+        merge(catalog, out, OPTIONS)
+    build_slice(catalog, out, OPTIONS, 1, Slice(1, 2), engine="inline")
+    merge(catalog, out, OPTIONS)
+    build(catalog, tmp_path / "anew", OPTIONS, 1, engine="inline")
+    assert digests(out) == digests(tmp_path / "anew")

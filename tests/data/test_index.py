@@ -83,22 +83,22 @@ def test_parts_are_the_rows_of_split_and_fold(shards, fold, held_out, limit):
 
 def test_the_listed_clips_of_a_part(shards):
     """In the order of the index, whatever that of the list is; ids of other splits and of nothing are left out."""
-    index, whole = ShardIndex(str(shards), load_manifest(shards)), load_index(shards).to_pylist()
+    index, whole = opened(shards), load_index(shards).to_pylist()
     ids = pa.array([row["key"] for row in whole[::-3]] + ["nothing"])
     for split, fold in (("train", 0), ("eval", 0), ("train", 2)):
-        part = index.part([split], fold, True, 0, "name", ids)
+        part = index.part([(0, split)], fold, True, 0, "name", ids)
         listed = [i for i in range(len(whole) - 1, -1, -3) if whole[i]["split"] == split]
         assert part.at(np.arange(len(part))).tolist() == sorted(
             i for i in listed if not fold or whole[i]["fold"] == fold
         )
         for number in range(len(part.starts) - 1):
-            assert len(np.unique(index.shards(part.shard(number)))) == 1
-    assert len(index.part(["train"], 0, False, 4, "name", ids)) == 4
+            assert len(np.unique(index.shards_of(part.shard(number)))) == 1
+    assert len(index.part([(0, "train")], 0, False, 4, "name", ids)) == 4
     others = pa.array([row["key"] for row in whole if row["split"] == "train"])
     with pytest.raises(
         UserError, match=f"none of the {len(others)} listed ids is in split 'eval', the first .*--ids-out"
     ):
-        index.part(["eval"], 0, False, 0, "name", others)
+        index.part([(0, "eval")], 0, False, 0, "name", others)
 
 
 def rewritten(shards, out, change):

@@ -181,6 +181,9 @@ class ModelConfig(Section):
     )
     shared_patch: bool = result(False, description="one patch embedding for both representations")
     modality_embedding: bool = result(False, description="add a learned vector per representation")
+    drop_path: float = result(
+        0.0, ge=0, lt=1, description="stochastic depth: share of clips that skip the last block, rising from 0 linearly"
+    )
     checkpoint_activations: bool = neutral(False, description="recompute MSAE and blocks in backward to save memory")
 
 
@@ -331,6 +334,17 @@ class FinetuneConfig(Section):
         "mean", description="mean of patch tokens (SSAST), of cls and dist (AST), or of each frequency row (ours)"
     )
     loss: Literal["auto", "bce", "ce"] = result("auto", description="auto: ce where every clip has one label, else bce")
+    label_smoothing: float = result(0.0, ge=0, lt=1, description="share of a target that is spread evenly: ce, bce")
+    gamma_pos: float = result(0.0, ge=0, description="bce: focusing on a clip's labels that are missed (ASL)")
+    gamma_neg: float = result(0.0, ge=0, description="bce: likewise on the others, that are taken for labels (ASL: 4)")
+    margin: float = result(
+        0.0, ge=0, lt=1, description="bce: the others' probabilities below it cost nothing (ASL: .05)"
+    )
+    pos_weight: float = result(
+        0.0, ge=0, le=1, description="bce: a label weighs (clips without / clips with it) to this power; 0: 1"
+    )
+    mask_time: float = result(0.0, ge=0, lt=1, description="share of patch columns that training leaves out of a clip")
+    mask_freq: float = result(0.0, ge=0, lt=1, description="share of patch rows that training leaves out of a clip")
     folds: Literal["all"] | tuple[int, ...] = result(
         (), description="cross-validation: all, or a list of folds, each held out in turn; empty: data.fold alone"
     )

@@ -29,7 +29,7 @@ from pipeline.data.bad import BadClips
 from pipeline.data.cache import Cache, Remote, this_job
 from pipeline.data.index import ShardIndex
 from pipeline.data.manifest import load_manifest
-from pipeline.data.order import EvalOrder, Part, TrainOrder, train_order
+from pipeline.data.order import EvalOrder, Part, TrainOrder, part_weights, train_order
 from pipeline.data.pool import Arrays, Pool, slot_type
 from pipeline.data.reader import Reader
 from pipeline.data.spec import DataSpec
@@ -109,7 +109,7 @@ class Loader(IterableDataset[Batch]):
         self._index = ShardIndex(data.shards, self.manifest, [member for member in read if read[member]])
         clips = self._part(limit)
         order, others = self._orders(clips)
-        self.clips = len(order)
+        self.clips, self._order = len(order), order
         if self._train and batch_size > self.clips:
             raise UserError(
                 f"train.batch_size = {batch_size}: an epoch has {self.clips} clips, so every batch would hold a clip "
@@ -207,6 +207,16 @@ class Loader(IterableDataset[Batch]):
     def names(self, rows: Sequence[int]) -> list[tuple[str, str]]:
         """Sample key and shard of index rows."""
         return [self._index.name(row) for row in rows]
+
+    def class_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the part, by class: clips int64 [C], and those that an epoch draws, expected: float64 [C].
+
+        One read of the index's labels and two passes over them, as for a balanced sampler.
+        """
+        weights = part_weights(self._order.part, self._index.label_columns(), len(self.spec.labels))
+        if isinstance(self._order, EvalOrder) or self._order.weights is None:
+            return weights.counts, weights.counts.astype(np.float64)
+        return weights.counts, self._order.weights.drawn(self.clips)
 
     def close(self) -> None:
         """Ends the readers of iterators that were left unfinished, and closes the shards."""

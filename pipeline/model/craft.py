@@ -25,7 +25,8 @@ from pipeline.model.embed import (
     TokenSequence,
     patch_grid,
 )
-from pipeline.model.encoder import Encoder, run_block
+from pipeline.model.encoder import Encoder, drop_paths, run_block
+from pipeline.model.masking import kept_patches
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Streams:
         bottlenecks: F; 0: no fusion.
         fusion_layer: First fusing block; -1: a third of the depth.
         pool: The tokens that are returned: "mean", the patches, or "cls", cls and dist.
+        mask_freq: Share of a grid's rows that training leaves out of a clip.
+        mask_time: Share of its columns.
+        seed: Of what training draws: which branches, rows and columns it leaves out.
     """
 
     spec: bool
@@ -70,6 +74,9 @@ class Streams:
     bottlenecks: int = 0
     fusion_layer: int = -1
     pool: str = "mean"
+    mask_freq: float = 0.0
+    mask_time: float = 0.0
+    seed: int = 0
 
 
 class Craft(nn.Module):
@@ -147,6 +154,7 @@ class Craft(nn.Module):
         wav_map: torch.Tensor | None,
         spec_masks: Sequence[torch.Tensor | None] = (None,),
         wav_masks: Sequence[torch.Tensor | None] = (None,),
+        position: torch.Tensor | None = None,
     ) -> Encoded:
         """Encodes the given representations in one pass of the encoder.
 
@@ -156,22 +164,40 @@ class Craft(nn.Module):
             spec_masks: One entry for each time that the spectrogram is encoded: int64 [B, K], indices of
                 masked patches, or None.
             wav_masks: Likewise for the waveform.
+            position: int64 [B], what the draws of training go by; None: there are none.
 
         Returns:
             Patch tokens [B, N, D], or with `pool` = "cls" the cls and dist tokens [B, 2, D].
+
+        Raises:
+            ValueError: there are draws, and no position.
         """
+        streams, drop_path = self.streams, self.config.drop_path
+        spec_kept = wav_kept = paths = None
+        if self.training and (drop_path or streams.mask_freq or streams.mask_time):
+            if position is None:
+                raise ValueError("drop_path, mask_freq and mask_time draw by the positions of the clips; give them")
+            if drop_path:
+                passes = len(spec_masks) * (fbank is not None) + len(wav_masks) * (wav_map is not None)
+                paths = drop_paths(drop_path, len(self.encoder.blocks), passes, streams.seed, position, self.dtype)
+            if streams.mask_freq or streams.mask_time:
+                # Equal grids lose the same rows and columns: what is left of a clip has no second account of the rest.
+                shares = streams.mask_freq, streams.mask_time
+                spec_kept, wav_kept = (
+                    kept_patches(streams.seed, position, grid, *shares) for grid in (self.grid, self.wav_grid)
+                )
         special = self.special()
         sequences = []
         if fbank is not None:
             patches = self.spec_patch(fbank.to(self.dtype).transpose(1, 2))
-            sequences += [self.spec_tokens(patches, special, mask) for mask in spec_masks]
+            sequences += [self.spec_tokens(patches, special, mask, spec_kept) for mask in spec_masks]
         passes = len(sequences)
         if wav_map is not None:
             embedding = self.spec_patch if self.config.shared_patch else self.wav_patch
             patches = embedding(wav_map)
-            sequences += [self.wav_tokens(patches, special, mask) for mask in wav_masks]
+            sequences += [self.wav_tokens(patches, special, mask, wav_kept) for mask in wav_masks]
         kept = slice(len(special)) if self.streams.pool == "cls" else slice(len(special), None)
-        encoded = [tokens[:, kept] for tokens in self.encoder(sequences)]
+        encoded = [tokens[:, kept] for tokens in self.encoder(sequences, paths)]
         return Encoded(tuple(encoded[:passes]), tuple(encoded[passes:]))
 
 

@@ -159,16 +159,23 @@ class TokenSequence(nn.Module):
         if self.mask_token is not None:
             nn.init.xavier_normal_(self.mask_token[None, None])  # SSAST's, of shape [1, 1, D]: deviation D^-1/2
 
-    def forward(self, patches: torch.Tensor, special: torch.Tensor, masked: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self,
+        patches: torch.Tensor,
+        special: torch.Tensor,
+        masked: torch.Tensor | None,
+        kept: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Builds the sequence.
 
         Args:
             patches: [B, N, D].
             special: [2, D], cls and dist with their positions.
             masked: int64 [B, K], indices of the patches that the mask token replaces; None: none.
+            kept: int64 [B, N'], indices of the patches that the sequence has, each with its own position; None: all.
 
         Returns:
-            [B, 2 + N, D].
+            [B, 2 + N, D], or N' for N.
         """
         if masked is not None and self.mask_token is not None:
             hidden = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter_(1, masked, True)
@@ -176,6 +183,8 @@ class TokenSequence(nn.Module):
         patches = patches + self.positions.flatten(0, 1)
         if self.modality is not None:
             patches = patches + self.modality
+        if kept is not None:
+            patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[2]))
         return torch.cat([special.expand(patches.shape[0], -1, -1), patches], dim=1)
 
 

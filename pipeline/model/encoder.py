@@ -13,6 +13,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.rng import uniform
+
 LAYER_NORM_EPS = 1e-6
 
 
@@ -57,10 +59,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, n, D] -> [B, n, D]."""
-        x = x + self.attn(self.norm1(x))
-        out: torch.Tensor = x + self.mlp(self.norm2(x))
+    def forward(self, x: torch.Tensor, paths: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, n, D] -> [B, n, D]; `paths` [B, 2] are factors of each clip's attention and MLP; None: 1."""
+        if paths is None:
+            x = x + self.attn(self.norm1(x))
+            out: torch.Tensor = x + self.mlp(self.norm2(x))
+        else:
+            first, second = paths[..., None, None].unbind(dim=1)
+            x = x + first * self.attn(self.norm1(x))
+            out = x + second * self.mlp(self.norm2(x))
         return out
 
 
@@ -100,11 +107,12 @@ class Encoder(nn.Module):
         self.fusion_layer = fusion_layer
         self.recompute = recompute
 
-    def forward(self, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def forward(self, streams: Sequence[torch.Tensor], paths: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Encodes.
 
         Args:
             streams: [B, n, D] each; n may differ between streams, at the price of one call more a block.
+            paths: [depth, streams, B, 2] of `drop_paths`; None: no branch is dropped.
 
         Returns:
             [B, n, D] each; bottleneck tokens are left out.
@@ -114,11 +122,38 @@ class Encoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             if self.bottlenecks is not None and layer == self.fusion_layer:
                 stacks = [torch.cat([x, self.bottlenecks(x.shape[0])], dim=1) for x in stacks]
-            stacks = [run_block(block, x, recompute=self.recompute) for x in stacks]
+            factors = () if paths is None else (torch.split(paths[layer], counts),)
+            inputs = [(x, *(part.flatten(0, 1) for part in parts)) for x, *parts in zip(stacks, *factors, strict=True)]
+            stacks = [run_block(block, *given, recompute=self.recompute) for given in inputs]
             if self.bottlenecks is not None and layer >= self.fusion_layer:
                 stacks = _share_bottlenecks(stacks, lengths, counts)
         encoded = [self.norm(x[:, :length]) for x, length in zip(stacks, lengths, strict=True)]
         return [stream for x, count in zip(encoded, counts, strict=True) for stream in _apart(x, count)]
+
+
+def drop_paths(
+    rate: float, depth: int, streams: int, seed: int, position: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Stochastic depth (Huang et al. 2016): which residual branches of which clips are left out.
+
+    Block l of n leaves out each branch of a clip with probability rate * l / (n - 1), and divides what it keeps by the
+    rest. The draws are a function of seed, position, stream and block: the same on any rank, in any micro-batch, and in
+    both passes of GradCache.
+
+    Args:
+        rate: Of the last block.
+        depth: n.
+        streams: Sequences of a clip, each with draws of its own.
+        seed: The run's seed.
+        position: int64 [B].
+        dtype: Of the result.
+
+    Returns:
+        Factors [depth, streams, B, 2], of attention and MLP.
+    """
+    draws = uniform(seed, "drop_path", position, streams * depth * 2).view(-1, streams, depth, 2)
+    rates = torch.linspace(0.0, rate, depth, device=position.device)[:, None]
+    return ((draws >= rates) / (1 - rates)).to(dtype).permute(2, 1, 0, 3)
 
 
 def run_block(block: nn.Module, *inputs: torch.Tensor, recompute: bool) -> torch.Tensor:

@@ -170,14 +170,21 @@ class ModelConfig(Section):
     )
     patch: int = result(16, ge=1, description="patch side, mel bins = frames")
     stride: int = result(16, ge=1, description="patch stride; smaller than the patch: overlap (SSAST finetuning: 10)")
+    frontend: Literal["msae", "strided", "sinc"] = result(
+        "msae", description="waveform to map; strided: convolutions at a fifth of MSAE's cost; sinc: learned bands"
+    )
+    wav_depth: int = result(
+        0, ge=0, description="blocks that the waveform goes through; 0: all. One that fuses must be among them"
+    )
     kernels: tuple[int, ...] = result((11, 51, 101), description="MSAE: convolution kernels, one per scale")
     kernel_strides: tuple[int, ...] = result((1, 5, 10), description="MSAE: strides of those convolutions")
     channels: tuple[int, ...] = result(
-        (43, 43, 42), description="MSAE: channels per scale; they sum to the mel bins, or (32, 32, 32) to a lower grid"
+        (43, 43, 42), description="MSAE: channels per scale; they sum to the mel bins, or (32, 32, 32) to a lower "
+        "grid; of another front end the sum alone counts"
     )
     activation: Literal["relu", "gelu", "none"] = result("relu", description="MSAE before pooling; none: literal Eq. 1")
     norm: Literal["unpadded", "group", "none"] = result(
-        "unpadded", description="MSAE: GroupNorm after each convolution, over the audio or (group) the padded clip"
+        "unpadded", description="front end: GroupNorm after a convolution, over the audio or (group) the padded clip"
     )
     shared_patch: bool = result(False, description="one patch embedding for both representations")
     modality_embedding: bool = result(False, description="add a learned vector per representation")

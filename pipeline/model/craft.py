@@ -19,13 +19,13 @@ from pipeline.errors import UserError
 from pipeline.flow import Encoded
 from pipeline.model.embed import (
     SAMPLES_PER_FRAME,
-    MultiScaleEmbedding,
     PatchEmbedding,
     SpecialTokens,
     TokenSequence,
     patch_grid,
 )
 from pipeline.model.encoder import Encoder, drop_paths, run_block
+from pipeline.model.frontends import frontend
 from pipeline.model.masking import kept_patches
 
 
@@ -103,10 +103,8 @@ class Craft(nn.Module):
         self.grid = patch_grid(streams.mel_bins, streams.frames, config.patch, config.stride)
         self.wav_grid = patch_grid(sum(config.channels), streams.frames, config.patch, config.stride)
         self.special = SpecialTokens(size.width)
-        if streams.wav:
-            self.msae = MultiScaleEmbedding(
-                config.kernels, config.kernel_strides, config.channels, config.norm, config.activation
-            )
+        if streams.wav:  # under the name of its kind, so that weights say what they are of
+            self.add_module(config.frontend, frontend(config))
         if streams.spec or config.shared_patch:
             self.spec_patch = PatchEmbedding(size.width, config.patch, config.stride)
         if streams.wav and not config.shared_patch:
@@ -117,11 +115,12 @@ class Craft(nn.Module):
             self.wav_tokens = TokenSequence(size.width, self.wav_grid, config.modality_embedding, streams.masked_wav)
         self.encoder = Encoder(
             size.width,
-            size.depth,
+            size.depth if streams.spec else config.wav_depth or size.depth,
             size.heads,
             bottlenecks=streams.bottlenecks,
-            fusion_layer=size.depth // 3 if streams.fusion_layer < 0 else streams.fusion_layer,
+            fusion_layer=_fusion_layer(config, streams),
             recompute=config.checkpoint_activations,
+            early=config.wav_depth,
         )
         self.apply(_initialise)
 
@@ -136,7 +135,7 @@ class Craft(nn.Module):
         return self.encoder.norm.weight.dtype
 
     def waveform_map(self, waveform: torch.Tensor, length: torch.Tensor | None = None) -> torch.Tensor:
-        """MSAE of waveforms cut or zero-padded to T * 160 samples: [B, L] -> [B, channels, T].
+        """The front end's map of waveforms cut or zero-padded to T * 160 samples: [B, L] -> [B, channels, T].
 
         Args:
             waveform: [B, L].
@@ -146,7 +145,8 @@ class Craft(nn.Module):
         x = F.pad(waveform, (0, samples - waveform.shape[-1])).to(self.dtype)
         if length is None:
             length = torch.full((len(waveform),), waveform.shape[-1], device=waveform.device)
-        return run_block(self.msae, x, length, recompute=self.config.checkpoint_activations)
+        module = self.get_submodule(self.config.frontend)
+        return run_block(module, x, length, recompute=self.config.checkpoint_activations)
 
     def forward(
         self,
@@ -196,8 +196,9 @@ class Craft(nn.Module):
             embedding = self.spec_patch if self.config.shared_patch else self.wav_patch
             patches = embedding(wav_map)
             sequences += [self.wav_tokens(patches, special, mask, wav_kept) for mask in wav_masks]
+        leaving = len(sequences) - passes if self.config.wav_depth and streams.spec else 0
         kept = slice(len(special)) if self.streams.pool == "cls" else slice(len(special), None)
-        encoded = [tokens[:, kept] for tokens in self.encoder(sequences, paths)]
+        encoded = [tokens[:, kept] for tokens in self.encoder(sequences, paths, leaving)]
         return Encoded(tuple(encoded[:passes]), tuple(encoded[passes:]))
 
 
@@ -209,6 +210,10 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def _fusion_layer(config: ModelConfig, streams: Streams) -> int:
+    return SIZES[config.size].depth // 3 if streams.fusion_layer < 0 else streams.fusion_layer
+
+
 def _check(config: ModelConfig, streams: Streams) -> None:
     if config.patch > min(streams.mel_bins, streams.frames):
         raise UserError(
@@ -216,7 +221,15 @@ def _check(config: ModelConfig, streams: Streams) -> None:
         )
     if not streams.wav:
         return
-    if not len(config.kernels) == len(config.kernel_strides) == len(config.channels):
+    depth, first = SIZES[config.size].depth, _fusion_layer(config, streams)
+    if config.wav_depth > depth:
+        raise UserError(f"model.wav_depth = {config.wav_depth}, but model.size = {config.size} has {depth} blocks")
+    if streams.bottlenecks and 0 < config.wav_depth <= first < depth:
+        raise UserError(
+            f"model.wav_depth = {config.wav_depth}: the waveform leaves before block {first}, the first that fuses; "
+            f"set finetune.fusion_layer below {config.wav_depth}, or a larger wav_depth"
+        )
+    if config.frontend == "msae" and not len(config.kernels) == len(config.kernel_strides) == len(config.channels):
         raise UserError(
             f"model.kernels, kernel_strides and channels have {len(config.kernels)}, {len(config.kernel_strides)} and "
             f"{len(config.channels)} entries; give each scale one of each"
@@ -227,6 +240,6 @@ def _check(config: ModelConfig, streams: Streams) -> None:
             f"model.channels = {list(config.channels)} sum to {total}, neither the {streams.mel_bins} mel bins "
             f"of the shards (one patch grid for both representations) nor a multiple of model.patch = {config.patch}"
         )
-    for stride in config.kernel_strides:
+    for stride in config.kernel_strides if config.frontend == "msae" else ():
         if SAMPLES_PER_FRAME % stride:
             raise UserError(f"model.kernel_strides: {stride} does not divide 160, the samples of a frame")

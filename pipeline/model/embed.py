@@ -86,25 +86,30 @@ class Scale(nn.Module):
             )
         bias = self.bias if self.norm_weight is None else None
         x = F.conv1d(waveform[:, None], self.weight, bias, self.stride, padding=self.weight.shape[-1] // 2)
-        if self.norm_weight is not None and length is None:
-            x = F.group_norm(x, 1, self.norm_weight, self.bias, NORM_EPS)
-        elif self.norm_weight is not None and length is not None:
-            x = self._normalise(x, self.norm_weight, real_positions(waveform, length, self.stride, x.shape[2]))
+        if self.norm_weight is not None:
+            real = None if length is None else real_positions(waveform, length, self.stride, x.shape[2])
+            x = clip_norm(x, self.norm_weight, self.bias, real)
         if self.activation != "none":
             x = F.relu(x) if self.activation == "relu" else F.gelu(x)
         return F.avg_pool1d(x, SAMPLES_PER_FRAME // self.stride)
 
-    def _normalise(self, x: torch.Tensor, gain: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """GroupNorm of one group with the statistics of each clip's first `real` [B] positions: [B, channels, n]."""
-        z = full(x)
-        inside = (torch.arange(x.shape[2], device=x.device) < real[:, None]).to(z.dtype)
-        count = real * x.shape[1]
-        mean = (z.sum(dim=1) * inside).sum(dim=1) / count
-        square = (z.square().sum(dim=1) * inside).sum(dim=1) / count
-        rstd = (square - mean.square()).clamp(min=0.0).add(NORM_EPS).rsqrt()
-        scale = rstd[:, None] * full(gain)
-        shift = full(self.bias) - mean[:, None] * scale
-        return (z * scale[..., None] + shift[..., None]).to(x.dtype)
+
+def clip_norm(x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """GroupNorm of one group, [B, channels, n], with the statistics of each clip's first `real` [B] positions.
+
+    Statistics are float32 at least; `real` None: of all positions.
+    """
+    if real is None:
+        return F.group_norm(x, 1, gain, bias, NORM_EPS)
+    z = full(x)
+    inside = (torch.arange(x.shape[2], device=x.device) < real[:, None]).to(z.dtype)
+    count = real * x.shape[1]
+    mean = (z.sum(dim=1) * inside).sum(dim=1) / count
+    square = (z.square().sum(dim=1) * inside).sum(dim=1) / count
+    rstd = (square - mean.square()).clamp(min=0.0).add(NORM_EPS).rsqrt()
+    scale = rstd[:, None] * full(gain)
+    shift = full(bias) - mean[:, None] * scale
+    return (z * scale[..., None] + shift[..., None]).to(x.dtype)
 
 
 class PatchEmbedding(nn.Module):

@@ -93,41 +93,60 @@ class Encoder(nn.Module):
         heads: Attention heads.
         bottlenecks: F; 0: the streams never meet.
         fusion_layer: First block that fuses, 0-based; `depth` or more: none does.
+        early: Blocks of streams that leave early.
         recompute: Recompute each block in backward instead of keeping its activations.
     """
 
     def __init__(
-        self, width: int, depth: int, heads: int, *, bottlenecks: int, fusion_layer: int, recompute: bool
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        *,
+        bottlenecks: int,
+        fusion_layer: int,
+        recompute: bool,
+        early: int = 0,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         fuses = bottlenecks > 0 and fusion_layer < depth
         self.bottlenecks = Bottlenecks(bottlenecks, width) if fuses else None
-        self.fusion_layer = fusion_layer
+        self.fusion_layer, self.early = fusion_layer, early
         self.recompute = recompute
 
-    def forward(self, streams: Sequence[torch.Tensor], paths: torch.Tensor | None = None) -> list[torch.Tensor]:
+    def forward(
+        self, streams: Sequence[torch.Tensor], paths: torch.Tensor | None = None, leaving: int = 0
+    ) -> list[torch.Tensor]:
         """Encodes.
 
         Args:
             streams: [B, n, D] each; n may differ between streams, at the price of one call more a block.
             paths: [depth, streams, B, 2] of `drop_paths`; None: no branch is dropped.
+            leaving: So many streams, the last ones, leave after `early` blocks; from there on the others alone share
+                the bottlenecks, which keep what they took from them.
 
         Returns:
             [B, n, D] each; bottleneck tokens are left out.
         """
-        stacks, counts = _stack(streams)
-        lengths = [x.shape[1] for x in stacks]
+        staying, going = _groups(streams[: len(streams) - leaving]), _groups(streams[len(streams) - leaving :])
+        stacks, counts = [torch.cat(group) for group in staying + going], [len(group) for group in staying + going]
+        lengths, left = [x.shape[1] for x in stacks], stacks[:0]
         for layer, block in enumerate(self.blocks):
+            if leaving and layer == self.early:
+                stacks, left = stacks[: len(staying)], stacks[len(staying) :]
+            if not stacks:
+                break
+            here = counts[: len(stacks)]
             if self.bottlenecks is not None and layer == self.fusion_layer:
                 stacks = [torch.cat([x, self.bottlenecks(x.shape[0])], dim=1) for x in stacks]
-            factors = () if paths is None else (torch.split(paths[layer], counts),)
+            factors = () if paths is None else (torch.split(paths[layer, : sum(here)], here),)
             inputs = [(x, *(part.flatten(0, 1) for part in parts)) for x, *parts in zip(stacks, *factors, strict=True)]
             stacks = [run_block(block, *given, recompute=self.recompute) for given in inputs]
             if self.bottlenecks is not None and layer >= self.fusion_layer:
-                stacks = _share_bottlenecks(stacks, lengths, counts)
-        encoded = [self.norm(x[:, :length]) for x, length in zip(stacks, lengths, strict=True)]
+                stacks = _share_bottlenecks(stacks, lengths[: len(stacks)], here)
+        encoded = [self.norm(x[:, :length]) for x, length in zip([*stacks, *left], lengths, strict=True)]
         return [stream for x, count in zip(encoded, counts, strict=True) for stream in _apart(x, count)]
 
 
@@ -166,15 +185,15 @@ def run_block(block: nn.Module, *inputs: torch.Tensor, recompute: bool) -> torch
     return out
 
 
-def _stack(streams: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[int]]:
-    """Neighbouring streams of one length on top of each other, [S B, n, D] each, and every S."""
+def _groups(streams: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Neighbouring streams of one length, which go through a block on top of each other."""
     groups: list[list[torch.Tensor]] = []
     for stream in streams:
         if groups and groups[-1][0].shape[1] == stream.shape[1]:
             groups[-1].append(stream)
         else:
             groups.append([stream])
-    return [torch.cat(group) for group in groups], [len(group) for group in groups]
+    return groups
 
 
 def _apart(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:

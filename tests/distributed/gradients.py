@@ -34,8 +34,12 @@ EVERY_OPTION = "pretrain.symmetric=true pretrain.projection=mlp pretrain.clean_s
 METHODS = {
     **{name: f"pretrain.method={name} pretrain.r_cl=1.0" for name in ("ssast", "wapt", "swapt", "swacl", "pswacl")},
     "pswacl+": f"pretrain.method=pswacl pretrain.r_cl=1.0 {EVERY_OPTION}",
+    "pswacl-strided": "pretrain.method=pswacl pretrain.r_cl=1.0 model.frontend=strided model.wav_depth=1",
+    "swapt-sinc": "pretrain.method=swapt model.frontend=sinc model.drop_path=0.5",
     **{name: f"finetune.method={name}" for name in ("ast", "wast", "swast")},
     "swab": "finetune.method=swab finetune.fusion_layer=1 finetune.bottlenecks=4",
+    "swab-strided": "finetune.method=swab finetune.fusion_layer=0 finetune.bottlenecks=4 model.frontend=strided "
+    "model.wav_depth=1",
     "swab+": "finetune.method=swab finetune.fusion_layer=1 finetune.bottlenecks=4 model.drop_path=0.5 "
     "finetune.mask_time=0.4 finetune.mask_freq=0.4 finetune.label_smoothing=0.1 finetune.gamma_pos=1 "
     "finetune.gamma_neg=2 finetune.margin=0.05 finetune.pos_weight=0.5",

@@ -159,7 +159,7 @@ class AugmentConfig(Section):
 class ModelConfig(Section):
     """The network (PAPER_SPEC 1-3)."""
 
-    size: Literal["micro", "tiny", "small", "base"] = result("base", description="width, depth and heads")
+    size: Literal["micro", "tiny", "small", "base", "large"] = result("base", description="width, depth and heads")
     init: UserPath = neutral("", description="run directory or checkpoint file to start from; empty: random")
     init_classifier: Literal["auto", "keep"] = result(
         "auto", description="of model.init; auto: kept where its labels are known to be the shards', else a fresh one; "

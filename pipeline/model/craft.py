@@ -43,6 +43,7 @@ SIZES: dict[str, Size] = {
     "tiny": Size(192, 12, 3),
     "small": Size(384, 12, 6),
     "base": Size(768, 12, 12),
+    "large": Size(1024, 24, 16),
 }
 
 

@@ -46,7 +46,7 @@ class StridedEmbedding(nn.Module):
 
     def __init__(self, channels: int, norm: str) -> None:
         super().__init__()
-        self.first = nn.Parameter(torch.empty(WIDTHS[0], 1, KERNEL))
+        self.first = nn.Parameter(torch.empty(WIDTHS[0], KERNEL))
         self.second = nn.Parameter(torch.empty(WIDTHS[1], STRIDES[1] * WIDTHS[0]))
         self.third = nn.Parameter(torch.empty(channels, STRIDES[2] * WIDTHS[1]))
         for weight in (self.first, self.second, self.third):
@@ -59,13 +59,14 @@ class StridedEmbedding(nn.Module):
 
     def forward(self, waveform: torch.Tensor, length: torch.Tensor | None = None) -> torch.Tensor:
         """[B, T * 160], of which int64 `length` [B] samples are audio (None: all) -> [B, channels, T]."""
-        bias = self.bias if self.norm_weight is None else None
-        x = F.conv1d(waveform[:, None], self.first, bias, STRIDES[0], padding=(KERNEL - STRIDES[0]) // 2)
-        if self.norm_weight is not None:
-            real = real_positions(waveform, length, STRIDES[0], x.shape[2]) if self.unpadded else None
-            x = clip_norm(x, self.norm_weight, self.bias, real)
-        x = x.mT
-        # A kernel that is as long as its stride is a matrix product of neighbours side by side.
+        pad = (KERNEL - STRIDES[0]) // 2
+        # As matrix products, positions before channels: activations stay in the order in which each step reads them.
+        x = F.linear(F.pad(waveform, (pad, pad)).unfold(1, KERNEL, STRIDES[0]), self.first)
+        if self.norm_weight is None:
+            x = x + self.bias
+        else:
+            real = real_positions(waveform, length, STRIDES[0], x.shape[1]) if self.unpadded else None
+            x = clip_norm(x.mT, self.norm_weight, self.bias, real).mT
         later = (self.second, self.second_bias), (self.third, self.third_bias)
         for (weight, bias), stride in zip(later, STRIDES[1:], strict=True):
             x = F.linear(torch.unflatten(F.gelu(x), 1, (-1, stride)).flatten(2), weight, bias)

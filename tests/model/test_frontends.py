@@ -24,7 +24,7 @@ MICRO = ["model.size=micro"]
 
 def strided(x: list[float], length: int, module: StridedEmbedding) -> torch.Tensor:
     """A clip's map, position by position."""
-    first = module.first[:, 0]
+    first = module.first
     pad = (KERNEL - STRIDES[0]) // 2
     columns = []
     for start in range(-pad, len(x) - pad, STRIDES[0]):

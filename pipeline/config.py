@@ -243,7 +243,7 @@ class AugmentConfig(Section):
 class ModelConfig(Section):
     """The network (PAPER_SPEC 1-3)."""
 
-    size: Literal["micro", "tiny", "small", "base"] = result("base", description="width, depth and heads")
+    size: Literal["micro", "tiny", "small", "base", "large"] = result("base", description="width, depth and heads")
     init: UserPath = neutral("", description="run directory or checkpoint file to start from; empty: random")
     init_classifier: Literal["auto", "keep"] = result(
         "auto", description="of model.init; auto: kept where its labels are known to be the shards', else a fresh one; "
@@ -254,17 +254,27 @@ class ModelConfig(Section):
     )
     patch: int = result(16, ge=1, description="patch side, mel bins = frames")
     stride: int = result(16, ge=1, description="patch stride; smaller than the patch: overlap (SSAST finetuning: 10)")
+    frontend: Literal["msae", "strided", "sinc"] = result(
+        "msae", description="waveform to map; strided: convolutions at a fifth of MSAE's cost; sinc: learned bands"
+    )
+    wav_depth: int = result(
+        0, ge=0, description="blocks that the waveform goes through; 0: all. One that fuses must be among them"
+    )
     kernels: tuple[int, ...] = result((11, 51, 101), description="MSAE: convolution kernels, one per scale")
     kernel_strides: tuple[int, ...] = result((1, 5, 10), description="MSAE: strides of those convolutions")
     channels: tuple[int, ...] = result(
-        (43, 43, 42), description="MSAE: channels per scale; they sum to the mel bins, or (32, 32, 32) to a lower grid"
+        (43, 43, 42), description="MSAE: channels per scale; they sum to the mel bins, or (32, 32, 32) to a lower "
+        "grid; of another front end the sum alone counts"
     )
     activation: Literal["relu", "gelu", "none"] = result("relu", description="MSAE before pooling; none: literal Eq. 1")
     norm: Literal["unpadded", "group", "none"] = result(
-        "unpadded", description="MSAE: GroupNorm after each convolution, over the audio or (group) the padded clip"
+        "unpadded", description="front end: GroupNorm after a convolution, over the audio or (group) the padded clip"
     )
     shared_patch: bool = result(False, description="one patch embedding for both representations")
     modality_embedding: bool = result(False, description="add a learned vector per representation")
+    drop_path: float = result(
+        0.0, ge=0, lt=1, description="stochastic depth: share of clips that skip the last block, rising from 0 linearly"
+    )
     checkpoint_activations: bool = neutral(False, description="recompute MSAE and blocks in backward to save memory")
 
 
@@ -415,6 +425,17 @@ class FinetuneConfig(Section):
         "mean", description="mean of patch tokens (SSAST), of cls and dist (AST), or of each frequency row (ours)"
     )
     loss: Literal["auto", "bce", "ce"] = result("auto", description="auto: ce where every clip has one label, else bce")
+    label_smoothing: float = result(0.0, ge=0, lt=1, description="share of a target that is spread evenly: ce, bce")
+    gamma_pos: float = result(0.0, ge=0, description="bce: focusing on a clip's labels that are missed (ASL)")
+    gamma_neg: float = result(0.0, ge=0, description="bce: likewise on the others, that are taken for labels (ASL: 4)")
+    margin: float = result(
+        0.0, ge=0, lt=1, description="bce: the others' probabilities below it cost nothing (ASL: .05)"
+    )
+    pos_weight: float = result(
+        0.0, ge=0, le=1, description="bce: a label weighs (clips without / clips with it) to this power; 0: 1"
+    )
+    mask_time: float = result(0.0, ge=0, lt=1, description="share of patch columns that training leaves out of a clip")
+    mask_freq: float = result(0.0, ge=0, lt=1, description="share of patch rows that training leaves out of a clip")
     folds: Literal["all"] | tuple[int, ...] = result(
         (), description="cross-validation: all, or a list of folds, each held out in turn; empty: data.fold alone"
     )

@@ -76,7 +76,7 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World) -> dict[str, An
         content = distributed.decide(
             lambda: summarise({fold: read_fold(Path(part.recipe.run.dir)) for fold, part in parts.items()})
         )
-        content["pool"] = recipe.finetune.pool
+        content |= {"pool": recipe.finetune.pool, "sampler": recipe.data.sampler}
         if world.is_main:
             write_json(run_dir / "results.json", content)
         tracker.summary({f"final_{content['metric']}": content["value"]}, 0)

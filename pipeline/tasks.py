@@ -89,6 +89,7 @@ class PretrainTask(nn.Module):
             frames=frames,
             masked_spec=method.masked_spec,
             masked_wav=self.masks_wav,
+            seed=self.seed,
         )
         self.model = Craft(recipe.model, streams)
         if method.contrast and config.level == "token" and self.model.grid != self.model.wav_grid:
@@ -128,7 +129,9 @@ class PretrainTask(nn.Module):
         clean = [None] if method.contrast and self.config.clean_spectrogram else []
         fbank = _given(batch.fbank) if method.spec else None
         wav_map = self.model.waveform_map(_given(batch.waveform), batch.length) if method.wav else None
-        encoded: Encoded = self.model(fbank, wav_map, [*spec_masks, *clean] or [None], wav_masks or [None])
+        encoded: Encoded = self.model(
+            fbank, wav_map, [*spec_masks, *clean] or [None], wav_masks or [None], batch.position
+        )
         if pooled_only:
             return self._pool(encoded)
         if rebuild:
@@ -225,13 +228,35 @@ class FinetuneTask(nn.Module):
         frames: T.
         classes: C.
         single_label: Every clip has exactly one label.
+        pos_weight: float32 [C], of `positive_weights`; None: 1.
+
+    Raises:
+        UserError: settings that contradict each other.
     """
 
-    def __init__(self, recipe: FinetuneRecipe, mel_bins: int, frames: int, classes: int, single_label: bool) -> None:
+    def __init__(
+        self,
+        recipe: FinetuneRecipe,
+        mel_bins: int,
+        frames: int,
+        classes: int,
+        single_label: bool,
+        pos_weight: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         config = recipe.finetune
         self.method = method = FINETUNE[config.method]
         self.loss = ("ce" if single_label else "bce") if config.loss == "auto" else config.loss
+        of_bce = {key: getattr(config, key) for key in ("gamma_pos", "gamma_neg", "margin", "pos_weight")}
+        for key, value in of_bce.items():
+            if value and self.loss == "ce":
+                raise UserError(f"finetune.{key} = {value}, but the loss is ce; set finetune.loss=bce, or {key}=0")
+        if config.mask_freq and config.pool == "rows":
+            raise UserError(
+                f"finetune.mask_freq = {config.mask_freq} takes rows out that finetune.pool = rows keeps apart; set "
+                "mask_freq=0 or another pool"
+            )
+        self.config, self.pos_weight = config, pos_weight  # no buffer: an engine in bf16 would round it
         streams = Streams(
             spec=method.spec,
             wav=method.wav,
@@ -240,6 +265,9 @@ class FinetuneTask(nn.Module):
             bottlenecks=config.bottlenecks if method.fusion else 0,
             fusion_layer=config.fusion_layer,
             pool=config.pool,
+            mask_freq=config.mask_freq,
+            mask_time=config.mask_time,
+            seed=recipe.run.seed,
         )
         self.seed = recipe.run.seed
         self.augment = recipe.augment
@@ -254,13 +282,19 @@ class FinetuneTask(nn.Module):
         wav_map = self.model.waveform_map(_given(batch.waveform), batch.length) if self.method.wav else None
         if wav_map is not None and self.training and self.augment.mask_map:
             wav_map = mask_fbank(wav_map.transpose(1, 2), self.augment, self.seed, batch.position).transpose(1, 2)
-        encoded: Encoded = self.model(fbank, wav_map)
+        encoded: Encoded = self.model(fbank, wav_map, position=batch.position)
         return encoded
 
     def forward(self, batch: Batch) -> Losses:
         """One micro-batch."""
         logits = self.classifier(self.encode(batch))
-        loss = classification_loss(logits, batch.targets, self.loss)
+        if self.pos_weight is not None:
+            self.pos_weight = self.pos_weight.to(logits.device)  # once
+        config = self.config
+        loss = classification_loss(
+            logits, batch.targets, self.loss, smoothing=config.label_smoothing, gamma_pos=config.gamma_pos,
+            gamma_neg=config.gamma_neg, margin=config.margin, pos_weight=self.pos_weight,
+        )  # fmt: skip
         named = {"loss": loss.detach()}
         if self.loss == "ce":
             hits = logits.detach().argmax(dim=1) == batch.targets.argmax(dim=1)

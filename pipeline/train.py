@@ -36,6 +36,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.methods import FINETUNE, PRETRAIN, Reads
 from pipeline.model.weights import weights_file
+from pipeline.objectives.classification import positive_weights
 from pipeline.recipes import RecipeT, flatten, read_run
 from pipeline.run_directory import check_run, open_run, write_record
 from pipeline.runs import eval_batch_size, initialise, score_run
@@ -60,7 +61,7 @@ def pretrain(launch: Launch[PretrainRecipe], world: World) -> None:
     used = (method.masked_spec, method.masked_wav, method.contrast)
     metric = "eval_" + next(name for name, present in zip(names, used, strict=True) if present)
 
-    def build(spec: DataSpec) -> PretrainTask:
+    def build(spec: DataSpec, loader: Loader) -> PretrainTask:
         return PretrainTask(recipe, spec.mel_bins, spec.frames)
 
     with _prepared(launch, world, "pretrain", name, method, build, metric) as (job, held_out):
@@ -88,8 +89,11 @@ def finetune(launch: Launch[FinetuneRecipe], world: World) -> None:
     single = load_corpus(recipe.data, labelled=True).single_label
     metric = f"eval_{metric_name(single)}"
 
-    def build(spec: DataSpec) -> FinetuneTask:
-        return FinetuneTask(recipe, spec.mel_bins, spec.frames, len(spec.labels), spec.single_label)
+    def build(spec: DataSpec, loader: Loader) -> FinetuneTask:
+        power, weights = recipe.finetune.pos_weight, None
+        if power:
+            weights = positive_weights(loader.class_counts()[1], loader.clips, power)
+        return FinetuneTask(recipe, spec.mel_bins, spec.frames, len(spec.labels), spec.single_label, weights)
 
     with _prepared(launch, world, "finetune", finetuning_name(recipe), method, build, metric) as (job, held_out):
 
@@ -112,7 +116,7 @@ def finetune(launch: Launch[FinetuneRecipe], world: World) -> None:
 @contextmanager
 def _prepared(
     launch: Launch[Any], world: World, kind: str, name: str, method: Reads,
-    build: Callable[[DataSpec], PretrainTask | FinetuneTask], metric: str,
+    build: Callable[[DataSpec, Loader], PretrainTask | FinetuneTask], metric: str,
 ) -> Iterator[tuple[Job, Loader | None]]:  # fmt: skip
     """A job without an evaluation, and the loader of the held-out clips; closes loaders, logs and tracking at the end.
 
@@ -124,7 +128,7 @@ def _prepared(
         kind: "pretrain" or "finetune".
         name: Of the run.
         method: Which representations are read.
-        build: Makes the task, with random weights.
+        build: Makes the task of format and training clips, with random weights.
         metric: See `Job`.
     """
     recipe: PretrainRecipe | FinetuneRecipe = launch.recipe
@@ -140,7 +144,7 @@ def _prepared(
         for line in corpus.report:
             log.info("%s", line)
         log.info("%d training clips, %d classes, T = %d", loader.clips, len(spec.labels), spec.frames)
-        task = build(spec)
+        task = build(spec, loader)
         total = recipe.train.steps or math.ceil(recipe.train.epochs * loader.clips / batches.total)
         if total < step:
             raise UserError(
@@ -230,13 +234,26 @@ def _write_results(job: Job, world: World) -> None:
     """
     file = distributed.decide(lambda: weights_file(job.run_dir))
     scored = score_run(job.run_dir, file, job.recipe, world)
-    content = results(scored.scores, scored.spec.labels, scored.spec.single_label, scored.about)
+    data = job.recipe.data
+    sampler = {"sampler": data.sampler, "replacement": data.replacement, "epoch_clips": job.loader.clips}
+    content = results(scored.scores, scored.spec.labels, scored.spec.single_label, scored.about | sampler)
     if world.is_main:
+        for row, weights in zip(content["per_class"], _class_weights(job), strict=True):
+            row.update(weights)
         write_predictions(scored.scores, scored.keys, job.run_dir / "predictions.parquet")
         write_json(job.run_dir / "results.json", content | {"epochs": _epochs(job)})
         _draw_results(job, content)
     job.tracker.summary({f"final_{name}": value for name, value in content["metrics"].items()}, job.total_steps)
     log.info("%s %.4f on %d clips (%s)", content["metric"], content["value"], content["clips"], file.name)
+
+
+def _class_weights(job: Job) -> list[dict[str, float]]:
+    """What each class weighed in training: its clips, their expected draws in an epoch, the weight of its labels."""
+    counts, drawn = job.loader.class_counts()
+    assert isinstance(job.task, FinetuneTask)
+    weights = [1.0] * len(counts) if job.task.pos_weight is None else job.task.pos_weight.tolist()
+    rows = zip(counts.tolist(), drawn.tolist(), weights, strict=True)
+    return [{"train_clips": count, "train_drawn": draws, "pos_weight": weight} for count, draws, weight in rows]
 
 
 def _epochs(job: Job) -> dict[str, float]:

@@ -235,6 +235,18 @@ def test_the_modern_recipe_resumes_bit_for_bit(alone):
 
 
 @pytest.mark.slow
+def test_results_say_what_each_class_weighed(alone):
+    content = json.loads((alone / "straight" / "results.json").read_text())
+    assert (content["sampler"], content["replacement"]) == ("balanced", True)
+    rows, draws = content["per_class"], content["epoch_clips"]
+    counts, drawn = ([row[name] for row in rows] for name in ("train_clips", "train_drawn"))
+    assert 1 < max(drawn) / min(drawn) < max(counts) / min(counts)  # clips of several labels leave it short of balanced
+    assert max(drawn) < draws
+    for row in rows:
+        assert row["pos_weight"] == pytest.approx((draws / row["train_drawn"] - 1) ** 0.5)
+
+
+@pytest.mark.slow
 def test_the_average_and_the_rates_of_layers_are_what_the_recipe_says(alone):
     run_dir = alone / "straight"
     mean = weights_at(run_dir, 2)

@@ -113,10 +113,12 @@ def test_transformers_encodes_the_same_with_a_backbone(tmp_path, kind, words, le
         (FinetuneRecipe, "finetune.method=swab", ["logits", "embedding"]),
         (FinetuneRecipe, "finetune.pool=cls", ["logits", "embedding"]),
         (PretrainRecipe, "pretrain.method=wapt", ["embedding"]),
+        (FinetuneRecipe, "model.frontend=strided", ["logits", "embedding"]),
+        (FinetuneRecipe, "model.frontend=sinc model.wav_depth=2", ["logits", "embedding"]),
     ],
 )
 def test_onnxruntime_gives_the_same_for_any_batch(tmp_path, kind, word, outputs):
-    task = make_run(tmp_path / "run", kind, word)
+    task = make_run(tmp_path / "run", kind, *word.split())
     export_onnx(open_exported(tmp_path / "run"), tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
     assert [output.name for output in session.get_outputs()] == outputs

@@ -23,7 +23,8 @@ COMMON = {
     "model.size": "base", "model.init_grid": None, "model.init_classifier": "auto", "model.patch": 16,
     "model.kernels": (11, 51, 101), "model.kernel_strides": (1, 5, 10), "model.channels": (43, 43, 42),
     "model.activation": "relu", "model.norm": "unpadded", "model.shared_patch": False,
-    "model.modality_embedding": False,
+    "model.modality_embedding": False, "model.drop_path": 0.0,
+    "model.frontend": "msae", "model.wav_depth": 0,
     # Adam with L2 5e-7, betas .95 and .999, no clipping
     "optim.name": "adam", "optim.betas": (0.95, 0.999), "optim.weight_decay": 5e-7, "optim.clip": 0.0,
     "optim.layer_decay": 1.0, "optim.head_lr": 1.0, "optim.patience": 2, "optim.threshold": 1e-4,
@@ -62,7 +63,9 @@ FINETUNE = COMMON | {
     "augment.mixup": 0.5, "augment.freq_mask": 48, "augment.time_mask": 192, "augment.noise": 0.0, "augment.roll": 0.0,
     # 64 bottleneck tokens from the fifth block on, means of patch tokens side by side
     "finetune.method": "swab", "finetune.bottlenecks": 64, "finetune.fusion_layer": -1, "finetune.head": "concat",
-    "finetune.pool": "mean", "finetune.loss": "auto", "finetune.folds": (),
+    "finetune.pool": "mean", "finetune.loss": "auto", "finetune.folds": (), "finetune.label_smoothing": 0.0,
+    "finetune.gamma_pos": 0.0, "finetune.gamma_neg": 0.0, "finetune.margin": 0.0, "finetune.pos_weight": 0.0,
+    "finetune.mask_time": 0.0, "finetune.mask_freq": 0.0,
 }  # fmt: skip
 
 COLUMNS = {

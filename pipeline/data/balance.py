@@ -42,12 +42,13 @@ class Weights:
 
     Attributes:
         sums: int64 [shards], in units of 2^-32.
+        counts: int64 [C], clips of each class.
         labelled: Whether any clip has a label.
     """
 
     def __init__(self, labels: Labels, shards: int, classes: int) -> None:
         self._labels, self._shards = labels, shards
-        counts = np.zeros(classes, np.int64)
+        self.counts = counts = np.zeros(classes, np.int64)
         for shard in range(shards):
             counts += np.bincount(labels(shard)[1], minlength=classes)
         self.labelled = bool(counts.any())
@@ -62,6 +63,14 @@ class Weights:
         sums = np.concatenate([[0], np.cumsum(self._class[values])])
         weights = sums[offsets[1:]] - sums[offsets[:-1]]
         return np.asarray(np.minimum(np.where(offsets[1:] > offsets[:-1], weights, self._bare), self._cap))
+
+    def drawn(self, draws: float) -> np.ndarray:
+        """Expected draws of each class's clips among `draws`: float64 [C]; one more pass over the labels."""
+        sums = np.zeros(len(self.counts))
+        for shard in range(self._shards):
+            offsets, values = self._labels(shard)
+            sums += np.bincount(values, np.repeat(self.of(shard), np.diff(offsets)), len(sums))
+        return np.asarray(draws * sums / self.sums.sum())
 
     def cut(self, draws: int) -> None:
         """Cuts the weights so that `draws` equally spaced points, fewer than the clips, meet no clip twice.

@@ -32,7 +32,7 @@ from pipeline.data.cache import Cache, Remote, this_job
 from pipeline.data.corpus import load_corpus
 from pipeline.data.index import ShardIndex
 from pipeline.data.mixture import MixedOrder, shares
-from pipeline.data.order import EvalOrder, Part, TrainOrder, train_order
+from pipeline.data.order import EvalOrder, Part, TrainOrder, part_weights, train_order
 from pipeline.data.pool import Arrays, Pool, slot_type
 from pipeline.data.reader import Reader
 from pipeline.data.spec import DataSpec
@@ -115,7 +115,7 @@ class Loader(IterableDataset[Batch]):
         self._index = ShardIndex(self.corpus, [member for member in read if read[member]])
         parts = self._parts(limit, ids)
         order, others = self._orders(parts)
-        self.clips = len(order)
+        self.clips, self._order = len(order), order
         if self._train and batch_size > self.clips:
             raise UserError(
                 f"train.batch_size = {batch_size}: an epoch has {self.clips} clips, so every batch would hold a clip "
@@ -214,6 +214,20 @@ class Loader(IterableDataset[Batch]):
     def names(self, rows: Sequence[int]) -> list[tuple[str, str]]:
         """Sample key and shard of index rows."""
         return [self._index.name(row) for row in rows]
+
+    def class_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the part, by class: clips int64 [C], and those that an epoch draws, expected: float64 [C].
+
+        One read of the index's labels and two passes over them, as for a balanced sampler.
+        """
+        table, classes = self._index.label_columns(), len(self.spec.labels)
+        counts, drawn = np.zeros(classes, np.int64), np.zeros(classes)
+        for order, draws in self._order.sources():
+            own = part_weights(order.part, table, classes)
+            counts += own.counts
+            balanced = None if isinstance(order, EvalOrder) else order.weights
+            drawn += own.counts * (draws / len(order.part)) if balanced is None else balanced.drawn(draws)
+        return counts, drawn
 
     def close(self) -> None:
         """Ends the readers of iterators that were left unfinished, and closes the shards."""

@@ -96,6 +96,12 @@ class MixedOrder:
             found[mine] = self._orders[number].partners(places[mine], draws[mine], own[mine])
         return found
 
+    def sources(self) -> list[tuple[TrainOrder, float]]:
+        """The order of each set, and its draws in an epoch of the first phase."""
+        whole = float(sum(self._weights[0]))
+        return [(order, self._clips * float(weight) / whole)
+                for order, weight in zip(self._orders, self._weights[0], strict=True)]  # fmt: skip
+
     def source(self, position: int) -> tuple[TrainOrder, int]:
         """The order of one set, and the position in it, that a position's clip is of."""
         sets, own = self.split(np.array([position]))

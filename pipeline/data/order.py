@@ -145,6 +145,10 @@ class EvalOrder:
         """Index rows of these positions: int64 [m] -> int64 [m]."""
         return self.part.at(positions % len(self.part))
 
+    def sources(self) -> list[tuple["EvalOrder", float]]:
+        """The order of each set of shards, and its clips in an epoch."""
+        return [(self, len(self))]
+
     def source(self, position: int) -> tuple["EvalOrder", int]:
         """The order of one set of shards, this one, and a position in it: see `pipeline.data.mixture`."""
         return self, position
@@ -248,6 +252,10 @@ class TrainOrder:
             rows = self.rows(self._position(epoch[i], stream[i], turns))
             found[i] = next(iter(rows[rows != own[i]]), own[i])
         return found
+
+    def sources(self) -> list[tuple["TrainOrder", float]]:
+        """The order of each set of shards, and its draws in an epoch."""
+        return [(self, len(self))]
 
     def source(self, position: int) -> tuple["TrainOrder", int]:
         """The order of one set of shards, this one, and a position in it: see `pipeline.data.mixture`."""

@@ -19,13 +19,14 @@ from pipeline.errors import UserError
 from pipeline.flow import Encoded
 from pipeline.model.embed import (
     SAMPLES_PER_FRAME,
-    MultiScaleEmbedding,
     PatchEmbedding,
     SpecialTokens,
     TokenSequence,
     patch_grid,
 )
-from pipeline.model.encoder import Encoder, run_block
+from pipeline.model.encoder import Encoder, drop_paths, run_block
+from pipeline.model.frontends import frontend
+from pipeline.model.masking import kept_patches
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ SIZES: dict[str, Size] = {
     "tiny": Size(192, 12, 3),
     "small": Size(384, 12, 6),
     "base": Size(768, 12, 12),
+    "large": Size(1024, 24, 16),
 }
 
 
@@ -59,6 +61,9 @@ class Streams:
         bottlenecks: F; 0: no fusion.
         fusion_layer: First fusing block; -1: a third of the depth.
         pool: The tokens that are returned: "mean", the patches, or "cls", cls and dist.
+        mask_freq: Share of a grid's rows that training leaves out of a clip.
+        mask_time: Share of its columns.
+        seed: Of what training draws: which branches, rows and columns it leaves out.
     """
 
     spec: bool
@@ -70,6 +75,9 @@ class Streams:
     bottlenecks: int = 0
     fusion_layer: int = -1
     pool: str = "mean"
+    mask_freq: float = 0.0
+    mask_time: float = 0.0
+    seed: int = 0
 
 
 class Craft(nn.Module):
@@ -96,10 +104,8 @@ class Craft(nn.Module):
         self.grid = patch_grid(streams.mel_bins, streams.frames, config.patch, config.stride)
         self.wav_grid = patch_grid(sum(config.channels), streams.frames, config.patch, config.stride)
         self.special = SpecialTokens(size.width)
-        if streams.wav:
-            self.msae = MultiScaleEmbedding(
-                config.kernels, config.kernel_strides, config.channels, config.norm, config.activation
-            )
+        if streams.wav:  # under the name of its kind, so that weights say what they are of
+            self.add_module(config.frontend, frontend(config))
         if streams.spec or config.shared_patch:
             self.spec_patch = PatchEmbedding(size.width, config.patch, config.stride)
         if streams.wav and not config.shared_patch:
@@ -110,11 +116,12 @@ class Craft(nn.Module):
             self.wav_tokens = TokenSequence(size.width, self.wav_grid, config.modality_embedding, streams.masked_wav)
         self.encoder = Encoder(
             size.width,
-            size.depth,
+            size.depth if streams.spec else config.wav_depth or size.depth,
             size.heads,
             bottlenecks=streams.bottlenecks,
-            fusion_layer=size.depth // 3 if streams.fusion_layer < 0 else streams.fusion_layer,
+            fusion_layer=_fusion_layer(config, streams),
             recompute=config.checkpoint_activations,
+            early=config.wav_depth,
         )
         self.apply(_initialise)
 
@@ -129,7 +136,7 @@ class Craft(nn.Module):
         return self.encoder.norm.weight.dtype
 
     def waveform_map(self, waveform: torch.Tensor, length: torch.Tensor | None = None) -> torch.Tensor:
-        """MSAE of waveforms cut or zero-padded to T * 160 samples: [B, L] -> [B, channels, T].
+        """The front end's map of waveforms cut or zero-padded to T * 160 samples: [B, L] -> [B, channels, T].
 
         Args:
             waveform: [B, L].
@@ -139,7 +146,8 @@ class Craft(nn.Module):
         x = F.pad(waveform, (0, samples - waveform.shape[-1])).to(self.dtype)
         if length is None:
             length = torch.full((len(waveform),), waveform.shape[-1], device=waveform.device)
-        return run_block(self.msae, x, length, recompute=self.config.checkpoint_activations)
+        module = self.get_submodule(self.config.frontend)
+        return run_block(module, x, length, recompute=self.config.checkpoint_activations)
 
     def forward(
         self,
@@ -147,6 +155,7 @@ class Craft(nn.Module):
         wav_map: torch.Tensor | None,
         spec_masks: Sequence[torch.Tensor | None] = (None,),
         wav_masks: Sequence[torch.Tensor | None] = (None,),
+        position: torch.Tensor | None = None,
     ) -> Encoded:
         """Encodes the given representations in one pass of the encoder.
 
@@ -156,22 +165,41 @@ class Craft(nn.Module):
             spec_masks: One entry for each time that the spectrogram is encoded: int64 [B, K], indices of
                 masked patches, or None.
             wav_masks: Likewise for the waveform.
+            position: int64 [B], what the draws of training go by; None: there are none.
 
         Returns:
             Patch tokens [B, N, D], or with `pool` = "cls" the cls and dist tokens [B, 2, D].
+
+        Raises:
+            ValueError: there are draws, and no position.
         """
+        streams, drop_path = self.streams, self.config.drop_path
+        spec_kept = wav_kept = paths = None
+        if self.training and (drop_path or streams.mask_freq or streams.mask_time):
+            if position is None:
+                raise ValueError("drop_path, mask_freq and mask_time draw by the positions of the clips; give them")
+            if drop_path:
+                passes = len(spec_masks) * (fbank is not None) + len(wav_masks) * (wav_map is not None)
+                paths = drop_paths(drop_path, len(self.encoder.blocks), passes, streams.seed, position, self.dtype)
+            if streams.mask_freq or streams.mask_time:
+                # Equal grids lose the same rows and columns: what is left of a clip has no second account of the rest.
+                shares = streams.mask_freq, streams.mask_time
+                spec_kept, wav_kept = (
+                    kept_patches(streams.seed, position, grid, *shares) for grid in (self.grid, self.wav_grid)
+                )
         special = self.special()
         sequences = []
         if fbank is not None:
             patches = self.spec_patch(fbank.to(self.dtype).transpose(1, 2))
-            sequences += [self.spec_tokens(patches, special, mask) for mask in spec_masks]
+            sequences += [self.spec_tokens(patches, special, mask, spec_kept) for mask in spec_masks]
         passes = len(sequences)
         if wav_map is not None:
             embedding = self.spec_patch if self.config.shared_patch else self.wav_patch
             patches = embedding(wav_map)
-            sequences += [self.wav_tokens(patches, special, mask) for mask in wav_masks]
+            sequences += [self.wav_tokens(patches, special, mask, wav_kept) for mask in wav_masks]
+        leaving = len(sequences) - passes if self.config.wav_depth and streams.spec else 0
         kept = slice(len(special)) if self.streams.pool == "cls" else slice(len(special), None)
-        encoded = [tokens[:, kept] for tokens in self.encoder(sequences)]
+        encoded = [tokens[:, kept] for tokens in self.encoder(sequences, paths, leaving)]
         return Encoded(tuple(encoded[:passes]), tuple(encoded[passes:]))
 
 
@@ -183,6 +211,10 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def _fusion_layer(config: ModelConfig, streams: Streams) -> int:
+    return SIZES[config.size].depth // 3 if streams.fusion_layer < 0 else streams.fusion_layer
+
+
 def _check(config: ModelConfig, streams: Streams) -> None:
     if config.patch > min(streams.mel_bins, streams.frames):
         raise UserError(
@@ -190,7 +222,15 @@ def _check(config: ModelConfig, streams: Streams) -> None:
         )
     if not streams.wav:
         return
-    if not len(config.kernels) == len(config.kernel_strides) == len(config.channels):
+    depth, first = SIZES[config.size].depth, _fusion_layer(config, streams)
+    if config.wav_depth > depth:
+        raise UserError(f"model.wav_depth = {config.wav_depth}, but model.size = {config.size} has {depth} blocks")
+    if streams.bottlenecks and 0 < config.wav_depth <= first < depth:
+        raise UserError(
+            f"model.wav_depth = {config.wav_depth}: the waveform leaves before block {first}, the first that fuses; "
+            f"set finetune.fusion_layer below {config.wav_depth}, or a larger wav_depth"
+        )
+    if config.frontend == "msae" and not len(config.kernels) == len(config.kernel_strides) == len(config.channels):
         raise UserError(
             f"model.kernels, kernel_strides and channels have {len(config.kernels)}, {len(config.kernel_strides)} and "
             f"{len(config.channels)} entries; give each scale one of each"
@@ -201,6 +241,6 @@ def _check(config: ModelConfig, streams: Streams) -> None:
             f"model.channels = {list(config.channels)} sum to {total}, neither the {streams.mel_bins} mel bins "
             f"of the shards (one patch grid for both representations) nor a multiple of model.patch = {config.patch}"
         )
-    for stride in config.kernel_strides:
+    for stride in config.kernel_strides if config.frontend == "msae" else ():
         if SAMPLES_PER_FRAME % stride:
             raise UserError(f"model.kernel_strides: {stride} does not divide 160, the samples of a frame")

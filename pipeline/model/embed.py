@@ -86,25 +86,30 @@ class Scale(nn.Module):
             )
         bias = self.bias if self.norm_weight is None else None
         x = F.conv1d(waveform[:, None], self.weight, bias, self.stride, padding=self.weight.shape[-1] // 2)
-        if self.norm_weight is not None and length is None:
-            x = F.group_norm(x, 1, self.norm_weight, self.bias, NORM_EPS)
-        elif self.norm_weight is not None and length is not None:
-            x = self._normalise(x, self.norm_weight, real_positions(waveform, length, self.stride, x.shape[2]))
+        if self.norm_weight is not None:
+            real = None if length is None else real_positions(waveform, length, self.stride, x.shape[2])
+            x = clip_norm(x, self.norm_weight, self.bias, real)
         if self.activation != "none":
             x = F.relu(x) if self.activation == "relu" else F.gelu(x)
         return F.avg_pool1d(x, SAMPLES_PER_FRAME // self.stride)
 
-    def _normalise(self, x: torch.Tensor, gain: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """GroupNorm of one group with the statistics of each clip's first `real` [B] positions: [B, channels, n]."""
-        z = full(x)
-        inside = (torch.arange(x.shape[2], device=x.device) < real[:, None]).to(z.dtype)
-        count = real * x.shape[1]
-        mean = (z.sum(dim=1) * inside).sum(dim=1) / count
-        square = (z.square().sum(dim=1) * inside).sum(dim=1) / count
-        rstd = (square - mean.square()).clamp(min=0.0).add(NORM_EPS).rsqrt()
-        scale = rstd[:, None] * full(gain)
-        shift = full(self.bias) - mean[:, None] * scale
-        return (z * scale[..., None] + shift[..., None]).to(x.dtype)
+
+def clip_norm(x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """GroupNorm of one group, [B, channels, n], with the statistics of each clip's first `real` [B] positions.
+
+    Statistics are float32 at least; `real` None: of all positions.
+    """
+    if real is None:
+        return F.group_norm(x, 1, gain, bias, NORM_EPS)
+    z = full(x)
+    inside = (torch.arange(x.shape[2], device=x.device) < real[:, None]).to(z.dtype)
+    count = real * x.shape[1]
+    mean = (z.sum(dim=1) * inside).sum(dim=1) / count
+    square = (z.square().sum(dim=1) * inside).sum(dim=1) / count
+    rstd = (square - mean.square()).clamp(min=0.0).add(NORM_EPS).rsqrt()
+    scale = rstd[:, None] * full(gain)
+    shift = full(bias) - mean[:, None] * scale
+    return (z * scale[..., None] + shift[..., None]).to(x.dtype)
 
 
 class PatchEmbedding(nn.Module):
@@ -159,16 +164,23 @@ class TokenSequence(nn.Module):
         if self.mask_token is not None:
             nn.init.xavier_normal_(self.mask_token[None, None])  # SSAST's, of shape [1, 1, D]: deviation D^-1/2
 
-    def forward(self, patches: torch.Tensor, special: torch.Tensor, masked: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self,
+        patches: torch.Tensor,
+        special: torch.Tensor,
+        masked: torch.Tensor | None,
+        kept: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Builds the sequence.
 
         Args:
             patches: [B, N, D].
             special: [2, D], cls and dist with their positions.
             masked: int64 [B, K], indices of the patches that the mask token replaces; None: none.
+            kept: int64 [B, N'], indices of the patches that the sequence has, each with its own position; None: all.
 
         Returns:
-            [B, 2 + N, D].
+            [B, 2 + N, D], or N' for N.
         """
         if masked is not None and self.mask_token is not None:
             hidden = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter_(1, masked, True)
@@ -176,6 +188,8 @@ class TokenSequence(nn.Module):
         patches = patches + self.positions.flatten(0, 1)
         if self.modality is not None:
             patches = patches + self.modality
+        if kept is not None:
+            patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[2]))
         return torch.cat([special.expand(patches.shape[0], -1, -1), patches], dim=1)
 
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.rng import uniform
+
 LAYER_NORM_EPS = 1e-6
 
 
@@ -57,10 +59,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, n, D] -> [B, n, D]."""
-        x = x + self.attn(self.norm1(x))
-        out: torch.Tensor = x + self.mlp(self.norm2(x))
+    def forward(self, x: torch.Tensor, paths: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, n, D] -> [B, n, D]; `paths` [B, 2] are factors of each clip's attention and MLP; None: 1."""
+        if paths is None:
+            x = x + self.attn(self.norm1(x))
+            out: torch.Tensor = x + self.mlp(self.norm2(x))
+        else:
+            first, second = paths[..., None, None].unbind(dim=1)
+            x = x + first * self.attn(self.norm1(x))
+            out = x + second * self.mlp(self.norm2(x))
         return out
 
 
@@ -86,39 +93,86 @@ class Encoder(nn.Module):
         heads: Attention heads.
         bottlenecks: F; 0: the streams never meet.
         fusion_layer: First block that fuses, 0-based; `depth` or more: none does.
+        early: Blocks of streams that leave early.
         recompute: Recompute each block in backward instead of keeping its activations.
     """
 
     def __init__(
-        self, width: int, depth: int, heads: int, *, bottlenecks: int, fusion_layer: int, recompute: bool
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        *,
+        bottlenecks: int,
+        fusion_layer: int,
+        recompute: bool,
+        early: int = 0,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         fuses = bottlenecks > 0 and fusion_layer < depth
         self.bottlenecks = Bottlenecks(bottlenecks, width) if fuses else None
-        self.fusion_layer = fusion_layer
+        self.fusion_layer, self.early = fusion_layer, early
         self.recompute = recompute
 
-    def forward(self, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def forward(
+        self, streams: Sequence[torch.Tensor], paths: torch.Tensor | None = None, leaving: int = 0
+    ) -> list[torch.Tensor]:
         """Encodes.
 
         Args:
             streams: [B, n, D] each; n may differ between streams, at the price of one call more a block.
+            paths: [depth, streams, B, 2] of `drop_paths`; None: no branch is dropped.
+            leaving: So many streams, the last ones, leave after `early` blocks; from there on the others alone share
+                the bottlenecks, which keep what they took from them.
 
         Returns:
             [B, n, D] each; bottleneck tokens are left out.
         """
-        stacks, counts = _stack(streams)
-        lengths = [x.shape[1] for x in stacks]
+        staying, going = _groups(streams[: len(streams) - leaving]), _groups(streams[len(streams) - leaving :])
+        stacks, counts = [torch.cat(group) for group in staying + going], [len(group) for group in staying + going]
+        lengths, left = [x.shape[1] for x in stacks], stacks[:0]
         for layer, block in enumerate(self.blocks):
+            if leaving and layer == self.early:
+                stacks, left = stacks[: len(staying)], stacks[len(staying) :]
+            if not stacks:
+                break
+            here = counts[: len(stacks)]
             if self.bottlenecks is not None and layer == self.fusion_layer:
                 stacks = [torch.cat([x, self.bottlenecks(x.shape[0])], dim=1) for x in stacks]
-            stacks = [run_block(block, x, recompute=self.recompute) for x in stacks]
+            factors = () if paths is None else (torch.split(paths[layer, : sum(here)], here),)
+            inputs = [(x, *(part.flatten(0, 1) for part in parts)) for x, *parts in zip(stacks, *factors, strict=True)]
+            stacks = [run_block(block, *given, recompute=self.recompute) for given in inputs]
             if self.bottlenecks is not None and layer >= self.fusion_layer:
-                stacks = _share_bottlenecks(stacks, lengths, counts)
-        encoded = [self.norm(x[:, :length]) for x, length in zip(stacks, lengths, strict=True)]
+                stacks = _share_bottlenecks(stacks, lengths[: len(stacks)], here)
+        encoded = [self.norm(x[:, :length]) for x, length in zip([*stacks, *left], lengths, strict=True)]
         return [stream for x, count in zip(encoded, counts, strict=True) for stream in _apart(x, count)]
+
+
+def drop_paths(
+    rate: float, depth: int, streams: int, seed: int, position: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Stochastic depth (Huang et al. 2016): which residual branches of which clips are left out.
+
+    Block l of n leaves out each branch of a clip with probability rate * l / (n - 1), and divides what it keeps by the
+    rest. The draws are a function of seed, position, stream and block: the same on any rank, in any micro-batch, and in
+    both passes of GradCache.
+
+    Args:
+        rate: Of the last block.
+        depth: n.
+        streams: Sequences of a clip, each with draws of its own.
+        seed: The run's seed.
+        position: int64 [B].
+        dtype: Of the result.
+
+    Returns:
+        Factors [depth, streams, B, 2], of attention and MLP.
+    """
+    draws = uniform(seed, "drop_path", position, streams * depth * 2).view(-1, streams, depth, 2)
+    rates = torch.linspace(0.0, rate, depth, device=position.device)[:, None]
+    return ((draws >= rates) / (1 - rates)).to(dtype).permute(2, 1, 0, 3)
 
 
 def run_block(block: nn.Module, *inputs: torch.Tensor, recompute: bool) -> torch.Tensor:
@@ -131,15 +185,15 @@ def run_block(block: nn.Module, *inputs: torch.Tensor, recompute: bool) -> torch
     return out
 
 
-def _stack(streams: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[int]]:
-    """Neighbouring streams of one length on top of each other, [S B, n, D] each, and every S."""
+def _groups(streams: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Neighbouring streams of one length, which go through a block on top of each other."""
     groups: list[list[torch.Tensor]] = []
     for stream in streams:
         if groups and groups[-1][0].shape[1] == stream.shape[1]:
             groups[-1].append(stream)
         else:
             groups.append([stream])
-    return [torch.cat(group) for group in groups], [len(group) for group in groups]
+    return groups
 
 
 def _apart(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:

@@ -87,6 +87,28 @@ def ssast_masks(
     return ranked.topk(count, dim=1, largest=False).indices.sort(dim=1).values
 
 
+def kept_patches(
+    seed: int, position: torch.Tensor, grid: tuple[int, int], frequency: float, time: float
+) -> torch.Tensor:
+    """The patches that are left of each clip where whole rows and columns of its grid are taken out.
+
+    Args:
+        seed: The run's seed.
+        position: int64 [B].
+        grid: Patches along frequency and time.
+        frequency: Share of the rows that are taken out; one stays at least.
+        time: Likewise of the columns.
+
+    Returns:
+        int64 [B, K], ascending, equally many of each clip; frequency-major as the grid is.
+    """
+    kept = []
+    for purpose, size, share in (("frequency", grid[0], frequency), ("time", grid[1], time)):
+        order = uniform(seed, f"tokens.{purpose}", position, size).argsort(dim=1, stable=True)
+        kept.append(order[:, : max(1, round((1 - share) * size))].sort(dim=1).values)
+    return (kept[0][:, :, None] * grid[1] + kept[1][:, None, :]).flatten(1)
+
+
 def _check(count: int, most: int) -> None:
     if not 1 <= count <= most:
         raise ValueError(f"{count} masked patches, but 1 to {most} are possible")

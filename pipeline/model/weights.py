@@ -7,13 +7,14 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.files import check_name, read_json
 from pipeline.methods import mismatch
@@ -24,6 +25,7 @@ AVERAGE = "average.safetensors"
 SHARDED = ".index.json"  # Hugging Face's list of the files that a large model is split into
 WEIGHTS = ("weights.safetensors", "model.safetensors", "pytorch_model.bin", f"model.safetensors{SHARDED}",
            f"pytorch_model.bin{SHARDED}")  # a run's; Hugging Face's  # fmt: skip
+FRONTENDS = set(get_args(ModelConfig.model_fields["frontend"].annotation))  # modules of a network
 POSITIONS = "_tokens.positions"  # parameters whose shape is a patch grid
 
 
@@ -149,6 +151,13 @@ def load_weights(
     problem = mismatch(_Sides.of(source), _Sides.of(own))
     if problem:
         raise UserError(f"model.init: {file}: {problem}")
+    trained, wanted = (FRONTENDS & {name.split(".")[1] for name in names if name.startswith("model.")}
+                       for names in (source, own))  # fmt: skip
+    if trained and wanted and trained != wanted:
+        raise UserError(
+            f"model.init: {file}: its waveforms come through model.frontend = {trained.pop()}, not {wanted.pop()}; set "
+            "the same, or other weights"
+        )
     report = LoadReport(origin, dropped=[name for name in source if name not in own or name.startswith(skip)])
     for name, target in own.items():
         if name not in source or name.startswith(skip):

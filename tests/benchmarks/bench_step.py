@@ -9,6 +9,7 @@ what else runs on the machine counts little; with more they are those of the clo
     ssast     our step (one masked pass feeds both heads) against two passes with two masks, ours
               (`pretrain.two_pass`) and as SSAST's code has them: a plain network, masks and losses clip by clip
     craft     PSWaCL against the spectrogram alone, and against two separate calls of the encoder
+    frontend  PSWaCL with MSAE against lighter ways of the waveform: other front ends, a third of the blocks
     encoder   our network against Hugging Face's ASTModel, of equal size, on equal tokens
     matmul    share of the CRAFT step in matrix products, by torch's profiler, and its MFU
     objectives  masks and losses of 8 and of 64 clips: microseconds a clip, and operations called
@@ -81,7 +82,7 @@ def separate_step(size: str, batch: Batch, dtype: torch.dtype) -> Step:
     """PSWaCL with one call of the encoder for each representation."""
     task = PretrainTask(recipe_of(size), SHAPE.mel_bins, SHAPE.frames).to(dtype)
     together = task.model.encoder.forward
-    task.model.encoder.forward = lambda streams: [together([stream])[0] for stream in streams]  # type: ignore[method-assign]
+    task.model.encoder.forward = lambda streams, *_: [together([stream])[0] for stream in streams]  # type: ignore[method-assign]
 
     def step() -> None:
         task.zero_grad(set_to_none=True)
@@ -258,7 +259,7 @@ def loop(size: str, clips: int, steps: int, precision: str) -> None:
 
 
 def main() -> None:
-    rows = ("ssast", "craft", "encoder", "matmul", "objectives", "loop")
+    rows = ("ssast", "craft", "frontend", "encoder", "matmul", "objectives", "loop")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="(default: fp32)")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the model (default: small)")
@@ -283,6 +284,15 @@ def main() -> None:
             "spectrogram only": lambda: task_step(size, batch, dtype, ssast),
             "PSWaCL, one encoder call": lambda: task_step(size, batch, dtype),
             "PSWaCL, two encoder calls": lambda: separate_step(size, batch, dtype),
+        }, args.rounds)  # fmt: skip
+    if "frontend" in args.rows:
+        depth = SIZES[size].depth // 3
+        compare("frontend", {
+            "MSAE": lambda: task_step(size, batch, dtype),
+            "strided": lambda: task_step(size, batch, dtype, "model.frontend=strided"),
+            "sinc": lambda: task_step(size, batch, dtype, "model.frontend=sinc"),
+            f"strided, {depth} blocks": lambda: task_step(
+                size, batch, dtype, "model.frontend=strided", f"model.wav_depth={depth}"),
         }, args.rounds)  # fmt: skip
     if "encoder" in args.rows:
         compare("encoder", {

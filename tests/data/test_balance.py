@@ -85,6 +85,8 @@ def test_mean_draws_are_the_reference_s(draws, replacement):
     twin = reference.expected_draws if replacement else reference.inclusion
     expected = np.array(twin(weights, draws), float)
     order = order_of(clips, draws, replacement, per_shard=40)
+    by_class = [sum(expected[clip] for clip, labels in enumerate(clips) if c in labels) for c in range(CLASSES)]
+    assert order.weights.drawn(draws) == pytest.approx(by_class, rel=1e-6)
     counts = np.array([counts_of(order, epoch) for epoch in range(epochs)])
     error = np.sqrt(np.minimum(expected, 1) / epochs) + 1e-9
     assert (abs(counts.mean(0) - expected) < 5 * error).all()

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +24,7 @@ from pipeline.engine.setup import build_engine, reconcile
 from pipeline.engine.step import accumulate
 from pipeline.flow import Batch
 from pipeline.model import craft
+from pipeline.objectives.classification import positive_weights
 from pipeline.recipes import load_recipe
 from pipeline.tasks import FinetuneTask, PretrainTask
 
@@ -32,8 +34,15 @@ EVERY_OPTION = "pretrain.symmetric=true pretrain.projection=mlp pretrain.clean_s
 METHODS = {
     **{name: f"pretrain.method={name} pretrain.r_cl=1.0" for name in ("ssast", "wapt", "swapt", "swacl", "pswacl")},
     "pswacl+": f"pretrain.method=pswacl pretrain.r_cl=1.0 {EVERY_OPTION}",
+    "pswacl-strided": "pretrain.method=pswacl pretrain.r_cl=1.0 model.frontend=strided model.wav_depth=1",
+    "swapt-sinc": "pretrain.method=swapt model.frontend=sinc model.drop_path=0.5",
     **{name: f"finetune.method={name}" for name in ("ast", "wast", "swast")},
     "swab": "finetune.method=swab finetune.fusion_layer=1 finetune.bottlenecks=4",
+    "swab-strided": "finetune.method=swab finetune.fusion_layer=0 finetune.bottlenecks=4 model.frontend=strided "
+    "model.wav_depth=1",
+    "swab+": "finetune.method=swab finetune.fusion_layer=1 finetune.bottlenecks=4 model.drop_path=0.5 "
+    "finetune.mask_time=0.4 finetune.mask_freq=0.4 finetune.label_smoothing=0.1 finetune.gamma_pos=1 "
+    "finetune.gamma_neg=2 finetune.margin=0.05 finetune.pos_weight=0.5",
 }
 # Depth and width multiply the matrix's cost, and tell nothing that two blocks do not.
 SMALL = craft.Size(width=32, depth=2, heads=2)
@@ -68,7 +77,8 @@ def task_of(recipe: Recipe) -> PretrainTask | FinetuneTask:
     craft.SIZES["micro"] = SMALL
     torch.manual_seed(0)
     if isinstance(recipe, FinetuneRecipe):
-        return FinetuneTask(recipe, MELS, FRAMES, CLASSES, single_label=False)
+        weights = positive_weights(np.arange(1, CLASSES + 1), CLIPS, recipe.finetune.pos_weight)
+        return FinetuneTask(recipe, MELS, FRAMES, CLASSES, False, weights if recipe.finetune.pos_weight else None)
     assert isinstance(recipe, PretrainRecipe)
     return PretrainTask(recipe, MELS, FRAMES)
 

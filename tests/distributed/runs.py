@@ -22,7 +22,8 @@ from tests.ranks import ROOT
 
 MODERN = ["train.steps=6", "train.batch_size=8", "model.size=micro", "checkpoint.ema=0.9", "checkpoint.ema_every=2",
           "checkpoint.every=1", "checkpoint.keep=6", "optim.warmup=1", "optim.lr=1e-3", "log.every=1",
-          "log.peak_tflops=null", "eval.every_epochs=0"]  # fmt: skip
+          "log.peak_tflops=null", "eval.every_epochs=0", "finetune.loss=bce", "finetune.pos_weight=0.5",
+          "finetune.gamma_neg=2", "finetune.margin=0.05"]  # fmt: skip
 
 
 def run(files: list[Path], words: list[str], ds: str, world: World) -> None:

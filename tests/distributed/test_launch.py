@@ -72,6 +72,8 @@ def test_finetuning_writes_results_that_evaluate_reproduces(finetuned, shards, t
     assert results["metric"] == "mAP"
     assert results["weights"] == "average"
     assert len(results["per_class"]) == 13
+    assert results["sampler"] == "shuffle"
+    assert all(row["train_drawn"] == row["train_clips"] > 0 and row["pos_weight"] == 1 for row in results["per_class"])
     assert results["metrics"].keys() == {"mAP", "mAUC", "d_prime"}
     out = tmp_path / "again.json"
     done = python("launchers/evaluate.py", "--checkpoint", finetuned, "--shards", shards, "--out", out)

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.engine import plan
 from pipeline.recipes import load_recipe
+from pipeline.tasks import PretrainTask
 from tests.engine.memory import SHAPE
 from tests.ranks import ROOT, run_ranks, start_ranks
 
@@ -40,6 +42,17 @@ def test_flops_are_those_of_the_transformer():
     halved = plan.record(load_recipe(PretrainRecipe, [], ["pretrain.method=ssast"]), SHAPE, half=True)
     assert halved.flops == pytest.approx(cost.flops / 2, rel=0.05)
     assert halved.per_clip == pytest.approx(cost.per_clip / 2, rel=0.2)
+
+
+def test_large_is_vit_large():
+    """24 blocks of 1024: three and a half times base, in weights and in FLOPs."""
+    recipe = load_recipe(PretrainRecipe, [], ["model.size=large", "pretrain.method=ssast"])
+    with torch.device("meta"):
+        task = PretrainTask(recipe, SHAPE.mel_bins, SHAPE.frames)
+    blocks = 24 * 12 * 1024**2
+    assert sum(p.numel() for p in task.parameters()) == pytest.approx(blocks + 24 * 13 * 1024 + TOKENS * 1024, rel=0.01)
+    assert plan.model_flops(recipe, SHAPE) == pytest.approx(6 * blocks * TOKENS + 24 * 12 * TOKENS**2 * 1024, rel=0.02)
+    assert task.model.encoder.blocks[0].attn.heads == 16
 
 
 def test_recomputing_activations_is_seen():

@@ -172,6 +172,21 @@ def test_a_model_compiled_block_by_block_is_the_same_one(tmp_path):
     assert not report.dropped
 
 
+@pytest.mark.parametrize("whose", ["CRAFT", "HF AST"])
+def test_weights_of_a_large_model_are_taken_whole(tmp_path, whose):
+    """Shapes alone: 24 blocks of 1024 take no memory on the device meta, nor in a file where all values are one."""
+    with torch.device("meta"):
+        tasks = [finetune_task(128, "model.size=large", "finetune.pool=cls") for _ in range(2)]
+    tensors = tasks[0].state_dict() if whose == "CRAFT" else to_hf(tasks[0].state_dict(), 24, True)
+    torch.save({name: torch.zeros(()).expand(value.shape) for name, value in tensors.items()}, tmp_path / "large.bin")
+    assert (tmp_path / "large.bin").stat().st_size < 1e6
+    report = load_weights(tasks[1], tmp_path / "large.bin", grid=tasks[1].model.grid)
+    assert (report.origin, report.resized, report.fresh, report.dropped) == (whose, [], [], [])
+    assert "model.encoder.blocks.23.mlp.fc2.weight" in report.loaded
+    with pytest.raises(UserError, match=r"set model\.size"):
+        load_weights(finetune_task(128, "finetune.pool=cls"), tmp_path / "large.bin", grid=tasks[1].model.grid)
+
+
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_hugging_face_model_in_several_files_is_one(tmp_path, safe):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

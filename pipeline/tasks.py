@@ -19,10 +19,10 @@ from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.model.craft import Craft, Streams
 from pipeline.model.embed import patchify
 from pipeline.model.heads import Classifier, MaskedPatchHeads, ProjectionHead
-from pipeline.model.masking import cluster_masks, masked_count, ssast_masks
+from pipeline.model.masking import cluster_masks, gather_patches, masked_count, ssast_masks
 from pipeline.objectives.classification import classification_loss
 from pipeline.objectives.contrastive import swacl_loss, token_loss
-from pipeline.objectives.masked_patch import gather_patches, masked_patch_loss, normalise_patches
+from pipeline.objectives.masked_patch import masked_patch_loss, normalise_patches
 
 
 class Pooled(NamedTuple):

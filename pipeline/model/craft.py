@@ -147,6 +147,7 @@ class Craft(nn.Module):
         wav_map: torch.Tensor | None,
         spec_masks: Sequence[torch.Tensor | None] = (None,),
         wav_masks: Sequence[torch.Tensor | None] = (None,),
+        drop: bool = False,
     ) -> Encoded:
         """Encodes the given representations in one pass of the encoder.
 
@@ -156,6 +157,8 @@ class Craft(nn.Module):
             spec_masks: One entry for each time that the spectrogram is encoded: int64 [B, K], indices of
                 masked patches, or None.
             wav_masks: Likewise for the waveform.
+            drop: The indices are those of visible patches instead, and no others are encoded: K tokens in place of N.
+                Streams of one K are one batch.
 
         Returns:
             Patch tokens [B, N, D], or with `pool` = "cls" the cls and dist tokens [B, 2, D].
@@ -164,12 +167,12 @@ class Craft(nn.Module):
         sequences = []
         if fbank is not None:
             patches = self.spec_patch(fbank.to(self.dtype).transpose(1, 2))
-            sequences += [self.spec_tokens(patches, special, mask) for mask in spec_masks]
+            sequences += [self.spec_tokens(patches, special, mask, drop) for mask in spec_masks]
         passes = len(sequences)
         if wav_map is not None:
             embedding = self.spec_patch if self.config.shared_patch else self.wav_patch
             patches = embedding(wav_map)
-            sequences += [self.wav_tokens(patches, special, mask) for mask in wav_masks]
+            sequences += [self.wav_tokens(patches, special, mask, drop) for mask in wav_masks]
         kept = slice(len(special)) if self.streams.pool == "cls" else slice(len(special), None)
         encoded = [tokens[:, kept] for tokens in self.encoder(sequences)]
         return Encoded(tuple(encoded[:passes]), tuple(encoded[passes:]))

@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from pipeline.flow import full
+from pipeline.model.masking import gather_patches
 from pipeline.model.pooled_conv import pooled_conv, real_positions
 
 SAMPLES_PER_FRAME = 160  # 10 ms at 16 kHz, the fbank's hop: both representations share a time axis
@@ -137,7 +138,7 @@ def patch_grid(mel_bins: int, frames: int, patch: int, stride: int) -> tuple[int
 
 
 class TokenSequence(nn.Module):
-    """Masks patch tokens, adds positions and prepends cls and dist: one representation's sequence.
+    """Masks or drops patch tokens, adds positions and prepends cls and dist: one representation's sequence.
 
     Position parameters keep their grid in their shape, [f, t, D], so that a checkpoint says by itself
     how it must be resized.
@@ -159,23 +160,28 @@ class TokenSequence(nn.Module):
         if self.mask_token is not None:
             nn.init.xavier_normal_(self.mask_token[None, None])  # SSAST's, of shape [1, 1, D]: deviation D^-1/2
 
-    def forward(self, patches: torch.Tensor, special: torch.Tensor, masked: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, patches: torch.Tensor, special: torch.Tensor, chosen: torch.Tensor | None, drop: bool = False
+    ) -> torch.Tensor:
         """Builds the sequence.
 
         Args:
             patches: [B, N, D].
             special: [2, D], cls and dist with their positions.
-            masked: int64 [B, K], indices of the patches that the mask token replaces; None: none.
+            chosen: int64 [B, K], indices of the patches that the mask token replaces; None: none.
+            drop: They are the patches that stay instead, with their positions; the others leave the sequence.
 
         Returns:
-            [B, 2 + N, D].
+            [B, 2 + N, D], with `drop` [B, 2 + K, D].
         """
-        if masked is not None and self.mask_token is not None:
-            hidden = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter_(1, masked, True)
+        if chosen is not None and not drop and self.mask_token is not None:
+            hidden = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter_(1, chosen, True)
             patches = torch.where(hidden[..., None], self.mask_token, patches)
         patches = patches + self.positions.flatten(0, 1)
         if self.modality is not None:
             patches = patches + self.modality
+        if chosen is not None and drop:
+            patches = gather_patches(patches, chosen)
         return torch.cat([special.expand(patches.shape[0], -1, -1), patches], dim=1)
 
 

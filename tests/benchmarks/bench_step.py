@@ -39,8 +39,8 @@ from pipeline.engine.plan import Shape, model_flops
 from pipeline.flow import Batch
 from pipeline.model.craft import SIZES, Craft, Streams
 from pipeline.model.embed import patchify
-from pipeline.model.masking import cluster_masks
-from pipeline.objectives.masked_patch import gather_patches, masked_patch_loss
+from pipeline.model.masking import cluster_masks, gather_patches
+from pipeline.objectives.masked_patch import masked_patch_loss
 from pipeline.recipes import load_recipe
 from pipeline.tasks import PretrainTask
 from tests.engine.memory import resident

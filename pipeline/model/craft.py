@@ -116,7 +116,7 @@ class Craft(nn.Module):
             fusion_layer=size.depth // 3 if streams.fusion_layer < 0 else streams.fusion_layer,
             recompute=config.checkpoint_activations,
         )
-        self.apply(_initialise)
+        self.apply(initialise_linear)
 
     @property
     def width(self) -> int:
@@ -178,7 +178,7 @@ class Craft(nn.Module):
         return Encoded(tuple(encoded[:passes]), tuple(encoded[passes:]))
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise_linear(module: nn.Module) -> None:
     """Linear: trunc_normal .02, zero bias (ViT). Patch embeddings keep Conv2d's own initialisation, as in SSAST."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -292,8 +292,9 @@ class LogConfig(Section):
 class PretrainConfig(Section):
     """Self-supervised objectives (PAPER_SPEC 4)."""
 
-    method: Literal["ssast", "wapt", "swapt", "swacl", "pswacl", "craft_mae"] = result(
-        "pswacl", description="paper, Table 2; craft_mae: encodes visible patches alone, a decoder rebuilds the rest"
+    method: Literal["ssast", "wapt", "swapt", "swacl", "pswacl", "craft_mae", "craft_mosaic", "audio_mosaic"] = result(
+        "pswacl",
+        description="paper, Table 2; of visible patches: craft_mae rebuilds the others, the mosaics contrast two views",
     )
     mask_patches: int = result(400, ge=1, description="K of N = 512 patches; scaled where the grid is smaller")
     clusters: tuple[int, ...] = result((3, 4, 5), description="sides of the square clusters of masked patches")
@@ -313,15 +314,18 @@ class PretrainConfig(Section):
     )
     projection: Literal["none", "mlp"] = result("none", description="head before the contrast")
     symmetric: bool = result(False, description="add the spectrogram -> waveform direction")
+    negatives: Literal["other", "both"] = result(
+        "other", description="of the contrast of clips: the other representation's vectors, or both's (NT-Xent)"
+    )
     mask_waveform: bool = result(False, description="pswacl: mask the contrast's waveform tokens too")
     clean_spectrogram: bool = result(False, description="pswacl: contrast an extra unmasked spectrogram pass")
     softmax: Literal["paper", "ssast"] = result("paper", description="InfoNCE over targets (Eq. 7a) or predictions")
     drop: tuple[Drop, Drop] = result(
         ("random", "random"),
-        description="craft_mae: what the encoder never sees of the spectrogram and of the waveform's map: patches at "
-        "random or in clusters, whole columns (time) or whole rows (frequency)",
+        description="craft_*, audio_mosaic: what the encoder never sees of spectrogram and waveform map, or of two "
+        "views of the spectrogram: patches at random or in clusters, whole columns (time) or rows (frequency)",
     )
-    drop_ratio: tuple[Share, Share] = result((0.8, 0.8), description="craft_mae: the shares of them that are dropped")
+    drop_ratio: tuple[Share, Share] = result((0.8, 0.8), description="the shares of them that are dropped")
     decoder: Literal["shared", "separate"] = result(
         "shared", description="craft_mae: one decoder for both representations, or one each"
     )

@@ -9,9 +9,9 @@ has learned to embed; `mismatch` says why the others do not:
 | pretraining | ast | wast | swast | swab |
 |---|---|---|---|---|
 | none | yes | yes | yes | yes |
-| ssast (SSAST, AST and HF weights too) | yes | no | waveform side afresh | waveform side afresh |
+| ssast, audio_mosaic (SSAST, AST and HF weights too) | yes | no | waveform side afresh | waveform side afresh |
 | wapt | no | yes ("WaPT-AST", Table 8) | spectrogram side afresh | spectrogram side afresh |
-| swapt, swacl, pswacl, craft_mae | waveform side dropped | spectrogram side dropped | yes | yes |
+| swapt, swacl, pswacl, craft_* | waveform side dropped | spectrogram side dropped | yes | yes |
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class PretrainMethod:
         wav: The waveform is encoded.
         masked_spec: Spectrogram patches are masked and predicted (MSPM, Eq. 2).
         masked_wav: Waveform patches are masked and predicted (Eq. 3).
-        contrast: The two representations of a clip are contrasted (SWaCL, Eq. 4a).
+        contrast: The two representations of a clip are contrasted (SWaCL, Eq. 4a), or two views of the only one.
         meaning: One line for people.
         drops: The encoder takes visible patches alone. Masked ones are rebuilt by a decoder of their own (MAE, He et
             al. 2022), and the contrast is of visible ones.
@@ -81,6 +81,12 @@ PRETRAIN: dict[str, PretrainMethod] = {
     "pswacl": PretrainMethod("PSWaCL", True, True, True, False, True, "masked spectrogram + contrast (Eq. 4b): CRAFT"),
     "craft_mae": PretrainMethod(
         "CRAFT-MAE", True, True, True, True, True, "both rebuilt from their visible patches + contrast", drops=True
+    ),
+    "craft_mosaic": PretrainMethod(
+        "CRAFT-Mosaic", True, True, False, False, True, "contrast of visible patches of both", drops=True
+    ),
+    "audio_mosaic": PretrainMethod(
+        "AudioMosaic", True, False, False, False, True, "contrast of two views of the spectrogram", drops=True
     ),
 }
 

@@ -23,7 +23,7 @@ from pipeline.model.heads import Classifier, MaskedPatchHeads, PatchDecoder, Pro
 from pipeline.model.hidden import HiddenPatches
 from pipeline.model.masking import Split, gather_patches
 from pipeline.objectives.classification import classification_loss
-from pipeline.objectives.contrastive import swacl_loss, token_loss
+from pipeline.objectives.contrastive import nt_xent_loss, swacl_loss, token_loss
 from pipeline.objectives.masked_patch import masked_patch_loss, normalise_patches
 
 
@@ -31,8 +31,8 @@ class Pooled(NamedTuple):
     """What is contrasted of a micro-batch: [B, D] each; [B, N, D] with `level` = "token".
 
     Attributes:
-        query: Of the waveforms.
-        key: Of the spectrograms.
+        query: Of the waveforms; of two views of one representation the second.
+        key: Of the spectrograms, or the first view.
     """
 
     query: torch.Tensor
@@ -104,6 +104,11 @@ class PretrainTask(nn.Module):
                 f"pretrain.level = token pairs patches, but the spectrogram has {self.model.grid} and the waveform "
                 f"{self.model.wav_grid}; let model.channels sum to {mel_bins}"
             )
+        if config.negatives == "both" and not self.contrasts_batch:
+            raise UserError(
+                f"pretrain.negatives = both is of the contrast of clips, which pretrain.method = {config.method} with "
+                f"pretrain.level = {config.level} has not; leave it out"
+            )
         self.hidden = HiddenPatches(config, method, recipe.run.seed, self._grids())
         if method.drops and not method.contrast_only:
             size, grids = SIZES[recipe.model.size], [self._grids()[name] for name in self.hidden.views]
@@ -120,6 +125,8 @@ class PretrainTask(nn.Module):
         self.contrast: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = partial(
             swacl_loss if self.contrasts_batch else token_loss, temperature=temperature, symmetric=config.symmetric
         )
+        if config.negatives == "both":
+            self.contrast = partial(nt_xent_loss, temperature=temperature)
         if method.contrast and config.projection == "mlp":
             self.projection = ProjectionHead(self.model.width)
 
@@ -230,7 +237,8 @@ class PretrainTask(nn.Module):
 
         The spectrogram's last pass is the clean one where there is one.
         """
-        views = [full(encoded.wav[0]), full(encoded.spec[-1 if self.config.clean_spectrogram else 0])]
+        key = (encoded.spec or encoded.wav)[-1 if self.config.clean_spectrogram else 0]
+        views = [full((*encoded.spec, *encoded.wav)[-1]), full(key)]
         if self.contrasts_batch:
             views = [tokens.mean(dim=1) for tokens in views]
         if self.config.projection == "mlp":

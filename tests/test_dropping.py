@@ -55,6 +55,29 @@ def test_craft_mae_is_its_equations(kinds, decoder):
     torch.testing.assert_close(losses.named["loss"], total.detach(), **EXACT)
 
 
+@pytest.mark.parametrize("method", ["craft_mosaic", "audio_mosaic"])
+def test_mosaics_are_their_equations(method):
+    """NT-Xent of two views: spectrogram and waveform, or the spectrogram twice; the same projection for both."""
+    drops = "pretrain.drop=[time,frequency] pretrain.drop_ratio=[0.6,0.4]"
+    words = f"{drops} pretrain.temperature=0.1 pretrain.projection=mlp pretrain.negatives=both"
+    task, clips = double(f"pretrain.method={method}", *words.split())
+    spec = clips.fbank.transpose(1, 2)
+    second = spec if method == "audio_mosaic" else task.model.waveform_map(clips.waveform)
+    sides = [("spec", "drop.spec", spec, "time", 0.6), ("wav", "drop.wav", second, "frequency", 0.4)]
+    if method == "audio_mosaic":
+        sides[1] = ("spec", "drop.spec.second", second, "frequency", 0.4)
+    views = []
+    for side, purpose, maps, kind, ratio in sides:
+        splits = masks.split(0, purpose, clips.position.tolist(), (2, 4), kind, ratio, (1, 2))
+        means = [
+            visible.encode(task.model, side, one, seen).mean(dim=0) for one, (seen, _) in zip(maps, splits, strict=True)
+        ]
+        narrow, wide = task.projection[0], task.projection[2]
+        hidden = [torch.relu(narrow.weight @ mean + narrow.bias) for mean in means]
+        views.append(torch.stack([wide.weight @ x + wide.bias for x in hidden]))
+    equal(task(clips).total, swacl.nt_xent(*views, 0.1), task)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_clip_has_equally_many_visible_patches(kind):
     task = pretrain_task("pretrain.method=craft_mae", f"pretrain.drop=[{kind},{kind}]", "pretrain.drop_ratio=[0.5,0.5]")
@@ -77,6 +100,13 @@ def test_every_clip_has_equally_many_visible_patches(kind):
         ),
         ("pretrain.method=craft_mae pretrain.drop=[time,random] pretrain.drop_ratio=[.9,.8]", "0.9 of 4 columns are 4"),
         ("pretrain.drop_ratio=[0.5,0.5]", r"pretrain\.drop_ratio = \(0\.5, 0\.5\) .*pswacl, which encodes every patch"),
+        ("pretrain.method=craft_mosaic pretrain.decoder=separate", "craft_mosaic, which has no decoder"),
+        (
+            "pretrain.method=audio_mosaic pretrain.clean_spectrogram=true",
+            r"pretrain\.clean_spectrogram = True says nothing",
+        ),
+        ("pretrain.method=ssast pretrain.negatives=both", r"pretrain\.negatives = both .*ssast"),
+        ("pretrain.level=token pretrain.negatives=both", r"pretrain\.negatives = both .*level = token has not"),
         ("pretrain.decoder=separate", "pswacl, which has no decoder; leave it out"),
     ],
 )

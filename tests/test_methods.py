@@ -16,7 +16,7 @@ from pipeline.tasks import FinetuneTask, PretrainTask
 MELS, FRAMES, CLASSES = 32, 64, 5
 MICRO = ["model.size=micro", "model.channels=[11,11,10]", "pretrain.clusters=[1,2]"]
 WORDS = [word for word in MICRO if not word.startswith("pretrain")]
-SENSELESS = {("ssast", "wast"), ("wapt", "ast")}
+SENSELESS = {("ssast", "wast"), ("wapt", "ast"), ("audio_mosaic", "wast")}
 
 
 def batch(clips: int = 4) -> Batch:

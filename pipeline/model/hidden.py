@@ -28,7 +28,8 @@ class HiddenPatches:
         grids: Patches along frequency and time, of "spec" and "wav".
 
     Attributes:
-        views: What is encoded where patches are dropped, in the order of `pretrain.drop`: "spec", then "wav".
+        views: What is encoded where patches are dropped, in the order of `pretrain.drop`: "spec", then "wav", or the
+            only one twice where it is contrasted with itself.
 
     Raises:
         UserError: a setting that says nothing to the method, or hides all patches or none.
@@ -44,7 +45,8 @@ class HiddenPatches:
             "spec": passes if method.masked_spec else 0,
             "wav": passes if method.masked_wav else int(method.contrast and config.mask_waveform),
         }
-        self.views = tuple(name for name in ("spec", "wav") if getattr(method, name))
+        views = tuple(name for name in ("spec", "wav") if getattr(method, name))
+        self.views = views * 2 if method.contrast and len(views) == 1 else views
         for names, why in _senseless(method):
             for name in names:
                 value = getattr(config, name)

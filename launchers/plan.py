@@ -32,12 +32,14 @@ def main() -> None:
     kind: type[PretrainRecipe | FinetuneRecipe] = FinetuneRecipe if args.finetune else PretrainRecipe
     recipe = load_recipe(kind, args.config, args.settings)
     shape, clips = _data(recipe)
-    contrast = False
+    contrast = 0
     if isinstance(recipe, FinetuneRecipe):
         label, wav, spec = FINETUNE[recipe.finetune.method].label, True, False  # mixup: fbanks are computed
     else:
         method = PRETRAIN[recipe.pretrain.method]
-        label, wav, spec, contrast = method.label, method.wav, method.spec, method.contrast
+        label, wav, spec = method.label, method.wav, method.spec
+        both_ways = recipe.pretrain.symmetric or recipe.pretrain.negatives == "both"
+        contrast = method.contrast * (2 if both_ways else 1)
     cost = plan.record(recipe, shape, args.precision != "fp32")
     batch = _batch(recipe, args.gpus)
     print(f"{label}, {recipe.model.size}: {cost.parameters / 1e6:.2f} M parameters, {args.precision}; "

@@ -76,6 +76,9 @@ def _join(value: Any) -> Any:
     return ",".join(names)
 
 
+Drop = Literal["random", "cluster", "time", "frequency"]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
 # Names of splits with commas between, which a name cannot hold.
 SplitNames = Annotated[str, BeforeValidator(_join)]
 
@@ -383,7 +386,10 @@ class LogConfig(Section):
 class PretrainConfig(Section):
     """Self-supervised objectives (PAPER_SPEC 4)."""
 
-    method: Literal["ssast", "wapt", "swapt", "swacl", "pswacl"] = result("pswacl", description="paper, Table 2")
+    method: Literal["ssast", "wapt", "swapt", "swacl", "pswacl", "craft_mae", "craft_mosaic", "audio_mosaic"] = result(
+        "pswacl",
+        description="paper, Table 2; of visible patches: craft_mae rebuilds the others, the mosaics contrast two views",
+    )
     mask_patches: int = result(400, ge=1, description="K of N = 512 patches; scaled where the grid is smaller")
     clusters: tuple[int, ...] = result((3, 4, 5), description="sides of the square clusters of masked patches")
     ssast_compat: bool = result(False, description="masks as SSAST's code draws them: biased, the first never masked")
@@ -402,9 +408,27 @@ class PretrainConfig(Section):
     )
     projection: Literal["none", "mlp"] = result("none", description="head before the contrast")
     symmetric: bool = result(False, description="add the spectrogram -> waveform direction")
+    negatives: Literal["other", "both"] = result(
+        "other", description="of the contrast of clips: the other representation's vectors, or both's (NT-Xent)"
+    )
     mask_waveform: bool = result(False, description="pswacl: mask the contrast's waveform tokens too")
     clean_spectrogram: bool = result(False, description="pswacl: contrast an extra unmasked spectrogram pass")
     softmax: Literal["paper", "ssast"] = result("paper", description="InfoNCE over targets (Eq. 7a) or predictions")
+    drop: tuple[Drop, Drop] = result(
+        ("random", "random"),
+        description="craft_*, audio_mosaic: what the encoder never sees of spectrogram and waveform map, or of two "
+        "views of the spectrogram: patches at random or in clusters, whole columns (time) or rows (frequency)",
+    )
+    drop_ratio: tuple[Share, Share] = result((0.8, 0.8), description="the shares of them that are dropped")
+    decoder: Literal["shared", "separate"] = result(
+        "shared", description="craft_mae: one decoder for both representations, or one each"
+    )
+    decoder_width: int = result(
+        0, ge=0, multiple_of=64, description="craft_mae: of the decoder; 0: two thirds of the encoder's (512 of base)"
+    )
+    decoder_depth: int = result(
+        0, ge=0, description="craft_mae: blocks of the decoder; 0: a third of the encoder's, at most 4"
+    )
 
     @field_validator("clusters")
     @classmethod

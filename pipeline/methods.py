@@ -1,4 +1,4 @@
-"""The paper's methods as data (Table 2, Appendix A.3): what is encoded, masked, contrasted and fused.
+"""The paper's methods as data (Table 2, Appendix A.3), and later ones: what is encoded, masked, contrasted and fused.
 
 In: a method's name. Out: a row that the model and the tasks read. A new method is a new row; no code
 asks for a method by name.
@@ -9,9 +9,9 @@ has learned to embed; `mismatch` says why the others do not:
 | pretraining | ast | wast | swast | swab |
 |---|---|---|---|---|
 | none | yes | yes | yes | yes |
-| ssast (SSAST, AST and HF weights too) | yes | no | waveform side afresh | waveform side afresh |
+| ssast, audio_mosaic (SSAST, AST and HF weights too) | yes | no | waveform side afresh | waveform side afresh |
 | wapt | no | yes ("WaPT-AST", Table 8) | spectrogram side afresh | spectrogram side afresh |
-| swapt, swacl, pswacl | waveform side dropped | spectrogram side dropped | yes | yes |
+| swapt, swacl, pswacl, craft_* | waveform side dropped | spectrogram side dropped | yes | yes |
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,10 @@ class PretrainMethod:
         wav: The waveform is encoded.
         masked_spec: Spectrogram patches are masked and predicted (MSPM, Eq. 2).
         masked_wav: Waveform patches are masked and predicted (Eq. 3).
-        contrast: The two representations of a clip are contrasted (SWaCL, Eq. 4a).
+        contrast: The two representations of a clip are contrasted (SWaCL, Eq. 4a), or two views of the only one.
         meaning: One line for people.
+        drops: The encoder takes visible patches alone. Masked ones are rebuilt by a decoder of their own (MAE, He et
+            al. 2022), and the contrast is of visible ones.
     """
 
     label: str
@@ -39,6 +41,7 @@ class PretrainMethod:
     masked_wav: bool
     contrast: bool
     meaning: str
+    drops: bool = False
 
     @property
     def contrast_only(self) -> bool:
@@ -76,6 +79,15 @@ PRETRAIN: dict[str, PretrainMethod] = {
     "swapt": PretrainMethod("SWaPT", True, True, True, True, False, "both masked, no contrast (Eq. 3)"),
     "swacl": PretrainMethod("SWaCL", True, True, False, False, True, "contrast only (Table 6)"),
     "pswacl": PretrainMethod("PSWaCL", True, True, True, False, True, "masked spectrogram + contrast (Eq. 4b): CRAFT"),
+    "craft_mae": PretrainMethod(
+        "CRAFT-MAE", True, True, True, True, True, "both rebuilt from their visible patches + contrast", drops=True
+    ),
+    "craft_mosaic": PretrainMethod(
+        "CRAFT-Mosaic", True, True, False, False, True, "contrast of visible patches of both", drops=True
+    ),
+    "audio_mosaic": PretrainMethod(
+        "AudioMosaic", True, False, False, False, True, "contrast of two views of the spectrogram", drops=True
+    ),
 }
 
 FINETUNE: dict[str, FinetuneMethod] = {

@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
@@ -16,20 +17,26 @@ from pipeline.data.augment import mask_fbank
 from pipeline.errors import UserError
 from pipeline.flow import Batch, Encoded, Losses, full
 from pipeline.methods import FINETUNE, PRETRAIN
-from pipeline.model.craft import Craft, Streams
+from pipeline.model.craft import SIZES, Craft, Streams
 from pipeline.model.embed import patchify
-from pipeline.model.heads import Classifier, MaskedPatchHeads, ProjectionHead
-from pipeline.model.masking import cluster_masks, masked_count, ssast_masks
+from pipeline.model.heads import Classifier, MaskedPatchHeads, PatchDecoder, ProjectionHead
+from pipeline.model.hidden import HiddenPatches
+from pipeline.model.masking import Split, gather_patches
 from pipeline.objectives.classification import classification_loss
-from pipeline.objectives.contrastive import swacl_loss, token_loss
-from pipeline.objectives.masked_patch import gather_patches, masked_patch_loss, normalise_patches
+from pipeline.objectives.contrastive import nt_xent_loss, swacl_loss, token_loss
+from pipeline.objectives.masked_patch import masked_patch_loss, normalise_patches
 
 
 class Pooled(NamedTuple):
-    """Representations of a micro-batch before the contrast: [B, D] each; [B, N, D] with `level` = "token"."""
+    """What is contrasted of a micro-batch: [B, D] each; [B, N, D] with `level` = "token".
 
-    wav: torch.Tensor
-    spec: torch.Tensor
+    Attributes:
+        query: Of the waveforms; of two views of one representation the second.
+        key: Of the spectrograms, or the first view.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
 
 
 class CachedContrast(NamedTuple):
@@ -38,14 +45,14 @@ class CachedContrast(NamedTuple):
     Attributes:
         loss: Of all this rank's clips of the step.
         accuracy: Likewise.
-        wav: d(loss)/d(pooled waveforms) of this micro-batch [B, D], times the number of micro-batches.
-        spec: Likewise for the spectrograms.
+        query: d(loss)/d(pooled queries) of this micro-batch [B, D], times the number of micro-batches.
+        key: Likewise for the keys.
     """
 
     loss: torch.Tensor
     accuracy: torch.Tensor
-    wav: torch.Tensor
-    spec: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
 
 
 class Rebuilt(NamedTuple):
@@ -67,29 +74,30 @@ class Rebuilt(NamedTuple):
 
 
 class PretrainTask(nn.Module):
-    """Masked patches and contrast, by the row of `methods.PRETRAIN` (Eq. 2, 3, 4).
+    """Masked patches and contrast, by the row of `methods.PRETRAIN` (Eq. 2, 3, 4; or on visible patches alone).
 
     Args:
         recipe: Settings.
         mel_bins: M of the shards.
         frames: T.
+
+    Raises:
+        UserError: settings that do not fit the method, each other or the patch grid.
     """
 
     def __init__(self, recipe: PretrainRecipe, mel_bins: int, frames: int) -> None:
         super().__init__()
         self.config = config = recipe.pretrain
         self.method = method = PRETRAIN[config.method]
-        self.seed = recipe.run.seed
-        self.masks_wav = method.masked_wav or (method.contrast and config.mask_waveform)
         self.contrasts_batch = method.contrast and config.level == "clip"
         streams = Streams(
             spec=method.spec,
             wav=method.wav,
             mel_bins=mel_bins,
             frames=frames,
-            masked_spec=method.masked_spec,
-            masked_wav=self.masks_wav,
-            seed=self.seed,
+            masked_spec=method.masked_spec and not method.drops,
+            masked_wav=(method.masked_wav or (method.contrast and config.mask_waveform)) and not method.drops,
+            seed=recipe.run.seed,
         )
         self.model = Craft(recipe.model, streams)
         if method.contrast and config.level == "token" and self.model.grid != self.model.wav_grid:
@@ -97,14 +105,29 @@ class PretrainTask(nn.Module):
                 f"pretrain.level = token pairs patches, but the spectrogram has {self.model.grid} and the waveform "
                 f"{self.model.wav_grid}; let model.channels sum to {mel_bins}"
             )
-        self._check_masks(mel_bins, frames)
-        if method.masked_spec or method.masked_wav:
+        if config.negatives == "both" and not self.contrasts_batch:
+            raise UserError(
+                f"pretrain.negatives = both is of the contrast of clips, which pretrain.method = {config.method} with "
+                f"pretrain.level = {config.level} has not; leave it out"
+            )
+        self.hidden = HiddenPatches(config, method, recipe.run.seed, self._grids())
+        if method.drops and not method.contrast_only:
+            size, grids = SIZES[recipe.model.size], [self._grids()[name] for name in self.hidden.views]
+            inner = config.decoder_width or max(64, size.width * 2 // 3 // 64 * 64)
+            depth = config.decoder_depth or min(4, max(1, size.depth // 3))
+            self.decoders = nn.ModuleList(
+                PatchDecoder(size.width, inner, depth, recipe.model.patch**2, part, recipe.model.checkpoint_activations)
+                for part in ([grids] if config.decoder == "shared" else [[grid] for grid in grids])
+            )
+        elif not method.contrast_only:
             self.heads = MaskedPatchHeads(self.model.width, recipe.model.patch**2)
         temperature = config.temperature if config.contrast == "cosine" else None
         # Eq. 4a: (wav, spec) -> (loss, accuracy) of this rank's clips, over the global batch (collective) or by token.
         self.contrast: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = partial(
             swacl_loss if self.contrasts_batch else token_loss, temperature=temperature, symmetric=config.symmetric
         )
+        if config.negatives == "both":
+            self.contrast = partial(nt_xent_loss, temperature=temperature)
         if method.contrast and config.projection == "mlp":
             self.projection = ProjectionHead(self.model.width)
 
@@ -113,9 +136,10 @@ class PretrainTask(nn.Module):
     ) -> Losses | Pooled | Rebuilt:
         """One micro-batch: sum over masked sides s of w_s (nce_s + r_g mse_s), + w contrast (Eq. 2, 3, 4b).
 
-        w_s is 1 for the spectrogram and r_w for the waveform beside it; w is r_cl, or 1 for the contrast alone. With
-        `cached`, (pooled * cached gradient).sum() stands for the contrast: its gradient is this micro-batch's part of
-        that of the whole batch's contrast (GradCache), whose value is only reported.
+        Where the encoder takes visible patches alone, w_s mse_s is a side's loss, of normalised patches. w_s is 1 for
+        the spectrogram and r_w for the waveform beside it; w is r_cl, or 1 for the contrast alone. With `cached`,
+        (pooled * cached gradient).sum() stands for the contrast: its gradient is this micro-batch's part of that of
+        the whole batch's contrast (GradCache), whose value is only reported.
 
         Args:
             batch: With the representations that the method reads.
@@ -124,30 +148,39 @@ class PretrainTask(nn.Module):
             rebuild: Return the reconstruction of the masked patches and no loss.
         """
         method = self.method
-        spec_masks = self._masks("spec", batch.position) if method.masked_spec else []
-        wav_masks = self._masks("wav", batch.position) if self.masks_wav else []
+        splits = self.hidden.splits(batch.position) if method.drops else {}
+        if method.drops:
+            spec_masks, wav_masks = ([split.visible for split in splits[name]] for name in ("spec", "wav"))
+        else:
+            spec_masks, wav_masks = (self.hidden.masks(name, batch.position) for name in ("spec", "wav"))
         clean = [None] if method.contrast and self.config.clean_spectrogram else []
         fbank = _given(batch.fbank) if method.spec else None
         wav_map = self.model.waveform_map(_given(batch.waveform), batch.length) if method.wav else None
         encoded: Encoded = self.model(
-            fbank, wav_map, [*spec_masks, *clean] or [None], wav_masks or [None], batch.position
+            fbank, wav_map, [*spec_masks, *clean] or [None], wav_masks or [None], batch.position, method.drops
         )
         if pooled_only:
             return self._pool(encoded)
         if rebuild:
-            return self._rebuild(encoded, fbank, wav_map, (spec_masks or wav_masks)[0])
+            return self._rebuild(encoded, fbank, wav_map, (spec_masks or wav_masks)[0], splits)
         named: dict[str, torch.Tensor] = {}
         total = torch.zeros((), device=batch.position.device)
         sides = []  # what is masked: name, passes, target, masks, weight
         if method.masked_spec:
-            target = patchify(full(_given(fbank)).transpose(1, 2), self.model.config.patch)
+            target = self._target("spec", fbank, wav_map)
             sides.append(("spec", encoded.spec, target, spec_masks, 1.0))
         if method.masked_wav:
             pixels = patchify(full(_given(wav_map).detach()), self.model.config.patch)
             named["wav_target_variance"] = pixels.var(dim=-1, correction=0).mean()  # 0: the map has collapsed
             weight = self.config.r_w if method.masked_spec else 1.0
             sides.append(("wav", encoded.wav, normalise_patches(pixels), wav_masks, weight))
+        decoded = self._decode(encoded, splits) if method.drops and sides else {}
         for name, passes, target, masks, weight in sides:
+            if method.drops:
+                mse = F.mse_loss(full(decoded[name]), gather_patches(target, splits[name][0].masked))
+                named |= {f"{name}_mse": mse.detach(), f"{name}_explained": 1 - mse.detach()}
+                total = total + weight * mse
+                continue
             predicted, rebuilt = self.heads(*(gather_patches(p, mask) for p, mask in zip(passes, masks, strict=False)))
             targets = [gather_patches(target, mask) for mask in masks]
             loss = masked_patch_loss(predicted, rebuilt, targets[0], self.config.softmax, targets[-1])
@@ -163,55 +196,50 @@ class PretrainTask(nn.Module):
                 total, contrast = total + weight * contrast, contrast.detach()
             else:  # only the gradient comes from this micro-batch
                 contrast, accuracy = cached.loss, cached.accuracy
-                total = total + weight * ((pooled.wav * cached.wav).sum() + (pooled.spec * cached.spec).sum())
+                total = total + weight * ((pooled.query * cached.query).sum() + (pooled.key * cached.key).sum())
             value = value + weight * contrast
             named |= {"contrast": contrast, "contrast_accuracy": accuracy}
         return Losses(total, {"loss": value, **named})
 
-    def _check_masks(self, mel_bins: int, frames: int) -> None:
-        """Whether K masked patches leave others; SSAST's generator needs two of them."""
-        used = {"spec": self.method.masked_spec, "wav": self.masks_wav}
-        for name, grid in self._grids().items():
-            most = grid[0] * grid[1] - (2 if self.config.ssast_compat else 0)
-            count = masked_count(self.config.mask_patches, grid)
-            if used[name] and count > most:
-                raise UserError(
-                    f"pretrain.mask_patches = {self.config.mask_patches}: {count} masked patches, but {mel_bins} "
-                    f"mel bins and {frames} frames allow {most}; lower it"
-                )
-
     def _grids(self) -> dict[str, tuple[int, int]]:
         return {"spec": self.model.grid, "wav": self.model.wav_grid}
 
-    def _masks(self, name: str, position: torch.Tensor) -> list[torch.Tensor]:
-        """Masked patches int64 [B, K] of each masked pass."""
-        draw = ssast_masks if self.config.ssast_compat else cluster_masks
-        grid = self._grids()[name]
-        count = masked_count(self.config.mask_patches, grid)
-        masked = self.method.masked_spec if name == "spec" else self.method.masked_wav
-        purposes = [f"mask.{name}", f"mask.{name}.second"] if masked and self.config.two_pass else [f"mask.{name}"]
-        return [draw(self.seed, purpose, position, grid, count, self.config.clusters) for purpose in purposes]
+    def _decode(self, encoded: Encoded, splits: dict[str, list[Split]]) -> dict[str, torch.Tensor]:
+        """The dropped patches of each representation, [B, K, P * P], out of the visible ones."""
+        views = self.hidden.views
+        streams, parts = [getattr(encoded, name)[0] for name in views], [splits[name][0] for name in views]
+        decoded: list[torch.Tensor] = []
+        for decoder in self.decoders:
+            own = slice(len(decoded), len(decoded) + len(views) // len(self.decoders))
+            decoded += decoder(streams[own], parts[own])
+        return dict(zip(views, decoded, strict=True))
+
+    def _target(self, name: str, fbank: torch.Tensor | None, wav_map: torch.Tensor | None) -> torch.Tensor:
+        """All patches [B, N, P * P] that are predicted, float32: normalised where they are learned or an MAE's."""
+        maps = full(_given(fbank)).transpose(1, 2) if name == "spec" else full(_given(wav_map).detach())
+        pixels = patchify(maps, self.model.config.patch)
+        return pixels if name == "spec" and not self.method.drops else normalise_patches(pixels)
 
     def _rebuild(
-        self, encoded: Encoded, fbank: torch.Tensor | None, wav_map: torch.Tensor | None, mask: torch.Tensor
-    ) -> Rebuilt:
+        self, encoded: Encoded, fbank: torch.Tensor | None, wav_map: torch.Tensor | None, mask: torch.Tensor,
+        splits: dict[str, list[Split]],
+    ) -> Rebuilt:  # fmt: skip
         """Of the spectrogram where it is masked, else of the waveform's map."""
-        patch = self.model.config.patch
-        if self.method.masked_spec:
-            target = patchify(full(_given(fbank)).transpose(1, 2), patch)
-            name, passes, grid = "spectrogram", encoded.spec, self.model.grid
-        else:
-            target = normalise_patches(patchify(full(_given(wav_map)), patch))
-            name, passes, grid = "waveform map", encoded.wav, self.model.wav_grid
-        _, reconstructed = self.heads(gather_patches(passes[0], mask))
-        return Rebuilt(name, target, mask, reconstructed, grid)
+        name = "spec" if self.method.masked_spec else "wav"
+        title = {"spec": "spectrogram", "wav": "waveform map"}[name]
+        target, grid = self._target(name, fbank, wav_map), self._grids()[name]
+        if self.method.drops:
+            return Rebuilt(title, target, splits[name][0].masked, self._decode(encoded, splits)[name], grid)
+        _, reconstructed = self.heads(gather_patches(getattr(encoded, name)[0], mask))
+        return Rebuilt(title, target, mask, reconstructed, grid)
 
     def _pool(self, encoded: Encoded) -> Pooled:
-        """What is contrasted: mean patch tokens of a clip, or with `level` = "token" the tokens themselves.
+        """What is contrasted: mean (visible) patch tokens of a clip, or with `level` = "token" the tokens themselves.
 
         The spectrogram's last pass is the clean one where there is one.
         """
-        views = [full(encoded.wav[0]), full(encoded.spec[-1 if self.config.clean_spectrogram else 0])]
+        key = (encoded.spec or encoded.wav)[-1 if self.config.clean_spectrogram else 0]
+        views = [full((*encoded.spec, *encoded.wav)[-1]), full(key)]
         if self.contrasts_batch:
             views = [tokens.mean(dim=1) for tokens in views]
         if self.config.projection == "mlp":

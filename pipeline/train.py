@@ -57,7 +57,8 @@ def pretrain(launch: Launch[PretrainRecipe], world: World) -> None:
     recipe = launch.recipe
     method = PRETRAIN[recipe.pretrain.method]
     name = recipe.run.name or f"{recipe.train.batch_size}-{method.label}"
-    names = ("spec_accuracy", "wav_accuracy", "contrast_accuracy")
+    found = "explained" if method.drops else "accuracy"
+    names = (f"spec_{found}", f"wav_{found}", "contrast_accuracy")
     used = (method.masked_spec, method.masked_wav, method.contrast)
     metric = "eval_" + next(name for name, present in zip(names, used, strict=True) if present)
 

@@ -17,9 +17,11 @@ from pipeline.ablation.campaign import Campaign
 from pipeline.ablation.executors import LocalExecutor, SlurmExecutor
 from pipeline.ablation.grid import Grid
 from pipeline.errors import UserError
+from pipeline.recipes import flatten
 from tests.conftest import ROOT
 
-TABLES = sorted((ROOT / "configs" / "ablation").glob("*.yaml"))
+BEYOND = ROOT / "configs" / "ablation" / "beyond.yaml"
+TABLES = sorted(set((ROOT / "configs" / "ablation").glob("*.yaml")) - {BEYOND})  # the paper's
 
 # A launcher that does what the real ones do to a run directory, without the training in between.
 LAUNCHER = """
@@ -95,6 +97,20 @@ def test_fifteen_pretrainings_serve_all_tables(scale):
         assert run.init in pretrainings
     craft = grid.cells["table1", "CRAFT", "esc50"]
     assert [run.recipe.data.fold for run in craft] == ([1, 2, 3, 4, 5] if scale == "paper" else [1, 2])
+
+
+@pytest.mark.parametrize("scale", ["paper", "micro"])
+def test_methods_beyond_the_paper_stand_beside_its_own(scale):
+    """PSWaCL's pretraining serves that table too; rows at its batch differ from it in what pretrains alone."""
+    beyond = [run for run in Grid([BEYOND], scale, {}).runs if run.kind == "pretrain"]
+    paper = {run.digest: run for run in Grid(TABLES, scale, {}).runs if run.kind == "pretrain"}
+    assert len(beyond) == 7
+    assert [run.recipe.pretrain.method for run in beyond if run.digest in paper] == ["pswacl"]
+    craft = flatten(beyond[0].recipe)
+    for run in beyond:
+        other = {key for key, value in flatten(run.recipe).items() if value != craft[key]}
+        own = run.name.endswith(("CRAFT-MAE", "Mosaic")) and run.recipe.optim.name == "adamw"
+        assert own or all(key.startswith("pretrain.") for key in other)
 
 
 def test_dry_run_prints_a_line_for_each_distinct_run():

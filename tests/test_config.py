@@ -153,7 +153,8 @@ NAMES = [("paper", 112, "adaef32e8041e5c7"), ("micro", 79, "68c77d7d50dbd838")]
 @pytest.mark.parametrize(("scale", "runs", "digest"), NAMES)
 def test_finished_ablations_keep_their_names(scale, runs, digest):
     """With other names finished runs would be trained again: a change of theirs must be meant."""
-    folders = [run.folder for run in Grid(sorted((ROOT / "configs/ablation").glob("*.yaml")), scale, {}).runs]
+    files = sorted(file for file in (ROOT / "configs/ablation").glob("*.yaml") if file.stem != "beyond")
+    folders = [run.folder for run in Grid(files, scale, {}).runs]
     assert len(folders) == runs
     assert hashlib.sha256("\n".join(folders).encode()).hexdigest()[:16] == digest
 

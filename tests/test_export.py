@@ -63,10 +63,12 @@ def features() -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_safetensors_hold_everything_and_load_back(tmp_path):
-    task = make_run(tmp_path / "run", PretrainRecipe)
+@pytest.mark.parametrize("method", ["pswacl", "craft_mae", "craft_mosaic"])
+def test_safetensors_hold_everything_and_load_back(tmp_path, method):
+    word = f"pretrain.method={method}"
+    task = make_run(tmp_path / "run", PretrainRecipe, word)
     export_safetensors(open_exported(tmp_path / "run"), tmp_path / "one.safetensors")
-    again = PretrainTask(load_recipe(PretrainRecipe, [], MICRO), SPEC.mel_bins, SPEC.frames)
+    again = PretrainTask(load_recipe(PretrainRecipe, [], [*MICRO, word]), SPEC.mel_bins, SPEC.frames)
     report = load_weights(again, tmp_path / "one.safetensors")
     assert (report.resized, report.fresh, report.dropped) == ([], [], [])
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in task.state_dict().items())
@@ -94,6 +96,8 @@ def test_transformers_classifies_the_same_with_a_cls_head(tmp_path):
     [
         (FinetuneRecipe, (), "classifier (HF pools cls and dist of one spectrogram), waveform side"),
         (PretrainRecipe, ("model.modality_embedding=true",), "waveform side, pretraining heads"),
+        (PretrainRecipe, ("pretrain.method=craft_mae",), "waveform side, pretraining heads"),
+        (PretrainRecipe, ("pretrain.method=audio_mosaic",), "pretraining heads"),
     ],
 )
 def test_transformers_encodes_the_same_with_a_backbone(tmp_path, kind, words, left):
@@ -115,6 +119,7 @@ def test_transformers_encodes_the_same_with_a_backbone(tmp_path, kind, words, le
         (PretrainRecipe, "pretrain.method=wapt", ["embedding"]),
         (FinetuneRecipe, "model.frontend=strided", ["logits", "embedding"]),
         (FinetuneRecipe, "model.frontend=sinc model.wav_depth=2", ["logits", "embedding"]),
+        (PretrainRecipe, "pretrain.method=craft_mae", ["embedding"]),
     ],
 )
 def test_onnxruntime_gives_the_same_for_any_batch(tmp_path, kind, word, outputs):

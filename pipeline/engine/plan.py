@@ -153,8 +153,8 @@ def memory(cost: Cost, stage: int, ranks: int, micro: int) -> Memory:
     )
 
 
-def traffic(cost: Cost, stage: int, ranks: int, clips: int, contrast: bool) -> dict[str, float]:
-    """Bytes that each GPU sends in one step, by purpose (ring algorithms)."""
+def traffic(cost: Cost, stage: int, ranks: int, clips: int, contrast: int) -> dict[str, float]:
+    """Bytes that each GPU sends in one step, by purpose (ring algorithms); `contrast`: its directions, 0 to 2."""
     share = (ranks - 1) / ranks
     weight = 2 if cost.half else 4
     sent = {"gradients": (2 if stage < 2 else 1) * share * cost.parameters * 4}
@@ -163,7 +163,7 @@ def traffic(cost: Cost, stage: int, ranks: int, clips: int, contrast: bool) -> d
     if stage == 3:
         sent["weights, forward and backward"] = 2 * share * cost.parameters * weight
     if contrast:
-        sent["contrast"] = share * clips * (2 * cost.width + 1) * 4
+        sent["contrast"] = contrast * share * clips * (2 * cost.width + 1) * 4
     return sent
 
 

@@ -87,11 +87,11 @@ def _cache_contrast(
         pooled: list[Pooled] = [engine(part, pooled_only=True) for part in parts]
     whole = Pooled(*(torch.cat(vectors).requires_grad_() for vectors in zip(*pooled, strict=True)))
     loss, accuracy = task.contrast(*whole)
-    wav, spec = torch.autograd.grad(loss, list(whole))
+    query, key = torch.autograd.grad(loss, list(whole))
     count = len(parts)  # the engine divides each micro-batch's gradient by it
     return [
-        CachedContrast(loss.detach(), accuracy, wav_part * count, spec_part * count)
-        for wav_part, spec_part in zip(wav.chunk(count), spec.chunk(count), strict=True)
+        CachedContrast(loss.detach(), accuracy, query_part * count, key_part * count)
+        for query_part, key_part in zip(query.chunk(count), key.chunk(count), strict=True)
     ]
 
 

@@ -123,7 +123,7 @@ class Craft(nn.Module):
             recompute=config.checkpoint_activations,
             early=config.wav_depth,
         )
-        self.apply(_initialise)
+        self.apply(initialise_linear)
 
     @property
     def width(self) -> int:
@@ -156,6 +156,7 @@ class Craft(nn.Module):
         spec_masks: Sequence[torch.Tensor | None] = (None,),
         wav_masks: Sequence[torch.Tensor | None] = (None,),
         position: torch.Tensor | None = None,
+        drop: bool = False,
     ) -> Encoded:
         """Encodes the given representations in one pass of the encoder.
 
@@ -166,6 +167,8 @@ class Craft(nn.Module):
                 masked patches, or None.
             wav_masks: Likewise for the waveform.
             position: int64 [B], what the draws of training go by; None: there are none.
+            drop: The indices are those of visible patches instead, and no others are encoded: K tokens in place of N.
+                Streams of one K are one batch.
 
         Returns:
             Patch tokens [B, N, D], or with `pool` = "cls" the cls and dist tokens [B, 2, D].
@@ -187,23 +190,28 @@ class Craft(nn.Module):
                 spec_kept, wav_kept = (
                     kept_patches(streams.seed, position, grid, *shares) for grid in (self.grid, self.wav_grid)
                 )
+
+        def chosen(mask: torch.Tensor | None, kept: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+            """Which patches the mask token replaces, and which stay."""
+            return (None, mask) if drop else (mask, kept)
+
         special = self.special()
         sequences = []
         if fbank is not None:
             patches = self.spec_patch(fbank.to(self.dtype).transpose(1, 2))
-            sequences += [self.spec_tokens(patches, special, mask, spec_kept) for mask in spec_masks]
+            sequences += [self.spec_tokens(patches, special, *chosen(mask, spec_kept)) for mask in spec_masks]
         passes = len(sequences)
         if wav_map is not None:
             embedding = self.spec_patch if self.config.shared_patch else self.wav_patch
             patches = embedding(wav_map)
-            sequences += [self.wav_tokens(patches, special, mask, wav_kept) for mask in wav_masks]
+            sequences += [self.wav_tokens(patches, special, *chosen(mask, wav_kept)) for mask in wav_masks]
         leaving = len(sequences) - passes if self.config.wav_depth and streams.spec else 0
         kept = slice(len(special)) if self.streams.pool == "cls" else slice(len(special), None)
         encoded = [tokens[:, kept] for tokens in self.encoder(sequences, paths, leaving)]
         return Encoded(tuple(encoded[:passes]), tuple(encoded[passes:]))
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise_linear(module: nn.Module) -> None:
     """Linear: trunc_normal .02, zero bias (ViT). Patch embeddings keep Conv2d's own initialisation, as in SSAST."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

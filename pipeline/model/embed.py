@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from pipeline.flow import full
+from pipeline.model.masking import gather_patches
 from pipeline.model.pooled_conv import pooled_conv, real_positions
 
 SAMPLES_PER_FRAME = 160  # 10 ms at 16 kHz, the fbank's hop: both representations share a time axis
@@ -142,7 +143,7 @@ def patch_grid(mel_bins: int, frames: int, patch: int, stride: int) -> tuple[int
 
 
 class TokenSequence(nn.Module):
-    """Masks patch tokens, adds positions and prepends cls and dist: one representation's sequence.
+    """Masks or drops patch tokens, adds positions and prepends cls and dist: one representation's sequence.
 
     Position parameters keep their grid in their shape, [f, t, D], so that a checkpoint says by itself
     how it must be resized.
@@ -189,7 +190,7 @@ class TokenSequence(nn.Module):
         if self.modality is not None:
             patches = patches + self.modality
         if kept is not None:
-            patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[2]))
+            patches = gather_patches(patches, kept)
         return torch.cat([special.expand(patches.shape[0], -1, -1), patches], dim=1)
 
 

@@ -1,8 +1,9 @@
-"""What stands on the encoder: masked-patch predictors, projection, classifier.
+"""What stands on the encoder: masked-patch predictors, decoder of dropped patches, projection, classifier.
 
 In: tokens [..., D]. Out: patch predictions, projected vectors, or logits.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -10,6 +11,10 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.flow import Encoded, full
+from pipeline.model.craft import initialise_linear
+from pipeline.model.embed import TokenSequence
+from pipeline.model.encoder import Encoder
+from pipeline.model.masking import Split, gather_patches
 
 HEAD_NORM_EPS = 1e-5  # torch's default, which SSAST's and AST's heads have; their blocks have 1e-6
 
@@ -35,6 +40,44 @@ class MaskedPatchHeads(nn.Module):
             second: Those of a second pass that is reconstructed instead (SSAST's two passes).
         """
         return self.discriminative(tokens), self.generative(tokens if second is None else second)
+
+
+class PatchDecoder(nn.Module):
+    """MAE's light decoder (He et al. 2022): the pixels of dropped patches from the encoded visible ones.
+
+    Visible tokens are narrowed and stand at their places among mask tokens; positions of the decoder's own are added.
+    Streams of one patch grid are one batch. A stream has its own positions and mask token; all else is shared.
+
+    Args:
+        width: D of the encoder.
+        inner: Its own width, a multiple of 64.
+        depth: Blocks.
+        pixels: Values of a patch.
+        grids: Patches along frequency and time, of each stream.
+        recompute: As in `Encoder`.
+    """
+
+    def __init__(
+        self, width: int, inner: int, depth: int, pixels: int, grids: Sequence[tuple[int, int]], recompute: bool
+    ) -> None:
+        super().__init__()
+        self.narrow = nn.Linear(width, inner)
+        self.tokens = nn.ModuleList(TokenSequence(inner, grid, modality=False, maskable=True) for grid in grids)
+        self.blocks = Encoder(inner, depth, inner // 64, bottlenecks=0, fusion_layer=depth, recompute=recompute)
+        self.pixels = nn.Linear(inner, pixels)
+        self.apply(initialise_linear)
+
+    def forward(self, streams: Sequence[torch.Tensor], splits: Sequence[Split]) -> list[torch.Tensor]:
+        """Visible tokens [B, N - K, D] of each stream -> its masked patches [B, K, pixels]."""
+        sequences = []
+        for tokens, stream, split in zip(self.tokens, streams, splits, strict=True):
+            narrow = self.narrow(stream)
+            clips, visible, inner = narrow.shape
+            places = split.visible[..., None].expand(-1, -1, inner)
+            patches = narrow.new_zeros(clips, visible + split.masked.shape[1], inner).scatter(1, places, narrow)
+            sequences.append(tokens(patches, narrow.new_empty(0, inner), split.masked))
+        decoded = zip(self.blocks(sequences), splits, strict=True)
+        return [self.pixels(gather_patches(tokens, split.masked)) for tokens, split in decoded]
 
 
 class ProjectionHead(nn.Sequential):

@@ -1,13 +1,16 @@
-"""Which patches are masked: square clusters, exact count, no position favoured.
+"""Which patches are masked or dropped: squares, single patches, columns, rows; exact count, no position favoured.
 
-In: positions of the clips in the sample stream. Out: K patch indices for each.
+In: positions of the clips in the sample stream. Out: K patch indices for each, and those of the patches that stay.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from pipeline.rng import uniform
 
+GRAIN = 2**24  # draws lie on a grid of 1 / GRAIN
 THROWS = 8  # x N throws: enough to cover any patch but with probability e^-16
 
 
@@ -48,8 +51,8 @@ def cluster_masks(
         wrapped = F.pad(scores, (0, extent[1] - 1, 0, extent[0] - 1), mode="circular")
         pooled = F.max_pool2d(wrapped, extent, stride=1).flatten(1)
         best = torch.where((choice == index)[:, None], pooled, best)
-    # Draws lie on a grid of 2^-24, so score and tie-break make one exact integer.
-    ranked = (best * 2**24).long() * 2**24 + (draws[:, total:-1] * 2**24).long()
+    # Score and tie-break make one exact integer.
+    ranked = (best * GRAIN).long() * GRAIN + (draws[:, total:-1] * GRAIN).long()
     return ranked.topk(count, dim=1).indices.sort(dim=1).values
 
 
@@ -107,6 +110,73 @@ def kept_patches(
         order = uniform(seed, f"tokens.{purpose}", position, size).argsort(dim=1, stable=True)
         kept.append(order[:, : max(1, round((1 - share) * size))].sort(dim=1).values)
     return (kept[0][:, :, None] * grid[1] + kept[1][:, None, :]).flatten(1)
+
+
+class Split(NamedTuple):
+    """The patches of each clip in two parts, equally many in every clip, ascending: int64 [B, N - K] and [B, K].
+
+    Attributes:
+        visible: What the encoder takes.
+        masked: What is dropped before it.
+    """
+
+    visible: torch.Tensor
+    masked: torch.Tensor
+
+
+def split_patches(
+    seed: int,
+    purpose: str,
+    position: torch.Tensor,
+    grid: tuple[int, int],
+    kind: str,
+    ratio: float,
+    sides: tuple[int, ...],
+) -> Split:
+    """Drops a share of each clip's patches: of single ones, squares, time columns or frequency rows.
+
+    All that can be dropped is equally likely to be. No per-clip Python, no padding, no device sync.
+
+    Args:
+        seed: The run's seed.
+        purpose: Names the draw.
+        position: int64 [B].
+        grid: Patches along frequency and time.
+        kind: "random" (He et al. 2022), "cluster" (`cluster_masks`), "time" or "frequency": whole columns or rows
+            (AudioMosaic, arXiv 2605.14231).
+        ratio: Of patches, columns or rows; their number is rounded.
+        sides: Of the clusters.
+
+    Raises:
+        ValueError: nothing is dropped, or nothing stays.
+    """
+    height, width = grid
+    units, count = dropped_count(kind, ratio, grid)
+    _check(count, units - 1)
+    if kind == "cluster":
+        chosen = cluster_masks(seed, purpose, position, grid, count, sides)
+    else:  # distinct integers, so that equal draws rank alike on every device
+        draws = (uniform(seed, purpose, position, units) * GRAIN).long() * units
+        chosen = (draws + torch.arange(units, device=position.device)).topk(count, dim=1).indices
+    hidden = torch.zeros(len(position), units, dtype=torch.bool, device=position.device).scatter_(1, chosen, True)
+    if kind == "time":
+        hidden = hidden[:, None].expand(-1, height, -1).flatten(1)
+    elif kind == "frequency":
+        hidden = hidden[:, :, None].expand(-1, -1, width).flatten(1)
+    order = hidden.byte().argsort(dim=1, stable=True)
+    masked = count * (height * width // units)
+    return Split(order[:, :-masked], order[:, -masked:])
+
+
+def dropped_count(kind: str, ratio: float, grid: tuple[int, int]) -> tuple[int, int]:
+    """What `split_patches` counts in, and how many it drops: patches, time columns or frequency rows."""
+    units = {"time": grid[1], "frequency": grid[0]}.get(kind, grid[0] * grid[1])
+    return units, round(ratio * units)
+
+
+def gather_patches(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The chosen rows of each clip: [B, N, P], int64 [B, K] -> [B, K, P], without a device sync."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def _check(count: int, most: int) -> None:

@@ -1,4 +1,4 @@
-"""SWaCL: contrast between a clip's waveform and spectrogram over the global batch (Eq. 4a).
+"""SWaCL: contrast between a clip's waveform and spectrogram over the global batch (Eq. 4a), and SimCLR's NT-Xent.
 
 In: this rank's pooled representations [n, D] each, in order of rank. Out: a scalar whose gradient,
 averaged over ranks, is that of the global loss.
@@ -26,24 +26,35 @@ CHUNK = 1024  # rows of the similarity matrix that exist at once
 class _GlobalInfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, gather: Gather, rank: int
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, gather: Gather, rank: int, paired: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of this rank's queries; saves d(global loss)/d(local) times the number of ranks."""
+        """Loss of this rank's queries; saves d(global loss)/d(local) times the number of ranks.
+
+        Query i belongs to key i. `paired`: queries and keys are the same vectors, one view's and then the other's; i
+        belongs to i + n / 2 and is not compared with itself.
+        """
         n = len(query)
         queries, keys = gather(query), gather(key)
         first, total = rank * n, len(queries)
         own = torch.arange(first, first + n, device=query.device)
+        partner = own.roll(n // 2) if paired else own
         lse, positive, hit, grad_query = [], [], [], []
         for rows in _chunks(n):
             logits = query[rows] @ keys.T  # (rows, G)
+            if paired:
+                logits.scatter_(1, own[rows, None], -torch.inf)
             lse.append(logits.logsumexp(dim=1))
-            positive.append(logits.gather(1, own[rows, None])[:, 0])
-            hit.append(logits.argmax(dim=1) == own[rows])
-            grad_query.append((logits - lse[-1][:, None]).exp() @ keys - keys[own[rows]])
+            positive.append(logits.gather(1, partner[rows, None])[:, 0])
+            hit.append(logits.argmax(dim=1) == partner[rows])
+            grad_query.append((logits - lse[-1][:, None]).exp() @ keys - keys[partner[rows]])
         normaliser = gather(torch.cat(lse))
-        grad_key = -query  # the positives' part; query i is key i's partner on the same rank
+        grad_key = -queries[partner]  # the positives' part: a key's partner is on the same rank
+        every = torch.arange(total, device=query.device)
         for rows in _chunks(total):
-            grad_key += (queries[rows] @ key.T - normaliser[rows, None]).exp().T @ queries[rows]
+            share = (queries[rows] @ key.T - normaliser[rows, None]).exp()
+            if paired:
+                share.masked_fill_(every[rows, None] == own, 0.0)
+            grad_key += share.T @ queries[rows]
         # d(global loss) = 1 / G; times R because data parallelism averages gradients over ranks: 1 / n.
         ctx.save_for_backward(torch.cat(grad_query) / n, grad_key / n)
         loss = (torch.cat(lse) - torch.cat(positive)).mean()
@@ -54,7 +65,7 @@ class _GlobalInfoNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_query, grad_key = ctx.saved_tensors
-        return grads[0] * grad_query, grads[0] * grad_key, None, None
+        return grads[0] * grad_query, grads[0] * grad_key, None, None, None
 
 
 def _chunks(rows: int) -> list[slice]:
@@ -90,10 +101,41 @@ def swacl_loss(
         wav, spec = full(wav), full(spec)
         if temperature is not None:
             wav, spec = _unit(wav) / temperature, _unit(spec)
-        loss, accuracy = _GlobalInfoNCE.apply(wav, spec, gather, rank)
+        loss, accuracy = _GlobalInfoNCE.apply(wav, spec, gather, rank, False)
         if symmetric:
-            back, back_accuracy = _GlobalInfoNCE.apply(spec, wav, gather, rank)
+            back, back_accuracy = _GlobalInfoNCE.apply(spec, wav, gather, rank, False)
             loss, accuracy = (loss + back) / 2, (accuracy + back_accuracy) / 2
+    return loss, accuracy
+
+
+def nt_xent_loss(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    gather: Gather = distributed.gather,
+    rank: int | None = None,
+    *,
+    temperature: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """NT-Xent (SimCLR, Chen et al. 2020): each of the 2 G views is to find the other view of its clip among 2 G - 1.
+
+    Negatives are all other clips' views, of the same kind too; both directions are in it.
+
+    Args:
+        first: [n, D].
+        second: [n, D], row i of the same clip as `first`'s.
+        gather: As in `swacl_loss`.
+        rank: As in `swacl_loss`.
+        temperature: As in `swacl_loss`.
+
+    Returns:
+        As `swacl_loss`.
+    """
+    rank = distributed.rank() if rank is None else rank
+    with torch.autocast(first.device.type, enabled=False):
+        views = torch.cat([full(first), full(second)])
+        keys = views if temperature is None else _unit(views)
+        queries = keys if temperature is None else keys / temperature
+        loss, accuracy = _GlobalInfoNCE.apply(queries, keys, gather, rank, True)
     return loss, accuracy
 
 

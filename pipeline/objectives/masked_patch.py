@@ -58,11 +58,6 @@ def masked_patch_loss(
     )
 
 
-def gather_patches(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The chosen rows of each clip: [B, N, P], int64 [B, K] -> [B, K, P], without a device sync."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
 def normalise_patches(patches: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """Each patch to zero mean and unit variance over its values, without gradient.
 

@@ -10,6 +10,8 @@ what else runs on the machine counts little; with more they are those of the clo
               (`pretrain.two_pass`) and as SSAST's code has them: a plain network, masks and losses clip by clip
     craft     PSWaCL against the spectrogram alone, and against two separate calls of the encoder
     frontend  PSWaCL with MSAE against lighter ways of the waveform: other front ends, a third of the blocks
+    beyond    PSWaCL against the methods that encode visible patches alone, as their files in configs/pretrain/ have
+              them, with counted FLOPs; and the share of the masked autoencoder's step that drops and puts back patches
     encoder   our network against Hugging Face's ASTModel, of equal size, on equal tokens
     matmul    share of the CRAFT step in matrix products, by torch's profiler, and its MFU
     objectives  masks and losses of 8 and of 64 clips: microseconds a clip, and operations called
@@ -27,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +43,8 @@ from pipeline.engine.plan import Shape, model_flops
 from pipeline.flow import Batch
 from pipeline.model.craft import SIZES, Craft, Streams
 from pipeline.model.embed import patchify
-from pipeline.model.masking import cluster_masks
-from pipeline.objectives.masked_patch import gather_patches, masked_patch_loss
+from pipeline.model.masking import cluster_masks, gather_patches
+from pipeline.objectives.masked_patch import masked_patch_loss
 from pipeline.recipes import load_recipe
 from pipeline.tasks import PretrainTask
 from tests.engine.memory import resident
@@ -52,6 +55,8 @@ from tests.reference.ssast import Ssast
 
 SHAPE = Shape()
 MASKED, GRID, SIDES = 400, (8, 64), (3, 4, 5)
+BEYOND = ("pswacl180.yaml", "craft_mae.yaml", "craft_mosaic.yaml", "audio_mosaic.yaml")
+MOVES = ("gather", "scatter", "scatter_add_", "sort", "topk", "new_zeros", "where")  # of patches and their indices
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "scaled_dot_product")
 Step = Callable[[], Any]
 
@@ -65,7 +70,10 @@ def batch_of(clips: int) -> Batch:
 
 
 def recipe_of(size: str, *words: str) -> PretrainRecipe:
-    return load_recipe(PretrainRecipe, [], [f"model.size={size}", *words])
+    """Words are settings, or files of configs/pretrain/."""
+    files = [ROOT / "configs" / "pretrain" / word for word in words if word.endswith(".yaml")]
+    settings = [word for word in words if not word.endswith(".yaml")]
+    return load_recipe(PretrainRecipe, files, [f"model.size={size}", *settings])
 
 
 def task_step(size: str, batch: Batch, dtype: torch.dtype, *words: str) -> Step:
@@ -208,6 +216,19 @@ def products(size: str, clips: int, dtype: torch.dtype, rounds: int) -> None:
     print(f"outside    {share:6.2f}  of the step is outside matrix products: {parts}", flush=True)
 
 
+def moves(size: str, batch: Batch, dtype: torch.dtype) -> None:
+    """Share of a step of craft_mae in moving patches; the rest of `where` and `new_zeros` is in it too."""
+    step = task_step(size, batch, dtype, "craft_mae.yaml")
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        step()
+    rows = trace.key_averages()
+    total = sum(row.self_cpu_time_total for row in rows)
+    found = {row.key: row.self_cpu_time_total / total for row in rows if row.key.removeprefix("aten::") in MOVES}
+    parts = ", ".join(f"{name} {share:.2%}" for name, share in found.items())
+    print(f"beyond     {sum(found.values()):6.3f}  of a step of craft_mae moves patches: {parts}", flush=True)
+
+
 class Operations(TorchDispatchMode):
     """Counts what is called."""
 
@@ -259,7 +280,7 @@ def loop(size: str, clips: int, steps: int, precision: str) -> None:
 
 
 def main() -> None:
-    rows = ("ssast", "craft", "frontend", "encoder", "matmul", "objectives", "loop")
+    rows = ("ssast", "craft", "frontend", "beyond", "encoder", "matmul", "objectives", "loop")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="(default: fp32)")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the model (default: small)")
@@ -294,6 +315,14 @@ def main() -> None:
             f"strided, {depth} blocks": lambda: task_step(
                 size, batch, dtype, "model.frontend=strided", f"model.wav_depth={depth}"),
         }, args.rounds)  # fmt: skip
+    if "beyond" in args.rows:
+        ways = {}
+        paper = model_flops(recipe_of(size, BEYOND[0]), SHAPE)
+        for file in BEYOND:
+            share = model_flops(recipe_of(size, file), SHAPE) / paper
+            ways[f"{file}, {share:.2f} of the FLOPs"] = partial(task_step, size, batch, dtype, file)
+        compare("beyond", ways, args.rounds)
+        moves(size, batch, dtype)
     if "encoder" in args.rows:
         compare("encoder", {
             "ours": lambda: encoder_step(size, batch, dtype),

@@ -31,8 +31,15 @@ from pipeline.tasks import FinetuneTask, PretrainTask
 CLIPS, MELS, FRAMES, CLASSES = 24, 32, 64, 5
 STAGES, ACCUMULATIONS = (0, 1, 2, 3), (1, 2, 3)
 EVERY_OPTION = "pretrain.symmetric=true pretrain.projection=mlp pretrain.clean_spectrogram=true"
+MOSAIC = (
+    "pretrain.drop=[time,frequency] pretrain.drop_ratio=[0.6,0.4] pretrain.temperature=0.1 pretrain.projection=mlp "
+    "pretrain.negatives=both"
+)
 METHODS = {
     **{name: f"pretrain.method={name} pretrain.r_cl=1.0" for name in ("ssast", "wapt", "swapt", "swacl", "pswacl")},
+    "craft_mae": "pretrain.method=craft_mae pretrain.r_cl=1.0 pretrain.decoder=separate pretrain.drop_ratio=[0.6,0.5]",
+    "craft_mosaic": f"pretrain.method=craft_mosaic {MOSAIC}",
+    "audio_mosaic": f"pretrain.method=audio_mosaic {MOSAIC}",
     "pswacl+": f"pretrain.method=pswacl pretrain.r_cl=1.0 {EVERY_OPTION}",
     "pswacl-strided": "pretrain.method=pswacl pretrain.r_cl=1.0 model.frontend=strided model.wav_depth=1",
     "swapt-sinc": "pretrain.method=swapt model.frontend=sinc model.drop_path=0.5",

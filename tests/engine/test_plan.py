@@ -31,6 +31,36 @@ def test_planned_memory_is_what_a_step_takes(tmp_path, size, clips, stage):
     assert report["measured"] == pytest.approx(report["planned"], rel=0.15), report
 
 
+@pytest.mark.slow
+def test_memory_is_flat_in_a_global_batch_of_thousands(tmp_path):
+    """GradCache: eight times the batch adds its vectors and logits; without it, every clip adds its activations."""
+    out = tmp_path / "memory.json"
+    sizes = ("64:64", "512:64", "4096:64", "512:512")
+    (rank,) = start_ranks(1, Path(__file__).with_name("batches.py"), out, *sizes, **MALLOC)
+    status, said = rank.end()
+    assert status == 0, said
+    found = json.loads(out.read_text())
+    a_clip = (found["512:512"] - found["64:64"]) / (512 - 64)
+    assert found["4096:64"] - found["512:64"] < 0.05 * a_clip * (4096 - 512), found
+
+
+def test_flops_are_those_of_visible_patches():
+    """104 tokens of each representation and a decoder of 512; the mosaic's 210 and 322 tokens."""
+    shape = plan.Shape()
+    flops = {name: plan.model_flops(load_recipe(PretrainRecipe, [ROOT / f"configs/pretrain/{name}.yaml"], []), shape)
+             for name in ("pswacl180", "craft_mae", "craft_mosaic", "audio_mosaic")}  # fmt: skip
+
+    def blocks(tokens: int, width: int, depth: int) -> float:
+        return 6 * depth * 12 * width**2 * tokens + 12 * depth * tokens**2 * width
+
+    decoder = 2 * (blocks(512, 512, 4) + 6 * (104 * 768 * 512 + 410 * 512 * 256))
+    assert flops["craft_mae"] == pytest.approx(2 * blocks(104, 768, 12) + decoder, rel=0.05)
+    assert flops["craft_mosaic"] == pytest.approx(blocks(210, 768, 12) + blocks(322, 768, 12), rel=0.05)
+    assert flops["audio_mosaic"] == pytest.approx(flops["craft_mosaic"], rel=0.05)
+    assert flops["craft_mae"] < 0.35 * flops["pswacl180"]
+    assert flops["craft_mosaic"] < 0.5 * flops["pswacl180"]
+
+
 def test_flops_are_those_of_the_transformer():
     """6 FLOPs a weight and token, plus attention; the MSAE and heads are small."""
     recipe = load_recipe(PretrainRecipe, [], ["model.size=base"])

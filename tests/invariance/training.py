@@ -53,6 +53,9 @@ RUNS: dict[str, tuple[str, str, str]] = {
     ),
     "pswacl, tokens": ("zero2.json", "", "pretrain.r_cl=1.0 pretrain.level=token pretrain.contrast=raw"),
     "pswacl, modern": ("zero0.json", "pretrain/modern.yaml", "train.micro_batch=1 model.norm=group"),
+    "craft_mae": ("zero2.json", "pretrain/craft_mae.yaml", "pretrain.r_cl=1.0 train.micro_batch=1"),
+    "craft_mosaic": ("zero3.json", "pretrain/craft_mosaic.yaml", "train.micro_batch=1"),
+    "audio_mosaic": ("ds.json", "pretrain/audio_mosaic.yaml", ""),
     "ast": ("zero0.json", "", "finetune.method=ast finetune.pool=cls"),
     "wast": (
         "zero1.json", "finetune/audioset_full.yaml", "finetune.method=wast data.train_split=train train.micro_batch=1"
@@ -61,7 +64,8 @@ RUNS: dict[str, tuple[str, str, str]] = {
     "swab": ("ds.json", "", "train.micro_batch=1"),
     "swab, modern": ("zero3.json", "finetune/modern.yaml", "checkpoint.ema=0.9 checkpoint.ema_every=2"),
 }  # fmt: skip
-RESUMED = {"pswacl, every option": 10, "swab, modern": 9}  # from the checkpoint of which step; one between two averages
+# From the checkpoint of which step; one between two averages.
+RESUMED = {"pswacl, every option": 10, "craft_mae": 10, "craft_mosaic": 10, "swab, modern": 9}
 
 
 def is_finetuning(name: str) -> bool:

@@ -14,8 +14,8 @@ from transformers import ASTConfig, ASTForAudioClassification, ASTModel
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.errors import UserError
 from pipeline.model.foreign import to_hf, translate
+from pipeline.model.masking import gather_patches
 from pipeline.model.weights import load_weights, read_weights, weights_file
-from pipeline.objectives.masked_patch import gather_patches
 from pipeline.recipes import load_recipe
 from pipeline.tasks import FinetuneTask, PretrainTask
 from tests.reference.ssast import Ssast

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.model.masking import THROWS, cluster_masks, masked_count, ssast_masks
+from pipeline.model.masking import THROWS, cluster_masks, dropped_count, masked_count, split_patches, ssast_masks
 from tests.reference import masks as reference
 
 GRIDS = st.tuples(st.integers(2, 9), st.integers(2, 20))
+DROPS = ("random", "cluster", "time", "frequency")
 SIDES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 
 
@@ -92,3 +93,34 @@ def test_no_position_is_favoured(grid, sides, share):
     rate = torch.zeros(1500, total).scatter_(1, index, 1.0).mean(dim=0)
     nominal = count / total
     assert (rate - nominal).abs().max() < 5 * (nominal * (1 - nominal) / 1500) ** 0.5 + 1e-6
+
+
+@given(grid=GRIDS, kind=st.sampled_from(DROPS), share=st.floats(0.05, 0.95), seed=st.integers(0, 999))
+@settings(max_examples=60, deadline=None)
+def test_splits_equal_their_twin(grid, kind, share, seed):
+    units, count = dropped_count(kind, share, grid)
+    if not 0 < count < units:
+        with pytest.raises(ValueError, match="masked patches, but 1 to"):
+            split_patches(seed, "drop", torch.tensor([3, 1]), grid, kind, share, (1, 2))
+        return
+    found = split_patches(seed, "drop", torch.tensor([3, 1]), grid, kind, share, (1, 2))
+    pairs = list(zip(found.visible.tolist(), found.masked.tolist(), strict=True))
+    assert pairs == reference.split(seed, "drop", [3, 1], grid, kind, share, (1, 2))
+
+
+@pytest.mark.parametrize("kind", DROPS)
+def test_every_patch_is_dropped_equally_often(kind):
+    """4000 clips: of 512 patches, 64 columns or 8 rows, the rate of each is binomial around the exact share."""
+    units, count = dropped_count(kind, 0.6, (8, 64))
+    masked = split_patches(0, "drop", torch.arange(4000), (8, 64), kind, 0.6, (3, 4, 5)).masked
+    rate = torch.zeros(4000, 512).scatter_(1, masked, 1.0).mean(dim=0)
+    assert (rate - count / units).abs().max() < 5 * (0.24 / 4000) ** 0.5
+
+
+@pytest.mark.parametrize("kind", DROPS)
+def test_a_clips_split_depends_on_its_position_alone(kind):
+    whole = split_patches(3, "drop", torch.arange(12), (8, 64), kind, 0.8, (3, 4, 5))
+    part = split_patches(3, "drop", torch.tensor([7, 2]), (8, 64), kind, 0.8, (3, 4, 5))
+    for all_clips, two in zip(whole, part, strict=True):
+        assert torch.equal(two, all_clips[[7, 2]])
+    assert not torch.equal(whole.visible[0], whole.visible[1])

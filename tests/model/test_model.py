@@ -16,6 +16,7 @@ from pipeline.recipes import load_recipe
 from pipeline.tasks import FinetuneTask, PretrainTask
 from tests.reference import swab
 from tests.reference.msae import embed
+from tests.reference.visible import encode
 
 MICRO = ["model.size=micro"]
 
@@ -113,6 +114,32 @@ def test_one_stacked_call_equals_eq5_read_literally(bottlenecks, fusion_layer, l
     gradients = [
         torch.autograd.grad(sum((out.sin() * 3).sum() for out in both), [spec, wav, *weights]) for both in outputs
     ]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts", [(3, 3), (3, 5)])
+def test_dropped_tokens_are_as_if_they_had_never_been(counts):
+    """Value and gradients; streams of one length are one call of each block, others are two."""
+    torch.manual_seed(0)
+    craft = Craft(
+        ModelConfig(size="micro", channels=(11, 11, 10)), Streams(True, True, mel_bins=32, frames=64)
+    ).double()
+    maps = {"spec": torch.randn(2, 32, 64).double(), "wav": torch.randn(2, 32, 64).double()}
+    visible = {side: torch.stack([torch.randperm(8)[:count].sort().values for _ in range(2)])
+               for side, count in zip(maps, counts, strict=True)}  # fmt: skip
+    calls = []
+    hook = craft.encoder.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    fast = craft(maps["spec"].transpose(1, 2), maps["wav"], [visible["spec"]], [visible["wav"]], drop=True)
+    hook.remove()
+    assert len(calls) == len(set(counts))
+    slow = []
+    for side, both in maps.items():
+        clips = zip(both, visible[side].tolist(), strict=True)
+        slow.append(torch.stack([encode(craft, side, one, chosen) for one, chosen in clips]))
+    fast = [fast.spec[0], fast.wav[0]]
+    torch.testing.assert_close(fast, slow, rtol=1e-6, atol=1e-6)
+    weights = [parameter for name, parameter in craft.named_parameters() if not name.startswith("msae")]
+    gradients = [torch.autograd.grad(sum((x.sin() * 3).sum() for x in both), weights) for both in (fast, slow)]
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from pipeline.engine.plan import LiveBytes
 from pipeline.objectives import contrastive
-from pipeline.objectives.contrastive import swacl_loss, token_loss
-from tests.reference.swacl import contrast
+from pipeline.objectives.contrastive import nt_xent_loss, swacl_loss, token_loss
+from tests.reference.swacl import contrast, nt_xent
 
 
 def sharded(query: torch.Tensor, key: torch.Tensor, ranks: int) -> tuple[list, torch.Tensor, torch.Tensor]:
@@ -62,6 +62,32 @@ def test_value_and_gradient_equal_the_equation(temperature, symmetric, clips, wi
     torch.testing.assert_close(fast, slow, rtol=1e-6, atol=1e-6)
     gradients = [torch.autograd.grad(loss, views)[0] for loss in (fast, slow)]
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.1])
+@pytest.mark.parametrize("chunk", [2, 1024])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_nt_xent_and_its_gradient_equal_the_equation_on_any_ranks(ranks, chunk, temperature, monkeypatch):
+    monkeypatch.setattr(contrastive, "CHUNK", chunk)
+    views = pair(6, 4, seed=7)
+    expected = nt_xent(*views, temperature)
+    slow = torch.autograd.grad(expected, views)[0]
+    # A rank's rows are its first views and then its second ones.
+    parts = [torch.cat(part) for part in zip(*(view.detach().chunk(ranks) for view in views), strict=True)]
+    keys = torch.cat(parts)
+    keys, scale = (keys, 1.0) if temperature is None else (F.normalize(keys, dim=-1), temperature)
+    queries = keys / scale
+    normaliser = (queries @ keys.T).fill_diagonal_(-torch.inf).logsumexp(dim=1)
+    losses, gradients = [], []
+    for rank in range(ranks):
+        own = pair(6, 4, seed=7).detach().chunk(ranks, dim=1)[rank].clone().requires_grad_()
+        answers = iter([queries, keys, normaliser])
+        loss, accuracy = nt_xent_loss(*own, lambda _, answers=answers: next(answers), rank, temperature=temperature)
+        assert 0 <= accuracy <= 1
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss, own)[0] / ranks)
+    torch.testing.assert_close(torch.stack(losses).mean(), expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.cat(gradients, dim=1), slow, rtol=1e-6, atol=1e-6)
 
 
 @given(ranks=st.integers(1, 5), share=st.integers(1, 4), seed=st.integers(0, 999))

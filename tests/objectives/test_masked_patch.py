@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.model.embed import patchify
-from pipeline.objectives.masked_patch import gather_patches, masked_patch_loss, normalise_patches
+from pipeline.model.masking import gather_patches
+from pipeline.objectives.masked_patch import masked_patch_loss, normalise_patches
 from tests.reference import mspm
 
 EXACT = {"rtol": 1e-6, "atol": 1e-6}

@@ -42,3 +42,23 @@ def ssast(seed, purpose, position, grid, count, sides, throws) -> list[list[int]
                         masked.add(patch)
         masks.append(sorted(masked)[:count])
     return masks
+
+
+def split(seed, purpose, position, grid, kind, ratio, sides) -> list[tuple[list[int], list[int]]]:
+    """Visible and dropped patches of each clip: the units with the largest draws go."""
+    height, width = grid
+    total = height * width
+    units = {"time": width, "frequency": height}.get(kind, total)
+    count = round(ratio * units)
+    splits = []
+    for clip, row in zip(position, uniform(seed, purpose, torch.tensor(position), units).tolist(), strict=True):
+        dropped = set(sorted(range(units), key=lambda unit: (row[unit], unit), reverse=True)[:count])
+        if kind == "cluster":
+            dropped = set(clusters(seed, purpose, [clip], grid, count, sides)[0])
+        visible, masked = [], []
+        for patch in range(total):
+            f, t = divmod(patch, width)
+            unit = {"time": t, "frequency": f}.get(kind, patch)
+            (masked if unit in dropped else visible).append(patch)
+        splits.append((visible, masked))
+    return splits

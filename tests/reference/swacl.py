@@ -1,4 +1,4 @@
-"""Eq. 4a term by term."""
+"""Eq. 4a and SimCLR's NT-Xent, term by term."""
 
 import torch
 
@@ -14,4 +14,21 @@ def contrast(wav: torch.Tensor, spec: torch.Tensor, temperature: float | None) -
                 score = score / (wav[i].norm() * spec[j].norm()) / temperature
             scores.append(score)
         terms.append(torch.log(torch.exp(scores[i]) / sum(torch.exp(score) for score in scores)))
+    return -sum(terms) / len(terms)
+
+
+def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float | None) -> torch.Tensor:
+    """Each view among all others but itself; the other view of its clip is the right one."""
+    views = [*first, *second]
+    terms = []
+    for i, view in enumerate(views):
+        scores = {}
+        for j, other in enumerate(views):
+            score = torch.dot(view, other)
+            if temperature is not None:
+                score = score / (view.norm() * other.norm()) / temperature
+            if i != j:
+                scores[j] = score
+        right = scores[(i + len(first)) % len(views)]
+        terms.append(torch.log(torch.exp(right) / sum(torch.exp(score) for score in scores.values())))
     return -sum(terms) / len(terms)

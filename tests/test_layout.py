@@ -15,7 +15,7 @@ FLOORS = [
     {"tasks"},
     {"engine", "tracking"},
     {"command_line", "run_directory", "runs"},
-    {"serving", "export"},
+    {"serving", "export", "probing"},
     {"train"},
     {"ablation", "cross_validation"},
     {"report"},

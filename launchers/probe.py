@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.command_line import new_parser, path_of
+from pipeline.command_line import grid_of, new_parser, numbers_of, path_of
 from pipeline.config import DataConfig, LogConfig
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_file, write_json
@@ -63,57 +63,18 @@ def parser() -> argparse.ArgumentParser:
     return make
 
 
-def numbers(text: str, option: str) -> list[int]:
-    """Of "1,2"; of "all" none.
-
-    Raises:
-        UserError: no list of positive numbers.
-    """
-    if text == "all":
-        return []
-    try:
-        found = [int(word) for word in text.split(",")]
-    except ValueError:
-        found = [0]
-    if min(found) < 1 or len(set(found)) < len(found):
-        raise UserError(f"{option} {text}: give all, or different numbers from 1, such as 1,2")
-    return found
-
-
-def grid_of(text: str | None) -> tuple[int, int] | None:
-    """Of "12,101".
-
-    Raises:
-        UserError: not two positive numbers.
-    """
-    if text is None:
-        return None
-    high, comma, wide = text.partition(",")
-    if not comma or not high.isdecimal() or not wide.isdecimal() or not int(high) * int(wide):
-        raise UserError(f"--grid {text}: give the patches along frequency and time, such as 12,101")
-    return int(high), int(wide)
-
-
-def layers_of(args: argparse.Namespace, frozen: "Frozen") -> list[int]:
-    """The blocks that --layers names.
-
-    Raises:
-        UserError: the encoder has not so many.
-    """
-    text = args.layers or ("all" if args.probe == "cgp" else str(frozen.depth))
-    layers = sorted(numbers(text, "--layers")) or list(range(1, frozen.depth + 1))
-    if layers[-1] > frozen.depth:
-        raise UserError(f"--layers {text}: the encoder has {frozen.depth} blocks")
-    return layers
+def layers_named(args: argparse.Namespace) -> str:
+    """Value of --layers; of the last block where it is not given, of all for cgp."""
+    return args.layers or ("all" if args.probe == "cgp" else "last")
 
 
 def probe(args: argparse.Namespace, name: str, frozen: "Frozen", world: "World") -> list[dict[str, Any]]:
     """Results of one checkpoint, a row for each stream and layer; a collective; on rank 0, elsewhere empty."""
     from pipeline.data.manifest import load_index, load_manifest
-    from pipeline.probing.features import Features, compute
+    from pipeline.probing.features import compute, mapped
     from pipeline.probing.protocol import by_folds, by_seeds, judge
 
-    layers = layers_of(args, frozen)
+    layers = frozen.layers(layers_named(args))
     pool: Pool = "tokens" if args.probe == "attentive" else args.pool
     manifest = load_manifest(args.shards)
     folder = args.features or (frozen.source.parent if frozen.source else Path("runs")) / "features"
@@ -122,12 +83,12 @@ def probe(args: argparse.Namespace, name: str, frozen: "Frozen", world: "World")
                      most_gb=args.most_gb) for split in splits]  # fmt: skip
     if not world.is_main:
         return []
-    features = Features([file for of_split in files for file in of_split])
+    features = mapped([file for of_split in files for file in of_split])
     if args.folds:
         folds = load_index(args.shards, columns=["fold"])["fold"].to_numpy()[features.rows]
-        divisions = by_folds(folds, numbers(args.folds, "--folds"), 0)
+        divisions = by_folds(folds, numbers_of("--folds", args.folds), 0)
     else:
-        train = len(Features(files[0]).rows)
+        train = len(mapped(files[0]).rows)
         divisions = by_seeds(np.arange(train), np.arange(train, len(features.rows)), range(args.seeds))
     found = []
     streams = [*frozen.streams, *(["both"] if len(frozen.streams) > 1 else [])]
@@ -190,7 +151,7 @@ def main() -> None:
                         "0, more than 0")  # fmt: skip
     for option, text in (("--folds", args.folds), ("--layers", args.layers)):
         if text:
-            numbers(text, option)
+            numbers_of(option, text)
     grid = grid_of(args.grid)
     from pipeline import distributed  # torch: not for --help
     from pipeline.data.manifest import load_manifest
@@ -209,7 +170,7 @@ def main() -> None:
             distributed.decide(lambda: check_output_file(args.out, "--out"))
         opened = [open_frozen(name, spec, grid, average=not args.last) for name in args.checkpoint]
         for frozen in opened:
-            layers_of(args, frozen)
+            frozen.layers(layers_named(args))
         found: list[dict[str, Any]] = []
         for name, frozen in zip(args.checkpoint, opened, strict=True):
             rows = probe(args, name, frozen.to(world.device), world)

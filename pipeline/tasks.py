@@ -108,8 +108,9 @@ class PretrainTask(nn.Module):
             self.projection = ProjectionHead(self.model.width)
 
     def forward(
-        self, batch: Batch, cached: CachedContrast | None = None, pooled_only: bool = False, rebuild: bool = False
-    ) -> Losses | Pooled | Rebuilt:
+        self, batch: Batch, cached: CachedContrast | None = None, pooled_only: bool = False, rebuild: bool = False,
+        tokens: bool = False,
+    ) -> Losses | Pooled | Rebuilt | Encoded:  # fmt: skip
         """One micro-batch: sum over masked sides s of w_s (nce_s + r_g mse_s), + w contrast (Eq. 2, 3, 4b).
 
         w_s is 1 for the spectrogram and r_w for the waveform beside it; w is r_cl, or 1 for the contrast alone. With
@@ -121,6 +122,7 @@ class PretrainTask(nn.Module):
             cached: The contrast of the step, where it spans several micro-batches.
             pooled_only: Return the representations to be contrasted and no loss.
             rebuild: Return the reconstruction of the masked patches and no loss.
+            tokens: Return all patch tokens, nothing masked, and no loss.
         """
         method = self.method
         spec_masks = self._masks("spec", batch.position) if method.masked_spec else []
@@ -128,6 +130,9 @@ class PretrainTask(nn.Module):
         clean = [None] if method.contrast and self.config.clean_spectrogram else []
         fbank = _given(batch.fbank) if method.spec else None
         wav_map = self.model.waveform_map(_given(batch.waveform), batch.length) if method.wav else None
+        if tokens:
+            seen: Encoded = self.model(fbank, wav_map)
+            return seen
         encoded: Encoded = self.model(fbank, wav_map, [*spec_masks, *clean] or [None], wav_masks or [None])
         if pooled_only:
             return self._pool(encoded)

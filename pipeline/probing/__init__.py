@@ -6,4 +6,5 @@ In: any weights and labelled shards. Out: features on disk, probes trained on th
     features.py   shards -> files of features: a rank's share each, finished ones kept
     probes.py     features -> a trained probe: linear, attentive, CGP, kNN
     protocol.py   which clips train, choose and test; means, spreads, intervals
+    curve.py      the same of a model in training, at its evaluations
 """

@@ -158,22 +158,28 @@ def _rows(file: Path) -> int:
         raise UserError(f"{file}: {error}; delete it, and the same command makes it again") from error
 
 
+def mapped(files: Sequence[Path]) -> "Features":
+    """Files of `compute`, of one or several splits, mapped into memory: what is not in use is not read."""
+    pieces = []
+    for file in files:
+        with safe_open(file, "pt") as opened:  # its tensors are views of the mapped file
+            pieces.append({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    return Features(pieces)
+
+
 class Features:
-    """Files of features, mapped into memory: what is not in use is not read.
+    """Features of clips.
 
     Args:
-        files: Of `compute`, of one or several splits.
+        pieces: What a file of `compute` holds, each.
 
     Attributes:
         rows: int64 [n].
         targets: uint8 [n, C].
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._pieces = []
-        for file in files:
-            with safe_open(file, "pt") as opened:  # its tensors are views of the mapped file
-                self._pieces.append({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    def __init__(self, pieces: Sequence[dict[str, torch.Tensor]]) -> None:
+        self._pieces = pieces
         self.rows = torch.cat([piece["rows"] for piece in self._pieces]).numpy()
         self.targets = torch.cat([piece["targets"] for piece in self._pieces])
         self._starts = np.concatenate([[0], np.cumsum([len(piece["rows"]) for piece in self._pieces])])

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from pipeline.command_line import numbers_of
 from pipeline.config import FinetuneRecipe, ModelConfig, PretrainRecipe
 from pipeline.data.fbank import padded_frames
 from pipeline.data.spec import SAMPLE_RATE, DataSpec
@@ -73,6 +74,17 @@ class Frozen(nn.Module):
         rows, columns = self.grids[stream]
         width = self.model.width
         return (rows * columns, width) if pool == "tokens" else (rows * width if pool == "time_frequency" else width,)
+
+    def layers(self, text: str) -> list[int]:
+        """Blocks of "all", "last" or "1,2".
+
+        Raises:
+            UserError: no such list, or more blocks than there are.
+        """
+        layers = [self.depth] if text == "last" else numbers_of("--layers", text) or list(range(1, self.depth + 1))
+        if layers[-1] > self.depth:
+            raise UserError(f"--layers {text}: the encoder has {self.depth} blocks")
+        return layers
 
     @torch.no_grad()
     def forward(self, batch: Batch, layers: Sequence[int]) -> dict[tuple[str, int], torch.Tensor]:

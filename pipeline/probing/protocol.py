@@ -88,46 +88,63 @@ def judge(
     features: Features, divisions: Sequence[Division], probe: Probe, stream: str, layers: Sequence[int],
     single_label: bool, device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
-    """Trains and tests a probe on each division.
+    """Trains and tests a probe on each division; arguments as of `judge_once`.
 
-    Args:
-        features: Of training and test clips.
-        divisions: Folds or seeds.
-        probe: Which.
-        stream: "spec", "wav" or "both".
-        layers: One, or several for "cgp".
-        single_label: Chooses loss and metric.
-        device: To train on.
+    Returns:
+        metric, value, spread, interval, n, and for each division its value and setting.
     """
     metric = metric_name(single_label)
-    parts: list[dict[str, Any]] = []
-    scored = []
-    for division in divisions:
-        rest = np.setdiff1d(division.train, division.chosen_on)
-        train, chooser, whole, test = (
-            Part(features, stream, layers, where, device)
-            for where in (rest, division.chosen_on, division.train, division.test)
-        )
-        grid = [value for value in GRIDS[probe] if probe != "knn" or value <= len(rest)]
-        found = []
-        for value in grid:
-            scores = predict(fit(probe, train, value, single_label, division.seed), chooser)
-            found.append(all_metrics(scores, _targets(features, chooser), single_label)[metric])
-        best = max(range(len(grid)), key=lambda i: (-math.inf if math.isnan(found[i]) else found[i], -i))
-        scores = predict(fit(probe, whole, grid[best], single_label, division.seed), test)
-        targets = _targets(features, test)
-        value = all_metrics(scores, targets, single_label)[metric]
-        parts.append({"name": division.name, "value": value, "chosen": grid[best], "on_held_out": found[best]})
-        scored.append((scores, targets, division.draw))
+    judged = [judge_once(features, one, probe, stream, layers, single_label, device) for one in divisions]
+    parts = [part for part, _, _ in judged]
     values = [part["value"] for part in parts]
     return {
         "metric": metric,
         "value": float(np.mean(values)),
         "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "interval": _interval(scored, metric),
+        "interval": _interval([(scores, targets, one.draw) for (_, scores, targets), one in
+                               zip(judged, divisions, strict=True)], metric),
         "n": len(np.unique(np.concatenate([division.test for division in divisions]))),
         "parts": parts,
-    }
+    }  # fmt: skip
+
+
+def judge_once(
+    features: Features, division: Division, probe: Probe, stream: str, layers: Sequence[int], single_label: bool,
+    device: torch.device,
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:  # fmt: skip
+    """Chooses a probe's setting, trains it and scores the test clips.
+
+    Args:
+        features: Of training and test clips.
+        division: Which are which.
+        probe: Which.
+        stream: "spec", "wav" or "both".
+        layers: One, or several for "cgp".
+        single_label: Chooses loss and metric.
+        device: To train on.
+
+    Returns:
+        name, value, chosen setting and its value on the part that chose it; scores and targets [n, C] of the test.
+    """
+    metric = metric_name(single_label)
+    rest = np.setdiff1d(division.train, division.chosen_on)
+    train, chooser, whole, test = (
+        Part(features, stream, layers, where, device)
+        for where in (rest, division.chosen_on, division.train, division.test)
+    )
+    grid = [value for value in GRIDS[probe] if probe != "knn" or value <= len(rest)]
+    found = []
+    for value in grid:
+        scores = predict(fit(probe, train, value, single_label, division.seed), chooser)
+        found.append(all_metrics(scores, _targets(features, chooser), single_label)[metric])
+    best = max(range(len(grid)), key=lambda i: (-math.inf if math.isnan(found[i]) else found[i], -i))
+    scores, targets = (
+        predict(fit(probe, whole, grid[best], single_label, division.seed), test),
+        _targets(features, test),
+    )
+    value = all_metrics(scores, targets, single_label)[metric]
+    part = {"name": division.name, "value": value, "chosen": grid[best], "on_held_out": found[best]}
+    return part, scores, targets
 
 
 def _targets(features: Features, part: Part) -> np.ndarray:

@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 from pipeline.errors import UserError
 from pipeline.probing import features as feature_files
-from pipeline.probing.features import Features, Part
+from pipeline.probing.features import Features, Part, mapped
 from pipeline.probing.probes import GRIDS, TEMPERATURE, fit, moments, predict
 from pipeline.probing.protocol import by_folds, by_seeds, judge
 
@@ -34,7 +34,7 @@ def made(folder, single: bool = True, tokens: int = 0) -> Features:
         files.append(folder / f"train-{number:06d}.safetensors")
         tensors = {name: torch.tensor(value[piece], dtype=torch.float32) for name, value in arrays.items()}
         save_file(tensors | {"rows": torch.arange(CLIPS)[piece], "targets": torch.tensor(targets[piece])}, files[-1])
-    return Features(files)
+    return mapped(files)
 
 
 def parts(features: Features, stream: str = "spec", layers: tuple[int, ...] = (2,)) -> tuple[Part, Part]:

@@ -123,7 +123,8 @@ def track(args: argparse.Namespace, frozen: "Frozen", rows: list[dict[str, Any]]
     options = {name: getattr(args, name) for name in ("shards", "train_split", "split", "folds", "seeds", "probe",
                                                       "layers", "pool")}  # fmt: skip
     digest = hashlib.sha256(json.dumps([frozen.digest, options]).encode()).hexdigest()[:8]
-    home, name = (frozen.source.parent, frozen.source.name) if frozen.source else (Path("runs"), "other")
+    home = frozen.source.parent if frozen.source else Path("runs")
+    name = frozen.source.name if frozen.source else Path(rows[0]["checkpoint"]).name.replace(":", "-")
     folder = home / f"probe-{name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "probe.json", rows)

@@ -74,7 +74,7 @@ def pretrain(launch: Launch[PretrainRecipe], world: World) -> None:
             batches = pictures.keep(held_out.batches(full=True))
             losses = mean_losses(forward, batches, held_out, world.device)
             pictures.draw(forward, step, job.total_steps)
-            if curve and curve.due(job, step):
+            if curve and losses and curve.due(job, step):  # a probe is never the metric that is watched
                 model = job.task.model
                 losses |= curve.measure(forward, {"spec": model.grid, "wav": model.wav_grid})
             return {f"eval_{key}": value for key, value in losses.items()}

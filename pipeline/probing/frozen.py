@@ -171,18 +171,26 @@ def open_frozen(
             raise UserError(f"{name}: neither one of the sizes {', '.join(SIZES)} nor a run directory")
         spec = _spec_for(made, data, word)
         return Frozen(_build(recipe.model, _streams(recipe), spec, seed), spec, None)
-    source = Path(name)
+    try:
+        return _of_weights(Path(name), fallback, data, grid, seed, average)
+    except UserError as error:  # the words of a recipe's settings, which have other names here
+        raise UserError(str(error).replace("model.init: ", "").replace("model.init_grid", "--grid")) from error
+
+
+def _of_weights(
+    source: Path, fallback: DataSpec, data: DataSpec | None, grid: tuple[int, int] | None, seed: int, average: bool
+) -> Frozen:
     file = weights_file(source, average)
     recipe, made = _ours(source, file)
     if recipe is not None and made is not None:
-        spec, config, streams = _spec_for(made, data, name), recipe.model, _streams(recipe)
+        spec, config, streams = _spec_for(made, data, str(source)), recipe.model, _streams(recipe)
         homes = [home for home in (source, file.parent, run_of(str(file.parent))) if (home / "config.yaml").is_file()]
         origin = run_of(str(homes[0])) if homes else None
     else:
         config, streams, origin = _foreign(file, grid), Streams(spec=True, wav=False), None
         mean, std = trained_on(source, file)[2] or AUDIOSET
         if fallback.mel_bins != MEL_BINS:
-            raise UserError(f"{name}: was made for {MEL_BINS} mel bins, the shards have {fallback.mel_bins}")
+            raise UserError(f"{source}: was made for {MEL_BINS} mel bins, the shards have {fallback.mel_bins}")
         spec = fallback.model_copy(update={"mean": mean, "std": std})
     model = _build(config, streams, spec, seed)
     report = load_weights(nn.ModuleDict({"model": model}), file, grid=grid)

@@ -28,7 +28,7 @@ from pipeline.data.manifest import load_manifest
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.files import check_output_directory, new_file, read_json, write_json, write_text
-from pipeline.probing.features import BATCH, MOST_BATCHES, check_bad, data_of, read_pieces
+from pipeline.probing.features import BATCH, MOST_BATCHES, Tokens, check_bad, data_of, read_pieces
 from pipeline.probing.frozen import Frozen, Pool, pooled
 from pipeline.serving.listen import listen
 from pipeline.serving.scorer import batch_of
@@ -38,8 +38,6 @@ log = logging.getLogger(__name__)
 FILES = 64  # of a piece
 FRAME_SECONDS = 0.01
 RECORD = "embed.json"
-
-Tokens = dict[tuple[str, int], torch.Tensor]
 
 
 class Embedder:

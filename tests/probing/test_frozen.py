@@ -107,6 +107,11 @@ def test_pooling_is_what_it_says():
 
 
 def test_weights_that_cannot_be_frozen_are_one_line(pretrained, spec, tmp_path):
+    torch.save(Ssast(grid=(12, 11), stride=10, classes=5, pool="mean").checkpoint(), tmp_path / "AST.pth")
+    with pytest.raises(UserError, match=r"AST.pth: 132 positions .* set --grid to the one") as said:
+        open_frozen(str(tmp_path / "AST.pth"), spec)
+    assert "model.init" not in str(said.value)
+    assert open_frozen(str(tmp_path / "AST.pth"), spec, (12, 11)).model.config.stride == 10
     bare = tmp_path / "bare.safetensors"
     tensors = load_file(weights_file(pretrained))
     save_file(tensors, bare)

@@ -166,9 +166,10 @@ def open_frozen(
         if word in SIZES:
             config, streams = ModelConfig.model_validate({"size": word}), Streams(spec=True, wav=True)
             return Frozen(_build(config, streams, fallback, seed), fallback, None)
-        recipe, made = _ours(Path(word), Path(word) / "weights")
-        if recipe is None or made is None:
+        ours = _ours(Path(word), Path(word) / "weights")
+        if ours is None:
             raise UserError(f"{name}: neither one of the sizes {', '.join(SIZES)} nor a run directory")
+        recipe, made, _ = ours
         spec = _spec_for(made, data, word)
         return Frozen(_build(recipe.model, _streams(recipe), spec, seed), spec, None)
     try:
@@ -181,11 +182,9 @@ def _of_weights(
     source: Path, fallback: DataSpec, data: DataSpec | None, grid: tuple[int, int] | None, seed: int, average: bool
 ) -> Frozen:
     file = weights_file(source, average)
-    recipe, made = _ours(source, file)
-    if recipe is not None and made is not None:
+    if ours := _ours(source, file):
+        recipe, made, origin = ours
         spec, config, streams = _spec_for(made, data, str(source)), recipe.model, _streams(recipe)
-        homes = [home for home in (source, file.parent, run_of(str(file.parent))) if (home / "config.yaml").is_file()]
-        origin = run_of(str(homes[0])) if homes else None
     else:
         config, streams, origin = _foreign(file, grid), Streams(spec=True, wav=False), None
         mean, std = trained_on(source, file)[2] or AUDIOSET
@@ -206,22 +205,23 @@ def _build(config: ModelConfig, streams: Streams, spec: DataSpec, seed: int) -> 
         return Craft(config, Streams(**asdict(streams) | fitted))
 
 
-def _ours(source: Path, file: Path) -> tuple[PretrainRecipe | FinetuneRecipe | None, DataSpec | None]:
-    """Settings and data of a run, its checkpoint or its export; None: of none."""
+def _ours(source: Path, file: Path) -> tuple[PretrainRecipe | FinetuneRecipe, DataSpec, Path | None] | None:
+    """Settings, data and directory of a run or its checkpoint; of an export without the directory; None: of no run."""
     for home in (source, file.parent, run_of(str(file.parent))):
         if (home / "config.yaml").is_file():
-            return read_run(home), DataSpec.load(home if (home / "data.json").is_file() else run_of(str(home)))
+            run = run_of(str(home))
+            return read_run(home), DataSpec.load(home if (home / "data.json").is_file() else run), run
     if file.suffix != ".safetensors" or not file.is_file():
-        return None, None
+        return None
     try:
         with safe_open(file, "pt") as opened:
             metadata: dict[str, Any] = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: {error}; give a whole .safetensors file") from error
     if not {"config", "data"} <= metadata.keys():
-        return None, None
+        return None
     kind = PretrainRecipe if "pretrain" in json.loads(metadata["config"]) else FinetuneRecipe
-    return kind.model_validate_json(metadata["config"]), DataSpec.model_validate_json(metadata["data"])
+    return kind.model_validate_json(metadata["config"]), DataSpec.model_validate_json(metadata["data"]), None
 
 
 def _streams(recipe: PretrainRecipe | FinetuneRecipe) -> Streams:

@@ -1,4 +1,8 @@
-"""HEAR's API, and the real X-ARES and MTEB, on a pretrained run."""
+"""HEAR's API, and the real X-ARES and MTEB where they are installed, on a pretrained run.
+
+They are no requirements of the tests: polars, which MTEB needs, starts threads wherever it is found beside DeepSpeed,
+and then `tests.ranks` cannot fork. `pip install --target DIR mteb xares` and PYTHONPATH=DIR run these tests.
+"""
 
 import importlib
 

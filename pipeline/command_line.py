@@ -30,6 +30,32 @@ def path_of(option: str) -> Callable[[str], Path]:
     return partial(user_path, what=option)
 
 
+def numbers_of(option: str, text: str) -> list[int]:
+    """Different numbers from 1, of "1,2", ascending; of "all" none.
+
+    Raises:
+        UserError: no such list.
+    """
+    found = [] if text == "all" else [int(word) if word.isdecimal() else 0 for word in text.split(",")]
+    if min(found, default=1) < 1 or len(set(found)) < len(found):
+        raise UserError(f"{option} {text}: give all, or different numbers from 1, such as 1,2")
+    return sorted(found)
+
+
+def grid_of(text: str | None) -> tuple[int, int] | None:
+    """--grid, patches along frequency and time, of "12,101"; None: it was not given.
+
+    Raises:
+        UserError: not two positive numbers.
+    """
+    if text is None:
+        return None
+    high, _, wide = text.partition(",")
+    if not (high.isdecimal() and wide.isdecimal() and int(high) * int(wide)):
+        raise UserError(f"--grid {text}: give the patches along frequency and time, such as 12,101")
+    return int(high), int(wide)
+
+
 @dataclass(frozen=True)
 class Launch(Generic[RecipeT]):
     """A parsed command line.

@@ -319,6 +319,11 @@ class EvalConfig(Section):
     every_epochs: float = course(0.0, ge=0, description="epochs between evaluations; 0: off")
     clips: int = course(0, ge=0, description="evaluate on the first this many held-out clips; 0: all")
     batch_size: int = course(0, ge=0, description="clips per step over all ranks; 0: train.batch_size")
+    probe: UserPath = neutral(
+        "", description="pretraining: labelled shards that its frozen features are probed on (kNN, linear); empty: off"
+    )
+    probe_clips: int = neutral(2000, ge=10, description="only the first this many clips of each split of eval.probe")
+    probe_every: int = neutral(1, ge=1, description="evaluations from one probe to the next")
 
 
 class CheckpointConfig(Section):

@@ -216,7 +216,7 @@ def initialise(task: PretrainTask | FinetuneTask, recipe: Recipe, spec: DataSpec
     """
     source = Path(recipe.model.init)
     file = weights_file(source)
-    labels, named, normalisation = _trained_on(source, file)
+    labels, named, normalisation = trained_on(source, file)
     reason = _difference(labels, [label.name if named else label.id for label in spec.labels])
     if recipe.model.init_classifier == "keep":
         if labels and reason:
@@ -242,7 +242,7 @@ def initialise(task: PretrainTask | FinetuneTask, recipe: Recipe, spec: DataSpec
     return {"source": str(file), **asdict(report)}
 
 
-def _trained_on(source: Path, file: Path) -> tuple[list[str], bool, tuple[float, float] | None]:
+def trained_on(source: Path, file: Path) -> tuple[list[str], bool, tuple[float, float] | None]:
     """What weights say of the data that they were trained on.
 
     From an export's own metadata, the `data.json` of the run that the file belongs to, or Hugging Face's files.

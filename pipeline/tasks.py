@@ -132,8 +132,9 @@ class PretrainTask(nn.Module):
             self.projection = ProjectionHead(self.model.width)
 
     def forward(
-        self, batch: Batch, cached: CachedContrast | None = None, pooled_only: bool = False, rebuild: bool = False
-    ) -> Losses | Pooled | Rebuilt:
+        self, batch: Batch, cached: CachedContrast | None = None, pooled_only: bool = False, rebuild: bool = False,
+        tokens: bool = False,
+    ) -> Losses | Pooled | Rebuilt | Encoded:  # fmt: skip
         """One micro-batch: sum over masked sides s of w_s (nce_s + r_g mse_s), + w contrast (Eq. 2, 3, 4b).
 
         Where the encoder takes visible patches alone, w_s mse_s is a side's loss, of normalised patches. w_s is 1 for
@@ -146,6 +147,7 @@ class PretrainTask(nn.Module):
             cached: The contrast of the step, where it spans several micro-batches.
             pooled_only: Return the representations to be contrasted and no loss.
             rebuild: Return the reconstruction of the masked patches and no loss.
+            tokens: Return all patch tokens, nothing masked, and no loss.
         """
         method = self.method
         splits = self.hidden.splits(batch.position) if method.drops else {}
@@ -156,6 +158,9 @@ class PretrainTask(nn.Module):
         clean = [None] if method.contrast and self.config.clean_spectrogram else []
         fbank = _given(batch.fbank) if method.spec else None
         wav_map = self.model.waveform_map(_given(batch.waveform), batch.length) if method.wav else None
+        if tokens:
+            seen: Encoded = self.model(fbank, wav_map)
+            return seen
         encoded: Encoded = self.model(
             fbank, wav_map, [*spec_masks, *clean] or [None], wav_masks or [None], batch.position, method.drops
         )

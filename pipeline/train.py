@@ -37,6 +37,7 @@ from pipeline.files import write_json
 from pipeline.methods import FINETUNE, PRETRAIN, Reads
 from pipeline.model.weights import weights_file
 from pipeline.objectives.classification import positive_weights
+from pipeline.probing.curve import Curve
 from pipeline.recipes import RecipeT, flatten, read_run
 from pipeline.run_directory import check_run, open_run, write_record
 from pipeline.runs import eval_batch_size, initialise, score_run
@@ -65,6 +66,7 @@ def pretrain(launch: Launch[PretrainRecipe], world: World) -> None:
     def build(spec: DataSpec, loader: Loader) -> PretrainTask:
         return PretrainTask(recipe, spec.mel_bins, spec.frames)
 
+    curve = _curve(recipe, method, world) if recipe.eval.probe else None
     with _prepared(launch, world, "pretrain", name, method, build, metric) as (job, held_out):
         count = recipe.log.pictures if method.masked_spec or method.masked_wav else 0
         pictures = figures.Reconstructions(job.run_dir, job.tracker, count, world.is_main)
@@ -74,9 +76,20 @@ def pretrain(launch: Launch[PretrainRecipe], world: World) -> None:
             batches = pictures.keep(held_out.batches(full=True))
             losses = mean_losses(forward, batches, held_out, world.device)
             pictures.draw(forward, step, job.total_steps)
+            if curve and losses and curve.due(job, step):  # a probe is never the metric that is watched
+                model = job.task.model
+                losses |= curve.measure(forward, {"spec": model.grid, "wav": model.wav_grid})
             return {f"eval_{key}": value for key, value in losses.items()}
 
         train(replace(job, evaluate=evaluate if held_out else None), world)
+
+
+def _curve(recipe: PretrainRecipe, method: Reads, world: World) -> Curve:
+    """The probes of `eval.probe`, checked before anything is written."""
+    data, corpus = recipe.data, load_corpus(recipe.data)
+    if not data.fold and not corpus.held_out:
+        raise UserError("eval.probe is due at evaluations, and nothing is held out; see data.eval_split and data.fold")
+    return Curve(recipe, DataSpec.of(corpus, data), method, world)
 
 
 def finetune(launch: Launch[FinetuneRecipe], world: World) -> None:

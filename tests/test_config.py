@@ -112,10 +112,10 @@ def test_home_directories_are_expanded_in_every_setting_that_is_a_path(tmp_path,
     """The settings whose words say directory, path or file; a URL or a name with a ~ within stays as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.yaml").write_text("data: {shards: ~/shards}\n")
-    words = ["run.dir=~/runs/x", "model.init=~/pre", "data.cache=~/cache"]
+    words = ["run.dir=~/runs/x", "model.init=~/pre", "data.cache=~/cache", "eval.probe=~/probe"]
     recipe = load_recipe(FinetuneRecipe, ["~/a.yaml"], words)
-    assert [recipe.data.shards, recipe.run.dir, recipe.model.init, recipe.data.cache] == [
-        str(tmp_path / name) for name in ("shards", "runs/x", "pre", "cache")]  # fmt: skip
+    assert [recipe.data.shards, recipe.run.dir, recipe.model.init, recipe.data.cache, recipe.eval.probe] == [
+        str(tmp_path / name) for name in ("shards", "runs/x", "pre", "cache", "probe")]  # fmt: skip
     kept = load_recipe(FinetuneRecipe, [], ["data.shards=s3://bucket//~x", "run.dir=runs/~x", "run.name=~"])
     assert (kept.data.shards, kept.run.dir, kept.run.name) == ("s3://bucket//~x", "runs/~x", "~")
     with pytest.raises(UserError, match="--config"):
@@ -142,7 +142,8 @@ def test_every_setting_states_whether_it_changes_results(kind):
     assert set(stated.values()) == {"result", "course", "neutral"}
     neutral = {key for key, effect in stated.items() if effect == "neutral"}
     log = {key for key in stated if key.startswith("log.")}
-    later = {"data.max_bad_share", "data.cache", "data.cache_gb", "data.fetch_ahead"}
+    later = {"data.max_bad_share", "data.cache", "data.cache_gb", "data.fetch_ahead", "eval.probe", "eval.probe_clips",
+             "eval.probe_every"}  # fmt: skip
     assert neutral == ONCE_WITHOUT_EFFECT | log | later
     assert {key for key in stated if not changes_result(key)} == neutral
 

@@ -14,9 +14,9 @@ FLOORS = [
     {"data", "model", "objectives"},
     {"tasks"},
     {"engine", "tracking"},
-    {"command_line", "run_directory", "runs"},
+    {"command_line", "run_directory", "runs", "probing"},
     {"serving", "export"},
-    {"train"},
+    {"train", "adapters"},
     {"ablation", "cross_validation"},
     {"report"},
 ]

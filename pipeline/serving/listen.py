@@ -18,14 +18,15 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from pipeline.data.manifest import Label
+from pipeline.data.spec import DataSpec
 from pipeline.data.storage import is_remote, local
 from pipeline.errors import UserError
-from pipeline.serving.scorer import BATCH, Scorer, windows
+from pipeline.serving.scorer import BATCH, step_of, windows
 from shard_tools.decode import DecodeError, MachineError
 from shard_tools.guard import TIME_LIMIT, DecoderProcess
 from shard_tools.segment import AUDIO_ENDINGS
@@ -34,6 +35,16 @@ PIECE_SECONDS = 300.0  # decoded at a time
 PIECE_LIMIT = TIME_LIMIT  # seconds that this may take
 AHEAD = 4  # pieces that wait decoded, at most
 ItemT = TypeVar("ItemT")
+
+
+class Hears(Protocol):
+    """What listens: a `Scorer`, or an `Embedder`, which gives no scores."""
+
+    spec: DataSpec
+
+    def hear(self, waveforms: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Scores [n, C] and embeddings [n, ...] of clips."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +57,7 @@ class Heard:
         seconds: Of audio.
         starts: float64 [n], first second of each window.
         scores: float32 [n, C], probabilities.
-        embeddings: float32 [n, streams x D].
+        embeddings: float32 [n, ...], of a `Scorer` [n, streams x D].
     """
 
     path: str
@@ -154,7 +165,7 @@ def _is_missing(path: str) -> bool:
     return False
 
 
-def listen(scorer: Scorer, files: Iterable[tuple[str, str]], hop: float) -> Iterator[Heard]:
+def listen(scorer: Hears, files: Iterable[tuple[str, str]], hop: float) -> Iterator[Heard]:
     """Hears recordings one after the other.
 
     Args:
@@ -193,7 +204,7 @@ def listen(scorer: Scorer, files: Iterable[tuple[str, str]], hop: float) -> Iter
 
 
 def _decoded(
-    decoder: DecoderProcess, path: str, scorer: Scorer, hop: float
+    decoder: DecoderProcess, path: str, scorer: Hears, hop: float
 ) -> Iterator[tuple[list[tuple[int, np.ndarray]], int, str | None]]:
     """Of each piece of a recording its windows and its end, as `windows` has them; of the last one what was damaged."""
     problems: list[str] = []
@@ -206,7 +217,7 @@ def _decoded(
         except (DecodeError, MachineError) as reason:
             problems[:] = [str(reason)]
 
-    for found, end, last in windows(pieces(), scorer.spec.samples, scorer.step(hop)):
+    for found, end, last in windows(pieces(), scorer.spec.samples, step_of(scorer.spec, hop)):
         yield found, end, "; ".join(problems) if last else None
 
 

@@ -6,7 +6,7 @@ with soxr, DC removed, rounded to int16, so that a served clip scores as the sam
 
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -109,13 +109,9 @@ class Scorer:
         Returns:
             Start seconds [n]; probabilities [n, C].
         """
-        found = [one for part, _, _ in windows([waveform], self.spec.samples, self.step(hop)) for one in part]
+        found = [one for part, _, _ in windows([waveform], self.spec.samples, step_of(self.spec, hop)) for one in part]
         starts = np.array([start for start, _ in found])
         return starts / self.spec.sample_rate, self.probabilities([window for _, window in found])
-
-    def step(self, hop: float) -> int:
-        """Samples between windows that are `hop` seconds apart."""
-        return max(1, round(hop * self.spec.sample_rate))
 
     def _decode(self, path: str, name: str, seconds: float) -> np.ndarray:
         try:
@@ -131,21 +127,29 @@ class Scorer:
             Probabilities [n, C]; embeddings [n, streams x D], the mean token of each stream, the spectrogram's
             first. Both float32.
         """
-        spec = self.spec
-        device = next(self.task.parameters()).device
-        stored = [encode_waveform(Decoded(w, 0.0, spec.sample_rate, 1), spec.samples)[0] for w in waveforms]
-        waveform = torch.from_numpy(np.stack(stored)).to(device).float() / 32768
-        features = pad_frames(fbank(waveform, spec.sample_rate, spec.mel_bins), spec.frames)
-        zero = torch.zeros(len(stored), dtype=torch.int64, device=device)
-        targets = torch.zeros(len(stored), len(spec.labels), device=device)
-        length = torch.tensor([min(len(w), spec.samples) for w in waveforms], device=device)
-        batch = Batch(zero, zero, zero == 0, waveform, (features - spec.mean) / (2 * spec.std), targets, length)
+        batch = batch_of(waveforms, self.spec, next(self.task.parameters()).device)
         with torch.no_grad():
             encoded = self.task.encode(batch)
             logits = self.task.classifier(encoded)
             embedding = torch.cat(stream_means(encoded), dim=1)
-        scores = logits.softmax(dim=1) if spec.single_label else logits.sigmoid()
+        scores = logits.softmax(dim=1) if self.spec.single_label else logits.sigmoid()
         return scores.float().cpu().numpy(), embedding.float().cpu().numpy()
+
+
+def step_of(spec: DataSpec, hop: float) -> int:
+    """Samples between windows that are `hop` seconds apart."""
+    return max(1, round(hop * spec.sample_rate))
+
+
+def batch_of(waveforms: Sequence[np.ndarray], spec: DataSpec, device: torch.device) -> Batch:
+    """Waveforms [n] of at most a clip's length as a batch of clips, zero-padded, as the shards would hold them."""
+    stored = [encode_waveform(Decoded(w, 0.0, spec.sample_rate, 1), spec.samples)[0] for w in waveforms]
+    waveform = torch.from_numpy(np.stack(stored)).to(device).float() / 32768
+    features = pad_frames(fbank(waveform, spec.sample_rate, spec.mel_bins), spec.frames)
+    zero = torch.zeros(len(stored), dtype=torch.int64, device=device)
+    targets = torch.zeros(len(stored), len(spec.labels), device=device)
+    length = torch.tensor([min(len(w), spec.samples) for w in waveforms], device=device)
+    return Batch(zero, zero, zero == 0, waveform, (features - spec.mean) / (2 * spec.std), targets, length)
 
 
 def windows(

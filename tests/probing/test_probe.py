@@ -1,0 +1,136 @@
+"""launchers/probe.py: features once and the same on any ranks, a table, JSON and a run in MLflow."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
+
+from launchers.probe import main
+from pipeline.config import LogConfig
+from pipeline.data.manifest import load_index, load_manifest
+from pipeline.errors import UserError
+from pipeline.probing import probes
+from pipeline.tracking import open_tracker
+from tests.conftest import ROOT
+from tests.ranks import run_ranks
+
+PIECES = ROOT / "tests" / "probing" / "pieces.py"
+
+
+def content(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_pieces_are_the_same_on_any_ranks_and_finished_ones_are_kept(pretrained, shards, tmp_path):
+    run_ranks(1, PIECES, pretrained, shards, tmp_path / "1", "time_frequency")
+    run_ranks(2, PIECES, pretrained, shards, tmp_path / "2", "time_frequency")
+    once, twice = content(tmp_path / "1"), content(tmp_path / "2")
+    clips = load_manifest(shards).splits["train"].clips
+    assert len(once) == -(-clips // 32) > 1
+    assert once == twice
+    files = sorted((tmp_path / "1").rglob("*.safetensors"))
+    first = load_file(files[0])
+    assert first["spec.4"].shape == (32, 8 * 96)
+    assert sorted(first) == ["rows", "spec.2", "spec.4", "targets", "wav.2", "wav.4"]
+    labels = load_index(shards, "train")["labels"].to_pylist()
+    assert [np.flatnonzero(row).tolist() for row in first["targets"].numpy()] == [sorted(row) for row in labels[:32]]
+    kept = {file: file.stat().st_mtime_ns for file in files[1:]}
+    files[0].unlink()
+    run_ranks(2, PIECES, pretrained, shards, tmp_path / "1", "time_frequency")
+    assert content(tmp_path / "1") == once
+    assert {file: file.stat().st_mtime_ns for file in files[1:]} == kept
+
+
+def probe(tmp_path, monkeypatch, *words: object) -> list[dict]:
+    """What one process leaves in --out."""
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, words), "--out", str(out), "--workers", "0"])
+    main()
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_a_pretraining_gets_a_score_for_each_stream_and_a_run_under_it(
+    pretrained, shards, tmp_path, monkeypatch, capsys
+):
+    parent = open_tracker(LogConfig(system_every=0.0), pretrained, name="p", rank=0, kind="pretrain", parent=None)
+    parent.finish("FINISHED")
+    rows = probe(tmp_path, monkeypatch, "--checkpoint", pretrained, f"random:{pretrained}", "--shards", shards,
+                 "--seeds", 2, "--no-mlflow")  # fmt: skip
+    names, streams = (str(pretrained), f"random:{pretrained}"), ("spec", "wav", "both")
+    found = [(row["checkpoint"], row["stream"]) for row in rows]
+    assert found == [(name, stream) for name in names for stream in streams]
+    manifest = load_manifest(shards)
+    for row in rows:
+        assert (row["metric"], row["probe"], row["pool"], row["layer"]) == ("mAP", "linear", "time_frequency", 4)
+        assert row["n"] == manifest.splits["eval"].clips
+        assert row["interval"]["low"] < row["value"] < row["interval"]["high"]
+        assert row["shards_digest"] == manifest.digest
+        assert len(row["digest"]) == 64
+    assert rows[0]["digest"] != rows[3]["digest"]
+    said = capsys.readouterr().out.splitlines()
+    assert sum(f" mAP {row['value']:.4f} ± {row['spread']:.4f}   95 % interval" in line
+               for line, row in zip(said, rows, strict=False)) == 6  # fmt: skip
+    assert not list(pretrained.parent.glob("probe-*"))
+    again = probe(tmp_path, monkeypatch, "--checkpoint", pretrained, "--shards", shards, "--folds", "1,3", "--layers",
+                  "2,4", "--probe", "knn")  # fmt: skip
+    found = [(row["stream"], row["layer"]) for row in again]
+    assert found == [(stream, layer) for stream in streams for layer in (2, 4)]
+    assert [part["name"] for part in again[0]["parts"]] == ["fold 1", "fold 3"]
+    folds = load_index(shards, "train", columns=["fold"])["fold"].to_pylist()
+    assert again[0]["n"] == folds.count(1) + folds.count(3)
+    (folder,) = pretrained.parent.glob("probe-run-*")
+    assert json.loads((folder / "probe.json").read_text()) == again
+    client = MlflowClient(f"sqlite:///{pretrained.parent}/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'craft'")
+    runs = {run.data.tags["kind"]: run for run in client.search_runs([experiment.experiment_id])}
+    assert runs["probe"].data.tags["mlflow.parentRunId"] == runs["pretrain"].info.run_id
+    assert runs["probe"].data.tags["manifest_digest"] == manifest.digest
+    assert runs["probe"].info.status == "FINISHED"
+    last = next(row for row in again if (row["stream"], row["layer"]) == ("wav", 4))
+    assert runs["probe"].data.metrics["wav_knn_mAP"] == pytest.approx(last["value"])
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_finds(finetuned, shards, tmp_path):
+    for ranks in (1, 2):
+        run_ranks(ranks, "launchers/probe.py", "--checkpoint", finetuned, "--shards", shards, "--probe", "cgp",
+                  "--out", tmp_path / f"{ranks}.json", "--features", tmp_path / str(ranks), "--no-mlflow")  # fmt: skip
+    one, two = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (1, 2))
+    assert one == two
+    assert one[0]["layer"] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_attention_reads_tokens_within_the_disk_that_is_allowed(pretrained, shards, tmp_path, monkeypatch):
+    words = ["--checkpoint", pretrained, "--shards", shards, "--probe", "attentive", "--features", tmp_path / "f"]
+    with pytest.raises(UserError, match=r"clips of split 'train' take 0\.0 GB, .* --most-gb allows 1e-06"):
+        probe(tmp_path, monkeypatch, *words, "--no-mlflow", "--most-gb", "1e-6")
+    assert not list(tmp_path.rglob("*.safetensors"))
+    monkeypatch.setattr(probes, "FEWEST_STEPS", 40)
+    rows = probe(tmp_path, monkeypatch, *words, "--no-mlflow")
+    assert [row["pool"] for row in rows] == ["tokens"] * 3
+    tokens = load_file(next(iter(sorted((tmp_path / "f").rglob("train-*.safetensors")))))["spec.4"]
+    assert str(tokens.dtype) == "torch.float16"
+    assert tokens.shape[1:] == (32, 96)
+
+
+def test_mistakes_are_one_line_before_anything_is_written(pretrained, shards, tmp_path, monkeypatch):
+    for words, said in (
+        (["--split", "test"], "--split test: .* has the splits train, eval"),
+        (["--train-split", "dev"], "--train-split dev"),
+        (["--layers", "5"], "--layers 5: the encoder has 4 blocks"),
+        (["--layers", "0"], "--layers 0: give all, or different numbers"),
+        (["--folds", "one"], "--folds one: give all"),
+        (["--grid", "12x101"], "--grid 12x101: give the patches"),
+        (["--seeds", "0"], "--seeds 0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            probe(tmp_path / "none", monkeypatch, "--checkpoint", pretrained, "--shards", shards, *words)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        probe(tmp_path, monkeypatch, "--checkpoint", tmp_path, "--shards", shards)
+    assert not (tmp_path / "none").exists()

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
-from pipeline.data.manifest import load_manifest
+from pipeline.data.corpus import load_corpus
 from pipeline.data.spec import DataSpec
 from pipeline.recipes import dump_recipe, load_recipe
 from pipeline.tasks import FinetuneTask, PretrainTask
@@ -22,7 +22,7 @@ def make_run(shards, tmp_path_factory) -> Callable[..., Path]:
         checkpoint.mkdir(parents=True)
         recipe = load_recipe(kind, [], [f"data.shards={shards}", "model.size=micro", "model.stride=16", *words])
         (run_dir / "config.yaml").write_text(dump_recipe(recipe))
-        spec = DataSpec.of(load_manifest(shards), recipe.data).model_copy(update={"mean": -5.0, "std": 4.0})
+        spec = DataSpec.of(load_corpus(recipe.data), recipe.data).model_copy(update={"mean": -5.0, "std": 4.0})
         spec.save(run_dir)
         torch.manual_seed(3)
         pretrains = kind is PretrainRecipe

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline import distributed
 from pipeline.config import PretrainRecipe
-from pipeline.data.manifest import load_manifest
+from pipeline.data.corpus import load_corpus
 from pipeline.data.spec import DataSpec
 from pipeline.methods import PRETRAIN
 from pipeline.probing.curve import Curve
@@ -20,7 +20,7 @@ if __name__ == "__main__":
     shards, probe, out = sys.argv[1:]
     words = [f"data.shards={shards}", f"eval.probe={probe}", "model.size=micro", "data.workers=1"]
     recipe = load_recipe(PretrainRecipe, [], words)
-    spec = DataSpec.of(load_manifest(shards), recipe.data)
+    spec = DataSpec.of(load_corpus(recipe.data), recipe.data)
     with distributed.session(300.0, 0) as world:
         task = PretrainTask(recipe, spec.mel_bins, spec.frames).eval()
         curve = Curve(recipe, spec, PRETRAIN["pswacl"], world)

@@ -1,12 +1,11 @@
-"""HEAR's API, and the real X-ARES and MTEB where they are installed, on a pretrained run.
+"""HEAR's API, and the real X-ARES and MTEB in an environment of their own, on a pretrained run."""
 
-They are no requirements of the tests: polars, which MTEB needs, starts threads wherever it is found beside DeepSpeed,
-and then `tests.ranks` cannot fork. `pip install --target DIR mteb xares` and PYTHONPATH=DIR run these tests.
-"""
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
 
-import importlib
-
-import numpy as np
 import pytest
 import torch
 
@@ -56,59 +55,21 @@ def test_options_and_the_environment_say_what_is_embedded(pretrained, monkeypatc
     assert torch.equal(both[..., 2 * 96 :], last)  # layer after layer
 
 
-def test_xares_finds_the_encoder_and_its_checker_accepts_it(pretrained, monkeypatch):
-    pytest.importorskip("xares", reason="needs the package xares")
-    from xares.audio_encoder_checker import check_audio_encoder
-    from xares.utils import attr_from_py_path
-
-    monkeypatch.setenv(CHECKPOINT, str(pretrained))
-    monkeypatch.chdir(ROOT)
-    encoder = attr_from_py_path("pipeline/adapters/xares.py", endswith="Encoder")()
-    assert check_audio_encoder(encoder)
-    assert (encoder.sampling_rate, encoder.output_dim, encoder.hop_size_in_ms) == (16000, WIDTH, 160)
-    assert encoder(noise(2, 16000)).shape == (2, 8, WIDTH)
-
-
 @pytest.mark.slow
-def test_mteb_evaluates_a_classification_of_sounds(pretrained, tmp_path, monkeypatch):
-    """A task of its own abstract class on sounds that a pitch tells apart, through `mteb.evaluate`."""
-    mteb = pytest.importorskip("mteb", reason="needs the package mteb-core")
-    datasets = importlib.import_module("datasets")
-    from mteb.abstasks import AbsTaskClassification
-    from mteb.abstasks.task_metadata import TaskMetadata
-
-    from pipeline.adapters.mteb import model_meta
-
-    def sounds(count: int, seed: int):
-        rng, rows = np.random.default_rng(seed), {"audio": [], "label": []}
-        for number in range(count):
-            seconds = np.arange(int(8000 * rng.uniform(0.3, 0.8))) / 8000  # MTEB resamples
-            tone = np.sin(2 * np.pi * (200, 3000)[number % 2] * seconds) + rng.normal(0, 0.3, len(seconds))
-            rows["audio"].append({"array": (0.1 * tone).tolist(), "sampling_rate": 8000})
-            rows["label"].append(number % 2)
-        return datasets.Dataset.from_dict(rows).with_format("numpy")
-
-    class Pitch(AbsTaskClassification):
-        metadata = TaskMetadata(
-            name="CraftPitch", description="Low or high.", reference=None, type="AudioClassification", category="a2c",
-            dataset={"path": "none", "revision": "0"}, eval_splits=["test"], eval_langs=["zxx-Zxxx"], date=None,
-            main_score="accuracy", modalities=["audio"], domains=None, task_subtypes=None, license=None,
-            annotations_creators=None, dialect=None, sample_creation=None, bibtex_citation=None,
-        )  # fmt: skip
-        input_column_name, n_experiments, samples_per_label = "audio", 2, 4
-
-        def load_data(self, *args, **kwargs) -> None:
-            self.dataset = datasets.DatasetDict(train=sounds(20, 0), test=sounds(12, 1))
-            self.data_loaded = True
-
-    meta = model_meta(str(pretrained))
-    assert (meta.name, meta.embed_dim, meta.modalities) == ("craft/run", WIDTH, ["audio"])
-    model = meta.load_model()
-    assert model.mteb_model_meta.revision == meta.revision
-    monkeypatch.setenv("MTEB_CACHE", str(tmp_path))
-    result = mteb.evaluate(model, [Pitch()], cache=None, co2_tracker=False)
-    assert result.task_results[0].get_score() > 0.9
-    vectors = np.random.default_rng(0).normal(size=(3, 4))
-    similar = model.similarity(vectors, vectors)
-    assert torch.allclose(similar.diagonal(), torch.ones(3, dtype=similar.dtype))
-    assert torch.allclose(model.similarity_pairwise(vectors, vectors[::-1].copy()), similar.flip(1).diagonal())
+def test_the_real_x_ares_and_mteb_evaluate_a_run(pretrained, tmp_path):
+    """Installed into an environment that sees this one's packages: what they need besides is a few dozen megabytes."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    paths = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    (Path(site.stdout.strip()) / "tests.pth").write_text("\n".join(sorted(paths)))
+    subprocess.run([python, "-m", "pip", "install", "-q", "mteb>=2.8", "xares>=0.1.3"], check=True)
+    script = ROOT / "tests" / "probing" / "real_packages.py"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "MTEB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([python, script, pretrained], check=False, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]

@@ -11,8 +11,8 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.command_line import Launch
 from pipeline.config import DataConfig, PretrainRecipe
+from pipeline.data.corpus import load_corpus
 from pipeline.data.loader import Loader
-from pipeline.data.manifest import load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.errors import UserError
@@ -56,7 +56,7 @@ def test_ranks_agree_and_change_nothing(shards, longer, tmp_path):
 def curve_of(shards, probe, *words: str) -> tuple[Curve, PretrainTask]:
     words = (f"data.shards={shards}", f"eval.probe={probe}", "model.size=micro", "data.workers=0", *words)
     recipe = load_recipe(PretrainRecipe, [], words)
-    spec = DataSpec.of(load_manifest(shards), recipe.data)
+    spec = DataSpec.of(load_corpus(recipe.data), recipe.data)
     task = PretrainTask(recipe, spec.mel_bins, spec.frames).eval()
     return Curve(recipe, spec, PRETRAIN[recipe.pretrain.method], World()), task
 

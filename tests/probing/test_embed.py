@@ -11,6 +11,7 @@ import torch
 
 from launchers.embed import main
 from pipeline.config import DataConfig
+from pipeline.data.corpus import load_corpus
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import load_index, load_manifest
 from pipeline.data.spec import DataSpec
@@ -69,7 +70,8 @@ def test_shards_give_a_vector_for_each_clip_and_layer(pretrained, shards, tmp_pa
     assert table["key"].to_pylist()[::2] == load_index(shards, "eval")["key"].to_pylist()
     assert table["layer"].to_pylist() == [1, 4] * clips
     assert set(table["time"].to_pylist()) == {0.0}
-    frozen = open_frozen(str(pretrained), DataSpec.of(load_manifest(shards), DataConfig(shards=str(shards))))
+    data = DataConfig(shards=str(shards))
+    frozen = open_frozen(str(pretrained), DataSpec.of(load_corpus(data), data))
     data = DataConfig(shards=str(shards), mean=-5.0, std=4.0, workers=0)
     with Loader(data, "eval", batch_size=32) as loader:
         batch = next(iter(loader.batches()))

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import ASTConfig, ASTModel
 
 from pipeline.config import DataConfig
+from pipeline.data.corpus import load_corpus
 from pipeline.data.loader import Loader
-from pipeline.data.manifest import load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
 from pipeline.export import export_safetensors, open_exported
@@ -22,7 +22,7 @@ from tests.reference.ssast import Ssast
 
 @pytest.fixture(scope="module")
 def spec(shards) -> DataSpec:
-    return DataSpec.of(load_manifest(shards), DataConfig(shards=str(shards)))
+    return DataSpec.of(load_corpus(DataConfig(shards=str(shards))), DataConfig(shards=str(shards)))
 
 
 @pytest.fixture(scope="module")

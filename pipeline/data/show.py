@@ -207,7 +207,7 @@ def draw_picture(content: dict[str, Any], batch: dict[str, np.ndarray], file: Pa
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    words = [*args.settings, f"data.shards={args.shards}"]
+    words = [*args.settings, *([f"data.shards={args.shards}"] if args.shards else [])]
     if args.batch_size:
         words.append(f"train.batch_size={args.batch_size}")
     kinds = {word.partition(".")[0] for word in words}
@@ -224,7 +224,7 @@ def main() -> None:
         UserError: wrong settings or shards.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", required=True, metavar="DIR", help="directory or URL of shards")
+    parser.add_argument("--shards", metavar="DIR", help="shards, as data.shards (default: those of --config)")
     parser.add_argument("--batch", required=True, type=int, metavar="K", help="number of the batch, from 0")
     parser.add_argument("--batch-size", type=int, metavar="B", help="clips of the global batch (default: the recipe's)")
     parser.add_argument("--ranks", type=int, default=1, metavar="R", help="processes (default: 1)")
@@ -242,6 +242,8 @@ def main() -> None:
     if args.png:
         check_output_file(args.png, "--png")
     recipe = _recipe(args)
+    if not recipe.data.shards:
+        raise UserError("no shards are named; give --shards DIR, or the --config of a run")
     batch = global_batch(recipe, args.batch, args.ranks, args.workers)
     content = explain(recipe, args.batch, batch)
     if args.png:

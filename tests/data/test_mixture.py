@@ -1,10 +1,14 @@
 """Several sets of shards in one order: each position of a set once, at the rate of its weight, whatever reads them."""
 
 import itertools
+import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import yaml
 
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data.corpus import load_corpus
@@ -12,6 +16,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.mixture import ROUNDS, MixedOrder
 from pipeline.data.order import Part, TrainOrder
 from pipeline.errors import UserError
+from tests.conftest import ROOT
 from tests.data.test_equality import AUGMENT, BATCH, global_batches
 from tests.helpers import edit_manifest, synth_shards
 
@@ -280,3 +285,17 @@ def test_sets_that_do_not_fit_each_other_are_refused(sets, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             Loader(DataConfig(shards=shards, workers=0), batch_size=batch)
+
+
+def test_a_batch_of_a_mixture_is_shown_by_the_run_s_settings_or_a_list(sets, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"data": {"shards": entries(sets), "schedule": SCHEDULE}}))
+    shown = [
+        subprocess.run([sys.executable, "-m", "pipeline.data.show", "--batch", "2", "--batch-size", "6", *words],
+                       cwd=ROOT, capture_output=True, text=True, check=False)
+        for words in (["--config", str(config)], ["--shards", json.dumps(entries(sets)), "data.schedule="
+                                                  + json.dumps(SCHEDULE)], [])
+    ]  # fmt: skip
+    assert shown[0].stdout == shown[1].stdout != ""
+    assert all(str(path) in shown[0].stdout for path in sets[:2])
+    assert (shown[2].returncode, "no shards are named" in shown[2].stderr) == (2, True)

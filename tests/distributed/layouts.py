@@ -34,15 +34,18 @@ CHAINS: dict[str, list[tuple[int, bool, bool]]] = {
     "bf16": [(2, True, False), (1, True, False), (3, True, False), (1, True, False)],
     "bf16 too": [(1, True, False), (3, True, True), (2, True, False), (3, True, False)],
     "offload": [(3, False, True), (1, False, True), (2, False, True), (3, False, True)],
+    "strided": [(2, False, False), (3, False, False), (1, False, False), (3, False, False)],
+    "sinc": [(3, False, False), (1, False, False), (2, False, False), (0, False, False)],
 }
+WORDS = {"strided": "model.frontend=strided model.wav_depth=1", "sinc": "model.frontend=sinc model.drop_path=0.3"}
 
 
 class Trainer:
     """An engine on the fixed global batch, fresh or from a checkpoint."""
 
-    def __init__(self, layout: tuple[int, bool, bool], world: World, run_dir: Path | None) -> None:
-        stage, bf16, offload = layout
-        recipe = load_recipe(PretrainRecipe, [], [*COMMON.split(), "optim.lr=1e-3"])
+    def __init__(self, chain: str, number: int, world: World, run_dir: Path | None) -> None:
+        stage, bf16, offload = CHAINS[chain][number]
+        recipe = load_recipe(PretrainRecipe, [], [*COMMON.split(), "optim.lr=1e-3", *WORDS.get(chain, "").split()])
         zero: dict[str, Any] = {"stage": stage, **(OFFLOAD if offload else {})}
         ds, self.batches = reconcile({"zero_optimization": zero, "bf16": {"enabled": bf16}}, recipe, world)
         self.world, self.task, self.batch = world, task_of(recipe), share_of(world)
@@ -81,13 +84,13 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def begin(layout: tuple[int, bool, bool], run_dir: Path, world: World) -> dict[str, Any]:
-    straight = Trainer(layout, world, None)
+def begin(chain: str, run_dir: Path, world: World) -> dict[str, Any]:
+    straight = Trainer(chain, 0, world, None)
     first = straight.train(2)
     straight.save(run_dir)
     saved = straight.state()
     second = straight.train(2)
-    resumed = Trainer(layout, world, run_dir)
+    resumed = Trainer(chain, 0, world, run_dir)
     restored = same(resumed.state(), saved)
     losses = resumed.train(2)
     ends = same(resumed.state(), straight.state())
@@ -100,8 +103,8 @@ def begin(layout: tuple[int, bool, bool], run_dir: Path, world: World) -> dict[s
     }
 
 
-def take_over(layout: tuple[int, bool, bool], run_dir: Path, world: World) -> dict[str, Any]:
-    trainer = Trainer(layout, world, run_dir)
+def take_over(chain: str, number: int, run_dir: Path, world: World) -> dict[str, Any]:
+    trainer = Trainer(chain, number, world, run_dir)
     found = trainer.state()
     stored = {name: tensor for files in ("weights", "optimizer-*")
               for name, tensor in checkpoint.stored(run_dir, {"step": trainer.step}, files)}  # fmt: skip
@@ -113,8 +116,10 @@ def take_over(layout: tuple[int, bool, bool], run_dir: Path, world: World) -> di
 def main() -> None:
     folder, number, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     with distributed.session(300, seed=0) as world:
-        work = take_over if number else begin
-        report = {name: work(chain[number], folder / name, world) for name, chain in CHAINS.items()}
+        report = {
+            name: take_over(name, number, folder / name, world) if number else begin(name, folder / name, world)
+            for name in CHAINS
+        }
         if world.is_main:
             out.write_text(json.dumps(report, indent=1))
         distributed.barrier()

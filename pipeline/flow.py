@@ -115,7 +115,8 @@ class Encoded(NamedTuple):
 
     A tuple, as is `Losses`, because ZeRO-3's hooks look for tensors in tuples and not in dataclasses.
     Each entry is one pass of a representation through the encoder: one in finetuning, up to three
-    in pretraining (two masks, one clean); none where the method does not read the representation.
+    in pretraining (two masks, one clean); none where the method does not read the representation. Where patches are
+    dropped before the encoder, N counts those that stay.
 
     Attributes:
         spec: [B, N, D] each, of the spectrogram.

@@ -183,6 +183,7 @@ class PretrainTask(nn.Module):
         for name, passes, target, masks, weight in sides:
             if method.drops:
                 mse = F.mse_loss(full(decoded[name]), gather_patches(target, splits[name][0].masked))
+                # The share of the variance, which is 1, that is explained; a patch of silence has none and counts as 1.
                 named |= {f"{name}_mse": mse.detach(), f"{name}_explained": 1 - mse.detach()}
                 total = total + weight * mse
                 continue

@@ -50,8 +50,9 @@ def pack(folder: Path, kind: str, wavs: list[bytes]) -> None:
                     method = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[number % 2]
                     whole.writestr(f"audio/{number}.wav", wav, method)
         elif kind == "parquet":
-            rows = [{"bytes": wav, "path": f"{number}.wav"} for number, wav in enumerate(part)]
-            pq.write_table(pa.table({"id": list(map(str, range(len(part)))), "audio": rows}), path, row_group_size=2)
+            rows = [{"bytes": wav, "path": f"{name}{number}.wav"} for number, wav in enumerate(part)]
+            ids = [f"{name}{number}" for number in range(len(part))]
+            pq.write_table(pa.table({"id": ids, "audio": rows}), path, row_group_size=2)
         else:
             with h5py.File(path, "w") as file:
                 file["waveform"] = np.stack([soundfile.read(io.BytesIO(wav), dtype="int16")[0] for wav in part])

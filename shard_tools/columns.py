@@ -23,7 +23,6 @@ from pipeline.data.storage import is_remote
 from pipeline.flow import Clip
 
 BATCH = 1 << 14  # rows that wait as objects
-POOL = pa.system_memory_pool()  # Arrow's own keeps as much again of what growing columns leave behind
 TEXT = pa.large_binary()  # UTF-8; the bytes of names that are not survive (surrogateescape)
 FEW = pa.dictionary(pa.int32(), pa.string())  # of which there are few: splits, reasons
 
@@ -146,7 +145,7 @@ class Rows(Sequence[Row], Generic[Row]):
             self._table, whole = self._schema.empty_table(), []
             table = table.unify_dictionaries()
             while table.num_columns:  # one after another, each freed before the next is made
-                whole.append(table.column(0).combine_chunks(POOL))
+                whole.append(table.column(0).combine_chunks())
                 table = table.remove_column(0)
             self._table = pa.Table.from_arrays(whole, schema=self._schema)
         return self._table
@@ -230,10 +229,10 @@ class Rows(Sequence[Row], Generic[Row]):
                 values = list(map(self._inside, values))
             if field.type == TEXT:
                 with suppress(UnicodeEncodeError):  # some name is not UTF-8
-                    columns.append(pa.array(values, TEXT, memory_pool=POOL))
+                    columns.append(pa.array(values, TEXT))
                     continue
                 values = list(map(_bytes, values))
-            columns.append(pa.array(values, field.type, memory_pool=POOL))
+            columns.append(pa.array(values, field.type))
         self._table = pa.concat_tables([self._table, pa.Table.from_arrays(columns, schema=self._schema)])
         self._waiting = []
 

@@ -181,10 +181,11 @@ def audioset(
         catalog.clips.append(clips[0] if len(clips) == 1 else replace(clips[0], others=tuple(clips[1:])))
     if not seen:
         raise UserError(f"{segments}: holds no segments; give an official AudioSet segments csv")
-    del seen  # before the columns are put together
     _say_doubles(source, doubles)
     files.report()
-    _require_files(catalog, lambda: f"{what_is_there(files.endings)}; files are looked for as YTID.wav, YYTID.wav, "
+    endings = files.endings
+    del seen, files  # before the columns are put together
+    _require_files(catalog, lambda: f"{what_is_there(endings)}; files are looked for as YTID.wav, YYTID.wav, "
                    "YTID_30.000.wav, YTID_30000.wav and the like")  # fmt: skip
     return catalog
 

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 PART_BYTES = 32 << 20  # of a multipart upload; files of at least two parts are sent in parts
 FETCH_THREADS = 4
 FETCH_AHEAD = 8  # remote inputs of one worker in local scratch at a time
+LOCAL_AHEAD = 2  # members of local containers: more leave the core's cache before they are decoded, 0.2 ms each
 TEMPORARY = re.compile(r"(.+)\.(?:craft-)?[0-9a-f]{8}\.tmp")  # of the file it becomes; earlier versions lack the word
 BUSY = (408, 425, 429)  # HTTP: try again; every other status from 400 to 499 is an answer about the one file
 
@@ -259,9 +260,10 @@ def stamped_copies(sources: Iterable[tuple[str, Place]]) -> Iterator[tuple[str |
     Args:
         sources: Name, and where a member's bytes are.
     """
-    queue, stamps = iter(sources), dict[str, Stamp]()
+    sources, stamps = list(sources), dict[str, Stamp]()
+    queue, count = iter(sources), FETCH_AHEAD if any(is_remote(path) for path, _ in sources) else LOCAL_AHEAD
     with ThreadPoolExecutor(FETCH_THREADS) as pool:
-        ahead = deque(pool.submit(_fetch, *source, stamps) for source in islice(queue, FETCH_AHEAD))
+        ahead = deque(pool.submit(_fetch, *source, stamps) for source in islice(queue, count))
         try:
             while ahead:
                 copy, now = ahead.popleft().result()

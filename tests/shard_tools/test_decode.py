@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import re
 import resource
 import signal
@@ -400,3 +401,21 @@ def test_a_decoder_ends_with_its_worker(patched):
     process.close()
     assert guard.TIME_LIMIT > 0
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL  # the alarm that ends an orphan
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other limits")
+def test_a_clip_costs_the_decoder_process_no_new_pages(tmp_path):
+    """Else each one costs 900 page faults, a seventh of what a WAV takes."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, (441000, 2)), 44100)
+
+    def faults() -> int:
+        return int(Path(f"/proc/{decoder._process.pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+    with DecoderProcess(RATE, 10.0) as decoder:
+        for _ in range(5):
+            decoder.decode(str(path), 0.0, None)
+        before = faults()
+        for _ in range(20):
+            decoder.decode(str(path), 0.0, None)
+        assert faults() - before < 20 * 50

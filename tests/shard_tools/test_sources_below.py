@@ -400,15 +400,15 @@ def test_a_container_in_a_store_that_changed_between_slices_is_told(tmp_path, s3
     bucket, out, url = boto3.client("s3"), tmp_path / "out", f"s3://changed-{kind}"
     bucket.create_bucket(Bucket=f"changed-{kind}")
 
-    def put(wavs: list[bytes]) -> None:
+    def put(wavs: list[bytes], names: str) -> None:
         pack(tmp_path, kind, wavs)
-        for name in "ab":
+        for name in names:
             bucket.upload_file(f"{tmp_path}/{name}.{kind}", f"changed-{kind}", f"{name}.{kind}")
 
-    put(WAVS)
+    put(WAVS, "ab")
     catalog = catalog_of(url, kind)
     build_slice(catalog, out, OPTIONS, 1, Slice(1, 2), engine="inline")
-    put(WAVS[5::-1] + WAVS[6:])  # `a` of the same length, `b` as it was
+    put(WAVS[5::-1] + WAVS[6:], "a")
     build_slice(catalog, out, OPTIONS, 1, Slice(2, 2), engine="inline")
     with pytest.raises(UserError, match=rf"hold files that have changed .* such as {url}/a\.{kind}::"):
         merge(catalog, out, OPTIONS)

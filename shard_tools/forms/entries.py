@@ -6,7 +6,8 @@ Out: a `Catalog`, whose clips were found and whose missing ones are listed.
 | what | rule |
 |---|---|
 | a label | id or name of a class, or its number; one that the vocabulary lacks is refused |
-| a clip twice in a split | counts once where it says the same, else it is refused |
+| a clip twice in a split | counts once where it says the same of the same file, else it is refused |
+| one id in two containers | two clips, the later one named by its place; refused where their labels differ |
 | a clip without its file | is listed as missing; a split without any file is refused |
 | --split | takes one of the splits that the form tells, or names the only one where it tells none |
 """
@@ -25,7 +26,7 @@ from pipeline.files import check_name
 from pipeline.flow import Clip
 from shard_tools.audio_files import AudioFiles, audio_paths, kind, split_name, walk, what_is_there
 from shard_tools.catalogs import KEY_LIMIT, MISSING, Catalog, clean_key
-from shard_tools.columns import Failure
+from shard_tools.columns import Failure, relative
 from shard_tools.labels import read_vocabulary, spellings
 from shard_tools.names import split_source
 from shard_tools.sources import Place
@@ -165,7 +166,7 @@ def assemble(
     catalog = Catalog(dataset, asked.root, list(labels))
     seen: dict[str, int] = {}
     splits: set[str] = set()
-    doubles = 0
+    doubles = again = 0
     for entry in entries():
         split = entry.split or asked.split or TRAIN
         if split not in splits:
@@ -180,7 +181,12 @@ def assemble(
         facts, count = hash((entry.start, entry.end, entry.fold, picked, entry.path if entry.line else "")), len(seen)
         if seen.setdefault(f"{split}\0{key}", facts) != facts:
             raise _problem(table, entry, f"'{entry.id}' came before with another segment, file, fold or other labels",
-                           "keep one of the two")  # fmt: skip
+                           "keep one of the two, or give each its own id")  # fmt: skip
+        if len(seen) == count and not entry.line and split_source(entry.path)[1]:  # ids may begin anew in each container
+            inside = relative(entry.path, str(asked.root))
+            key, again = clean_key(inside), again + 1
+            seen.setdefault(f"{split}\0{key}", facts)
+            entry = entry._replace(id=inside)
         if len(seen) == count:
             doubles += 1
             continue
@@ -209,6 +215,9 @@ def assemble(
         catalog.clips.append(clip)
     any_clips = bool(seen)
     del seen  # before the columns are put together
+    if again:
+        log.warning("%s: %d clips have the id of one in another file, and go by FILE::MEMBER: see that none is there twice",
+                    asked.root, again)  # fmt: skip
     if doubles:
         log.warning("%s: %d clips are listed twice, and count once", table or asked.root, doubles)
     if not any_clips:

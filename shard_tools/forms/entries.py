@@ -177,16 +177,16 @@ def assemble(
         if unknown is not None:
             raise _problem(table, entry, f"label '{unknown!s:.80}' is not in the vocabulary", "see --class-labels")
         picked = tuple(sorted({index[label] for label in entry.labels}))
-        key = entry.id if KEY.fullmatch(entry.id) else clean_key(entry.id)
+        id_ = entry.id
+        key = id_ if KEY.fullmatch(id_) else clean_key(id_)
         facts, count = hash((entry.start, entry.end, entry.fold, picked, entry.path if entry.line else "")), len(seen)
         if seen.setdefault(f"{split}\0{key}", facts) != facts:
             raise _problem(table, entry, f"'{entry.id}' came before with another segment, file, fold or other labels",
                            "keep one of the two, or give each its own id")  # fmt: skip
-        if len(seen) == count and not entry.line and split_source(entry.path)[1]:  # ids may begin anew in each container
-            inside = relative(entry.path, str(asked.root))
-            key, again = clean_key(inside), again + 1
+        if len(seen) == count and not entry.line and split_source(entry.path)[1]:  # each container may count from 0
+            id_, again = relative(entry.path, str(asked.root)), again + 1
+            key = clean_key(id_)
             seen.setdefault(f"{split}\0{key}", facts)
-            entry = entry._replace(id=inside)
         if len(seen) == count:
             doubles += 1
             continue
@@ -202,21 +202,21 @@ def assemble(
             picked,
             split,
             entry.fold,
-            entry.id,
+            id_,
             entry.trimmed,
             entry.line,
             entry.at,
             tuple((onset, offset, index[name]) for onset, offset, name in entry.events),
         )
         if entry.others:
-            others = [Clip(key, path, entry.start, entry.end, picked, split, entry.fold, entry.id, entry.trimmed,
+            others = [Clip(key, path, entry.start, entry.end, picked, split, entry.fold, id_, entry.trimmed,
                            entry.line, at) for path, at in entry.others]  # fmt: skip
             clip = replace(clip, others=tuple(others))
         catalog.clips.append(clip)
     any_clips = bool(seen)
     del seen  # before the columns are put together
     if again:
-        log.warning("%s: %d clips have the id of one in another file, and go by FILE::MEMBER: see that none is there twice",
+        log.warning("%s: %d clips have the id of one in another file, and go by FILE::MEMBER; is one there twice?",
                     asked.root, again)  # fmt: skip
     if doubles:
         log.warning("%s: %d clips are listed twice, and count once", table or asked.root, doubles)

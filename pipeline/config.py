@@ -180,8 +180,10 @@ class DataConfig(Section):
     @property
     def shown(self) -> str:
         """`shards` in words."""
-        texts = [one.path + (f" (weight {one.weight:g})" if one.weight is not None else "") for one in self.sets]
-        return ", ".join(texts)
+        if isinstance(self.shards, str):
+            return self.shards
+        words = ["" if one.weight is None else f" (weight {one.weight:g})" for one in self.shards]
+        return ", ".join(one.path + word for one, word in zip(self.shards, words, strict=True))
 
     @model_validator(mode="after")
     def _mixture(self) -> "DataConfig":

@@ -9,6 +9,7 @@ import select
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # variables of deepspeed and torchrun
 BROKEN_PIPE = 141  # what a shell shows of a program that died of SIGPIPE
@@ -37,9 +38,14 @@ def exit_status(error: BaseException) -> int:
 
 
 def say(text: str) -> None:
-    """One line on stderr, in one write: lines of ranks must not mix."""
-    sys.stderr.write(f"error: {' '.join(text.split())}\n")
-    sys.stderr.flush()
+    """One line on stderr, in one write: lines of ranks must not mix.
+
+    Where nobody reads it any more (the ssh session of a host that was cut off), the process must come to its end all
+    the same: the line is in the logs.
+    """
+    with suppress(OSError):
+        sys.stderr.write(f"error: {' '.join(text.split())}\n")
+        sys.stderr.flush()
 
 
 def run_cli(main: Callable[[], int | None]) -> None:

@@ -28,7 +28,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Lock, Thread, current_thread, main_thread
 from types import FrameType
@@ -163,7 +163,8 @@ class Faults:
         elif self._verdict == own:
             log.critical("%s", own.text, exc_info=error)
             if self._rank and log.hasHandlers():  # which go to its file alone
-                traceback.print_exception(error)
+                with suppress(OSError):  # as in `say`
+                    traceback.print_exception(error)
             say(own.text)
         else:
             log.error("after the fault of another rank: %s", reason, exc_info=error)
@@ -277,8 +278,9 @@ class Faults:
         except RuntimeError:
             log.debug("rank 0 has left")
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # nobody reads it any more
+                stream.flush()
         os._exit(status)
 
 

@@ -285,7 +285,11 @@ def test_slurm_runs_a_table_and_a_killed_ablate_finds_its_job_again(slurm, shard
     assert notes, slurm.logs()
     job = json.loads(notes[0].read_text())["job_id"]
     assert slurm.field(job, "JobState") in ("PENDING", "RUNNING"), slurm.logs()
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    try:
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    except subprocess.TimeoutExpired as late:
+        queue = subprocess.run(["squeue", "--long"], capture_output=True, text=True, check=False).stdout
+        pytest.fail(f"{late.stdout!r}{late.stderr!r}\n{queue}\n{slurm.logs()}", pytrace=False)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}{slurm.logs()}"
     assert "2 done, 0 failed" in done.stdout
     submitted = {file.name.split("_")[0] for file in (tmp_path / "out" / "slurm").glob("*_submitted.pkl")}

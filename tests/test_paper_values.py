@@ -19,6 +19,7 @@ COMMON = {
     # the input: 10 s, 128 mel bins, frames from the shards; each clip once an epoch, in an order of windows
     **AUDIOSET, "data.eval_split": "eval", "data.fold": 0, "data.frames": 0, "data.fbank": "auto",
     "data.sampler": "shuffle", "data.replacement": True, "data.epoch_clips": 0, "data.streams": 64, "data.window": 2048,
+    "data.temperature": 1.0, "data.schedule": [],
     # ViT-base, patches of 16 x 16; MSAE with kernels 11, 51, 101 and strides 1, 5, 10
     "model.size": "base", "model.init_grid": None, "model.init_classifier": "auto", "model.patch": 16,
     "model.kernels": (11, 51, 101), "model.kernel_strides": (1, 5, 10), "model.channels": (43, 43, 42),

@@ -1,7 +1,10 @@
 """A rank that fails ends all ranks within a minute, and each says which rank, on which host, and why."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from pipeline.faults import VERDICT, Faults
 from pipeline.tracking.__main__ import sync
 from pipeline.tracking.spool import Spool
 from tests.distributed.conftest import MICRO, lines
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, _places, run_ranks
 
 SCRIPT = Path(__file__).with_name("failing_rank.py")
 MINUTE = 60.0
@@ -55,6 +58,21 @@ def test_every_kind_of_fault_ends_all_ranks_with_its_status(kind, failing, statu
         errors = [line + "\n" for line in output.splitlines() if line.startswith("error: ")]
         assert len(errors) == bool(expected), output
         assert not expected or errors[0].startswith("error: " + expected.replace("HOST", socket.gethostname())), errors
+
+
+@pytest.mark.slow
+def test_a_rank_whose_output_nobody_reads_ends_with_the_others():
+    """As on a host that was cut off: the ssh session that read it is gone, and writing to it fails."""
+    command = [sys.executable, SCRIPT, "memory", "0"]
+    ranks = [subprocess.Popen(command, cwd=ROOT, env=os.environ | place, stdout=pipe, stderr=pipe)
+             for place, pipe in zip(_places(2), (subprocess.DEVNULL, subprocess.PIPE), strict=True)]  # fmt: skip
+    ranks[1].stdout.close()
+    ranks[1].stderr.close()
+    try:
+        assert [rank.wait(MINUTE) for rank in ranks] == [70, 70]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def test_a_rank_is_watched_from_the_first_moment(tmp_path):

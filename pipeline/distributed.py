@@ -102,10 +102,11 @@ def session(timeout: float, seed: int) -> Iterator[World]:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     seed_host(seed)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0" if "RANK" not in os.environ else "29500")
-    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        os.environ.setdefault(key, value)
+    alone = "RANK" not in os.environ
+    words = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0" if alone else "29500", "RANK": "0", "WORLD_SIZE": "1",
+             "LOCAL_RANK": "0"}  # fmt: skip
+    added = {name: value for name, value in words.items() if name not in os.environ}
+    os.environ |= added
     _choose_interface()
     # A little longer: whoever hangs is named (`pipeline.faults`) before the collective gives up.
     patience = timedelta(seconds=timeout + 60)
@@ -124,6 +125,8 @@ def session(timeout: float, seed: int) -> Iterator[World]:
     finally:
         faults.close()
         dist.destroy_process_group()
+        for name in added if alone else ():  # what this process starts later is no rank of a world that is over
+            del os.environ[name]
 
 
 def _join(backend: str, patience: timedelta) -> None:

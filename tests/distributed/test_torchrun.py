@@ -122,3 +122,18 @@ def test_srun_without_an_address_is_refused():
     code = "from pipeline.distributed import session\nwith session(60, 0): pass"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert "UserError: srun started 2 tasks, and MASTER_ADDR is not set" in done.stderr
+
+
+def test_a_world_of_one_leaves_no_word_for_programs_that_are_started_later():
+    """Else tasks that a script submits after its own session would all take themselves for rank 0."""
+    code = (
+        "import os\nfrom pipeline.distributed import session\n"
+        "names = ('MASTER_ADDR', 'MASTER_PORT', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK')\n"
+        "for _ in range(2):\n"
+        "    with session(60, 0) as world:\n"
+        "        assert world.size == 1 and all(name in os.environ for name in names)\n"
+        "    assert not any(name in os.environ for name in names)\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]

@@ -126,7 +126,7 @@ def session(timeout: float, seed: int) -> Iterator[World]:
         faults.close()
         dist.destroy_process_group()
         for name in added if alone else ():  # what this process starts later is no rank of a world that is over
-            del os.environ[name]
+            os.environ.pop(name, None)
 
 
 def _join(backend: str, patience: timedelta) -> None:

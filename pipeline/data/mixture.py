@@ -9,8 +9,8 @@ its first q rounds, set i gets c_i(q, s), where with weights w_1 .. w_k
     c_1 = floor(q w_1 + u_1),  c_2 = floor((q - c_1) w_2 / (1 - w_1) + u_2),  ...,  c_k = what is left,
 
 all in exact fractions. The offset u_i = r / L, r a permutation of the lanes for each set, lets a set's turns come in
-one lane after the other: over all lanes together the counts follow the weights to within a clip a set, at the end of
-any 64 rounds. Within these, each lane shuffles its turns by a key of its own. The c-th turn of set i in lane s is
+one lane after the other: over all lanes together each set's count is within k clips of its share, at the end of any
+64 rounds. Within these, each lane shuffles its turns by a key of its own. The c-th turn of set i in lane s is
 position c L + s of that set's stream. So each position of it comes exactly once and nearly in order (lanes are at most
 one turn and 64 rounds apart), and a set's epoch is each of its clips once. Where R divides L, a rank's L / R lanes are
 its own streams in each set, so it reads about 1 / R of every set's shards. Nothing depends on ranks, workers, batches

@@ -7,7 +7,7 @@ Out: a `Catalog`, whose clips were found and whose missing ones are listed.
 |---|---|
 | a label | id or name of a class, or its number; one that the vocabulary lacks is refused |
 | a clip twice in a split | counts once where it says the same of the same file, else it is refused |
-| one id in two containers | two clips, the later one named by its place; refused where their labels differ |
+| one id twice in containers | two clips, the later one named by its place; refused where their labels differ |
 | a clip without its file | is listed as missing; a split without any file is refused |
 | --split | takes one of the splits that the form tells, or names the only one where it tells none |
 """
@@ -216,7 +216,7 @@ def assemble(
     any_clips = bool(seen)
     del seen  # before the columns are put together
     if again:
-        log.warning("%s: %d clips have the id of one in another file, and go by FILE::MEMBER; is one there twice?",
+        log.warning("%s: %d clips have the id of another one, and go by FILE::MEMBER; is one there twice?",
                     asked.root, again)  # fmt: skip
     if doubles:
         log.warning("%s: %d clips are listed twice, and count once", table or asked.root, doubles)

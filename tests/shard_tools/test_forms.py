@@ -286,7 +286,7 @@ def test_bad_input_is_one_line(layouts, tmp_path, caplog):
     wds(tmp_path / "w" / "train-0.tar", {"id": "x", "label": "dog"})
     wds(tmp_path / "w" / "train-1.tar", {"id": "x", "label": "dog"})
     assert [clip.id for clip in catalog("--root", tmp_path / "w").clips] == ["x", "train-1.tar::0.wav"]
-    assert "1 clips have the id of one in another file" in caplog.text
+    assert "1 clips have the id of another one" in caplog.text
     wds(tmp_path / "w" / "train-1.tar", {"id": "x", "label": "cat"})
     refused(r"train-1\.tar::0\.wav: 'x' came before with another segment, file, fold or other labels", "--root",
             tmp_path / "w")  # fmt: skip

@@ -44,6 +44,8 @@ def main() -> None:
     batch = _batch(recipe, args.gpus)
     print(f"{label}, {recipe.model.size}: {cost.parameters / 1e6:.2f} M parameters, {args.precision}; "
           f"{args.gpus} GPUs of {args.gpu_memory:g} GB, {args.nodes} x {args.gpus // args.nodes}")  # fmt: skip
+    if recipe.data.seconds:
+        print("all figures are of inputs as long as the shards' clips; those of data.seconds cost less")
     _print_memory(cost, args.gpus, batch, args.gpu_memory)
     rate = _rate(args, cost)
     per_clip = plan.clip_bytes(shape, wav, spec)

@@ -147,6 +147,10 @@ class DataConfig(Section):
     eval_split: str = result("eval", description="split to evaluate on, where no fold is held out; empty: none")
     fold: int = result(0, ge=0, description="held-out fold: train on the others, evaluate on it; 0: none")
     frames: int = result(0, ge=0, description="T; 0: 102.4 a second, rounded up to 16 (1024 for 10 s)")
+    seconds: tuple[Annotated[float, Field(gt=0)], ...] = result(
+        (), description="lengths of input beside the shards' own, such as [1, 5]: a clip has the shortest that holds "
+        "its audio, a batch clips of one length; empty: all are as long as the shards' clips"
+    )
     mean: float | None = result(None, description="fbank mean; null: the manifest's, of the training split")
     std: float | None = result(None, gt=0, description="fbank deviation; null: the manifest's")
     fbank: Literal["auto", "stored", "online"] = result(
@@ -206,6 +210,14 @@ class DataConfig(Section):
             raise ValueError("fold: several sets have no folds in common; give one set, or splits")
         if several and self.sampler == "balanced" and not self.replacement:
             raise ValueError("replacement=false is for one set of shards")
+        if list(self.seconds) != sorted(set(self.seconds)):
+            raise ValueError("seconds: the lengths must rise")
+        if self.seconds and self.frames:
+            raise ValueError("seconds: each length has its own T; leave frames out")
+        if self.seconds and self.schedule:
+            raise ValueError("seconds and schedule do not go together: leave one of them out")
+        if self.seconds and not self.replacement:
+            raise ValueError("replacement=false is for inputs of one length; leave seconds out")
         steps = [phase.step for phase in self.schedule]
         if steps != sorted(set(steps)):
             raise ValueError("schedule: its steps must rise")
@@ -259,6 +271,10 @@ class ModelConfig(Section):
     )
     patch: int = result(16, ge=1, description="patch side, mel bins = frames")
     stride: int = result(16, ge=1, description="patch stride; smaller than the patch: overlap (SSAST finetuning: 10)")
+    positions: Literal["centre", "interpolated", "rotary"] = result(
+        "centre", description="of time: learned, and of shorter inputs the centre of them (SSAST, AST) or all of them "
+        "interpolated; rotary: turns of queries and keys, so distances alone count"
+    )
     frontend: Literal["msae", "strided", "sinc"] = result(
         "msae", description="waveform to map; strided: convolutions at a fifth of MSAE's cost; sinc: learned bands"
     )

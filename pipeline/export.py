@@ -135,6 +135,9 @@ def export_hf(run: Exported, out: Path) -> str:
     """
     if not run.task.method.spec:
         raise UserError(f"--format hf: {run.task.method.label} has no spectrogram side; HF's AST reads nothing else")
+    _check_one_length(run, "hf")
+    if run.task.model.config.positions == "rotary":
+        raise UserError("--format hf: model.positions = rotary, and HF's AST has learned positions; use safetensors")
     check_replaced_directory(out, "--out", HF_FILES, _is_export)
     task, spec, model = run.task, run.spec, run.task.model
     head = isinstance(task, FinetuneTask) and not task.method.wav and model.streams.pool == "cls"
@@ -209,6 +212,7 @@ def export_onnx(run: Exported, out: Path) -> str:
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError as error:
         raise UserError(f"--format onnx needs {error.name}; pip install 'craft-audio[onnx]'") from error
+    _check_one_length(run, "onnx")
     graph, spec = _Graph(run.task).eval(), run.spec
     inputs = {
         "fbank": torch.zeros(2, spec.frames, spec.mel_bins),
@@ -228,6 +232,14 @@ def export_onnx(run: Exported, out: Path) -> str:
     with _written(out), new_file(out) as file:
         onnx.save(model, str(file))
     return f"{', '.join(graph.inputs)} -> {', '.join(graph.outputs)}, any batch"
+
+
+def _check_one_length(run: Exported, kind: str) -> None:
+    if run.spec.seconds:
+        raise UserError(
+            f"--format {kind}: the run was trained with data.seconds = {list(run.spec.seconds)}, and this format has "
+            "inputs of one length; use --format safetensors"
+        )
 
 
 @contextmanager

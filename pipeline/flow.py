@@ -72,6 +72,7 @@ class Batch:
         fbank: float32 [B, T, M], normalised to (x - mean) / (2 std) and zero-padded to T, or None.
         targets: float32 [B, C], multi-hot; soft after mixup.
         length: int64 [B], samples of audio before the waveform's zero padding; None: there is no padding.
+        frames: T; None: the model's own.
     """
 
     position: torch.Tensor
@@ -81,6 +82,7 @@ class Batch:
     fbank: torch.Tensor | None
     targets: torch.Tensor
     length: torch.Tensor | None = None
+    frames: int | None = None
 
     def __len__(self) -> int:
         return len(self.position)

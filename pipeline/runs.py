@@ -82,7 +82,8 @@ def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World, ids: pa.A
             clips.
     """
     task, spec = load_finetuned(run_dir, file, world.device)
-    data = recipe.data.model_copy(update={"mean": spec.mean, "std": spec.std, "frames": spec.frames})
+    made = {"mean": spec.mean, "std": spec.std, "frames": spec.frames, "seconds": spec.seconds}
+    data = recipe.data.model_copy(update=made)
     with Loader(
         data, "eval", waveform=task.method.wav, fbank=task.method.spec, batch_size=eval_batch_size(recipe, world),
         rank=world.rank, world_size=world.size, device=world.device, ids=ids,

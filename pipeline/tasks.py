@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.augment import mask_fbank
+from pipeline.data.fbank import padded_frames
 from pipeline.errors import UserError
 from pipeline.flow import Batch, Encoded, Losses, full
 from pipeline.methods import FINETUNE, PRETRAIN
@@ -110,15 +111,17 @@ class PretrainTask(nn.Module):
                 f"pretrain.negatives = both is of the contrast of clips, which pretrain.method = {config.method} with "
                 f"pretrain.level = {config.level} has not; leave it out"
             )
-        self.hidden = HiddenPatches(config, method, recipe.run.seed, self._grids())
+        inputs = [None, *(padded_frames(seconds) for seconds in recipe.data.seconds)]
+        self.hidden = HiddenPatches(config, method, recipe.run.seed, [self.model.grids(frames) for frames in inputs])
         if method.drops and not method.contrast_only:
-            size, grids = SIZES[recipe.model.size], [self._grids()[name] for name in self.hidden.views]
+            size, grids = SIZES[recipe.model.size], [self.model.grids()[name] for name in self.hidden.views]
             inner = config.decoder_width or max(64, size.width * 2 // 3 // 64 * 64)
             depth = config.decoder_depth or min(4, max(1, size.depth // 3))
             self.decoders = nn.ModuleList(
-                PatchDecoder(size.width, inner, depth, recipe.model.patch**2, part, recipe.model.checkpoint_activations)
+                PatchDecoder(size.width, inner, depth, recipe.model.patch**2, part, recipe.model.checkpoint_activations,
+                             recipe.model.positions)
                 for part in ([grids] if config.decoder == "shared" else [[grid] for grid in grids])
-            )
+            )  # fmt: skip
         elif not method.contrast_only:
             self.heads = MaskedPatchHeads(self.model.width, recipe.model.patch**2)
         temperature = config.temperature if config.contrast == "cosine" else None
@@ -149,15 +152,17 @@ class PretrainTask(nn.Module):
             rebuild: Return the reconstruction of the masked patches and no loss.
             tokens: Return all patch tokens, nothing masked, and no loss.
         """
-        method = self.method
-        splits = self.hidden.splits(batch.position) if method.drops else {}
+        method, grids = self.method, self.model.grids(batch.frames)
+        splits = self.hidden.splits(batch.position, grids) if method.drops else {}
         if method.drops:
             spec_masks, wav_masks = ([split.visible for split in splits[name]] for name in ("spec", "wav"))
         else:
-            spec_masks, wav_masks = (self.hidden.masks(name, batch.position) for name in ("spec", "wav"))
+            spec_masks, wav_masks = (self.hidden.masks(name, batch.position, grids[name]) for name in ("spec", "wav"))
         clean = [None] if method.contrast and self.config.clean_spectrogram else []
         fbank = _given(batch.fbank) if method.spec else None
-        wav_map = self.model.waveform_map(_given(batch.waveform), batch.length) if method.wav else None
+        wav_map = None
+        if method.wav:
+            wav_map = self.model.waveform_map(_given(batch.waveform), batch.length, batch.frames)
         if tokens:
             seen: Encoded = self.model(fbank, wav_map)
             return seen
@@ -167,7 +172,7 @@ class PretrainTask(nn.Module):
         if pooled_only:
             return self._pool(encoded)
         if rebuild:
-            return self._rebuild(encoded, fbank, wav_map, (spec_masks or wav_masks)[0], splits)
+            return self._rebuild(encoded, fbank, wav_map, (spec_masks or wav_masks)[0], splits, grids)
         named: dict[str, torch.Tensor] = {}
         total = torch.zeros((), device=batch.position.device)
         sides = []  # what is masked: name, passes, target, masks, weight
@@ -207,9 +212,6 @@ class PretrainTask(nn.Module):
             named |= {"contrast": contrast, "contrast_accuracy": accuracy}
         return Losses(total, {"loss": value, **named})
 
-    def _grids(self) -> dict[str, tuple[int, int]]:
-        return {"spec": self.model.grid, "wav": self.model.wav_grid}
-
     def _decode(self, encoded: Encoded, splits: dict[str, list[Split]]) -> dict[str, torch.Tensor]:
         """The dropped patches of each representation, [B, K, P * P], out of the visible ones."""
         views = self.hidden.views
@@ -228,12 +230,12 @@ class PretrainTask(nn.Module):
 
     def _rebuild(
         self, encoded: Encoded, fbank: torch.Tensor | None, wav_map: torch.Tensor | None, mask: torch.Tensor,
-        splits: dict[str, list[Split]],
+        splits: dict[str, list[Split]], grids: dict[str, tuple[int, int]],
     ) -> Rebuilt:  # fmt: skip
         """Of the spectrogram where it is masked, else of the waveform's map."""
         name = "spec" if self.method.masked_spec else "wav"
         title = {"spec": "spectrogram", "wav": "waveform map"}[name]
-        target, grid = self._target(name, fbank, wav_map), self._grids()[name]
+        target, grid = self._target(name, fbank, wav_map), grids[name]
         if self.method.drops:
             return Rebuilt(title, target, splits[name][0].masked, self._decode(encoded, splits)[name], grid)
         _, reconstructed = self.heads(gather_patches(getattr(encoded, name)[0], mask))
@@ -313,7 +315,9 @@ class FinetuneTask(nn.Module):
     def encode(self, batch: Batch) -> Encoded:
         """Tokens of the streams that the method reads."""
         fbank = _given(batch.fbank) if self.method.spec else None
-        wav_map = self.model.waveform_map(_given(batch.waveform), batch.length) if self.method.wav else None
+        wav_map = None
+        if self.method.wav:
+            wav_map = self.model.waveform_map(_given(batch.waveform), batch.length, batch.frames)
         if wav_map is not None and self.training and self.augment.mask_map:
             wav_map = mask_fbank(wav_map.transpose(1, 2), self.augment, self.seed, batch.position).transpose(1, 2)
         encoded: Encoded = self.model(fbank, wav_map, position=batch.position)

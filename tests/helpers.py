@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
+import soundfile
 
 from shard_tools import catalogs
 from shard_tools.build import Summary, build
@@ -27,6 +29,21 @@ def options(seconds: float = 0.5, per_shard: int = 8) -> BuildOptions:
 def synth_shards(out: Path, clips: int = 80, seconds: float = 0.5, per_shard: int = 8, workers: int = 1) -> Summary:
     catalog = synth_catalog(out / "source", clips, seconds)
     return build(catalog, out, options(seconds, per_shard), workers, engine="process" if workers > 1 else "inline")
+
+
+def shards_of_lengths(folder: Path, clips: dict[float, int], seed: int = 0) -> Path:
+    """Shards of 0.8 s of noise that lasts so many seconds; a fifth as many clips of each length to evaluate on."""
+    rng, lines = np.random.default_rng(seed), ["path,labels,split"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for seconds, count in clips.items():
+        for number in range(count + count // 5):
+            name = f"{round(1000 * seconds)}-{number}.wav"
+            soundfile.write(folder / name, rng.normal(0, 0.1, round(seconds * 16000)), 16000)
+            lines.append(f"{name},{'ab'[number % 7 == 0]},{'train' if number < count else 'eval'}")
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    catalog = catalogs.table(folder, folder / "table.csv", None, None)
+    build(catalog, folder / "shards", options(0.8, 16), 1, engine="inline")
+    return folder / "shards"
 
 
 def edit_manifest(out: Path, change: Callable[[dict[str, Any]], None]) -> None:

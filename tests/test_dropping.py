@@ -83,7 +83,7 @@ def test_every_clip_has_equally_many_visible_patches(kind):
     task = pretrain_task("pretrain.method=craft_mae", f"pretrain.drop=[{kind},{kind}]", "pretrain.drop_ratio=[0.5,0.5]")
     encoded = task(batch(), pooled_only=True)
     assert encoded.query.shape == encoded.key.shape == (4, 96)
-    splits = task.hidden.splits(batch().position)
+    splits = task.hidden.splits(batch().position, task.model.grids())
     assert [part.shape for side in splits.values() for split in side for part in split] == [(4, 4)] * 4
 
 

@@ -139,7 +139,8 @@ def test_the_readings_of_finetuning_step(words):
 
 def test_two_passes_have_different_masks_and_one_pass_shares_them():
     def masks(*words):
-        return pretrain_task("pretrain.method=ssast", *words).hidden.masks("spec", torch.arange(6))
+        task = pretrain_task("pretrain.method=ssast", *words)
+        return task.hidden.masks("spec", torch.arange(6), task.model.grid)
 
     assert len(masks()) == 1
     first, second = masks("pretrain.two_pass=true")

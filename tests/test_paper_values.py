@@ -19,13 +19,13 @@ COMMON = {
     # the input: 10 s, 128 mel bins, frames from the shards; each clip once an epoch, in an order of windows
     **AUDIOSET, "data.eval_split": "eval", "data.fold": 0, "data.frames": 0, "data.fbank": "auto",
     "data.sampler": "shuffle", "data.replacement": True, "data.epoch_clips": 0, "data.streams": 64, "data.window": 2048,
-    "data.temperature": 1.0, "data.schedule": [],
+    "data.temperature": 1.0, "data.schedule": [], "data.seconds": [],
     # ViT-base, patches of 16 x 16; MSAE with kernels 11, 51, 101 and strides 1, 5, 10
     "model.size": "base", "model.init_grid": None, "model.init_classifier": "auto", "model.patch": 16,
     "model.kernels": (11, 51, 101), "model.kernel_strides": (1, 5, 10), "model.channels": (43, 43, 42),
     "model.activation": "relu", "model.norm": "unpadded", "model.shared_patch": False,
     "model.modality_embedding": False, "model.drop_path": 0.0,
-    "model.frontend": "msae", "model.wav_depth": 0,
+    "model.positions": "centre", "model.frontend": "msae", "model.wav_depth": 0,
     # Adam with L2 5e-7, betas .95 and .999, no clipping
     "optim.name": "adam", "optim.betas": (0.95, 0.999), "optim.weight_decay": 5e-7, "optim.clip": 0.0,
     "optim.layer_decay": 1.0, "optim.head_lr": 1.0, "optim.patience": 2, "optim.threshold": 1e-4,

@@ -18,7 +18,7 @@ from scipy.special import betaincinv
 from pipeline.config import AugmentConfig
 from pipeline.data.corpus import Corpus
 from pipeline.data.fbank import fbank as compute_fbank
-from pipeline.data.fbank import pad_frames
+from pipeline.data.fbank import frame_count, pad_frames
 from pipeline.data.npy import HEADER
 from pipeline.data.pool import Arrays
 from pipeline.data.reader import INT16_SCALE, normalised_zero
@@ -84,41 +84,47 @@ class Assembler:
             return torch.from_numpy(arrays[name]).to(self._device, non_blocking=True, copy=True)
 
         position, length, augment, seed, spec = copy("position"), copy("length"), self._augment, self._seed, self._spec
+        # On the host, so no device is waited for. Of a rank's clips, all of one length, the longest says which it is.
+        samples = spec.length_of(int(arrays["length"].max()))
+        frames = spec.frames_of(samples)
         waveform, fbank = None, None
         if "waveform" in arrays:
-            waveform = self._waveform(arrays["waveform"])
+            waveform = self._waveform(arrays["waveform"], samples)
             if "partner" in arrays:
                 weight = copy("weight")[:, None]
-                waveform = weight * waveform + (1 - weight) * self._waveform(arrays["partner"])
+                waveform = weight * waveform + (1 - weight) * self._waveform(arrays["partner"], samples)
             waveform = augment_waveform(waveform, length, augment, seed, position, spec.sample_rate)
         if self._online and waveform is not None:
-            fbank = self._normalised(compute_fbank(waveform, spec.sample_rate, spec.mel_bins))
+            fbank = self._normalised(compute_fbank(waveform, spec.sample_rate, spec.mel_bins), frames)
         elif "fbank" in arrays:
-            fbank = self._fbank(arrays["fbank"])
+            fbank = self._fbank(arrays["fbank"], samples)
         if fbank is not None:
             fbank = add_noise(mask_fbank(fbank, augment, seed, position, self._floor), augment, seed, position)
         waveform = waveform if self._with_waveform else None
-        return Batch(position, copy("row"), copy("valid"), waveform, fbank, copy("targets"), length)
+        return Batch(position, copy("row"), copy("valid"), waveform, fbank, copy("targets"), length, frames)
 
-    def _waveform(self, rows: np.ndarray) -> torch.Tensor:
+    def _waveform(self, rows: np.ndarray, samples: int) -> torch.Tensor:
         """float32 [B, L]."""
         moved = torch.from_numpy(rows).to(self._device, non_blocking=True)
         if moved.dtype == torch.float32:
-            return moved
-        return _numbers(moved, torch.int16, self._stored.audio.samples).mul_(INT16_SCALE)
+            return moved[:, :samples]
+        return _numbers(moved, torch.int16, samples).mul_(INT16_SCALE)
 
-    def _fbank(self, rows: np.ndarray) -> torch.Tensor:
-        """Normalised float32 [B, T, M]."""
+    def _fbank(self, rows: np.ndarray, samples: int) -> torch.Tensor:
+        """Normalised float32 [B, T, M], as of the waveform's first samples alone."""
         moved = torch.from_numpy(rows).to(self._device, non_blocking=True)
+        whole, mel_bins, frames = self._stored.fbank.frames, self._stored.fbank.mel_bins, self._spec.frames_of(samples)
+        heard = whole if samples == self._spec.samples else frame_count(samples, self._spec.sample_rate)
         if moved.dtype == torch.float32:
-            return moved
-        frames, mel_bins = self._stored.fbank.frames, self._stored.fbank.mel_bins
-        return self._normalised(_numbers(moved, torch.float16, frames * mel_bins).view(-1, frames, mel_bins))
+            if heard < whole:
+                moved[:, heard:frames] = self._floor
+            return moved[:, :frames]
+        return self._normalised(_numbers(moved, torch.float16, heard * mel_bins).view(-1, heard, mel_bins), frames)
 
-    def _normalised(self, fbank: torch.Tensor) -> torch.Tensor:
+    def _normalised(self, fbank: torch.Tensor, frames: int) -> torch.Tensor:
         """Normalised, then zero-padded or cut to T frames, as in SSAST: the padding becomes -mean / (2 std)."""
         scaled = (fbank - self._spec.mean) / (2 * self._spec.std)
-        return pad_frames(scaled, self._spec.frames, self._floor)
+        return pad_frames(scaled, frames, self._floor)
 
 
 def _numbers(rows: torch.Tensor, dtype: torch.dtype, count: int) -> torch.Tensor:
@@ -187,7 +193,9 @@ def mask_fbank(
     return fbank
 
 
-def describe(config: AugmentConfig, seed: int, position: torch.Tensor, spec: DataSpec) -> list[dict[str, Any]]:
+def describe(
+    config: AugmentConfig, seed: int, position: torch.Tensor, spec: DataSpec, frames: int
+) -> list[dict[str, Any]]:
     """What happens to each clip beside mixup, in words for people and JSON.
 
     Args:
@@ -195,6 +203,7 @@ def describe(config: AugmentConfig, seed: int, position: torch.Tensor, spec: Dat
         seed: The run's seed.
         position: int64 [B].
         spec: Of the clips.
+        frames: T of their batch.
 
     Returns:
         For each position, those that are on: roll_seconds, noise_level (of the normalised fbank), noise_snr (dB, of the
@@ -211,7 +220,7 @@ def describe(config: AugmentConfig, seed: int, position: torch.Tensor, spec: Dat
         columns["noise_snr"] = [round(ratio, 3) for ratio in _noise_ratio(config.noise_snr, seed, position).tolist()]
     for name, length, widest, purpose in (
         ("freq_mask", spec.mel_bins, config.freq_mask, "freq"),
-        ("time_mask", spec.frames, config.time_mask, "time"),
+        ("time_mask", frames, config.time_mask, "time"),
     ):
         if widest:
             columns[name] = torch.stack(_span(length, widest, seed, purpose, position), dim=1).tolist()

@@ -39,18 +39,20 @@ class Weights:
         labels: Shard number -> (int64 [clips + 1] where each clip's labels begin, their class indices).
         shards: Number of shards.
         classes: C.
+        counts: int64 [C], clips of each class that the weights go by; None: those of the part.
 
     Attributes:
         sums: int64 [shards], in units of 2^-32.
-        counts: int64 [C], clips of each class.
+        counts: int64 [C], clips of each class in the part.
         labelled: Whether any clip has a label.
     """
 
-    def __init__(self, labels: Labels, shards: int, classes: int) -> None:
+    def __init__(self, labels: Labels, shards: int, classes: int, counts: np.ndarray | None = None) -> None:
         self._labels, self._shards = labels, shards
-        self.counts = counts = np.zeros(classes, np.int64)
+        self.counts = np.zeros(classes, np.int64)
         for shard in range(shards):
-            counts += np.bincount(labels(shard)[1], minlength=classes)
+            self.counts += np.bincount(labels(shard)[1], minlength=classes)
+        counts = self.counts if counts is None else counts
         self.labelled = bool(counts.any())
         self._class = np.rint(class_weights(counts) * UNIT).astype(np.int64)
         self._bare = self._class[counts.argmax()]

@@ -144,6 +144,30 @@ class ShardIndex:
             raise UserError(f"{where}: no clip in split '{named}', fold {fold}; see its failures.jsonl")
         return Part.of(rows, self.shards_of(rows), name)
 
+    def by_length(self, parts: Sequence[Part], lengths: Sequence[int]) -> list[list[Part | None]]:
+        """For each length and each part the clips whose audio it is the shortest to hold, or None where there is none.
+
+        Args:
+            parts: Of one run.
+            lengths: Samples, ascending; the last one is that of the shards' clips.
+        """
+        seconds = [file.check(file.read(["seconds"]))["seconds"].to_numpy() for file in self._files]
+        number = np.searchsorted(lengths, self._samples(np.concatenate(seconds))).astype(np.int8)
+        found: list[list[Part | None]] = []
+        for length, samples in enumerate(lengths):
+            found.append([])
+            for part in parts:
+                rows = part.at(np.arange(len(part)))
+                rows = rows[number[rows] == length]
+                made = Part.of(rows, self.shards_of(rows), f"{part.key}/{samples}") if len(rows) else None
+                found[-1].append(made)
+        return found
+
+    def _samples(self, seconds: np.ndarray) -> np.ndarray:
+        """Samples of audio before the padding, at least 1."""
+        audio = self._corpus.audio
+        return np.asarray(np.clip(np.rint(seconds * audio.sample_rate), 1, audio.samples))
+
     def shards_of(self, rows: np.ndarray) -> np.ndarray:
         """Shard numbers of rows: int64 [m] -> int64 [m]."""
         return np.asarray(np.searchsorted(self._starts, rows, side="right") - 1)
@@ -226,8 +250,8 @@ class ShardIndex:
                 f"{self.locations[shard]}/index.parquet: rows {start - first} to {stop - first - 1} are of "
                 f"{', '.join(named)}, manifest.json has {name} there: one of another build; run verify_shards.py"
             )
-        audio, rows = self._corpus.audio, np.zeros(stop - start, ROW)
-        rows["samples"] = np.clip(np.rint(table["seconds"].to_numpy() * audio.sample_rate), 1, audio.samples)
+        rows = np.zeros(stop - start, ROW)
+        rows["samples"] = self._samples(table["seconds"].to_numpy())
         for member, what, column in places:
             rows[member][what] = table[column].to_numpy()
         offsets, labels = _lists(table["labels"])

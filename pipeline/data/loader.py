@@ -14,6 +14,7 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -31,6 +32,7 @@ from pipeline.data.bad import BadClips
 from pipeline.data.cache import Cache, Remote, this_job
 from pipeline.data.corpus import load_corpus
 from pipeline.data.index import ShardIndex
+from pipeline.data.lengths import EvalLengths, LengthOrder
 from pipeline.data.mixture import MixedOrder, shares
 from pipeline.data.order import EvalOrder, Part, TrainOrder, part_weights, train_order
 from pipeline.data.pool import Arrays, Pool, slot_type
@@ -130,7 +132,7 @@ class Loader(IterableDataset[Batch]):
             cache = data.cache or os.environ.get("CRAFT_CACHE", "") or "~/.cache/craft"
             most_bytes = int(data.cache_gb * 1e9)
             self._remote = Remote(self._index.locations, self._index.shards, cache, most_bytes, this_job())
-        orders = len(parts) * (1 if others is order else 2)
+        orders = len(parts) * len(self.spec.lengths) * (1 if others is order else 2)
         self._open_files = OPEN_FILES * min(2, orders)
         if self._remote is not None:  # what is open stays in the cache: the shards of a window and of the next one
             streams = -(-order.streams // world_size) * orders
@@ -188,7 +190,7 @@ class Loader(IterableDataset[Batch]):
         """
         ends = [] if stop is None else [stop]
         if not self._train:
-            ends.append(self.clips // self._batch_size if full else len(self))
+            ends.append(self._order.full if full and isinstance(self._order, EvalLengths) else len(self))
             self.bad_clips.replaced.clear()
         iterator = self._batches(first, max(first, min(ends)) if ends else None, full)
         self._iterators.add(iterator)
@@ -214,6 +216,13 @@ class Loader(IterableDataset[Batch]):
     def names(self, rows: Sequence[int]) -> list[tuple[str, str]]:
         """Sample key and shard of index rows."""
         return [self._index.name(row) for row in rows]
+
+    @property
+    def length_shares(self) -> dict[int, float]:
+        """Share of the batches of a training that have inputs of so many samples."""
+        if not isinstance(self._order, LengthOrder):
+            return {self.spec.samples: 1.0}
+        return dict(zip(self._lengths, self._order.turns.first_shares, strict=True))
 
     def class_counts(self) -> tuple[np.ndarray, np.ndarray]:
         """Of the part, by class: clips int64 [C], and those that an epoch draws, expected: float64 [C].
@@ -248,6 +257,8 @@ class Loader(IterableDataset[Batch]):
 
     def _end(self, epoch: int) -> int:
         """Batches before the first one that lies in a later epoch alone."""
+        if isinstance(self._order, EvalLengths):
+            return (epoch + 1) * self._order.batches
         return -(-(epoch + 1) * self.clips // self._batch_size)
 
     def _parts(self, limit: int, ids: pa.Array | None) -> list[Part]:
@@ -272,44 +283,81 @@ class Loader(IterableDataset[Batch]):
 
     def _orders(self, parts: list[Part]) -> tuple[Order, Order]:
         """Of the clips, and of those that mixup takes besides."""
-        data, seed = self._data, self._seed
+        data, seed, lengths = self._data, self._seed, self.spec.lengths
+        by_length: list[list[Part | None]] = [list(parts)]
+        if len(lengths) > 1:
+            by_length = self._index.by_length(parts, lengths)
         if not self._train:
-            held_out = EvalOrder(parts[0])
+            held_out = EvalLengths([EvalOrder(part) for own in by_length for part in own if part], self._batch_size)
             return held_out, held_out
-        several = len(parts) > 1
-        each = data.model_copy(update={"epoch_clips": 0}) if several else data
-        table = functools.cache(self._index.label_columns)
-        orders = [train_order(part, each, seed, table, len(self.spec.labels)) for part in parts]
-        order = self._mix(orders) if several else orders[0]
+        each = data if len(parts) == len(lengths) == 1 else data.model_copy(update={"epoch_clips": 0})
+        table, classes = functools.cache(self._index.label_columns), len(self.spec.labels)
+        counts: list[np.ndarray | None] = [None] * len(parts)
+        if data.sampler == "balanced" and len(lengths) > 1:
+            counts = [part_weights(part, table(), classes).counts for part in parts]
+        orders = [[None if part is None else train_order(part, each, seed, table, classes, count)
+                   for part, count in zip(own, counts, strict=True)] for own in by_length]  # fmt: skip
+        weights = self._weights(parts, orders)
+        order = self._joined(orders, weights)
         if self._augment.mixup > 0 and data.sampler == "balanced" and self._augment.partners == "uniform":
             # SSAST, AST and PSLA draw mixup's other clips uniformly: balanced ones did worse.
-            keys = [f"{part.key}/partners" for part in parts]
-            others = [TrainOrder(replace(part, key=key), seed, data.streams, data.window)
-                      for part, key in zip(parts, keys, strict=True)]  # fmt: skip
-            return order, self._mix(others) if several else others[0]
+            own_order = functools.partial(TrainOrder, seed=seed, streams=data.streams, window=data.window)
+            others = [[None if part is None else own_order(replace(part, key=f"{part.key}/partners"))
+                       for part in own] for own in by_length]  # fmt: skip
+            return order, self._joined(others, weights)
         return order, order
 
-    def _mix(self, orders: list[TrainOrder]) -> MixedOrder:
-        """One order of several sets.
+    def _weights(self, parts: list[Part], orders: list[list[TrainOrder | None]]) -> list[list[list[Fraction]]]:
+        """Share of the draws of each length of each set, in each phase of `data.schedule`: [phases][lengths][sets].
+
+        A set's weight goes to its lengths in proportion to their clips, or to the weights of a balanced sampler.
 
         Raises:
-            UserError: a set is so small, for its weight, that a batch would hold clips of it twice.
+            UserError: clips of a length or a set are so few, for their weight, that a batch would hold some twice.
         """
-        data, members = self._data, self.corpus.members
-        clips = [len(order) for order in orders]
-        first = shares(clips, [member.weight for member in members], data.temperature)
-        phases = [(0, first), *((phase.step, phase.weights) for phase in data.schedule)]
-        for step, weights in phases:
-            for member, count, weight in zip(members, clips, weights, strict=True):
-                drawn = self._batch_size * weight / sum(weights)
-                if drawn > count:
-                    raise UserError(
-                        f"data.shards: from step {step} on a batch would hold {drawn:.0f} clips of the {count} of "
-                        f"{member.location}, so clips twice, and the contrast would push a clip away from itself; "
-                        "lower its weight, or train.batch_size"
-                    )
-        key = f"{self.corpus.digest}/{self._seed}"
-        return MixedOrder(orders, phases, key, data.streams, self._batch_size, data.epoch_clips)
+        data, members, lengths = self._data, self.corpus.members, self.spec.lengths
+        first = shares(list(map(len, parts)), [member.weight for member in members], data.temperature)
+        mass = [[0 if order is None else len(order) if order.weights is None else int(order.weights.sums.sum())
+                 for order in own] for own in orders]  # fmt: skip
+        totals = [sum(column) for column in zip(*mass, strict=True)]
+        found = []
+        for step, weights in ((0, first), *((phase.step, phase.weights) for phase in data.schedule)):
+            given = [Fraction(weight) for weight in weights]
+            found.append([[weight * part / total for weight, part, total in zip(given, own, totals, strict=True)]
+                          for own in mass])  # fmt: skip
+            for own, joint, samples in zip(orders, found[-1], lengths, strict=True):
+                of = f" of {samples / self.spec.sample_rate:g} s" if len(lengths) > 1 else ""
+                remedy = "leave that length out of data.seconds, or lower" if of else "lower its weight, or"
+                for member, order, weight in zip(members, own, joint, strict=True):
+                    drawn = float(self._batch_size * weight / sum(joint)) if order else 0.0
+                    if order and drawn > len(order) and (of or len(members) > 1):
+                        raise UserError(
+                            f"{'data.seconds' if of else 'data.shards'}: from step {step} on a batch{of} would hold "
+                            f"{drawn:.0f} clips of the {len(order)}{of} of {member.location}, so clips twice, and the "
+                            f"contrast would push a clip away from itself; {remedy} train.batch_size"
+                        )
+        return found
+
+    def _joined(self, orders: list[list[TrainOrder | None]], weights: list[list[list[Fraction]]]) -> Order:
+        """One order of all sets and lengths."""
+        data, several = self._data, len(orders) > 1
+        steps, key = [0, *(phase.step for phase in data.schedule)], f"{self.corpus.digest}/{self._seed}"
+        found: list[tuple[TrainOrder | MixedOrder, Fraction]] = []
+        self._lengths = [samples for own, samples in zip(orders, self.spec.lengths, strict=True) if any(own)]
+        for number, (own, samples) in enumerate(zip(orders, self.spec.lengths, strict=True)):
+            there = [i for i, order in enumerate(own) if order]
+            sets = [order for order in own if order]
+            if len(sets) == 1:
+                found.append((sets[0], weights[0][number][there[0]]))
+            elif sets:
+                phases = [(step, [phase[number][i] for i in there]) for step, phase in zip(steps, weights, strict=True)]
+                name, clips = (f"{key}/{samples}", 0) if several else (key, data.epoch_clips)
+                mixed = MixedOrder(sets, phases, name, data.streams, self._batch_size, clips)
+                found.append((mixed, sum(phases[0][1], Fraction(0))))
+        if not several:
+            return found[0][0]
+        made, own_shares = zip(*found, strict=True)
+        return LengthOrder(made, own_shares, key, self._batch_size, data.epoch_clips)
 
     def _open_reader(self) -> Reader:
         cache = None if self._remote is None else Cache(self._remote)

@@ -37,6 +37,96 @@ ROUNDS = 64  # shuffled together
 KEPT = 4  # blocks of so many rounds in memory
 
 
+class Turns:
+    """Which set each position is of, and its position in that set's own stream; used by one thread.
+
+    Args:
+        sets: How many there are.
+        phases: First step, and weight of each set from there on; the first one from step 0.
+        key: Names the law's random numbers.
+        lanes: L.
+        batch_size: G, positions of a step.
+    """
+
+    def __init__(
+        self,
+        sets: int,
+        phases: Sequence[tuple[int, Sequence[float | Fraction]]],
+        key: str,
+        lanes: int,
+        batch_size: int,
+    ) -> None:
+        self.lanes = lanes
+        self._sets, self._key = sets, key
+        self._begins = np.array([-(-step * batch_size // lanes) for step, _ in phases])  # first round of each phase
+        self._weights = [[Fraction(weight) for weight in weights] for _, weights in phases]
+        self._offsets = [permutation(stream_key(key, f"lanes/{i}"), lanes).tolist() for i in range(sets)]
+        self._before = [np.zeros((sets, lanes), np.int64)]  # turns of each set and lane before a phase
+        for phase, rounds in enumerate(np.diff(self._begins).tolist()):
+            self._before.append(self._before[-1] + self._turns(phase, rounds))
+        self._blocks: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    @property
+    def first_shares(self) -> list[float]:
+        """Of the positions of the first phase, by set."""
+        whole = float(sum(self._weights[0]))
+        return [float(weight) / whole for weight in self._weights[0]]
+
+    def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the set, and position in its own stream, of positions: int64 [m] -> int64 [m], int64 [m]."""
+        rounds, lane = np.divmod(positions, self.lanes)
+        phase = np.searchsorted(self._begins, rounds, side="right") - 1
+        block, place = np.divmod(rounds - self._begins[phase], ROUNDS)
+        sets, own = np.empty_like(lane), np.empty_like(lane)
+        for number, name in sorted(set(zip(phase.tolist(), block.tolist(), strict=True))):
+            here = (phase == number) & (block == name)
+            of, turn = self._block(number, name)
+            sets[here] = of[lane[here], place[here]]
+            own[here] = turn[lane[here], place[here]] * self.lanes + lane[here]
+        return sets, own
+
+    def _block(self, phase: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Set, and number of its turn in the lane: int64 [L, rounds] each."""
+        if (phase, block) not in self._blocks:
+            first, stop = block * ROUNDS, (block + 1) * ROUNDS
+            if phase + 1 < len(self._begins):
+                stop = min(stop, int(self._begins[phase + 1] - self._begins[phase]))
+            begin = self._turns(phase, first)
+            until = np.cumsum(self._turns(phase, stop) - begin, axis=0)  # [k, L]; the last row is the rounds
+            counter = np.arange(self.lanes * ROUNDS).reshape(self.lanes, ROUNDS)[:, : stop - first]
+            shuffled = np.argsort(hashed(stream_key(self._key, f"{phase}/{block}"), counter), axis=1, kind="stable")
+            rank = np.argsort(shuffled, axis=1)
+            of = (rank[:, :, None] >= until.T[:, None, :]).sum(2)
+            turn = np.empty_like(of)
+            for number in range(self._sets):
+                mine = of == number
+                before = self._before[phase][number] + begin[number] - 1
+                turn[mine] = (np.cumsum(mine, axis=1) + before[:, None])[mine]
+            self._blocks[phase, block] = of, turn
+            if len(self._blocks) > KEPT:
+                self._blocks.popitem(last=False)
+        return self._blocks[phase, block]
+
+    def _turns(self, phase: int, rounds: int) -> np.ndarray:
+        """c: turns of each set in each lane in the first rounds of a phase, int64 [k, L]."""
+        left = [rounds] * self.lanes
+        weight = sum(self._weights[phase], Fraction(0))
+        found = []
+        for number, own in enumerate(self._weights[phase]):
+            share = own / weight if weight else Fraction(0)
+            weight -= own
+            n, d = share.numerator, share.denominator
+            offsets = self._offsets[number]
+            if number + 1 < self._sets:
+                whole = d * self.lanes
+                turns = [(q * n * self.lanes + u * d) // whole for q, u in zip(left, offsets, strict=True)]
+            else:
+                turns = left
+            found.append(turns)
+            left = [q - c for q, c in zip(left, turns, strict=True)]
+        return np.array(found, np.int64)
+
+
 class MixedOrder:
     """Order of training over several sets; used by one thread.
 
@@ -50,38 +140,35 @@ class MixedOrder:
 
     Attributes:
         streams: L.
+        turns: Which set each position is of.
     """
-
-    end = np.inf  # each position counts
 
     def __init__(
         self,
         orders: Sequence[TrainOrder],
-        phases: Sequence[tuple[int, Sequence[float]]],
+        phases: Sequence[tuple[int, Sequence[float | Fraction]]],
         key: str,
         lanes: int,
         batch_size: int,
         clips: int = 0,
     ) -> None:
         self.streams = lanes
-        self._orders, self._key = orders, key
+        self.turns = Turns(len(orders), phases, key, lanes, batch_size)
+        self._orders = orders
         self._clips = clips or sum(map(len, orders))
-        self._begins = np.array([-(-step * batch_size // lanes) for step, _ in phases])  # first round of each phase
-        self._weights = [[Fraction(weight) for weight in weights] for _, weights in phases]
-        self._offsets = [permutation(stream_key(key, f"lanes/{i}"), lanes).tolist() for i in range(len(orders))]
-        self._before = [np.zeros((len(orders), lanes), np.int64)]  # turns of each set and lane before a phase
-        for phase, rounds in enumerate(np.diff(self._begins).tolist()):
-            self._before.append(self._before[-1] + self._turns(phase, rounds))
-        self._blocks: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def __len__(self) -> int:
         """Positions of an epoch."""
         return self._clips
 
+    def filled(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As of `TrainOrder`: each position counts."""
+        return positions, np.ones(len(positions), bool)
+
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Index rows of these positions: int64 [m] -> int64 [m]."""
         found = np.empty(len(positions), np.int64)
-        sets, own = self.split(positions)
+        sets, own = self.turns.split(positions)
         for number in np.unique(sets):
             mine = sets == number
             found[mine] = self._orders[number].rows(own[mine])
@@ -90,7 +177,7 @@ class MixedOrder:
     def partners(self, positions: np.ndarray, draws: np.ndarray, own: np.ndarray) -> np.ndarray:
         """Another clip of the same set for each position; see `TrainOrder.partners`."""
         found = np.empty(len(positions), np.int64)
-        sets, places = self.split(positions)
+        sets, places = self.turns.split(positions)
         for number in np.unique(sets):
             mine = sets == number
             found[mine] = self._orders[number].partners(places[mine], draws[mine], own[mine])
@@ -98,68 +185,13 @@ class MixedOrder:
 
     def sources(self) -> list[tuple[TrainOrder, float]]:
         """The order of each set, and its draws in an epoch of the first phase."""
-        whole = float(sum(self._weights[0]))
-        return [(order, self._clips * float(weight) / whole)
-                for order, weight in zip(self._orders, self._weights[0], strict=True)]  # fmt: skip
+        return [(order, self._clips * share)
+                for order, share in zip(self._orders, self.turns.first_shares, strict=True)]  # fmt: skip
 
     def source(self, position: int) -> tuple[TrainOrder, int]:
         """The order of one set, and the position in it, that a position's clip is of."""
-        sets, own = self.split(np.array([position]))
+        sets, own = self.turns.split(np.array([position]))
         return self._orders[int(sets[0])], int(own[0])
-
-    def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Number of the set, and position in its own stream, of positions: int64 [m] -> int64 [m], int64 [m]."""
-        rounds, lane = np.divmod(positions, self.streams)
-        phase = np.searchsorted(self._begins, rounds, side="right") - 1
-        block, place = np.divmod(rounds - self._begins[phase], ROUNDS)
-        sets, own = np.empty_like(lane), np.empty_like(lane)
-        for number, name in sorted(set(zip(phase.tolist(), block.tolist(), strict=True))):
-            here = (phase == number) & (block == name)
-            of, turn = self._block(number, name)
-            sets[here] = of[lane[here], place[here]]
-            own[here] = turn[lane[here], place[here]] * self.streams + lane[here]
-        return sets, own
-
-    def _block(self, phase: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Set, and number of its turn in the lane: int64 [L, rounds] each."""
-        if (phase, block) not in self._blocks:
-            first, stop = block * ROUNDS, (block + 1) * ROUNDS
-            if phase + 1 < len(self._begins):
-                stop = min(stop, int(self._begins[phase + 1] - self._begins[phase]))
-            begin = self._turns(phase, first)
-            until = np.cumsum(self._turns(phase, stop) - begin, axis=0)  # [k, L]; the last row is the rounds
-            counter = np.arange(self.streams * ROUNDS).reshape(self.streams, ROUNDS)[:, : stop - first]
-            shuffled = np.argsort(hashed(stream_key(self._key, f"{phase}/{block}"), counter), axis=1, kind="stable")
-            rank = np.argsort(shuffled, axis=1)
-            of = (rank[:, :, None] >= until.T[:, None, :]).sum(2)
-            turn = np.empty_like(of)
-            for number in range(len(self._orders)):
-                mine = of == number
-                before = self._before[phase][number] + begin[number] - 1
-                turn[mine] = (np.cumsum(mine, axis=1) + before[:, None])[mine]
-            self._blocks[phase, block] = of, turn
-            if len(self._blocks) > KEPT:
-                self._blocks.popitem(last=False)
-        return self._blocks[phase, block]
-
-    def _turns(self, phase: int, rounds: int) -> np.ndarray:
-        """c: turns of each set in each lane in the first rounds of a phase, int64 [k, L]."""
-        left = [rounds] * self.streams
-        weight = sum(self._weights[phase], Fraction(0))
-        found = []
-        for number, own in enumerate(self._weights[phase]):
-            share = own / weight if weight else Fraction(0)
-            weight -= own
-            n, d = share.numerator, share.denominator
-            offsets = self._offsets[number]
-            if number + 1 < len(self._orders):
-                whole = d * self.streams
-                turns = [(q * n * self.streams + u * d) // whole for q, u in zip(left, offsets, strict=True)]
-            else:
-                turns = left
-            found.append(turns)
-            left = [q - c for q, c in zip(left, turns, strict=True)]
-        return np.array(found, np.int64)
 
 
 def shares(clips: Sequence[int], weights: Sequence[float | None], temperature: float) -> list[float]:

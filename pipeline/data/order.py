@@ -85,8 +85,8 @@ class LabelTable:
     label_values: np.ndarray
 
 
-def part_weights(part: Part, table: LabelTable, classes: int) -> Weights:
-    """Class-balanced weights of a part's clips."""
+def part_weights(part: Part, table: LabelTable, classes: int, counts: np.ndarray | None = None) -> Weights:
+    """Class-balanced weights of a part's clips; `counts` int64 [C] of the clips whose part it is, None: its own."""
 
     def labels(shard: int) -> tuple[np.ndarray, np.ndarray]:
         rows = part.shard(shard)
@@ -95,11 +95,18 @@ def part_weights(part: Part, table: LabelTable, classes: int) -> Weights:
         where = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], ends - begins)
         return offsets, table.label_values[where]
 
-    return Weights(labels, len(part.starts) - 1, classes)
+    return Weights(labels, len(part.starts) - 1, classes, counts)
 
 
-def train_order(part: Part, data: DataConfig, seed: int, table: Callable[[], LabelTable], classes: int) -> "TrainOrder":
-    """The order that the settings ask for.
+def train_order(
+    part: Part,
+    data: DataConfig,
+    seed: int,
+    table: Callable[[], LabelTable],
+    classes: int,
+    counts: np.ndarray | None = None,
+) -> "TrainOrder":
+    """The order that the settings ask for; `counts` as of `part_weights`.
 
     Raises:
         UserError: an epoch length that the sampler cannot have, or clips without labels for a balanced one.
@@ -119,7 +126,7 @@ def train_order(part: Part, data: DataConfig, seed: int, table: Callable[[], Lab
     labels = table()
     if not labels.label_values.size:
         raise UserError("data.sampler = balanced: no clip has a label; set data.sampler=shuffle, or build with labels")
-    weights = part_weights(part, labels, classes)
+    weights = part_weights(part, labels, classes, counts)
     if not weights.labelled:
         raise UserError(
             f"data.sampler = balanced: none of the {len(part)} clips to train on has a label; set data.sampler=shuffle"
@@ -128,15 +135,10 @@ def train_order(part: Part, data: DataConfig, seed: int, table: Callable[[], Lab
 
 
 class EvalOrder:
-    """The order of an evaluation: each clip of a part once, as the index has them, then again from the start.
-
-    Attributes:
-        streams: Of which it has one.
-        end: Behind the position of the last clip that counts.
-    """
+    """The clips of a part as the index has them, each once, then again from the start."""
 
     def __init__(self, part: Part) -> None:
-        self.part, self.streams, self.end = part, 1, len(part)
+        self.part = part
 
     def __len__(self) -> int:
         return len(self.part)
@@ -144,14 +146,6 @@ class EvalOrder:
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Index rows of these positions: int64 [m] -> int64 [m]."""
         return self.part.at(positions % len(self.part))
-
-    def sources(self) -> list[tuple["EvalOrder", float]]:
-        """The order of each set of shards, and its clips in an epoch."""
-        return [(self, len(self))]
-
-    def source(self, position: int) -> tuple["EvalOrder", int]:
-        """The order of one set of shards, this one, and a position in it: see `pipeline.data.mixture`."""
-        return self, position
 
 
 class TrainOrder:
@@ -166,8 +160,6 @@ class TrainOrder:
         epoch_clips: m, draws of a class-balanced epoch; 0: n.
         replacement: Draw independently; else no clip twice in an epoch.
     """
-
-    end = np.inf  # each position counts
 
     def __init__(
         self,
@@ -204,6 +196,10 @@ class TrainOrder:
     def __len__(self) -> int:
         """m, clips of an epoch."""
         return self._clips
+
+    def filled(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of what a batch holds, int64 [m] -> int64 [m], and which of them count, bool [m]: here each."""
+        return positions, np.ones(len(positions), bool)
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Index rows of these positions: int64 [m] -> int64 [m].

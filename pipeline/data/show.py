@@ -94,7 +94,8 @@ def explain(recipe: Recipe, step: int, batch: dict[str, np.ndarray]) -> dict[str
         draw, spec, epoch = loader.draw(step), loader.spec, loader.clips
         names, planned = loader.names(batch["row"].tolist()), loader.keys(draw.rows.tolist())
         partners = loader.keys(draw.partners.tolist())
-    augmented = describe(recipe.augment, recipe.run.seed, torch.from_numpy(draw.position), spec)
+    position, frames = torch.from_numpy(draw.position), batch["fbank"].shape[1]
+    augmented = describe(recipe.augment, recipe.run.seed, position, spec, frames)
     clips = []
     for i, (key, shard) in enumerate(names):
         done = augmented[i]

@@ -15,6 +15,7 @@ from pipeline.data.manifest import Label
 from pipeline.errors import UserError
 from pipeline.files import write_text
 
+SHORTEST = 0.16  # seconds of input: 16 frames, a column of patches
 SAMPLE_RATE = 16000  # MSAE pools 160 samples, the 10 ms hop of the fbank, to a frame
 
 
@@ -31,6 +32,7 @@ class DataSpec(BaseModel):
         labels: Vocabulary, C entries.
         single_label: Every clip has exactly one label.
         digest: Of the shards, as in `Corpus`.
+        seconds: Lengths of input below `samples`, ascending; see `lengths`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,6 +46,20 @@ class DataSpec(BaseModel):
     labels: list[Label]
     single_label: bool
     digest: str
+    seconds: tuple[float, ...] = ()
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Samples of the inputs, ascending: a clip has the shortest that holds its audio."""
+        return (*(round(seconds * self.sample_rate) for seconds in self.seconds), self.samples)
+
+    def length_of(self, samples: int) -> int:
+        """The shortest of the `lengths` that holds so many samples of audio; of longer audio the last one."""
+        return next((length for length in self.lengths if samples <= length), self.samples)
+
+    def frames_of(self, samples: int) -> int:
+        """T of inputs of one of the `lengths`."""
+        return self.frames if samples == self.samples else padded_frames(samples / self.sample_rate)
 
     @staticmethod
     def of(corpus: Corpus, data: DataConfig) -> "DataSpec":
@@ -52,13 +68,19 @@ class DataSpec(BaseModel):
         So the normalisation does not move with the weights.
 
         Raises:
-            UserError: their sample rate is not the model's.
+            UserError: their sample rate is not the model's, or a length of `data.seconds` is not below theirs.
         """
         audio = corpus.audio
         if audio.sample_rate != SAMPLE_RATE:
             raise UserError(
                 f"{data.shown}: sample rate {audio.sample_rate} Hz, the model reads {SAMPLE_RATE}; rebuild the shards "
                 f"with --sample-rate {SAMPLE_RATE}"
+            )
+        whole = audio.samples / audio.sample_rate
+        if data.seconds and not SHORTEST <= data.seconds[0] <= data.seconds[-1] < whole:
+            raise UserError(
+                f"data.seconds = {list(data.seconds)}: the clips of {data.shown} have {whole:g} s, a length "
+                f"of their own; give shorter ones, from {SHORTEST} s on"
             )
         splits = [member.manifest.splits[name] for member in corpus.members for name in member.train]
         # Clips have equally many values: weights are shares of clips. hypot of one number is that number, to the bit.
@@ -70,12 +92,13 @@ class DataSpec(BaseModel):
             sample_rate=audio.sample_rate,
             samples=audio.samples,
             mel_bins=corpus.fbank.mel_bins,
-            frames=data.frames or padded_frames(audio.samples / audio.sample_rate),
+            frames=data.frames or padded_frames(whole),
             mean=mean if data.mean is None else data.mean,
             std=math.hypot(*deviations) if data.std is None else data.std,
             labels=corpus.labels,
             single_label=corpus.single_label,
             digest=corpus.digest,
+            seconds=data.seconds,
         )
 
     def save(self, run_dir: Path) -> None:

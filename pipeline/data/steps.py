@@ -17,13 +17,14 @@ from pipeline.config import AugmentConfig
 from pipeline.data.augment import draw_mixup
 from pipeline.data.bad import stand_ins
 from pipeline.data.index import ShardIndex
+from pipeline.data.lengths import EvalLengths, LengthOrder
 from pipeline.data.mixture import MixedOrder
-from pipeline.data.order import EvalOrder, TrainOrder
+from pipeline.data.order import TrainOrder
 from pipeline.data.pool import Arrays, Pool
 from pipeline.data.reader import Reader
 from pipeline.errors import UserError
 
-Order = TrainOrder | MixedOrder | EvalOrder
+Order = TrainOrder | MixedOrder | LengthOrder | EvalLengths
 Problems = list[tuple[int, str]]  # index row of a bad clip, what is wrong with it
 
 
@@ -91,9 +92,9 @@ class Steps:
     def draw(self, step: int) -> Draw:
         """What this rank's clips of global batch `step` are."""
         position = step * self._batch_size + self._places
-        valid = position < self._order.end
-        rows = self._order.rows(np.where(valid, position, 0))
-        if isinstance(self._others, EvalOrder) or not self._augment.mixup:
+        filled, valid = self._order.filled(position)
+        rows = self._order.rows(filled)
+        if isinstance(self._others, EvalLengths) or not self._augment.mixup:
             return Draw(position, valid, rows, np.zeros(len(rows), bool), rows, np.ones(len(rows)))
         mixed, weight, chance = draw_mixup(self._augment, self._seed, torch.from_numpy(position))
         return Draw(position, valid, rows, mixed, self._others.partners(position, chance, rows), weight)

@@ -108,8 +108,9 @@ class _Run:
             self.progress = Progress.of(state)
             self.mean = dict(checkpoint.stored(job.run_dir, state, "average")) if world.is_main else {}
         data = job.loader.spec
-        shape = Shape(data.samples, data.mel_bins, data.frames, len(data.labels))
-        at_peak = clips_per_second_at_peak(job.recipe, shape, job.ds, world)
+        shapes = [(Shape(samples, data.mel_bins, data.frames_of(samples), len(data.labels)), share)
+                  for samples, share in job.loader.length_shares.items()]  # fmt: skip
+        at_peak = clips_per_second_at_peak(job.recipe, shapes, job.ds, world)
         self.telemetry = Telemetry(job.run_dir, job.tracker, world, job.recipe.log, job.task.model, job.batches.total,
                                    self.progress.step, at_peak)  # fmt: skip
         self.checkpoints = Checkpoints(job.run_dir, job.recipe.checkpoint, world, job.kept_steps)

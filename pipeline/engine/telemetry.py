@@ -25,7 +25,7 @@ change no number of the run; the profiled steps take longer.
 import logging
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -232,11 +232,17 @@ class Telemetry:
 
 
 def clips_per_second_at_peak(
-    recipe: PretrainRecipe | FinetuneRecipe, shape: Shape, ds: dict[str, Any], world: World
+    recipe: PretrainRecipe | FinetuneRecipe, shapes: Sequence[tuple[Shape, float]], ds: dict[str, Any], world: World
 ) -> float | None:
     """Clips a second of all ranks if they did nothing but the model's FLOPs at their peak; a collective.
 
     Equal on all ranks: of the measured peaks the mean counts. None with `log.peak_tflops` = null.
+
+    Args:
+        recipe: Settings.
+        shapes: Of the inputs of each length, and its share of the clips.
+        ds: Reconciled DeepSpeed configuration: says the precision.
+        world: Ranks.
     """
     given = recipe.log.peak_tflops
     if given is None:
@@ -244,7 +250,7 @@ def clips_per_second_at_peak(
     half = [dtype for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)) if ds[key]["enabled"]]
     dtype = half[0] if half else torch.float32
     peak = given * 1e12 or distributed.mean({"peak": _measure_peak(world.device, dtype)}, world.device)["peak"]
-    flops = model_flops(recipe, shape)
+    flops = sum(share * model_flops(recipe, shape) for shape, share in shapes)
     log.info(
         "MFU against %.3g TFLOP/s a rank (%s, %s); %.3g GFLOP a clip",
         peak / 1e12, str(dtype).removeprefix("torch."), "given" if given else "measured", flops / 1e9,

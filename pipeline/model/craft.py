@@ -88,7 +88,7 @@ class Craft(nn.Module):
         streams: Which representations, and the shape of the data.
 
     Attributes:
-        grid: Patches of the spectrogram along frequency and time.
+        grid: Patches of the spectrogram along frequency and time; of the longest input.
         wav_grid: Patches of the MSAE map along channels and time; `grid` where it has M channels.
 
     Raises:
@@ -111,9 +111,13 @@ class Craft(nn.Module):
         if streams.wav and not config.shared_patch:
             self.wav_patch = PatchEmbedding(size.width, config.patch, config.stride)
         if streams.spec:
-            self.spec_tokens = TokenSequence(size.width, self.grid, config.modality_embedding, streams.masked_spec)
+            self.spec_tokens = TokenSequence(
+                size.width, self.grid, config.modality_embedding, streams.masked_spec, config.positions
+            )
         if streams.wav:
-            self.wav_tokens = TokenSequence(size.width, self.wav_grid, config.modality_embedding, streams.masked_wav)
+            self.wav_tokens = TokenSequence(
+                size.width, self.wav_grid, config.modality_embedding, streams.masked_wav, config.positions
+            )
         self.encoder = Encoder(
             size.width,
             size.depth if streams.spec else config.wav_depth or size.depth,
@@ -135,14 +139,24 @@ class Craft(nn.Module):
         """Of the weights; inputs are cast to it (bf16 and fp16 engines)."""
         return self.encoder.norm.weight.dtype
 
-    def waveform_map(self, waveform: torch.Tensor, length: torch.Tensor | None = None) -> torch.Tensor:
+    def grids(self, frames: int | None = None) -> dict[str, tuple[int, int]]:
+        """Patches of "spec" and "wav" along frequency and time, of inputs of T frames; None: the longest."""
+        if frames is None:
+            return {"spec": self.grid, "wav": self.wav_grid}
+        heights, config = {"spec": self.streams.mel_bins, "wav": sum(self.config.channels)}, self.config
+        return {name: patch_grid(height, frames, config.patch, config.stride) for name, height in heights.items()}
+
+    def waveform_map(
+        self, waveform: torch.Tensor, length: torch.Tensor | None = None, frames: int | None = None
+    ) -> torch.Tensor:
         """The front end's map of waveforms cut or zero-padded to T * 160 samples: [B, L] -> [B, channels, T].
 
         Args:
             waveform: [B, L].
             length: int64 [B], samples of audio before the padding; None: L.
+            frames: T; None: that of the longest input.
         """
-        samples = self.streams.frames * SAMPLES_PER_FRAME
+        samples = (frames or self.streams.frames) * SAMPLES_PER_FRAME
         x = F.pad(waveform, (0, samples - waveform.shape[-1])).to(self.dtype)
         if length is None:
             length = torch.full((len(waveform),), waveform.shape[-1], device=waveform.device)
@@ -159,6 +173,8 @@ class Craft(nn.Module):
         drop: bool = False,
     ) -> Encoded:
         """Encodes the given representations in one pass of the encoder.
+
+        Both have one T, of the longest input or less: a shorter one has its own positions (`TokenSequence`).
 
         Args:
             fbank: [B, T, M], normalised; None: no spectrogram stream.
@@ -187,28 +203,44 @@ class Craft(nn.Module):
             if streams.mask_freq or streams.mask_time:
                 # Equal grids lose the same rows and columns: what is left of a clip has no second account of the rest.
                 shares = streams.mask_freq, streams.mask_time
+                frames = fbank.shape[1] if fbank is not None else None if wav_map is None else wav_map.shape[2]
                 spec_kept, wav_kept = (
-                    kept_patches(streams.seed, position, grid, *shares) for grid in (self.grid, self.wav_grid)
+                    kept_patches(streams.seed, position, grid, *shares) for grid in self.grids(frames).values()
                 )
-
-        def chosen(mask: torch.Tensor | None, kept: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-            """Which patches the mask token replaces, and which stay."""
-            return (None, mask) if drop else (mask, kept)
-
         special = self.special()
-        sequences = []
+        sequences: list[torch.Tensor] = []
+        times: list[torch.Tensor] = []
+
+        def add(tokens: nn.Module, patches: torch.Tensor, masks: Sequence[torch.Tensor | None], rows: int,
+                left: torch.Tensor | None) -> None:  # fmt: skip
+            for mask in masks:
+                hidden, kept = (None, mask) if drop else (mask, left)
+                sequences.append(tokens(patches, special, hidden, kept))
+                times.append(_times(patches, rows, kept, len(special), self.config.stride))
+
         if fbank is not None:
             patches = self.spec_patch(fbank.to(self.dtype).transpose(1, 2))
-            sequences += [self.spec_tokens(patches, special, *chosen(mask, spec_kept)) for mask in spec_masks]
+            add(self.spec_tokens, patches, spec_masks, self.grid[0], spec_kept)
         passes = len(sequences)
         if wav_map is not None:
             embedding = self.spec_patch if self.config.shared_patch else self.wav_patch
-            patches = embedding(wav_map)
-            sequences += [self.wav_tokens(patches, special, *chosen(mask, wav_kept)) for mask in wav_masks]
+            add(self.wav_tokens, embedding(wav_map), wav_masks, self.wav_grid[0], wav_kept)
         leaving = len(sequences) - passes if self.config.wav_depth and streams.spec else 0
+        rotary = times if self.config.positions == "rotary" else None
         kept = slice(len(special)) if self.streams.pool == "cls" else slice(len(special), None)
-        encoded = [tokens[:, kept] for tokens in self.encoder(sequences, paths, leaving)]
+        encoded = [tokens[:, kept] for tokens in self.encoder(sequences, paths, leaving, rotary)]
         return Encoded(tuple(encoded[:passes]), tuple(encoded[passes:]))
+
+
+def _times(patches: torch.Tensor, rows: int, kept: torch.Tensor | None, special: int, stride: int) -> torch.Tensor:
+    """Where each token begins, in units of 16 frames: float32 [B, special + N]; special ones at 0.
+
+    A unit of time and not of patches: weights serve another stride.
+    """
+    columns = patches.shape[1] // rows
+    if kept is None:
+        kept = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
+    return F.pad((kept % columns) * (stride / 16), (special, 0))
 
 
 def initialise_linear(module: nn.Module) -> None:

@@ -150,14 +150,19 @@ class TokenSequence(nn.Module):
 
     Args:
         width: D.
-        grid: Patches along frequency and time.
+        grid: Patches along frequency and time, of the longest input.
         modality: Add a learned vector for the representation.
         maskable: Have a mask token.
+        shorter: Positions of an input of fewer columns, as of `resize_positions`; or "rotary": positions of frequency
+            alone, [f, 1, D], for an encoder that tells time by `turns`.
     """
 
-    def __init__(self, width: int, grid: tuple[int, int], modality: bool, maskable: bool) -> None:
+    def __init__(
+        self, width: int, grid: tuple[int, int], modality: bool, maskable: bool, shorter: str = "centre"
+    ) -> None:
         super().__init__()
-        self.positions = nn.Parameter(torch.empty(*grid, width))
+        self.shorter = shorter
+        self.positions = nn.Parameter(torch.empty(grid[0], 1 if shorter == "rotary" else grid[1], width))
         self.mask_token = nn.Parameter(torch.empty(width)) if maskable else None
         self.modality = nn.Parameter(torch.empty(width)) if modality else None
         for parameter in self.parameters():
@@ -186,7 +191,13 @@ class TokenSequence(nn.Module):
         if masked is not None and self.mask_token is not None:
             hidden = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter_(1, masked, True)
             patches = torch.where(hidden[..., None], self.mask_token, patches)
-        patches = patches + self.positions.flatten(0, 1)
+        rows = self.positions.shape[0]
+        columns = patches.shape[1] // rows
+        if self.shorter == "rotary":
+            positions = self.positions.expand(-1, columns, -1)
+        else:
+            positions = resize_positions(self.positions, (rows, columns), self.shorter)
+        patches = patches + positions.flatten(0, 1)
         if self.modality is not None:
             patches = patches + self.modality
         if kept is not None:
@@ -209,17 +220,18 @@ class SpecialTokens(nn.Module):
         return self.tokens + self.positions
 
 
-def resize_positions(positions: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Fits learned positions [f, t, D] to another grid, as SSAST does for finetuning.
+def resize_positions(positions: torch.Tensor, grid: tuple[int, int], shorter: str = "centre") -> torch.Tensor:
+    """Fits learned positions [f, t, D] to another grid, as SSAST does for finetuning; a view where it can be one.
 
-    Time: the centre is cut out where the new grid is shorter, else bilinear. Frequency: bilinear.
+    Time: where the new grid is shorter, its centre is cut out, or with `shorter` = "interpolated" all of it is
+    interpolated; where it is longer, bilinear. Frequency: bilinear.
     """
     frequency, time = grid
-    if time < positions.shape[1]:
+    if time < positions.shape[1] and shorter != "interpolated":
         start = positions.shape[1] // 2 - time // 2  # SSAST's and AST's centre; for an odd `time` one later
         positions = positions[:, start : start + time]
     if positions.shape[:2] == grid:
-        return positions.clone()
+        return positions
     resized = F.interpolate(
         positions.float().permute(2, 0, 1)[None], size=(frequency, time), mode="bilinear", align_corners=False
     )

@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.flow import full
 from pipeline.rng import uniform
 
 LAYER_NORM_EPS = 1e-6
@@ -27,12 +28,33 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, n, D] -> [B, n, D]."""
+    def forward(self, x: torch.Tensor, turned: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, n, D] -> [B, n, D]; `turned` [B, 2, n, D / heads / 2] of `turns`: rotary positions; None: none."""
         # Three views and no permuted one of all: backward then copies once into the gradient, not twice.
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        if turned is not None:
+            q, k = turn(q, turned), turn(k, turned)
         out: torch.Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out
+
+
+def turns(times: torch.Tensor, width: int) -> torch.Tensor:
+    """Cosines and sines of rotary positions (Su et al. 2021), base 10,000: [B, n] -> float32 [B, 2, n, w / 2].
+
+    Args:
+        times: Of each token; one at 0, such as cls, is not turned.
+        width: w, of a head.
+    """
+    rates = 10000.0 ** (-torch.arange(0, width, 2, device=times.device, dtype=torch.float32) / width)
+    angles = times[..., None] * rates
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def turn(x: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
+    """Queries or keys [B, heads, n, w], the pairs (i, i + w / 2) turned: a product of two depends on their distance."""
+    cos, sin = full(turned)[:, None].unbind(dim=2)
+    first, second = full(x).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -59,14 +81,22 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(width)
 
-    def forward(self, x: torch.Tensor, paths: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, n, D] -> [B, n, D]; `paths` [B, 2] are factors of each clip's attention and MLP; None: 1."""
+    def forward(
+        self, x: torch.Tensor, paths: torch.Tensor | None = None, turned: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B, n, D] -> [B, n, D].
+
+        Args:
+            x: Tokens.
+            paths: [B, 2], factors of each clip's attention and MLP; None: 1.
+            turned: As of `Attention`.
+        """
         if paths is None:
-            x = x + self.attn(self.norm1(x))
+            x = x + self.attn(self.norm1(x), turned)
             out: torch.Tensor = x + self.mlp(self.norm2(x))
         else:
             first, second = paths[..., None, None].unbind(dim=1)
-            x = x + first * self.attn(self.norm1(x))
+            x = x + first * self.attn(self.norm1(x), turned)
             out = x + second * self.mlp(self.norm2(x))
         return out
 
@@ -76,6 +106,7 @@ class Bottlenecks(nn.Module):
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
+        self.count = count  # under ZeRO-3 the tokens have no shape here
         self.tokens = nn.Parameter(torch.empty(count, width))
         nn.init.trunc_normal_(self.tokens, std=0.02)
 
@@ -113,11 +144,15 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         fuses = bottlenecks > 0 and fusion_layer < depth
         self.bottlenecks = Bottlenecks(bottlenecks, width) if fuses else None
-        self.fusion_layer, self.early = fusion_layer, early
+        self.fusion_layer, self.early, self.head_width = fusion_layer, early, width // heads
         self.recompute = recompute
 
     def forward(
-        self, streams: Sequence[torch.Tensor], paths: torch.Tensor | None = None, leaving: int = 0
+        self,
+        streams: Sequence[torch.Tensor],
+        paths: torch.Tensor | None = None,
+        leaving: int = 0,
+        times: Sequence[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """Encodes.
 
@@ -126,6 +161,7 @@ class Encoder(nn.Module):
             paths: [depth, streams, B, 2] of `drop_paths`; None: no branch is dropped.
             leaving: So many streams, the last ones, leave after `early` blocks; from there on the others alone share
                 the bottlenecks, which keep what they took from them.
+            times: [B, n] each: rotary positions of the tokens; those of bottlenecks are 0. None: no such ones.
 
         Returns:
             [B, n, D] each; bottleneck tokens are left out.
@@ -133,6 +169,12 @@ class Encoder(nn.Module):
         staying, going = _groups(streams[: len(streams) - leaving]), _groups(streams[len(streams) - leaving :])
         stacks, counts = [torch.cat(group) for group in staying + going], [len(group) for group in staying + going]
         lengths, left = [x.shape[1] for x in stacks], stacks[:0]
+        turned: list[torch.Tensor | None] = [None] * len(stacks)
+        if times is not None:  # the groups are neighbours, as the streams are
+            extra = 0 if self.bottlenecks is None else self.bottlenecks.count
+            parts = iter(times)
+            groups = [torch.cat([next(parts) for _ in range(count)]) for count in counts]
+            turned = [turns(F.pad(group, (0, extra)), self.head_width) for group in groups]
         for layer, block in enumerate(self.blocks):
             if leaving and layer == self.early:
                 stacks, left = stacks[: len(staying)], stacks[len(staying) :]
@@ -141,9 +183,14 @@ class Encoder(nn.Module):
             here = counts[: len(stacks)]
             if self.bottlenecks is not None and layer == self.fusion_layer:
                 stacks = [torch.cat([x, self.bottlenecks(x.shape[0])], dim=1) for x in stacks]
-            factors = () if paths is None else (torch.split(paths[layer, : sum(here)], here),)
-            inputs = [(x, *(part.flatten(0, 1) for part in parts)) for x, *parts in zip(stacks, *factors, strict=True)]
-            stacks = [run_block(block, *given, recompute=self.recompute) for given in inputs]
+            factors: list[torch.Tensor | None] = [None] * len(stacks)
+            if paths is not None:
+                factors = [part.flatten(0, 1) for part in torch.split(paths[layer, : sum(here)], here)]
+            given = zip(stacks, factors, turned[: len(stacks)], strict=True)
+            stacks = [
+                run_block(block, x, part, None if all_ is None else all_[:, :, : x.shape[1]], recompute=self.recompute)
+                for x, part, all_ in given
+            ]
             if self.bottlenecks is not None and layer >= self.fusion_layer:
                 stacks = _share_bottlenecks(stacks, lengths[: len(stacks)], here)
         encoded = [self.norm(x[:, :length]) for x, length in zip([*stacks, *left], lengths, strict=True)]
@@ -175,7 +222,7 @@ def drop_paths(
     return ((draws >= rates) / (1 - rates)).to(dtype).permute(2, 1, 0, 3)
 
 
-def run_block(block: nn.Module, *inputs: torch.Tensor, recompute: bool) -> torch.Tensor:
+def run_block(block: nn.Module, *inputs: torch.Tensor | None, recompute: bool) -> torch.Tensor:
     """`block(*inputs)`; with `recompute` its activations are thrown away and made again in backward."""
     if recompute and torch.is_grad_enabled():
         # The re-entrant kind breaks ZeRO-2/3 when a block runs twice in one backward.

@@ -53,16 +53,21 @@ class PatchDecoder(nn.Module):
         inner: Its own width, a multiple of 64.
         depth: Blocks.
         pixels: Values of a patch.
-        grids: Patches along frequency and time, of each stream.
+        grids: Patches along frequency and time, of each stream; of the longest input.
         recompute: As in `Encoder`.
+        positions: `model.positions`; the decoder's own are learned, whatever the encoder's are.
     """
 
     def __init__(
-        self, width: int, inner: int, depth: int, pixels: int, grids: Sequence[tuple[int, int]], recompute: bool
-    ) -> None:
+        self, width: int, inner: int, depth: int, pixels: int, grids: Sequence[tuple[int, int]], recompute: bool,
+        positions: str,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.narrow = nn.Linear(width, inner)
-        self.tokens = nn.ModuleList(TokenSequence(inner, grid, modality=False, maskable=True) for grid in grids)
+        shorter = "centre" if positions == "rotary" else positions
+        self.tokens = nn.ModuleList(
+            TokenSequence(inner, grid, modality=False, maskable=True, shorter=shorter) for grid in grids
+        )
         self.blocks = Encoder(inner, depth, inner // 64, bottlenecks=0, fusion_layer=depth, recompute=recompute)
         self.pixels = nn.Linear(inner, pixels)
         self.apply(initialise_linear)

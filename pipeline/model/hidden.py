@@ -5,6 +5,8 @@ that the encoder takes a representation. All is drawn with `pipeline.rng`: a cli
 position in the sample stream alone.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from pipeline.config import PretrainConfig
@@ -25,7 +27,7 @@ class HiddenPatches:
         config: Settings.
         method: Row of the table.
         seed: The run's.
-        grids: Patches along frequency and time, of "spec" and "wav".
+        grids: Patches along frequency and time, of "spec" and "wav", for each length of input.
 
     Attributes:
         views: What is encoded where patches are dropped, in the order of `pretrain.drop`: "spec", then "wav", or the
@@ -36,9 +38,9 @@ class HiddenPatches:
     """
 
     def __init__(
-        self, config: PretrainConfig, method: PretrainMethod, seed: int, grids: dict[str, tuple[int, int]]
+        self, config: PretrainConfig, method: PretrainMethod, seed: int, grids: Sequence[dict[str, tuple[int, int]]]
     ) -> None:
-        self.config, self.seed, self.grids = config, seed, grids
+        self.config, self.seed = config, seed
         # Passes that are masked, and how many masks: InfoNCE and reconstruction may have one each.
         passes = 2 if config.two_pass else 1
         self._masks = {
@@ -55,40 +57,42 @@ class HiddenPatches:
                         f"pretrain.{name} = {value} says nothing to pretrain.method = {config.method}, which {why}; "
                         "leave it out"
                     )
-        if method.drops:
-            self._check_drops()
-        else:
-            self._check_masks()
+        for each in grids:
+            if method.drops:
+                self._check_drops(each)
+            else:
+                self._check_masks(each)
 
-    def masks(self, name: str, position: torch.Tensor) -> list[torch.Tensor]:
+    def masks(self, name: str, position: torch.Tensor, grid: tuple[int, int]) -> list[torch.Tensor]:
         """Masked patches int64 [B, K] of each masked pass.
 
         Args:
             name: "spec" or "wav".
             position: int64 [B].
+            grid: Of the batch.
         """
         draw = ssast_masks if self.config.ssast_compat else cluster_masks
-        grid = self.grids[name]
         count = masked_count(self.config.mask_patches, grid)
         purposes = [f"mask.{name}", f"mask.{name}.second"][: self._masks[name]]
         return [draw(self.seed, purpose, position, grid, count, self.config.clusters) for purpose in purposes]
 
-    def splits(self, position: torch.Tensor) -> dict[str, list[Split]]:
+    def splits(self, position: torch.Tensor, grids: dict[str, tuple[int, int]]) -> dict[str, list[Split]]:
         """Visible and dropped patches of each view of "spec" and "wav".
 
         Args:
             position: int64 [B].
+            grids: Of the batch.
         """
         found: dict[str, list[Split]] = {"spec": [], "wav": []}
         for name, kind, ratio in zip(self.views, self.config.drop, self.config.drop_ratio, strict=False):
             purpose = f"drop.{name}.second" if found[name] else f"drop.{name}"
             sides = self.config.clusters
-            found[name].append(split_patches(self.seed, purpose, position, self.grids[name], kind, ratio, sides))
+            found[name].append(split_patches(self.seed, purpose, position, grids[name], kind, ratio, sides))
         return found
 
-    def _check_masks(self) -> None:
+    def _check_masks(self, grids: dict[str, tuple[int, int]]) -> None:
         """Whether K masked patches leave others; SSAST's generator needs two of them."""
-        for name, (height, width) in self.grids.items():
+        for name, (height, width) in grids.items():
             most = height * width - (2 if self.config.ssast_compat else 0)
             count = masked_count(self.config.mask_patches, (height, width))
             if self._masks[name] and count > most:
@@ -97,10 +101,10 @@ class HiddenPatches:
                     f"{width} patches allow {most}; lower it"
                 )
 
-    def _check_drops(self) -> None:
+    def _check_drops(self, grids: dict[str, tuple[int, int]]) -> None:
         """Whether each view loses something and keeps something."""
         for name, kind, ratio in zip(self.views, self.config.drop, self.config.drop_ratio, strict=False):
-            units, count = dropped_count(kind, ratio, self.grids[name])
+            units, count = dropped_count(kind, ratio, grids[name])
             if not 0 < count < units:
                 what = {"time": "columns", "frequency": "rows"}.get(kind, "patches")
                 raise UserError(

@@ -18,6 +18,7 @@ from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.files import check_name, read_json
 from pipeline.methods import mismatch
+from pipeline.model.craft import Craft
 from pipeline.model.embed import resize_positions
 from pipeline.model.foreign import translate
 
@@ -158,14 +159,23 @@ def load_weights(
             f"model.init: {file}: its waveforms come through model.frontend = {trained.pop()}, not {wanted.pop()}; set "
             "the same, or other weights"
         )
+    model = module.get_submodule("model")
+    shorter = model.config.positions if isinstance(model, Craft) else "centre"
     report = LoadReport(origin, dropped=[name for name in source if name not in own or name.startswith(skip)])
     for name, target in own.items():
         if name not in source or name.startswith(skip):
             report.fresh.append(name)
             continue
         value = source[name]
-        if name.endswith(POSITIONS) and value.shape[-1] == target.shape[-1] and value.shape != target.shape:
-            value = resize_positions(value, (target.shape[0], target.shape[1]))
+        gridded = name.endswith(".positions") and value.dim() == target.dim() == 3  # a decoder's are, too
+        if gridded and value.shape[-1] == target.shape[-1] and value.shape != target.shape:
+            if (value.shape[1] == 1) != (target.shape[1] == 1):
+                kind = "rotary" if value.shape[1] == 1 else "learned"
+                raise UserError(
+                    f"model.init: {file}: was trained with {kind} positions of time, this model has model.positions = "
+                    f"{shorter}; set the same, or other weights"
+                )
+            value = resize_positions(value, (target.shape[0], target.shape[1]), shorter)
             report.resized.append(name)
         elif value.shape == target.shape:
             report.loaded.append(name)

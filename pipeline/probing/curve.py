@@ -68,7 +68,7 @@ class Curve:
         self._single, self._limit, self._every = manifest.single_label, config.probe_clips, config.probe_every
         self._data = recipe.data.model_copy(
             update={"shards": shards, "fold": 0, "mean": spec.mean, "std": spec.std, "frames": spec.frames,
-                    "train_split": "train", "eval_split": "train"}
+                    "seconds": (), "train_split": "train", "eval_split": "train"}
         )  # fmt: skip
         self._reads, self._world = reads, world
 

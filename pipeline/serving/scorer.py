@@ -127,13 +127,20 @@ class Scorer:
             Probabilities [n, C]; embeddings [n, streams x D], the mean token of each stream, the spectrogram's
             first. Both float32.
         """
-        batch = batch_of(waveforms, self.spec, next(self.task.parameters()).device)
-        with torch.no_grad():
-            encoded = self.task.encode(batch)
-            logits = self.task.classifier(encoded)
-            embedding = torch.cat(stream_means(encoded), dim=1)
-        scores = logits.softmax(dim=1) if self.spec.single_label else logits.sigmoid()
-        return scores.float().cpu().numpy(), embedding.float().cpu().numpy()
+        lengths = np.array([self.spec.length_of(len(waveform)) for waveform in waveforms])
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        for samples in np.unique(lengths).tolist():
+            some = [waveforms[i] for i in np.flatnonzero(lengths == samples)]
+            batch = batch_of(some, self.spec, next(self.task.parameters()).device, samples)
+            with torch.no_grad():
+                encoded = self.task.encode(batch)
+                logits = self.task.classifier(encoded)
+                embedding = torch.cat(stream_means(encoded), dim=1)
+            scores = logits.softmax(dim=1) if self.spec.single_label else logits.sigmoid()
+            found.append((scores.float().cpu().numpy(), embedding.float().cpu().numpy()))
+        order = np.argsort(np.argsort(lengths, kind="stable"))
+        scores_of, embeddings = (np.concatenate(parts)[order] for parts in zip(*found, strict=True))
+        return scores_of, embeddings
 
 
 def step_of(spec: DataSpec, hop: float) -> int:
@@ -141,15 +148,17 @@ def step_of(spec: DataSpec, hop: float) -> int:
     return max(1, round(hop * spec.sample_rate))
 
 
-def batch_of(waveforms: Sequence[np.ndarray], spec: DataSpec, device: torch.device) -> Batch:
-    """Waveforms [n] of at most a clip's length as a batch of clips, zero-padded, as the shards would hold them."""
-    stored = [encode_waveform(Decoded(w, 0.0, spec.sample_rate, 1), spec.samples)[0] for w in waveforms]
+def batch_of(waveforms: Sequence[np.ndarray], spec: DataSpec, device: torch.device, samples: int = 0) -> Batch:
+    """Waveforms [n] as a batch of clips, zero-padded to `samples` (0: a clip's), as the shards would hold them."""
+    samples = samples or spec.samples
+    frames = spec.frames_of(samples)
+    stored = [encode_waveform(Decoded(w, 0.0, spec.sample_rate, 1), samples)[0] for w in waveforms]
     waveform = torch.from_numpy(np.stack(stored)).to(device).float() / 32768
-    features = pad_frames(fbank(waveform, spec.sample_rate, spec.mel_bins), spec.frames)
+    features = pad_frames(fbank(waveform, spec.sample_rate, spec.mel_bins), frames)
     zero = torch.zeros(len(stored), dtype=torch.int64, device=device)
     targets = torch.zeros(len(stored), len(spec.labels), device=device)
-    length = torch.tensor([min(len(w), spec.samples) for w in waveforms], device=device)
-    return Batch(zero, zero, zero == 0, waveform, (features - spec.mean) / (2 * spec.std), targets, length)
+    length = torch.tensor([min(len(w), samples) for w in waveforms], device=device)
+    return Batch(zero, zero, zero == 0, waveform, (features - spec.mean) / (2 * spec.std), targets, length, frames)
 
 
 def windows(

@@ -82,7 +82,7 @@ def test_a_quiet_clip_keeps_its_signal_to_noise_ratio():
     whole = torch.full((len(position),), 4000)
     noise = augment_waveform(clips, whole, AugmentConfig(noise_snr=(10, 30)), SEED, position, RATE) - clips
     ratio = 10 * torch.log10(clips.square().mean(dim=1) / noise.square().mean(dim=1))
-    said = describe(AugmentConfig(noise_snr=(10, 30)), SEED, position, shape(10, 10))
+    said = describe(AugmentConfig(noise_snr=(10, 30)), SEED, position, shape(10, 10), 10)
     wanted = torch.tensor([clip["noise_snr"] for clip in said])
     torch.testing.assert_close(ratio, wanted, rtol=0, atol=0.5)
     assert (ratio.min(), ratio.max()) > (9, 28)
@@ -110,7 +110,7 @@ def test_mixup_is_drawn_from_its_beta():
 
 
 def test_widths_and_places_of_masks_are_uniform():
-    said = describe(AugmentConfig(freq_mask=9, time_mask=20), SEED, torch.arange(20000), shape(60, 40))
+    said = describe(AugmentConfig(freq_mask=9, time_mask=20), SEED, torch.arange(20000), shape(60, 40), 60)
     for name, length, widest in (("freq_mask", 40, 9), ("time_mask", 60, 20)):
         start, width = np.array([clip[name] for clip in said]).T
         assert stats.chisquare(np.bincount(width, minlength=widest + 1)).pvalue > 1e-3
@@ -120,7 +120,7 @@ def test_widths_and_places_of_masks_are_uniform():
 
 def test_what_is_described_is_what_happens():
     config = AugmentConfig(freq_mask=24, time_mask=24, roll=0.01)
-    said = describe(config, SEED, POSITIONS, shape(60, 40))
+    said = describe(config, SEED, POSITIONS, shape(60, 40), 60)
     masked = mask_fbank(torch.ones(len(POSITIONS), 60, 40), config, SEED, POSITIONS)
     impulse = torch.zeros(len(POSITIONS), 800)
     impulse[:, 400] = 1.0
@@ -133,9 +133,9 @@ def test_what_is_described_is_what_happens():
         assert moved[i].abs().argmax() == round(400 + clip["roll_seconds"] * RATE)
     noisy = AugmentConfig(noise=0.2)
     levels = add_noise(torch.zeros(len(POSITIONS), 60, 40), noisy, SEED, POSITIONS).amax(dim=(1, 2))
-    for level, clip in zip(levels.tolist(), describe(noisy, SEED, POSITIONS, shape(60, 40)), strict=True):
+    for level, clip in zip(levels.tolist(), describe(noisy, SEED, POSITIONS, shape(60, 40), 60), strict=True):
         assert 0.99 * clip["noise_level"] < level <= clip["noise_level"] + 1e-6
-    assert describe(AugmentConfig(), SEED, POSITIONS, shape(60, 40)) == [{}] * len(POSITIONS)
+    assert describe(AugmentConfig(), SEED, POSITIONS, shape(60, 40), 60) == [{}] * len(POSITIONS)
 
 
 @pytest.mark.parametrize(

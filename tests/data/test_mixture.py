@@ -64,7 +64,7 @@ def mixed(lengths, phases, key="k", lanes=LANES, batch=12, clips=0):
 def test_each_position_of_a_set_comes_once_and_at_the_rate_of_its_weight(phases):
     order = mixed([37] * len(phases[0][1]), phases)
     count = LANES * ROUNDS * 12
-    which, own = order.split(np.arange(count))
+    which, own = order.turns.split(np.arange(count))
     edges = [-(-step * 12 // LANES) * LANES for step, _ in phases]
     wanted = np.zeros((len(phases[0][1]),))
     for (_, weights), first, stop in zip(phases, edges, [*edges[1:], count], strict=True):
@@ -99,7 +99,7 @@ def test_any_positions_in_any_order_are_those_of_a_walk():
 
 def test_a_rare_set_is_spread_over_the_run():
     """One clip in a thousand comes about every thousand positions, not sixty-four at once."""
-    which, _ = mixed([500, 500], [(0, (999, 1))], lanes=64).split(np.arange(200_000))
+    which, _ = mixed([500, 500], [(0, (999, 1))], lanes=64).turns.split(np.arange(200_000))
     found = np.flatnonzero(which == 1)
     assert len(found) == pytest.approx(200, abs=2)
     assert np.diff(found).max() < 1000 + 2 * 64 * ROUNDS
@@ -110,7 +110,7 @@ def test_a_rare_set_is_spread_over_the_run():
 def test_a_batch_reads_the_lanes_of_its_rank_in_every_set():
     order = mixed([4000, 4000], [(0, (2, 1))], lanes=8)
     positions = np.arange(8 * 500)
-    _, own = order.split(positions)
+    _, own = order.turns.split(positions)
     assert (own % 8 == positions % 8).all()
 
 
@@ -179,7 +179,7 @@ def test_without_weights_each_clip_comes_once_an_epoch_and_temperature_flattens(
     assert counts[counts > 0] == pytest.approx(20, abs=2)
     own.close()
     (flat,) = opened(entries([*sets], *({"weight": None},) * 3), temperature=1e9)
-    which, _ = flat._steps._order.split(np.arange(6000))
+    which, _ = flat._steps._order.turns.split(np.arange(6000))
     assert np.bincount(which) == pytest.approx(2000, abs=6 * ROUNDS)
     flat.close()
 

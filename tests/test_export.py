@@ -118,7 +118,7 @@ def test_transformers_encodes_the_same_with_a_backbone(tmp_path, kind, words, le
         (FinetuneRecipe, "finetune.pool=cls", ["logits", "embedding"]),
         (PretrainRecipe, "pretrain.method=wapt", ["embedding"]),
         (FinetuneRecipe, "model.frontend=strided", ["logits", "embedding"]),
-        (FinetuneRecipe, "model.frontend=sinc model.wav_depth=2", ["logits", "embedding"]),
+        (FinetuneRecipe, "model.frontend=sinc model.wav_depth=2 model.positions=rotary", ["logits", "embedding"]),
         (PretrainRecipe, "pretrain.method=craft_mae", ["embedding"]),
     ],
 )

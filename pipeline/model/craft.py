@@ -210,13 +210,15 @@ class Craft(nn.Module):
         special = self.special()
         sequences: list[torch.Tensor] = []
         times: list[torch.Tensor] = []
+        rotary = self.config.positions == "rotary"
 
         def add(tokens: nn.Module, patches: torch.Tensor, masks: Sequence[torch.Tensor | None], rows: int,
                 left: torch.Tensor | None) -> None:  # fmt: skip
             for mask in masks:
                 hidden, kept = (None, mask) if drop else (mask, left)
                 sequences.append(tokens(patches, special, hidden, kept))
-                times.append(_times(patches, rows, kept, len(special), self.config.stride))
+                if rotary:
+                    times.append(_times(patches, rows, kept, special.shape[0], self.config.stride))
 
         if fbank is not None:
             patches = self.spec_patch(fbank.to(self.dtype).transpose(1, 2))
@@ -226,9 +228,8 @@ class Craft(nn.Module):
             embedding = self.spec_patch if self.config.shared_patch else self.wav_patch
             add(self.wav_tokens, embedding(wav_map), wav_masks, self.wav_grid[0], wav_kept)
         leaving = len(sequences) - passes if self.config.wav_depth and streams.spec else 0
-        rotary = times if self.config.positions == "rotary" else None
         kept = slice(len(special)) if self.streams.pool == "cls" else slice(len(special), None)
-        encoded = [tokens[:, kept] for tokens in self.encoder(sequences, paths, leaving, rotary)]
+        encoded = [tokens[:, kept] for tokens in self.encoder(sequences, paths, leaving, times if rotary else None)]
         return Encoded(tuple(encoded[:passes]), tuple(encoded[passes:]))
 
 
@@ -237,9 +238,10 @@ def _times(patches: torch.Tensor, rows: int, kept: torch.Tensor | None, special:
 
     A unit of time and not of patches: weights serve another stride.
     """
-    columns = patches.shape[1] // rows
+    clips, count = patches.shape[:2]  # `len` would tie an exported graph to B
+    columns = count // rows
     if kept is None:
-        kept = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
+        kept = torch.arange(count, device=patches.device).expand(clips, -1)
     return F.pad((kept % columns) * (stride / 16), (special, 0))
 
 

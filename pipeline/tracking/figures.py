@@ -59,9 +59,10 @@ class Reconstructions:
         for batch in batches:
             if self._kept is None and self._count:
                 head = batch[:CLIPS]
-                values: dict[str, Any] = {field.name: getattr(head, field.name) for field in fields(head)}
-                self._kept = replace(head, **{name: value.clone() if isinstance(value, torch.Tensor) else value
-                                              for name, value in values.items()})  # fmt: skip
+                values = {field.name: getattr(head, field.name) for field in fields(head)}
+                copied: dict[str, Any] = {name: value.clone() for name, value in values.items()
+                                          if isinstance(value, torch.Tensor)}  # fmt: skip
+                self._kept = replace(head, **copied)
             yield batch
 
     def draw(self, forward: Any, step: int, total: int) -> None:

@@ -38,6 +38,8 @@ MOSAIC = (
 METHODS = {
     **{name: f"pretrain.method={name} pretrain.r_cl=1.0" for name in ("ssast", "wapt", "swapt", "swacl", "pswacl")},
     "craft_mae": "pretrain.method=craft_mae pretrain.r_cl=1.0 pretrain.decoder=separate pretrain.drop_ratio=[0.6,0.5]",
+    "craft_latent": "pretrain.method=craft_latent pretrain.views=3 pretrain.drop_ratio=[0.6,0.5] pretrain.r_u=0.5 "
+    "pretrain.target_blocks=1",
     "craft_mosaic": f"pretrain.method=craft_mosaic {MOSAIC}",
     "audio_mosaic": f"pretrain.method=audio_mosaic {MOSAIC}",
     "pswacl+": f"pretrain.method=pswacl pretrain.r_cl=1.0 {EVERY_OPTION}",

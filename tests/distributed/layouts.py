@@ -19,7 +19,7 @@ from pipeline.distributed import World
 from pipeline.engine import checkpoint
 from pipeline.engine.checkpoint import Checkpoints
 from pipeline.engine.setup import build_engine, reconcile
-from pipeline.engine.step import accumulate
+from pipeline.engine.step import accumulate, update_teacher
 from pipeline.recipes import load_recipe
 from tests.distributed.gradients import COMMON, share_of, task_of
 
@@ -36,8 +36,15 @@ CHAINS: dict[str, list[tuple[int, bool, bool]]] = {
     "offload": [(3, False, True), (1, False, True), (2, False, True), (3, False, True)],
     "strided": [(2, False, False), (3, False, False), (1, False, False), (3, False, False)],
     "sinc": [(3, False, False), (1, False, False), (2, False, False), (0, False, False)],
+    "latent": [(2, False, False), (3, False, False), (1, False, False), (0, False, False)],
+    "latent, bf16": [(3, True, False), (2, True, True), (3, True, False), (1, True, False)],
 }
-WORDS = {"strided": "model.frontend=strided model.wav_depth=1", "sinc": "model.frontend=sinc model.drop_path=0.3"}
+WORDS = {
+    "strided": "model.frontend=strided model.wav_depth=1",
+    "sinc": "model.frontend=sinc model.drop_path=0.3",
+    "latent": "pretrain.method=craft_latent",
+    "latent, bf16": "pretrain.method=craft_latent",
+}
 
 
 class Trainer:
@@ -64,6 +71,7 @@ class Trainer:
         for _ in range(steps):
             named = accumulate(self.engine, self.task, self.batch, self.batches)
             self.engine.step()
+            update_teacher(self.task, 0.5 + self.step / 10)
             self.step += 1
             losses.append(distributed.mean(named, self.world.device)["loss"])
         return losses
@@ -72,7 +80,10 @@ class Trainer:
         """Everything, on rank 0's word."""
         weights = checkpoint.full_weights(self.engine, keep=True)
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-        return weights | checkpoint.full_moments(self.engine, set(weights))
+        state = weights | checkpoint.full_moments(self.engine, set(weights))
+        if self.task.teacher:
+            state |= {f"teacher/model.{name}": weight.clone() for name, weight in self.task.teacher.weights.items()}
+        return state
 
     def save(self, run_dir: Path) -> None:
         saver = Checkpoints(run_dir, CheckpointConfig(), self.world)
@@ -106,7 +117,7 @@ def begin(chain: str, run_dir: Path, world: World) -> dict[str, Any]:
 def take_over(chain: str, number: int, run_dir: Path, world: World) -> dict[str, Any]:
     trainer = Trainer(chain, number, world, run_dir)
     found = trainer.state()
-    stored = {name: tensor for files in ("weights", "optimizer-*")
+    stored = {prefix + name: tensor for files, prefix in (("weights", ""), ("optimizer-*", ""), ("teacher", "teacher/"))
               for name, tensor in checkpoint.stored(run_dir, {"step": trainer.step}, files)}  # fmt: skip
     report = {"restored": same(found, stored), "losses": trainer.train(2)}
     trainer.save(run_dir)

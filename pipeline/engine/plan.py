@@ -13,6 +13,7 @@ Memory of a step on one GPU, Psi parameters, R ranks, b clips a micro-batch (byt
                               which costs a GPU its memory and a CPU nothing
 """
 
+import itertools
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.engine.setup import BUCKET
 from pipeline.flow import Batch, Losses
-from pipeline.model.teacher import Teacher
 from pipeline.tasks import FinetuneTask, PretrainTask
 
 PROBES = (4, 12)  # micro-batches that are recorded; memory and FLOPs are linear between and beyond
@@ -99,15 +99,15 @@ def record(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape, half: bool) ->
     peaks, flops = [], []
     task = _task(recipe, shape).to(torch.bfloat16 if half else torch.float32)
     fake = FakeTensorMode()
-    for module in task.modules():
+    networks: list[torch.nn.Module] = [task]
+    if isinstance(task, PretrainTask) and task.teacher is not None:
+        task.teacher.match(task.model, torch.device("cpu"))
+        networks.append(task.teacher.model)
+    for module in itertools.chain(*(network.modules() for network in networks)):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = torch.nn.Parameter(fake.from_tensor(parameter.detach()))
     with fake:
-        teacher = 0
-        if isinstance(task, PretrainTask) and task.teacher is not None:
-            task.teacher = Teacher(task.model, task.teacher.blocks)
-            teacher = sum(weight.numel() for weight in task.teacher.weights.values())
         for clips in PROBES:
             task.zero_grad()
             live = LiveBytes()
@@ -116,12 +116,12 @@ def record(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape, half: bool) ->
                 losses.total.backward()  # type: ignore[no-untyped-call]
             peaks.append(live.peak)
             flops.append(counter.get_total_flops())
-    parameters = sum(parameter.numel() for parameter in task.parameters())
+    parameters, *others = (sum(weight.numel() for weight in network.parameters()) for network in networks)
     span = PROBES[1] - PROBES[0]
     slope = (peaks[1] - peaks[0]) / span
     offset = peaks[0] - PROBES[0] * slope - parameters * (2 if half else 4)  # the gradients
     return Cost(parameters, task.model.width, (flops[1] - flops[0]) / span, slope, max(0.0, offset), half,
-                teacher)  # fmt: skip
+                sum(others))  # fmt: skip
 
 
 def model_flops(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape) -> float:

@@ -118,7 +118,7 @@ def test_the_teacher_is_the_exponential_mean(kind):
     """t <- d t + (1 - d) s in float32, of weights as the forward passes see them; bf16 rounds what computes alone."""
     task = pretrain_task(LATENT)
     expected = {name: weight.double() for name, weight in values(task.teacher).items()}
-    task.to(kind)
+    task.to(kind)(batch())  # a forward pass tells it the precision
     for step, decay in enumerate((0.9998, 0.5, 0.0, 0.99)):
         move(task, step)
         update_teacher(task, decay)
@@ -134,6 +134,7 @@ def test_the_teacher_is_the_exponential_mean(kind):
 
 def test_a_decay_that_bf16_could_not_count_moves_the_teacher():
     task = pretrain_task(LATENT).bfloat16()
+    task(batch())
     move(task)
     update_teacher(task, 0.9998)
     before = values(task.teacher)

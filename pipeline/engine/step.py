@@ -63,18 +63,17 @@ def teacher_decay(config: PretrainConfig, step: int, total_steps: int) -> float:
 def update_teacher(task: PretrainTask, decay: float) -> None:
     """Moves the teacher, if there is one, towards the weights that the student has now: t <- d t + (1 - d) s.
 
-    Block by block, so that ZeRO 3 never has more than one whole: one gather of the weights a step, a third of what its
-    passes take. A collective there, and nowhere else. In float32, of weights as forward passes see them: those of bf16
-    are rounded, which a mean over thousands of steps averages out.
+    Block by block, so that ZeRO 3 never has more than one whole: one gather of the weights a step, beside the two of
+    each micro-batch. A collective there, and nowhere else. In float32, of weights as forward passes see them: those of
+    bf16 are rounded, which a mean over thousands of steps averages out.
 
     Args:
-        task: Between an optimiser step and the next forward pass.
+        task: After a forward pass and the optimiser's step.
         decay: d.
     """
     teacher = task.teacher
     if teacher is None:
         return
-    teacher.match(task.model, next(task.parameters()).device)
     student = dict(task.model.named_parameters())
     for _, group in itertools.groupby(teacher.weights, lambda name: name.split(".")[:3]):
         names = list(group)

@@ -103,7 +103,7 @@ def gradients(method: str, stage: int, accumulation: int, world: World) -> dict[
     task = task_of(recipe)
     engine = build_engine(task, recipe, ds)
     values = distributed.mean(accumulate(engine, task, share_of(world), batches), world.device)
-    # What is explained is 1 - mse, which is there itself: near 0 it has the error's rounding and a hundredth of its size.
+    # What is explained is 1 - mse, which is there itself: near 0 it has the rounding of a far larger number.
     result = {f"loss/{name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()
               if not name.endswith("_explained")}  # fmt: skip
     for name, parameter in engine.module.named_parameters():

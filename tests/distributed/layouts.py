@@ -25,6 +25,7 @@ from tests.distributed.gradients import COMMON, share_of, task_of
 
 RANKS = (2, 1, 4, 2)
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+DIVIDED = {"stage3_param_persistence_threshold": 0}  # ZeRO 3 keeps no small weight whole: a teacher gathers them
 # Per round: ZeRO stage, bf16, offload.
 CHAINS: dict[str, list[tuple[int, bool, bool]]] = {
     "a": [(2, False, False), (0, False, False), (3, False, False), (1, False, False)],
@@ -54,6 +55,7 @@ class Trainer:
         stage, bf16, offload = CHAINS[chain][number]
         recipe = load_recipe(PretrainRecipe, [], [*COMMON.split(), "optim.lr=1e-3", *WORDS.get(chain, "").split()])
         zero: dict[str, Any] = {"stage": stage, **(OFFLOAD if offload else {})}
+        zero |= DIVIDED if "latent" in chain else {}
         ds, self.batches = reconcile({"zero_optimization": zero, "bf16": {"enabled": bf16}}, recipe, world)
         self.world, self.task, self.batch = world, task_of(recipe), share_of(world)
         state = checkpoint.read_state(run_dir) if run_dir else None

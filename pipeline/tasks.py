@@ -161,9 +161,8 @@ class PretrainTask(nn.Module):
         a linear layer makes of a view's mean visible token, for the target of the whole clip. That is one for both
         streams: each learns to say what the other one hears, too.
 
-        With `cached`,
-        (pooled * cached gradient).sum() stands for the contrast: its gradient is this micro-batch's part of that of
-        the whole batch's contrast (GradCache), whose value is only reported.
+        With `cached`, (pooled * cached gradient).sum() stands for the contrast: its gradient is this micro-batch's part
+        of that of the whole batch's contrast (GradCache), whose value is only reported.
 
         Args:
             batch: With the representations that the method reads.

@@ -46,8 +46,9 @@ def test_craft_latent_is_its_equations(kinds, decoder, last, views):
     teacher = task.teacher.model
     maps, theirs = ({"spec": clips.fbank.transpose(1, 2), "wav": model.waveform_map(clips.waveform)}
                     for model in (task.model, teacher))  # fmt: skip
-    heard = {side: [latent.average(latent.heard(teacher, side, one), last) for one in theirs[side]] for side in maps}
-    whole = [latent.clip_target([heard[side][clip] for side in maps]) for clip in range(len(clips))]
+    heard = {side: [latent.heard(teacher, side, one) for one in theirs[side]] for side in maps}
+    targets = {side: [latent.patch_targets(outputs, last) for outputs in heard[side]] for side in maps}
+    whole = [latent.clip_target([targets[side][clip] for side in maps]) for clip in range(len(clips))]
     sides, utterances = {}, []
     for number, (side, kind, ratio) in enumerate(zip(maps, kinds, (0.5, 0.6), strict=True)):
         own = (task.decoders[0], number) if decoder == "shared" else (task.decoders[number], 0)
@@ -57,11 +58,11 @@ def test_craft_latent_is_its_equations(kinds, decoder, last, views):
             for clip, (seen, hidden) in enumerate(splits):
                 encoded = visible.encode(task.model, side, maps[side][clip], seen)
                 predicted = visible.decode(*own, encoded, seen, hidden)
-                targets = latent.patch_targets(heard[side][clip])
-                errors += [((row - targets[patch]) ** 2).mean() for row, patch in zip(predicted, hidden, strict=True)]
+                for row, patch in zip(predicted, hidden, strict=True):
+                    errors.append(((row - targets[side][clip][patch]) ** 2).mean())
                 utterances.append(((latent.summary(task.summary, encoded) - whole[clip]) ** 2).mean())
         sides[side] = sum(errors) / len(errors)
-        spread = sum(y.var(dim=0, correction=0).mean() for y in heard[side]) / len(clips)
+        spread = sum(latent.variance(outputs, last) for outputs in heard[side]) / len(clips)
         torch.testing.assert_close(losses.named[f"{side}_target_variance"], spread)
     utterance = sum(utterances) / len(utterances)
     total = sides["spec"] + 0.5 * sides["wav"] + 0.3 * utterance

@@ -52,7 +52,7 @@ class Teacher:
         clips = next(len(one) for one in given.values() if one is not None)
         wav_map = None if waveform is None else model.waveform_map(waveform, length)
         heard: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        for streams in recorded(model.encoder.blocks, clips, lambda: model(fbank, wav_map)):
+        for streams in recorded(list(model.encoder.blocks), clips, lambda: model(fbank, wav_map)):
             for name, tokens in zip(names, streams, strict=False):  # the waveform may have left
                 heard[name].append(tokens[:, len(model.special.tokens) :])
         return {name: outputs[-self.blocks :] for name, outputs in heard.items()}

@@ -21,20 +21,26 @@ def normal(values: torch.Tensor) -> torch.Tensor:
     return centred / torch.sqrt((centred**2).sum() / len(values) + 1e-6)
 
 
-def average(outputs: list[torch.Tensor], last: int) -> torch.Tensor:
-    """Mean of the last blocks' outputs, each token of each block normalised: [N, D]."""
-    chosen = outputs[len(outputs) - last :]
-    return sum(torch.stack([normal(token) for token in output]) for output in chosen) / last
-
-
-def patch_targets(y: torch.Tensor) -> torch.Tensor:
-    """Each channel normalised over the patches of the clip: [N, D]."""
-    return torch.stack([normal(y[:, channel]) for channel in range(y.shape[1])], dim=1)
+def patch_targets(outputs: list[torch.Tensor], last: int) -> torch.Tensor:
+    """Each channel of each of the last blocks normalised over the patches; of their mean each patch: [N, D]."""
+    total = 0.0
+    for output in outputs[len(outputs) - last :]:
+        total = total + torch.stack([normal(output[:, channel]) for channel in range(output.shape[1])], dim=1)
+    return torch.stack([normal(patch / last) for patch in total])
 
 
 def clip_target(streams: list[torch.Tensor]) -> torch.Tensor:
-    """Mean patch of each stream, their mean, normalised: [D]."""
-    return normal(sum(y.sum(dim=0) / len(y) for y in streams) / len(streams))
+    """Mean target of the patches of each stream, and of the streams: [D]."""
+    return sum(y.sum(dim=0) / len(y) for y in streams) / len(streams)
+
+
+def variance(outputs: list[torch.Tensor], last: int) -> torch.Tensor:
+    """Mean variance of a channel over the patches, for a variance of 1 of a patch over the channels."""
+    shares = []
+    for output in outputs[len(outputs) - last :]:
+        over_patches = sum(output[:, channel].var(correction=0) for channel in range(output.shape[1])) / output.shape[1]
+        shares.append(over_patches / (sum(patch.var(correction=0) for patch in output) / len(output) + 1e-6))
+    return sum(shares) / last
 
 
 def summary(linear, encoded: torch.Tensor) -> torch.Tensor:

@@ -446,7 +446,9 @@ class PretrainConfig(Section):
     target_blocks: int = result(
         0, ge=0, description="craft_latent: last blocks of the teacher whose mean output is predicted; 0: all"
     )
-    r_u: float = result(1.0, ge=0, description="craft_latent: weight of the utterance loss, of whole clips")
+    r_u: float = result(
+        192.0, ge=0, description="craft_latent: weight of the utterance loss, a mean (EAT: 1, of a sum over 192 views)"
+    )
     teacher_decay: tuple[Share, Share] = result(
         (0.9998, 0.99999), description="craft_latent: the teacher's decay per step, first and last (EAT's)"
     )

@@ -42,7 +42,8 @@ def main() -> None:
         contrast = method.contrast * (2 if both_ways else 1)
     cost = plan.record(recipe, shape, args.precision != "fp32")
     batch = _batch(recipe, args.gpus)
-    print(f"{label}, {recipe.model.size}: {cost.parameters / 1e6:.2f} M parameters, {args.precision}; "
+    teacher = f" and a teacher's {cost.teacher / 1e6:.2f}" if cost.teacher else ""
+    print(f"{label}, {recipe.model.size}: {cost.parameters / 1e6:.2f} M parameters{teacher}, {args.precision}; "
           f"{args.gpus} GPUs of {args.gpu_memory:g} GB, {args.nodes} x {args.gpus // args.nodes}")  # fmt: skip
     if recipe.data.seconds:
         print("all figures are of inputs as long as the shards' clips; those of data.seconds cost less")

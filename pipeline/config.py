@@ -409,10 +409,13 @@ class LogConfig(Section):
 class PretrainConfig(Section):
     """Self-supervised objectives (PAPER_SPEC 4)."""
 
-    method: Literal["ssast", "wapt", "swapt", "swacl", "pswacl", "craft_mae", "craft_mosaic", "audio_mosaic"] = result(
+    method: Literal[
+        "ssast", "wapt", "swapt", "swacl", "pswacl", "craft_mae", "craft_latent", "craft_mosaic", "audio_mosaic"
+    ] = result(
         "pswacl",
-        description="paper, Table 2; of visible patches: craft_mae rebuilds the others, the mosaics contrast two views",
-    )
+        description="paper, Table 2; of visible patches: craft_mae rebuilds the others, craft_latent predicts what a "
+        "teacher makes of them, the mosaics contrast two views",
+    )  # fmt: skip
     mask_patches: int = result(400, ge=1, description="K of N = 512 patches; scaled where the grid is smaller")
     clusters: tuple[int, ...] = result((3, 4, 5), description="sides of the square clusters of masked patches")
     ssast_compat: bool = result(False, description="masks as SSAST's code draws them: biased, the first never masked")
@@ -444,13 +447,29 @@ class PretrainConfig(Section):
     )
     drop_ratio: tuple[Share, Share] = result((0.8, 0.8), description="the shares of them that are dropped")
     decoder: Literal["shared", "separate"] = result(
-        "shared", description="craft_mae: one decoder for both representations, or one each"
+        "shared", description="craft_mae, craft_latent: one decoder for both representations, or one each"
     )
     decoder_width: int = result(
-        0, ge=0, multiple_of=64, description="craft_mae: of the decoder; 0: two thirds of the encoder's (512 of base)"
+        0, ge=0, multiple_of=64, description="of the decoder; 0: two thirds of the encoder's (512 of base), of "
+        "craft_latent one third (256)"
     )
     decoder_depth: int = result(
-        0, ge=0, description="craft_mae: blocks of the decoder; 0: a third of the encoder's, at most 4"
+        0, ge=0, description="blocks of the decoder; 0: a third of the encoder's, at most 4, of craft_latent at most 2"
+    )
+    views: int = result(
+        4, ge=1, description="craft_latent: visible parts of a clip, for one pass of the teacher (EAT: 16)"
+    )
+    target_blocks: int = result(
+        0, ge=0, description="craft_latent: last blocks of the teacher whose mean output is predicted; 0: all"
+    )
+    r_u: float = result(
+        192.0, ge=0, description="craft_latent: weight of the utterance loss, a mean (EAT: 1, of a sum over 192 views)"
+    )
+    teacher_decay: tuple[Share, Share] = result(
+        (0.9998, 0.99999), description="craft_latent: the teacher's decay per step, first and last (EAT's)"
+    )
+    teacher_steps: int = result(
+        0, ge=0, description="craft_latent: steps in which the decay goes from the first to the last; 0: the run's"
     )
 
     @field_validator("clusters")

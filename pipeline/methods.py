@@ -12,6 +12,8 @@ has learned to embed; `mismatch` says why the others do not:
 | ssast, audio_mosaic (SSAST, AST and HF weights too) | yes | no | waveform side afresh | waveform side afresh |
 | wapt | no | yes ("WaPT-AST", Table 8) | spectrogram side afresh | spectrogram side afresh |
 | swapt, swacl, pswacl, craft_* | waveform side dropped | spectrogram side dropped | yes | yes |
+
+Of craft_latent these are the student's weights, as in EAT; its teacher's are teacher.safetensors of the checkpoint.
 """
 
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ class PretrainMethod:
         meaning: One line for people.
         drops: The encoder takes visible patches alone. Masked ones are rebuilt by a decoder of their own (MAE, He et
             al. 2022), and the contrast is of visible ones.
+        latent: What is predicted of masked patches is not in the data: a teacher, the exponential mean of the network
+            itself, makes it out of the whole clip (data2vec 2.0, Baevski et al. 2023; EAT, Chen et al. 2024).
     """
 
     label: str
@@ -42,6 +46,7 @@ class PretrainMethod:
     contrast: bool
     meaning: str
     drops: bool = False
+    latent: bool = False
 
     @property
     def contrast_only(self) -> bool:
@@ -81,6 +86,9 @@ PRETRAIN: dict[str, PretrainMethod] = {
     "pswacl": PretrainMethod("PSWaCL", True, True, True, False, True, "masked spectrogram + contrast (Eq. 4b): CRAFT"),
     "craft_mae": PretrainMethod(
         "CRAFT-MAE", True, True, True, True, True, "both rebuilt from their visible patches + contrast", drops=True
+    ),
+    "craft_latent": PretrainMethod(
+        "CRAFT-Latent", True, True, True, True, False, "what a teacher makes of both", drops=True, latent=True
     ),
     "craft_mosaic": PretrainMethod(
         "CRAFT-Mosaic", True, True, False, False, True, "contrast of visible patches of both", drops=True

@@ -18,13 +18,15 @@ from pipeline.data.fbank import padded_frames
 from pipeline.errors import UserError
 from pipeline.flow import Batch, Encoded, Losses, full
 from pipeline.methods import FINETUNE, PRETRAIN
-from pipeline.model.craft import SIZES, Craft, Streams
+from pipeline.model.craft import SIZES, Craft, Streams, initialise_linear
 from pipeline.model.embed import patchify
 from pipeline.model.heads import Classifier, MaskedPatchHeads, PatchDecoder, ProjectionHead
 from pipeline.model.hidden import HiddenPatches
 from pipeline.model.masking import Split, gather_patches
+from pipeline.model.teacher import Teacher
 from pipeline.objectives.classification import classification_loss
 from pipeline.objectives.contrastive import nt_xent_loss, swacl_loss, token_loss
+from pipeline.objectives.latent import LatentTargets, latent_targets
 from pipeline.objectives.masked_patch import masked_patch_loss, normalise_patches
 
 
@@ -82,6 +84,9 @@ class PretrainTask(nn.Module):
         mel_bins: M of the shards.
         frames: T.
 
+    Attributes:
+        teacher: Of a method that predicts what a teacher makes of a clip; None: there is none.
+
     Raises:
         UserError: settings that do not fit the method, each other or the patch grid.
     """
@@ -113,12 +118,23 @@ class PretrainTask(nn.Module):
             )
         inputs = [None, *(padded_frames(seconds) for seconds in recipe.data.seconds)]
         self.hidden = HiddenPatches(config, method, recipe.run.seed, [self.model.grids(frames) for frames in inputs])
+        size = SIZES[recipe.model.size]
+        if config.target_blocks > size.depth:
+            raise UserError(
+                f"pretrain.target_blocks = {config.target_blocks}, but model.size = {recipe.model.size} has "
+                f"{size.depth} blocks; lower it"
+            )
+        self.teacher = Teacher(self.model, config.target_blocks) if method.latent else None
+        if method.latent:
+            self.summary = nn.Linear(size.width, size.width)
+            initialise_linear(self.summary)
         if method.drops and not method.contrast_only:
-            size, grids = SIZES[recipe.model.size], [self.model.grids()[name] for name in self.hidden.views]
-            inner = config.decoder_width or max(64, size.width * 2 // 3 // 64 * 64)
-            depth = config.decoder_depth or min(4, max(1, size.depth // 3))
+            grids = [self.model.grids()[name] for name in self.hidden.views]
+            inner = config.decoder_width or max(64, size.width * (1 if method.latent else 2) // 3 // 64 * 64)
+            depth = config.decoder_depth or min(2 if method.latent else 4, max(1, size.depth // 3))
+            values = size.width if method.latent else recipe.model.patch**2
             self.decoders = nn.ModuleList(
-                PatchDecoder(size.width, inner, depth, recipe.model.patch**2, part, recipe.model.checkpoint_activations,
+                PatchDecoder(size.width, inner, depth, values, part, recipe.model.checkpoint_activations,
                              recipe.model.positions)
                 for part in ([grids] if config.decoder == "shared" else [[grid] for grid in grids])
             )  # fmt: skip
@@ -141,9 +157,15 @@ class PretrainTask(nn.Module):
         """One micro-batch: sum over masked sides s of w_s (nce_s + r_g mse_s), + w contrast (Eq. 2, 3, 4b).
 
         Where the encoder takes visible patches alone, w_s mse_s is a side's loss, of normalised patches. w_s is 1 for
-        the spectrogram and r_w for the waveform beside it; w is r_cl, or 1 for the contrast alone. With `cached`,
-        (pooled * cached gradient).sum() stands for the contrast: its gradient is this micro-batch's part of that of
-        the whole batch's contrast (GradCache), whose value is only reported.
+        the spectrogram and r_w for the waveform beside it; w is r_cl, or 1 for the contrast alone.
+
+        With a teacher, mse_s is of its targets (`objectives.latent`), a mean over a clip's views, which share one pass
+        of it. To these comes r_u times the utterance loss: the mean over streams and views of the square error of what
+        a linear layer makes of a view's mean visible token, for the target of the whole clip. That is one for both
+        streams: each learns to say what the other one hears, too.
+
+        With `cached`, (pooled * cached gradient).sum() stands for the contrast: its gradient is this micro-batch's part
+        of that of the whole batch's contrast (GradCache), whose value is only reported.
 
         Args:
             batch: With the representations that the method reads.
@@ -166,6 +188,7 @@ class PretrainTask(nn.Module):
         if tokens:
             seen: Encoded = self.model(fbank, wav_map)
             return seen
+        latent = self._latent(batch, fbank)
         encoded: Encoded = self.model(
             fbank, wav_map, [*spec_masks, *clean] or [None], wav_masks or [None], batch.position, method.drops
         )
@@ -177,17 +200,22 @@ class PretrainTask(nn.Module):
         total = torch.zeros((), device=batch.position.device)
         sides = []  # what is masked: name, passes, target, masks, weight
         if method.masked_spec:
-            target = self._target("spec", fbank, wav_map)
+            target = latent.patches["spec"] if latent else self._target("spec", fbank, wav_map)
             sides.append(("spec", encoded.spec, target, spec_masks, 1.0))
         if method.masked_wav:
-            pixels = patchify(full(_given(wav_map).detach()), self.model.config.patch)
-            named["wav_target_variance"] = pixels.var(dim=-1, correction=0).mean()  # 0: the map has collapsed
             weight = self.config.r_w if method.masked_spec else 1.0
-            sides.append(("wav", encoded.wav, normalise_patches(pixels), wav_masks, weight))
+            if latent:
+                target = latent.patches["wav"]
+            else:
+                pixels = patchify(full(_given(wav_map).detach()), self.model.config.patch)
+                named["wav_target_variance"] = pixels.var(dim=-1, correction=0).mean()  # 0: the map has collapsed
+                target = normalise_patches(pixels)
+            sides.append(("wav", encoded.wav, target, wav_masks, weight))
         decoded = self._decode(encoded, splits) if method.drops and sides else {}
         for name, passes, target, masks, weight in sides:
             if method.drops:
-                mse = F.mse_loss(full(decoded[name]), gather_patches(target, splits[name][0].masked))
+                hidden = torch.cat([gather_patches(target, split.masked) for split in splits[name]])
+                mse = F.mse_loss(full(decoded[name]), hidden)
                 # The share of the variance, which is 1, that is explained; a patch of silence has none and counts as 1.
                 named |= {f"{name}_mse": mse.detach(), f"{name}_explained": 1 - mse.detach()}
                 total = total + weight * mse
@@ -198,6 +226,13 @@ class PretrainTask(nn.Module):
             named |= {f"{name}_nce": loss.nce.detach(), f"{name}_mse": loss.mse.detach()}
             named[f"{name}_accuracy"] = loss.accuracy
             total = total + weight * (loss.nce + self.config.r_g * loss.mse)
+        if latent:
+            utterance = self._utterance_loss(encoded, latent.clip)
+            named["utterance_mse"] = utterance.detach()
+            for name, variance in latent.variance.items():  # 0: the teacher, or what is predicted of it, has collapsed
+                named[f"{name}_target_variance"] = variance
+                named[f"{name}_prediction_variance"] = full(decoded[name]).detach().var(dim=1, correction=0).mean()
+            total = total + self.config.r_u * utterance
         value = total.detach()
         if method.contrast:
             weight = 1.0 if method.contrast_only else self.config.r_cl
@@ -213,14 +248,32 @@ class PretrainTask(nn.Module):
         return Losses(total, {"loss": value, **named})
 
     def _decode(self, encoded: Encoded, splits: dict[str, list[Split]]) -> dict[str, torch.Tensor]:
-        """The dropped patches of each representation, [B, K, P * P], out of the visible ones."""
+        """The dropped patches of each representation, or what stands for them, out of the visible ones: [B, K, P * P].
+
+        Several views of a clip are rows of the batch: all clips of the first one, and so on.
+        """
         views = self.hidden.views
-        streams, parts = [getattr(encoded, name)[0] for name in views], [splits[name][0] for name in views]
+        streams = [torch.cat(getattr(encoded, name)) for name in views]
+        parts = [Split(*map(torch.cat, zip(*splits[name], strict=True))) for name in views]
         decoded: list[torch.Tensor] = []
         for decoder in self.decoders:
             own = slice(len(decoded), len(decoded) + len(views) // len(self.decoders))
             decoded += decoder(streams[own], parts[own])
         return dict(zip(views, decoded, strict=True))
+
+    def _latent(self, batch: Batch, fbank: torch.Tensor | None) -> LatentTargets | None:
+        """The teacher's targets of whole clips; None: there is no teacher."""
+        if self.teacher is None:
+            return None
+        self.teacher.match(self.model, batch.position.device)
+        waveform = batch.waveform if self.method.wav else None
+        return latent_targets(self.teacher(fbank, waveform, batch.length, batch.frames))
+
+    def _utterance_loss(self, encoded: Encoded, target: torch.Tensor) -> torch.Tensor:
+        """Mean over streams and views of the square error of the clip's target [B, D]."""
+        means = torch.stack([full(tokens).mean(dim=1) for tokens in (*encoded.spec, *encoded.wav)])
+        said = full(self.summary(means.to(self.model.dtype)))
+        return F.mse_loss(said, target.expand_as(said))
 
     def _target(self, name: str, fbank: torch.Tensor | None, wav_map: torch.Tensor | None) -> torch.Tensor:
         """All patches [B, N, P * P] that are predicted, float32: normalised where they are learned or an MAE's."""

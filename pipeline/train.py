@@ -68,7 +68,7 @@ def pretrain(launch: Launch[PretrainRecipe], world: World) -> None:
 
     curve = _curve(recipe, method, world) if recipe.eval.probe else None
     with _prepared(launch, world, "pretrain", name, method, build, metric) as (job, held_out):
-        count = recipe.log.pictures if method.masked_spec or method.masked_wav else 0
+        count = recipe.log.pictures if (method.masked_spec or method.masked_wav) and not method.latent else 0
         pictures = figures.Reconstructions(job.run_dir, job.tracker, count, world.is_main)
 
         def evaluate(forward: Forward, step: int) -> dict[str, float]:

@@ -104,12 +104,12 @@ def test_methods_beyond_the_paper_stand_beside_its_own(scale):
     """PSWaCL's pretraining serves that table too; rows at its batch differ from it in what pretrains alone."""
     beyond = [run for run in Grid([BEYOND], scale, {}).runs if run.kind == "pretrain"]
     paper = {run.digest: run for run in Grid(TABLES, scale, {}).runs if run.kind == "pretrain"}
-    assert len(beyond) == 7
+    assert len(beyond) == 9
     assert [run.recipe.pretrain.method for run in beyond if run.digest in paper] == ["pswacl"]
     craft = flatten(beyond[0].recipe)
     for run in beyond:
         other = {key for key, value in flatten(run.recipe).items() if value != craft[key]}
-        own = run.name.endswith(("CRAFT-MAE", "Mosaic")) and run.recipe.optim.name == "adamw"
+        own = run.name.endswith(("CRAFT-MAE", "CRAFT-Latent", "Mosaic")) and run.recipe.optim.name == "adamw"
         assert own or all(key.startswith("pretrain.") for key in other)
 
 

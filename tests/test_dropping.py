@@ -108,6 +108,10 @@ def test_every_clip_has_equally_many_visible_patches(kind):
         ("pretrain.method=ssast pretrain.negatives=both", r"pretrain\.negatives = both .*ssast"),
         ("pretrain.level=token pretrain.negatives=both", r"pretrain\.negatives = both .*level = token has not"),
         ("pretrain.decoder=separate", "pswacl, which has no decoder; leave it out"),
+        ("pretrain.method=craft_mae pretrain.views=2", r"pretrain\.views = 2 .*craft_mae, which has no teacher"),
+        ("pretrain.teacher_decay=[0.9,0.99]", r"teacher_decay = \(0\.9, 0\.99\) .*pswacl, which has no teacher"),
+        ("pretrain.method=craft_latent pretrain.target_blocks=5", "target_blocks = 5, but model.size = micro has 4"),
+        ("pretrain.method=craft_latent pretrain.r_g=1", r"pretrain\.r_g = 1\.0 says nothing .*visible patches alone"),
     ],
 )
 def test_settings_that_say_nothing_are_refused(words, said):
@@ -121,6 +125,8 @@ def test_settings_that_say_nothing_are_refused(words, said):
         ("pretrain.drop_ratio=[1.0,0.5]", "less than 1"),
         ("pretrain.drop=[time,diagonal]", "'random', 'cluster', 'time' or 'frequency'"),
         ("pretrain.decoder_width=100", "multiple of 64"),
+        ("pretrain.views=0", "greater than or equal to 1"),
+        ("pretrain.teacher_decay=[0.9,1]", "less than 1"),
     ],
 )
 def test_values_that_cannot_be_are_refused(word, said):
@@ -133,6 +139,8 @@ def test_the_decoder_is_light():
     task = pretrain_task("pretrain.method=craft_mae", "model.size=base", "pretrain.decoder_depth=0")
     (decoder,) = task.decoders
     assert (len(decoder.blocks.blocks), decoder.narrow.out_features, decoder.blocks.blocks[0].attn.heads) == (4, 512, 8)
+    (decoder,) = pretrain_task("pretrain.method=craft_latent", "model.size=base", "pretrain.decoder_depth=0").decoders
+    assert (len(decoder.blocks.blocks), decoder.narrow.out_features, decoder.pixels.out_features) == (2, 256, 768)
     tiny = pretrain_task("pretrain.method=craft_mae")
     rebuilt = tiny(batch(), rebuild=True)
     assert rebuilt.predicted.shape == (4, 6, 256)

@@ -63,7 +63,7 @@ def features() -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["pswacl", "craft_mae", "craft_mosaic"])
+@pytest.mark.parametrize("method", ["pswacl", "craft_mae", "craft_latent", "craft_mosaic"])
 def test_safetensors_hold_everything_and_load_back(tmp_path, method):
     word = f"pretrain.method={method}"
     task = make_run(tmp_path / "run", PretrainRecipe, word)

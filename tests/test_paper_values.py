@@ -51,6 +51,8 @@ PRETRAIN = COMMON | {
     # of methods after the paper
     "pretrain.drop": ("random", "random"), "pretrain.drop_ratio": (0.8, 0.8), "pretrain.decoder": "shared",
     "pretrain.decoder_width": 0, "pretrain.decoder_depth": 0, "pretrain.negatives": "other",
+    "pretrain.views": 4, "pretrain.target_blocks": 0, "pretrain.r_u": 192.0,
+    "pretrain.teacher_decay": (0.9998, 0.99999), "pretrain.teacher_steps": 0,
 }  # fmt: skip
 
 SMALL_BATCH = {"train.batch_size": 24, "optim.lr": 1e-4}

@@ -4,6 +4,7 @@ In: the engine and the trainer's state. Out: `checkpoints/step-XXXXXXXX/`:
 
     weights.safetensors             float32 weights, consolidated from any ZeRO stage
     average.safetensors             averaged weights, where there are some
+    teacher.safetensors             a teacher's, float32; `model.init` and probe.py read the file, if it is named
     optimizer-I-of-R.safetensors    Adam's moments, float32, each rank's share of the parameters
     random-I-of-R.safetensors       state of each rank's random generators
     state.json                      step, reader position, learning-rate rule, MLflow run
@@ -103,6 +104,8 @@ class Checkpoints:
             mine = {"weights": weights, **mine}
             if average:
                 mine["average"] = {name: tensor.clone() for name, tensor in average.items()}
+            if teacher := getattr(engine.module, "teacher", None):  # the same on all ranks
+                mine["teacher"] = {f"model.{name}": _host(weight) for name, weight in teacher.weights.items()}
             state = state | {
                 "updates": _updates(engine),
                 "loss_scale": loss_scale(engine),
@@ -303,6 +306,10 @@ def restore(engine: Any, run_dir: Path, state: dict[str, Any], weights: dict[str
     parameters = dict(engine.module.named_parameters())
     for name, parameter in parameters.items():
         _put(parameter, weights[name].to(engine.device), None)
+    if teacher := getattr(engine.module, "teacher", None):
+        for name, value in stored(run_dir, state, "teacher"):
+            teacher.weights[name.removeprefix("model.")].copy_(value)
+            teacher.put(name.removeprefix("model."))
     if state["updates"]:
         adam, done = _adam(engine), float(state["updates"])
         for flat in _flat(engine):

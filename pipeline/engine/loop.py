@@ -28,6 +28,7 @@ from pipeline.engine.step import accumulate, learning_rate, update
 from pipeline.engine.telemetry import Telemetry, clips_per_second_at_peak
 from pipeline.faults import stop_signals
 from pipeline.flow import Batch
+from pipeline.tasks import PretrainTask
 
 log = logging.getLogger(__name__)
 
@@ -230,6 +231,11 @@ def _say_beginning(job: Job, world: World, step: int) -> None:
         log.warning("optim.warmup = %d steps, of a run of %d: %s", warmup, total,
                     "the learning rate never reaches optim.lr" if warmup >= total
                     else "more than a fifth of it is spent below optim.lr")  # fmt: skip
+    if isinstance(job.task, PretrainTask) and job.task.teacher:
+        decay = job.task.config.teacher_decay[0]
+        if 1 / (1 - decay) > total:
+            log.warning("pretrain.teacher_decay = %g averages about %.0f steps, more than the %d of this run: the "
+                        "teacher stays close to its first weights", decay, 1 / (1 - decay), total)  # fmt: skip
     ema = job.recipe.checkpoint.ema
     if ema and 1 / (1 - ema) > total:
         log.warning("checkpoint.ema = %g averages about %.0f steps, more than the %d of this run: the average covers "

@@ -5,7 +5,7 @@ tensors: every operation is recorded, none is computed), so that they follow the
 
 Memory of a step on one GPU, Psi parameters, R ranks, b clips a micro-batch (bytes; bf16 | fp32):
 
-    weights                   2 | 4 Psi,  at ZeRO 3 over R
+    weights                   2 | 4 Psi,  at ZeRO 3 over R; a teacher has 6 | 4 of its own, whole
     master weights, moments   12 | 8 Psi (fp32 needs no second copy at ZeRO 0), at ZeRO 1 to 3 over R
     gradients                 4 Psi,      at ZeRO 2 and 3 over R
     activations               b x the slope of the recorded peak, + its offset
@@ -13,6 +13,7 @@ Memory of a step on one GPU, Psi parameters, R ranks, b clips a micro-batch (byt
                               which costs a GPU its memory and a CPU nothing
 """
 
+import itertools
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,7 @@ class Cost:
         per_clip: Bytes of activations at the peak, per clip of a micro-batch.
         fixed: Bytes at the peak that do not depend on the micro-batch, without weights and gradients.
         half: Weights and activations are in half precision.
+        teacher: Weights of a teacher, which each GPU has whole.
     """
 
     parameters: int
@@ -67,6 +69,7 @@ class Cost:
     per_clip: float
     fixed: float
     half: bool
+    teacher: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,11 @@ def record(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape, half: bool) ->
     peaks, flops = [], []
     task = _task(recipe, shape).to(torch.bfloat16 if half else torch.float32)
     fake = FakeTensorMode()
-    for module in task.modules():
+    networks: list[torch.nn.Module] = [task]
+    if isinstance(task, PretrainTask) and task.teacher is not None:
+        task.teacher.match(task.model, torch.device("cpu"))
+        networks.append(task.teacher.model)
+    for module in itertools.chain(*(network.modules() for network in networks)):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = torch.nn.Parameter(fake.from_tensor(parameter.detach()))
@@ -109,11 +116,12 @@ def record(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape, half: bool) ->
                 losses.total.backward()  # type: ignore[no-untyped-call]
             peaks.append(live.peak)
             flops.append(counter.get_total_flops())
-    parameters = sum(parameter.numel() for parameter in task.parameters())
+    parameters, *others = (sum(weight.numel() for weight in network.parameters()) for network in networks)
     span = PROBES[1] - PROBES[0]
     slope = (peaks[1] - peaks[0]) / span
     offset = peaks[0] - PROBES[0] * slope - parameters * (2 if half else 4)  # the gradients
-    return Cost(parameters, task.model.width, (flops[1] - flops[0]) / span, slope, max(0.0, offset), half)
+    return Cost(parameters, task.model.width, (flops[1] - flops[0]) / span, slope, max(0.0, offset), half,
+                sum(others))  # fmt: skip
 
 
 def model_flops(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape) -> float:
@@ -145,7 +153,7 @@ def memory(cost: Cost, stage: int, ranks: int, micro: int) -> Memory:
     masters = 12 if cost.half else 8 if stage == 0 else 12
     buckets = 0 if stage == 0 else 2 * BUCKET * weight  # two of them where communication overlaps
     return Memory(
-        weights=psi * weight / (ranks if stage == 3 else 1),
+        weights=psi * weight / (ranks if stage == 3 else 1) + cost.teacher * (6 if cost.half else 4),
         optimizer=psi * masters / (ranks if stage else 1),
         gradients=psi * 4 / (ranks if stage >= 2 else 1),
         activations=cost.per_clip * micro + cost.fixed,
@@ -162,6 +170,8 @@ def traffic(cost: Cost, stage: int, ranks: int, clips: int, contrast: int) -> di
         sent["updated weights"] = share * cost.parameters * weight
     if stage == 3:
         sent["weights, forward and backward"] = 2 * share * cost.parameters * weight
+        if cost.teacher:
+            sent["weights for the teacher"] = share * cost.teacher * weight
     if contrast:
         sent["contrast"] = contrast * share * clips * (2 * cost.width + 1) * 4
     return sent

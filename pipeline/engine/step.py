@@ -4,14 +4,17 @@ In: an engine, a batch, the settings. Out: the next weights, named losses, the g
 finite changes nothing; too many of them in a row end the run.
 """
 
+import itertools
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipeline import distributed
-from pipeline.config import OptimConfig
+from pipeline.config import OptimConfig, PretrainConfig
 from pipeline.engine.checkpoint import loss_scale
 from pipeline.engine.job import Job, Plateau, Progress
 from pipeline.engine.setup import Batches
@@ -43,6 +46,53 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int, epoch: float,
         progress = (step - optim.warmup) / max(1, total_steps - optim.warmup)
         return optim.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return optim.lr
+
+
+def teacher_decay(config: PretrainConfig, step: int, total_steps: int) -> float:
+    """Decay of the teacher's mean after the optimiser step number `step` (0-based): linear, then constant.
+
+    Args:
+        config: Settings.
+        step: 0 .. total_steps - 1.
+        total_steps: Of the run.
+    """
+    first, last = config.teacher_decay
+    return first + (last - first) * min(1.0, step / (config.teacher_steps or total_steps))
+
+
+def update_teacher(task: PretrainTask, decay: float) -> None:
+    """Moves the teacher, if there is one, towards the weights that the student has now: t <- d t + (1 - d) s.
+
+    Block by block, so that ZeRO 3 never has more than one whole: one gather of the weights a step, beside the two of
+    each micro-batch. A collective there, and nowhere else. In float32, of weights as forward passes see them: those of
+    bf16 are rounded, which a mean over thousands of steps averages out.
+
+    Args:
+        task: After a forward pass and the optimiser's step.
+        decay: d.
+    """
+    teacher = task.teacher
+    if teacher is None:
+        return
+    student = dict(task.model.named_parameters())
+    for _, group in itertools.groupby(teacher.weights, lambda name: name.split(".")[:3]):
+        names = list(group)
+        with _whole([student[name] for name in names]), torch.no_grad():
+            for name in names:
+                mean = teacher.weights[name]
+                mean.lerp_(student[name].to(mean.dtype), 1 - decay)
+                teacher.put(name)
+
+
+def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Parameters that ZeRO 3 has divided are whole inside; small ones it never divides between two steps."""
+    divided = [parameter for parameter in parameters if not getattr(parameter, "ds_persist", True)]
+    if not divided:
+        return nullcontext()
+    from deepspeed import zero  # slow to import, and only trainers need it
+
+    found: AbstractContextManager[None] = zero.GatheredParameters(divided)
+    return found
 
 
 def accumulate(
@@ -118,6 +168,9 @@ def update(engine: Any, job: Job, batch: Batch, progress: Progress, loss: torch.
         norm = float(engine.get_global_grad_norm() or 0.0)
     if finite and engine.skipped_steps == skipped:
         progress.bad_steps = 0
+        if isinstance(job.task, PretrainTask):
+            config: PretrainConfig = job.task.config
+            update_teacher(job.task, teacher_decay(config, progress.step, job.total_steps))
         return norm
     progress.skipped += 1  # all ranks agree on it, so collectives are safe here
     now = loss_scale(engine)

@@ -6,7 +6,8 @@ Streams of one length are stacked along the batch axis, so each block is one lar
 Eq. 5's two passes cost one kernel launch instead of two.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -230,6 +231,27 @@ def run_block(block: nn.Module, *inputs: torch.Tensor | None, recompute: bool) -
     else:
         out = block(*inputs)
     return out
+
+
+def recorded(modules: Sequence[nn.Module], clips: int, run: Callable[[], Any]) -> list[list[torch.Tensor]]:
+    """What modules of an encoder give while `run` runs: of each the streams that come to it, [B, n, D] each, in order.
+
+    Args:
+        modules: Blocks, or the last LayerNorm.
+        clips: B; streams of one length come stacked along the batch axis.
+        run: Calls the encoder once.
+    """
+    taken: list[list[torch.Tensor]] = [[] for _ in modules]
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, out, kept=kept: kept.append(out))
+        for module, kept in zip(modules, taken, strict=True)
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [[part for out in outputs for part in _apart(out, len(out) // clips)] for outputs in taken]
 
 
 def _groups(streams: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:

@@ -43,7 +43,7 @@ class MaskedPatchHeads(nn.Module):
 
 
 class PatchDecoder(nn.Module):
-    """MAE's light decoder (He et al. 2022): the pixels of dropped patches from the encoded visible ones.
+    """MAE's light decoder (He et al. 2022): the pixels of dropped patches, or other targets, from the visible ones.
 
     Visible tokens are narrowed and stand at their places among mask tokens; positions of the decoder's own are added.
     Streams of one patch grid are one batch. A stream has its own positions and mask token; all else is shared.
@@ -52,7 +52,7 @@ class PatchDecoder(nn.Module):
         width: D of the encoder.
         inner: Its own width, a multiple of 64.
         depth: Blocks.
-        pixels: Values of a patch.
+        pixels: Values of a patch, or of another target.
         grids: Patches along frequency and time, of each stream; of the longest input.
         recompute: As in `Encoder`.
         positions: `model.positions`; the decoder's own are learned, whatever the encoder's are.

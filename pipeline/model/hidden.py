@@ -14,10 +14,12 @@ from pipeline.errors import UserError
 from pipeline.methods import PretrainMethod
 from pipeline.model.masking import Split, cluster_masks, dropped_count, masked_count, split_patches, ssast_masks
 
-# Settings that say something only where every patch is encoded; where some are dropped; where a decoder rebuilds those.
+# Settings that say something only where every patch is encoded; where some are dropped; where a decoder predicts those;
+# where a teacher says what they are.
 OF_MASKS = ("mask_patches", "ssast_compat", "two_pass", "r_g", "level", "mask_waveform", "clean_spectrogram", "softmax")
 OF_DROPS = ("drop", "drop_ratio")
 OF_DECODERS = ("decoder", "decoder_width", "decoder_depth")
+OF_TEACHERS = ("views", "target_blocks", "r_u", "teacher_decay", "teacher_steps")
 
 
 class HiddenPatches:
@@ -40,7 +42,7 @@ class HiddenPatches:
     def __init__(
         self, config: PretrainConfig, method: PretrainMethod, seed: int, grids: Sequence[dict[str, tuple[int, int]]]
     ) -> None:
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.latent = config, seed, method.latent
         # Passes that are masked, and how many masks: InfoNCE and reconstruction may have one each.
         passes = 2 if config.two_pass else 1
         self._masks = {
@@ -77,7 +79,7 @@ class HiddenPatches:
         return [draw(self.seed, purpose, position, grid, count, self.config.clusters) for purpose in purposes]
 
     def splits(self, position: torch.Tensor, grids: dict[str, tuple[int, int]]) -> dict[str, list[Split]]:
-        """Visible and dropped patches of each view of "spec" and "wav".
+        """Visible and dropped patches of each view of "spec" and "wav"; where a teacher hears all, of `views` of each.
 
         Args:
             position: int64 [B].
@@ -85,9 +87,11 @@ class HiddenPatches:
         """
         found: dict[str, list[Split]] = {"spec": [], "wav": []}
         for name, kind, ratio in zip(self.views, self.config.drop, self.config.drop_ratio, strict=False):
-            purpose = f"drop.{name}.second" if found[name] else f"drop.{name}"
-            sides = self.config.clusters
-            found[name].append(split_patches(self.seed, purpose, position, grids[name], kind, ratio, sides))
+            for _ in range(self.config.views if self.latent else 1):
+                number = len(found[name])
+                purpose = f"drop.{name}" + {0: "", 1: ".second"}.get(number, f".{number}")
+                sides = self.config.clusters
+                found[name].append(split_patches(self.seed, purpose, position, grids[name], kind, ratio, sides))
         return found
 
     def _check_masks(self, grids: dict[str, tuple[int, int]]) -> None:
@@ -115,7 +119,6 @@ class HiddenPatches:
 
 def _senseless(method: PretrainMethod) -> list[tuple[tuple[str, ...], str]]:
     """Settings that say nothing to a method, and why."""
-    if not method.drops:
-        return [(OF_DROPS, "encodes every patch"), (OF_DECODERS, "has no decoder")]
-    found: list[tuple[tuple[str, ...], str]] = [(OF_MASKS, "encodes visible patches alone")]
-    return [*found, (OF_DECODERS, "has no decoder")] if method.contrast_only else found
+    found: list[tuple[tuple[str, ...], str]] = [] if method.latent else [(OF_TEACHERS, "has no teacher")]
+    found.append((OF_MASKS, "encodes visible patches alone") if method.drops else (OF_DROPS, "encodes every patch"))
+    return found if method.drops and not method.contrast_only else [*found, (OF_DECODERS, "has no decoder")]

@@ -27,6 +27,7 @@ from pipeline.flow import Batch
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.model.craft import SIZES, Craft, Streams
 from pipeline.model.embed import patch_grid
+from pipeline.model.encoder import recorded
 from pipeline.model.foreign import MEL_BINS, translate
 from pipeline.model.heads import row_means
 from pipeline.model.weights import load_weights, read_weights, weights_file
@@ -94,23 +95,13 @@ class Frozen(nn.Module):
             ValueError: the batch lacks a representation.
         """
         model, found = self.model, {}
-        taken: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
-        hooks = [
-            (model.encoder.norm if layer == self.depth else model.encoder.blocks[layer - 1]).register_forward_hook(
-                lambda _module, _inputs, out, kept=taken[layer]: kept.append(out)
-            )
-            for layer in layers
-        ]
-        try:
-            if (model.streams.spec and batch.fbank is None) or (model.streams.wav and batch.waveform is None):
-                raise ValueError("the batch lacks a representation that the encoder reads; see Loader")
-            wav_map = model.waveform_map(batch.waveform, batch.length) if model.streams.wav else None  # type: ignore[arg-type]
-            model(batch.fbank if model.streams.spec else None, wav_map)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for layer, outputs in taken.items():  # streams of one length come stacked along the batch axis
-            apart = [part for out in outputs for part in out.view(-1, len(batch), *out.shape[1:]).unbind()]
+        if (model.streams.spec and batch.fbank is None) or (model.streams.wav and batch.waveform is None):
+            raise ValueError("the batch lacks a representation that the encoder reads; see Loader")
+        wav_map = model.waveform_map(batch.waveform, batch.length) if model.streams.wav else None  # type: ignore[arg-type]
+        fbank = batch.fbank if model.streams.spec else None
+        modules = [model.encoder.norm if layer == self.depth else model.encoder.blocks[layer - 1] for layer in layers]
+        taken = recorded(modules, len(batch), lambda: model(fbank, wav_map))
+        for layer, apart in zip(layers, taken, strict=True):
             for stream, tokens in zip(self.streams, apart, strict=True):
                 rows, columns = self.grids[stream]
                 found[stream, layer] = tokens[:, : 2 + rows * columns].float()  # behind them stand bottlenecks

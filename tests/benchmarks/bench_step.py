@@ -55,7 +55,7 @@ from tests.reference.ssast import Ssast
 
 SHAPE = Shape()
 MASKED, GRID, SIDES = 400, (8, 64), (3, 4, 5)
-BEYOND = ("pswacl180.yaml", "craft_mae.yaml", "craft_mosaic.yaml", "audio_mosaic.yaml")
+BEYOND = ("pswacl180.yaml", "craft_mae.yaml", "craft_mosaic.yaml", "audio_mosaic.yaml", "craft_latent.yaml")
 MOVES = ("gather", "scatter", "scatter_add_", "sort", "topk", "new_zeros", "where")  # of patches and their indices
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "scaled_dot_product")
 Step = Callable[[], Any]

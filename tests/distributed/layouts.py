@@ -19,12 +19,13 @@ from pipeline.distributed import World
 from pipeline.engine import checkpoint
 from pipeline.engine.checkpoint import Checkpoints
 from pipeline.engine.setup import build_engine, reconcile
-from pipeline.engine.step import accumulate
+from pipeline.engine.step import accumulate, update_teacher
 from pipeline.recipes import load_recipe
 from tests.distributed.gradients import COMMON, share_of, task_of
 
 RANKS = (2, 1, 4, 2)
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+DIVIDED = {"stage3_param_persistence_threshold": 0}  # ZeRO 3 keeps no small weight whole: a teacher gathers them
 # Per round: ZeRO stage, bf16, offload.
 CHAINS: dict[str, list[tuple[int, bool, bool]]] = {
     "a": [(2, False, False), (0, False, False), (3, False, False), (1, False, False)],
@@ -36,8 +37,15 @@ CHAINS: dict[str, list[tuple[int, bool, bool]]] = {
     "offload": [(3, False, True), (1, False, True), (2, False, True), (3, False, True)],
     "strided": [(2, False, False), (3, False, False), (1, False, False), (3, False, False)],
     "sinc": [(3, False, False), (1, False, False), (2, False, False), (0, False, False)],
+    "latent": [(2, False, False), (3, False, False), (1, False, False), (0, False, False)],
+    "latent, bf16": [(3, True, False), (2, True, True), (3, True, False), (1, True, False)],
 }
-WORDS = {"strided": "model.frontend=strided model.wav_depth=1", "sinc": "model.frontend=sinc model.drop_path=0.3"}
+WORDS = {
+    "strided": "model.frontend=strided model.wav_depth=1",
+    "sinc": "model.frontend=sinc model.drop_path=0.3",
+    "latent": "pretrain.method=craft_latent",
+    "latent, bf16": "pretrain.method=craft_latent",
+}
 
 
 class Trainer:
@@ -47,6 +55,7 @@ class Trainer:
         stage, bf16, offload = CHAINS[chain][number]
         recipe = load_recipe(PretrainRecipe, [], [*COMMON.split(), "optim.lr=1e-3", *WORDS.get(chain, "").split()])
         zero: dict[str, Any] = {"stage": stage, **(OFFLOAD if offload else {})}
+        zero |= DIVIDED if "latent" in chain else {}
         ds, self.batches = reconcile({"zero_optimization": zero, "bf16": {"enabled": bf16}}, recipe, world)
         self.world, self.task, self.batch = world, task_of(recipe), share_of(world)
         state = checkpoint.read_state(run_dir) if run_dir else None
@@ -64,6 +73,7 @@ class Trainer:
         for _ in range(steps):
             named = accumulate(self.engine, self.task, self.batch, self.batches)
             self.engine.step()
+            update_teacher(self.task, 0.5 + self.step / 10)
             self.step += 1
             losses.append(distributed.mean(named, self.world.device)["loss"])
         return losses
@@ -72,7 +82,10 @@ class Trainer:
         """Everything, on rank 0's word."""
         weights = checkpoint.full_weights(self.engine, keep=True)
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-        return weights | checkpoint.full_moments(self.engine, set(weights))
+        state = weights | checkpoint.full_moments(self.engine, set(weights))
+        if self.task.teacher:
+            state |= {f"teacher/model.{name}": weight.clone() for name, weight in self.task.teacher.weights.items()}
+        return state
 
     def save(self, run_dir: Path) -> None:
         saver = Checkpoints(run_dir, CheckpointConfig(), self.world)
@@ -106,7 +119,7 @@ def begin(chain: str, run_dir: Path, world: World) -> dict[str, Any]:
 def take_over(chain: str, number: int, run_dir: Path, world: World) -> dict[str, Any]:
     trainer = Trainer(chain, number, world, run_dir)
     found = trainer.state()
-    stored = {name: tensor for files in ("weights", "optimizer-*")
+    stored = {prefix + name: tensor for files, prefix in (("weights", ""), ("optimizer-*", ""), ("teacher", "teacher/"))
               for name, tensor in checkpoint.stored(run_dir, {"step": trainer.step}, files)}  # fmt: skip
     report = {"restored": same(found, stored), "losses": trainer.train(2)}
     trainer.save(run_dir)

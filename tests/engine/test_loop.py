@@ -54,7 +54,8 @@ class Engine:
 def job(tmp_path, max_bad_steps: int):
     recipe = PretrainRecipe(train=TrainConfig(max_bad_steps=max_bad_steps))
     loader = SimpleNamespace(keys=lambda rows: [f"clip-{row}" for row in rows])
-    return SimpleNamespace(recipe=recipe, loader=loader, run_dir=tmp_path, ds={"fp16": {"enabled": True}})
+    return SimpleNamespace(recipe=recipe, loader=loader, run_dir=tmp_path, ds={"fp16": {"enabled": True}}, task=None,
+                           total_steps=100)  # fmt: skip
 
 
 def test_a_loss_scale_that_falls_is_no_bad_step(tmp_path, caplog, monkeypatch):

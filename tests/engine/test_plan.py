@@ -45,16 +45,22 @@ def test_memory_is_flat_in_a_global_batch_of_thousands(tmp_path):
 
 
 def test_flops_are_those_of_visible_patches():
-    """104 tokens of each representation and a decoder of 512; the mosaic's 210 and 322 tokens."""
+    """104 tokens of each representation and a decoder of 512; the mosaic's 210 and 322 tokens; four views of 104 each,
+    and a teacher.
+    """
     shape = plan.Shape()
     flops = {name: plan.model_flops(load_recipe(PretrainRecipe, [ROOT / f"configs/pretrain/{name}.yaml"], []), shape)
-             for name in ("pswacl180", "craft_mae", "craft_mosaic", "audio_mosaic")}  # fmt: skip
+             for name in ("pswacl180", "craft_mae", "craft_mosaic", "audio_mosaic", "craft_latent")}  # fmt: skip
 
     def blocks(tokens: int, width: int, depth: int) -> float:
         return 6 * depth * 12 * width**2 * tokens + 12 * depth * tokens**2 * width
 
     decoder = 2 * (blocks(512, 512, 4) + 6 * (104 * 768 * 512 + 410 * 512 * 256))
     assert flops["craft_mae"] == pytest.approx(2 * blocks(104, 768, 12) + decoder, rel=0.05)
+    decoder = blocks(512, 256, 2) + 6 * (104 * 768 * 256 + 410 * 256 * 768)
+    teacher = 2 * blocks(514, 768, 12) / 3  # forward alone
+    assert flops["craft_latent"] == pytest.approx(8 * (blocks(104, 768, 12) + decoder) + teacher, rel=0.05)
+    assert flops["craft_latent"] < 1.2 * flops["pswacl180"]
     assert flops["craft_mosaic"] == pytest.approx(blocks(210, 768, 12) + blocks(322, 768, 12), rel=0.05)
     assert flops["audio_mosaic"] == pytest.approx(flops["craft_mosaic"], rel=0.05)
     assert flops["craft_mae"] < 0.35 * flops["pswacl180"]
@@ -102,6 +108,19 @@ def test_zero_divides_what_it_says():
     assert (gradients.weights, all_of_it.weights) == (2000, 500)
     assert whole.activations == 14
     assert plan.traffic(cost, 0, 4, 8, contrast=True) == {"gradients": 6000, "contrast": 0.75 * 8 * 21 * 4}
+
+
+def test_a_teacher_is_planned():
+    """Whole on each GPU, beside weights that ZeRO 3 divides."""
+    words = ["model.size=micro", "pretrain.method=craft_latent"]
+    recipe = load_recipe(PretrainRecipe, [], words)
+    cost, task = plan.record(recipe, SHAPE, half=True), PretrainTask(recipe, SHAPE.mel_bins, SHAPE.frames)
+    network = sum(weight.numel() for weight in task.model.parameters())
+    assert (cost.teacher, cost.parameters) == (network, sum(weight.numel() for weight in task.parameters()))
+    whole, divided = (plan.memory(cost, stage, 4, 0).weights for stage in (1, 3))
+    assert (whole, divided) == (2 * cost.parameters + 6 * network, 2 * cost.parameters / 4 + 6 * network)
+    assert plan.traffic(cost, 3, 4, 8, contrast=0)["weights for the teacher"] == 0.75 * 2 * network
+    assert plan.model_flops(recipe, SHAPE) == pytest.approx(cost.flops, rel=0.06)
 
 
 def test_the_report_names_batches_that_divide():

@@ -54,6 +54,10 @@ RUNS: dict[str, tuple[str, str, str]] = {
     "pswacl, tokens": ("zero2.json", "", "pretrain.r_cl=1.0 pretrain.level=token pretrain.contrast=raw"),
     "pswacl, modern": ("zero0.json", "pretrain/modern.yaml", "train.micro_batch=1 model.norm=group"),
     "craft_mae": ("zero2.json", "pretrain/craft_mae.yaml", "pretrain.r_cl=1.0 train.micro_batch=1"),
+    "craft_latent": (
+        "zero3.json", "pretrain/craft_latent.yaml", "train.micro_batch=1 pretrain.teacher_decay=[0.5,0.9] "
+        "pretrain.teacher_steps=0 pretrain.views=2"
+    ),
     "craft_mosaic": ("zero3.json", "pretrain/craft_mosaic.yaml", "train.micro_batch=1"),
     "audio_mosaic": ("ds.json", "pretrain/audio_mosaic.yaml", ""),
     "ast": ("zero0.json", "", "finetune.method=ast finetune.pool=cls"),
@@ -65,7 +69,7 @@ RUNS: dict[str, tuple[str, str, str]] = {
     "swab, modern": ("zero3.json", "finetune/modern.yaml", "checkpoint.ema=0.9 checkpoint.ema_every=2"),
 }  # fmt: skip
 # From the checkpoint of which step; one between two averages.
-RESUMED = {"pswacl, every option": 10, "craft_mae": 10, "craft_mosaic": 10, "swab, modern": 9}
+RESUMED = {"pswacl, every option": 10, "craft_mae": 10, "craft_latent": 10, "craft_mosaic": 10, "swab, modern": 9}
 
 
 def is_finetuning(name: str) -> bool:

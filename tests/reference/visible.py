@@ -15,14 +15,19 @@ def run(encoder, sequence: list[torch.Tensor]) -> torch.Tensor:
 
 def encode(model, side: str, one_map: torch.Tensor, visible: list[int]) -> torch.Tensor:
     """[M, T] -> tokens of the visible patches [K, D]; cls and dist take part and are cut off."""
+    return run(model.encoder, sequence(model, side, one_map, visible))[2:]
+
+
+def sequence(model, side: str, one_map: torch.Tensor, visible: list[int]) -> list[torch.Tensor]:
+    """cls, dist and the visible patches as they come to the encoder."""
     embedding, tokens = getattr(model, f"{side}_patch").proj, getattr(model, f"{side}_tokens")
     pixels = mspm.patches(one_map[None], embedding.weight.shape[-1])[0]
     columns = tokens.positions.shape[1]
-    sequence = [model.special.tokens[i] + model.special.positions[i] for i in range(2)]
+    vectors = [model.special.tokens[i] + model.special.positions[i] for i in range(2)]
     for patch in visible:
         position = tokens.positions[patch // columns, patch % columns]
-        sequence.append(embedding.weight.flatten(1) @ pixels[patch] + embedding.bias + position)
-    return run(model.encoder, sequence)[2:]
+        vectors.append(embedding.weight.flatten(1) @ pixels[patch] + embedding.bias + position)
+    return vectors
 
 
 def decode(decoder, number: int, encoded: torch.Tensor, visible: list[int], masked: list[int]) -> torch.Tensor:

@@ -87,7 +87,7 @@ def test_all_views_share_one_pass_of_the_teacher():
         assert not recorded
         assert [stream.shape[1] for stream in teachers] == [2 + 8] * 2
         assert [stream.shape[1] for stream in students] == [2 + 2] * 2 * views
-        for splits in task.hidden.splits(torch.arange(4)).values():
+        for splits in task.hidden.splits(torch.arange(4), task.model.grids()).values():
             assert len({str(split.visible.tolist()) for split in splits}) == views
 
 

@@ -9,6 +9,7 @@ from pipeline.errors import UserError
 from pipeline.flow import Batch
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.model.encoder import turn, turns
+from pipeline.model.teacher import Teacher
 from pipeline.model.weights import load_weights
 from pipeline.recipes import load_recipe
 from pipeline.tasks import FinetuneTask, PretrainTask
@@ -34,6 +35,8 @@ def as_short(task, words, folder):
     report = load_weights(other, folder / "w.safetensors")
     assert not report.fresh
     assert not report.dropped
+    if isinstance(other, PretrainTask) and other.teacher:  # as where an engine is built
+        other.teacher = Teacher(other.model, other.teacher.blocks)
     return other
 
 

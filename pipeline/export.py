@@ -53,11 +53,13 @@ class Exported:
         recipe: Its settings.
         spec: Its data.
         task: Its network, in evaluation mode on the CPU.
+        run_dir: Its directory.
     """
 
     recipe: PretrainRecipe | FinetuneRecipe
     spec: DataSpec
     task: PretrainTask | FinetuneTask
+    run_dir: Path
 
 
 def open_exported(run_dir: Path, average: bool = True) -> Exported:
@@ -74,22 +76,22 @@ def open_exported(run_dir: Path, average: bool = True) -> Exported:
     file = weights_file(run_dir, average)
     if isinstance(recipe, FinetuneRecipe):
         task, spec = load_finetuned(run_dir, file, torch.device("cpu"))
-        return Exported(recipe, spec, task)
+        return Exported(recipe, spec, task, run_dir)
     spec = DataSpec.load(run_dir)
     pretrained = PretrainTask(recipe, spec.mel_bins, spec.frames)
     report = load_weights(pretrained, file)
     if report.fresh or report.dropped:
         raise UserError(f"{file}: not the weights of {run_dir}/config.yaml: {report}")
-    return Exported(recipe, spec, pretrained.eval())
+    return Exported(recipe, spec, pretrained.eval(), run_dir)
 
 
-def check_place(run_dir: Path, out: Path, directory: bool) -> None:
+def check_place(run_dir: Path, out: Path, files: frozenset[str] | None) -> None:
     """Tries the place of an export before the work, and keeps it from what is not an export.
 
     Args:
         run_dir: The run that is read.
         out: The file or directory to be written.
-        directory: Which of both.
+        files: All that a directory of this format may hold; None: it is a file.
 
     Raises:
         UserError: it cannot be written, is a part of the run, or is a directory with something else in it.
@@ -98,13 +100,14 @@ def check_place(run_dir: Path, out: Path, directory: bool) -> None:
     inside = place.is_relative_to(run) and not place.is_relative_to(run / EXPORTS)
     if inside and (place.exists() or place.is_relative_to(run / "checkpoints")):
         raise UserError(f"--out {out}: is a part of the run; name a place outside, or in {run_dir / EXPORTS}")
-    if not directory:
+    if files is None:
         check_output_file(out, "--out")
     else:
-        check_replaced_directory(out, "--out", HF_FILES, _is_export)
+        check_replaced_directory(out, "--out", files, is_export)
 
 
-def _is_export(folder: Path) -> bool:
+def is_export(folder: Path) -> bool:
+    """Whether one of our exports lies there, so that another may replace it."""
     try:
         return MADE_BY in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
@@ -119,7 +122,7 @@ def export_safetensors(run: Exported, out: Path) -> str:
     """
     tensors = {name: value.float().contiguous() for name, value in run.task.state_dict().items()}
     metadata = {"format": "pt", "config": run.recipe.model_dump_json(), "data": run.spec.model_dump_json()}
-    with _written(out), new_file(out) as file:
+    with written(out), new_file(out) as file:
         save_file(tensors, file, metadata)
     return f"{len(tensors)} tensors, {sum(value.numel() for value in tensors.values())} weights"
 
@@ -135,7 +138,7 @@ def export_hf(run: Exported, out: Path) -> str:
     """
     if not run.task.method.spec:
         raise UserError(f"--format hf: {run.task.method.label} has no spectrogram side; HF's AST reads nothing else")
-    check_replaced_directory(out, "--out", HF_FILES, _is_export)
+    check_replaced_directory(out, "--out", HF_FILES, is_export)
     task, spec, model = run.task, run.spec, run.task.model
     head = isinstance(task, FinetuneTask) and not task.method.wav and model.streams.pool == "cls"
     size, patch = SIZES[model.config.size], model.config.patch
@@ -157,7 +160,7 @@ def export_hf(run: Exported, out: Path) -> str:
         "num_mel_bins": spec.mel_bins, "max_length": spec.frames, "do_normalize": True, "mean": spec.mean,
         "std": spec.std, "padding_side": "right", "padding_value": 0.0, "return_attention_mask": False,
     }  # fmt: skip
-    with _written(out), new_directory(out) as made:
+    with written(out), new_directory(out) as made:
         save_file(to_hf(task.state_dict(), size.depth, head), made / "model.safetensors", {"format": "pt"})
         for name, content in (("config.json", config), (PREPROCESSOR, preprocessor)):
             write_json(made / name, content)
@@ -225,13 +228,13 @@ def export_onnx(run: Exported, out: Path) -> str:
     model = written.model_proto
     onnx.helper.set_model_props(model, {"config": run.recipe.model_dump_json(), "data": spec.model_dump_json()})
     onnx.checker.check_model(model)
-    with _written(out), new_file(out) as file:
+    with written(out), new_file(out) as file:
         onnx.save(model, str(file))
     return f"{', '.join(graph.inputs)} -> {', '.join(graph.outputs)}, any batch"
 
 
 @contextmanager
-def _written(out: Path) -> Iterator[None]:
+def written(out: Path) -> Iterator[None]:
     """Makes the directory of a place, and one line of an error while it is written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -158,13 +158,13 @@ def test_an_export_replaces_nothing_but_an_export(tmp_path):
     (tmp_path / "file").write_text("mine")
     before = snapshot(tmp_path)
     weights = run / "checkpoints" / "step-00000001" / "weights.safetensors"
-    for directory, places in (
-        (True, (theirs, tmp_path, run, run / "checkpoints", tmp_path / "file", "/proc/nowhere/hf")),
-        (False, (theirs, weights, run / "config.yaml", run / "checkpoints" / "x", "/proc/nowhere/x")),
+    for files, places in (
+        (HF_FILES, (theirs, tmp_path, run, run / "checkpoints", tmp_path / "file", "/proc/nowhere/hf")),
+        (None, (theirs, weights, run / "config.yaml", run / "checkpoints" / "x", "/proc/nowhere/x")),
     ):
         for place in places:
             with pytest.raises(UserError, match=f"--out {place}: "):
-                check_place(run, Path(place), directory)
+                check_place(run, Path(place), files)
     with pytest.raises(UserError, match=f"--out {theirs}: holds what this command did not make"):
         export_hf(open_exported(run), theirs)
     weights.rename(tmp_path / "weights")
@@ -176,7 +176,7 @@ def test_an_export_replaces_nothing_but_an_export(tmp_path):
     for out in (run / "export" / "hf", tmp_path / "new" / "hf"):
         for _ in range(2):
             export_hf(open_exported(run), out)
-        check_place(run, out, directory=True)
+        check_place(run, out, HF_FILES)
         assert {path.name for path in out.iterdir()} == HF_FILES
         assert [path.name for path in out.parent.iterdir()] == ["hf"]
 

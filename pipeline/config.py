@@ -249,7 +249,9 @@ class ModelConfig(Section):
     """The network (PAPER_SPEC 1-3)."""
 
     size: Literal["micro", "tiny", "small", "base", "large"] = result("base", description="width, depth and heads")
-    init: UserPath = neutral("", description="run directory or checkpoint file to start from; empty: random")
+    init: UserPath = neutral(
+        "", description="run directory, checkpoint file, export or hf://OWNER/NAME to start from; empty: random"
+    )
     init_classifier: Literal["auto", "keep"] = result(
         "auto", description="of model.init; auto: kept where its labels are known to be the shards', else a fresh one; "
         "keep: they are the shards', though nothing says so"

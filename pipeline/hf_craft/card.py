@@ -36,7 +36,7 @@ def model_card(
         spec: Its data.
         weights: Number of the exported weights.
         curves: curves.png lies beside the card.
-        name: The model's on the hub, or a place holder.
+        name: OWNER/NAME on the hub.
 
     Raises:
         UserError: one of these files is damaged.
@@ -68,7 +68,7 @@ def model_card(
         "## Data", "", *_data(run_dir, recipe, spec), "",
         "## Recipe", "", *_recipe(run_dir, recipe), "",
         "## Curves", "", "![Losses, rates and metrics over steps](curves.png)" if curves else "Not recorded.", "",
-        "## Scores", "", *_finetuned(results), *_table(frozen), "",
+        "## Scores", "", *(_finetuned(results) if tuned else ()), *_table(frozen), "",
         "## Intended use", "",
         "Research on audio representations" + (", and labels of recordings like those of its data." if tuned else
         "; to be finetuned, or probed, on labelled recordings."), "",
@@ -129,7 +129,7 @@ def _recipe(run_dir: Path, recipe: PretrainRecipe | FinetuneRecipe) -> list[str]
 
 def _finetuned(results: dict[str, Any] | None) -> list[str]:
     if results is None:
-        return ["Finetuned: none."]
+        return ["Finetuned: not evaluated."]
     numbers = ", ".join(f"{name} {value:.4f}" for name, value in results["metrics"].items())
     around = results.get("interval")
     spread = f" ({results['metric']}: 95 % interval {around['low']:.4f} to {around['high']:.4f})" if around else ""
@@ -152,7 +152,7 @@ def _frozen(run_dir: Path) -> list[dict[str, Any]]:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
-        return ["Frozen: none."]
+        return ["", "Frozen encoder: not probed."]
     lines = ["", "Frozen encoder:", "", "| probe | stream | layer | metric | value | clips |",
              "| --- | --- | --- | --- | ---: | ---: |"]  # fmt: skip
     return lines + [f"| {row['probe']} | {row['stream']} | {row['layer']} | {row['metric'] or 'in training'} | "

@@ -1,7 +1,7 @@
 """Any weights as a frozen encoder: the tokens of each block, pooled.
 
-In: a run of pretrain.py or finetune.py, its checkpoint or export; weights of SSAST, AST or a Hugging Face `ASTModel`;
-`random:SIZE` or `random:RUN`, the same network untrained. Out: `Frozen`, whose forward gives pooled features.
+In: a run of pretrain.py or finetune.py, its checkpoint or export; weights of others (`pipeline.model.foreign`); either
+of the Hugging Face hub, hf://OWNER/NAME; `random:SIZE` or `random:RUN`, the same network untrained. Out: `Frozen`, whose forward gives pooled features.
 
 Nothing is masked and nothing is trained. Layer l is the output of block l, from 1; the last one is taken behind the
 encoder's LayerNorm, as heads see it. Positions are fitted to the length of the clips as in finetuning.
@@ -24,6 +24,7 @@ from pipeline.data.fbank import padded_frames
 from pipeline.data.spec import SAMPLE_RATE, DataSpec
 from pipeline.errors import UserError
 from pipeline.flow import Batch
+from pipeline.hub import HUB, local_model
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.model.craft import SIZES, Craft, Streams
 from pipeline.model.embed import patch_grid
@@ -173,7 +174,7 @@ def open_frozen(
         spec = _spec_for(made, data, word)
         return Frozen(_build(recipe.model, _streams(recipe), spec, seed), spec, None)
     try:
-        return _of_weights(Path(name), fallback, data, grid, seed, average)
+        return _of_weights(local_model(name), fallback, data, grid, seed, average)
     except UserError as error:  # the words of a recipe's settings, which have other names here
         raise UserError(str(error).replace("model.init: ", "").replace("model.init_grid", "--grid")) from error
 
@@ -210,7 +211,8 @@ def _ours(source: Path, file: Path) -> tuple[PretrainRecipe | FinetuneRecipe, Da
     for home in (source, file.parent, run_of(str(file.parent))):
         if (home / "config.yaml").is_file():
             run = run_of(str(home))
-            return read_run(home), DataSpec.load(home if (home / "data.json").is_file() else run), run
+            spec = DataSpec.load(home if (home / "data.json").is_file() else run)
+            return read_run(home), spec, None if (home / "config.json").is_file() else run  # an export belongs to none
     if file.suffix != ".safetensors" or not file.is_file():
         return None
     try:

@@ -6,8 +6,8 @@
 In: a run directory of pretrain.py or finetune.py, of any ZeRO stage. Out:
 
     safetensors     one file in float32
-    hf-craft        a directory that `transformers` loads with the code in it (trust_remote_code=True), and CRAFT without
-                    it: both representations, classifier, label names, feature extractor, model card
+    hf-craft        a directory that `transformers` loads with the code in it (trust_remote_code=True), and CRAFT
+                    without: both representations, classifier, label names, feature extractor, model card
     hf              a directory that ASTModel or ASTForAudioClassification of `transformers` loads: the spectrogram side
     onnx            a graph from fbanks and waveforms, for any batch (pip install 'craft-audio[onnx]')
     onnx-waveform   the same with the fbank inside: from float samples at 16 kHz to logits and probabilities

@@ -277,6 +277,11 @@ class ModelConfig(Section):
     norm: Literal["unpadded", "group", "none"] = result(
         "unpadded", description="front end: GroupNorm after a convolution, over the audio or (group) the padded clip"
     )
+    class_tokens: int = result(2, ge=1, le=2, description="before the patches; 2: cls and dist (AST), 1: cls (ViT)")
+    block: Literal["pre", "post"] = result(
+        "pre", description="LayerNorm before attention and MLP, and after the last block; post: after both, and before "
+        "the first block, as in EAT"
+    )
     shared_patch: bool = result(False, description="one patch embedding for both representations")
     modality_embedding: bool = result(False, description="add a learned vector per representation")
     drop_path: float = result(

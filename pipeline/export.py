@@ -142,6 +142,8 @@ def export_hf(run: Exported, out: Path) -> str:
     """
     if not run.task.method.spec:
         raise UserError(f"--format hf: {run.task.method.label} has no spectrogram side; HF's AST reads nothing else")
+    if (run.recipe.model.block, run.recipe.model.class_tokens) != ("pre", 2):
+        raise UserError("--format hf: HF's AST has pre-norm blocks and two class tokens; use --format hf-craft")
     check_replaced_directory(out, "--out", HF_FILES, is_export)
     task, spec, model = run.task, run.spec, run.task.model
     head = isinstance(task, FinetuneTask) and not task.method.wav and model.streams.pool == "cls"

@@ -32,7 +32,7 @@ def local_model(source: str | os.PathLike[str]) -> Path:
     Weights are taken as safetensors; from a model that has none, as pickles of plain tensors.
 
     Raises:
-        UserError: it names no model, there is none, it may not be read, or the hub is out of reach and it is not cached.
+        UserError: it names no model, there is none, it may not be read, or the hub is out of reach and none is cached.
     """
     text = os.fspath(source)
     if not text.startswith(HUB):

@@ -1,6 +1,6 @@
 """The model card of an export: README.md with the metadata that the hub shows.
 
-In: a run directory. Out: Markdown. Numbers are what the run's own files hold; what they do not hold is said to be missing.
+In: a run directory. Out: Markdown. Numbers are what the run's own files hold; what they lack is said to be missing.
 """
 
 import json
@@ -62,8 +62,8 @@ def model_card(
         f'model = {auto}.from_pretrained("{name}", trust_remote_code=True).eval()',
         f"inputs = extractor(waveform, sampling_rate={spec.sample_rate})  # float samples in [-1, 1], one channel",
         output, "```", "",
-        "The code needs torch, transformers and numpy. With CRAFT installed none of it is run: weights and settings are "
-        f"enough for `predict.py`, `evaluate.py`, `embed.py` and `probe.py --checkpoint hf://{name}`, and for "
+        "The code needs torch, transformers and numpy. With CRAFT installed none of it is run: weights and settings "
+        f"are enough for `predict.py`, `evaluate.py`, `embed.py` and `probe.py --checkpoint hf://{name}`, and for "
         f"`finetune.py model.init=hf://{name}`.", *([f"Scores: {scores}."] if scores else []), "",
         "## Data", "", *_data(run_dir, recipe, spec), "",
         "## Recipe", "", *_recipe(run_dir, recipe), "",
@@ -108,7 +108,7 @@ def _data(run_dir: Path, recipe: PretrainRecipe | FinetuneRecipe, spec: DataSpec
         f"- Shards with the digest `{spec.digest}`; trained on split `{recipe.data.train_split}`"
         + (f", held-out fold {recipe.data.fold}" if recipe.data.fold else ""),
         *(shares or ["- Coverage (the share of the listed clips that was there): not recorded"]),
-        f"- {spec.mel_bins} mel bins, {spec.frames} frames; the fbank's mean {spec.mean:.4f} and deviation {spec.std:.4f}",
+        f"- {spec.mel_bins} mel bins, {spec.frames} frames; fbank mean {spec.mean:.4f}, deviation {spec.std:.4f}",
         f"- Classes: {names}",
         "- Name, source and licence of the data: to be filled in by whoever publishes the model",
     ]

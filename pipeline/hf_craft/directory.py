@@ -10,12 +10,10 @@ In: an opened run. Out, whole or not at all:
     README.md, curves.png         the model card
 """
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from pipeline import __version__

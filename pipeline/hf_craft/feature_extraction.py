@@ -68,7 +68,7 @@ class CraftFeatureExtractor(FeatureExtractionMixin):  # type: ignore[misc, unuse
             ValueError: another rate, or a waveform that is none.
         """
         if sampling_rate not in (None, self.sampling_rate):
-            raise ValueError(f"the waveforms have {sampling_rate} Hz, the network reads {self.sampling_rate}; resample them")
+            raise ValueError(f"waveforms of {sampling_rate} Hz, the network reads {self.sampling_rate}; resample them")
         several = len(raw_speech) > 0 and np.ndim(raw_speech[0]) > 0
         clips = [np.asarray(clip, np.float32)[: self.samples] for clip in (raw_speech if several else [raw_speech])]
         levels = np.zeros((len(clips), self.samples), np.float32)

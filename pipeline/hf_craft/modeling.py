@@ -92,7 +92,9 @@ class CraftForAudioClassification(CraftPreTrainedModel):
 
     def __init__(self, config: CraftConfig) -> None:
         super().__init__(config)
-        about = config.classifier or {"rows": [1] * (self.model.streams.spec + self.model.streams.wav), "mode": "concat"}
+        about = config.classifier
+        if about is None:
+            raise ValueError("these weights have no classifier; load them with AutoModel, or finetune them with CRAFT")
         self.classifier = Classifier(self.model.width, config.num_labels, tuple(about["rows"]), about["mode"])
         self.post_init()
 

@@ -193,8 +193,8 @@ def _from_ssast(bare: Tensors, file: Path, grid: tuple[int, int] | None) -> Tens
 def _from_vit(bare: Tensors, file: Path, grid: tuple[int, int] | None) -> tuple[Tensors, str]:
     """Audio-MAE or M2D, which name everything alike and differ in orientation.
 
-    Told apart by M2D's `norm_stats`, or by the patches along frequency: M2D has 5 of 16 over its 80 mel bins, Audio-MAE 8,
-    or 12 that overlap, over 128.
+    Told apart by M2D's `norm_stats`, or by the patches along frequency: M2D has 5 of 16 over its 80 mel bins, Audio-MAE
+    8, or 12 that overlap, over 128.
     """
     positions, kernel = bare["pos_embed"], bare["patch_embed.proj.weight"]
     count, high = positions.shape[1] - 1, M2D_BINS // kernel.shape[-1]

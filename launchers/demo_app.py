@@ -8,8 +8,9 @@ In: a run directory of finetune.py. Out: a page on localhost, until Ctrl-C.
 
 import socket
 
-from pipeline.command_line import new_parser, path_of
+from pipeline.command_line import new_parser
 from pipeline.errors import UserError, run_cli
+from pipeline.hub import model_of
 
 
 def check_address(host: str, port: int) -> None:
@@ -31,7 +32,8 @@ def main() -> None:
     """Parses, loads, serves."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, type=path_of("--checkpoint"), metavar="RUN_DIR", help="a finetuned run")
+    add("--checkpoint", required=True, type=model_of("--checkpoint"), metavar="RUN",
+        help="a finetuned run, an hf-craft export of one, or hf://OWNER/NAME")  # fmt: skip
     add("--port", type=int, default=7860, metavar="N", help="(default: 7860)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     args = parser.parse_args()

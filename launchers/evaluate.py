@@ -23,6 +23,7 @@ from pipeline.command_line import new_parser, path_of
 from pipeline.config import FinetuneRecipe
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, check_output_file, write_json
+from pipeline.hub import model_of
 from pipeline.recipes import finetuned_recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     make = new_parser(__doc__)
     add = make.add_argument
-    add("--checkpoint", required=True, nargs="+", type=path_of("--checkpoint"), metavar="RUN_DIR",
-        help="finetuned runs (no default)")  # fmt: skip
+    add("--checkpoint", required=True, nargs="+", type=model_of("--checkpoint"), metavar="RUN",
+        help="finetuned runs, hf-craft exports of such, or hf://OWNER/NAME (no default)")  # fmt: skip
     add("--combine", choices=("scores", "weights"), default="scores",
         help="several runs: average their probabilities or their weights (default: scores)")  # fmt: skip
     add("--shards", required=True, metavar="DIR", help="directory or URL of shards (no default)")

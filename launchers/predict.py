@@ -5,7 +5,8 @@ r"""Label recordings with a finetuned run.
     cat dog.mp3 | python launchers/predict.py --checkpoint RUN_DIR - --format json
     python launchers/predict.py --checkpoint RUN_DIR recordings/ --format csv --out labels.csv --embeddings v.parquet
 
-In: a run directory of finetune.py and audio of any codec, rate and length: files, folders (all audio below), or -
+In: a run directory of finetune.py, a directory of `export.py --format hf-craft` or one on the Hugging Face hub,
+hf://OWNER/NAME; and audio of any codec, rate and length: files, folders (all audio below), or -
 for standard input. Out: the best labels of each recording, the mean over its windows of a clip's length; with
 --events, what was heard when. A recording that cannot be read is said on stderr and makes the exit status 1;
 the others are labelled all the same. How many files of a folder are skipped, since their endings are not of audio
@@ -35,6 +36,7 @@ import pyarrow.parquet as pq
 from pipeline.command_line import new_parser, path_of
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, check_output_file, new_file, write_text
+from pipeline.hub import model_of
 
 if TYPE_CHECKING:
     from pipeline.serving.listen import Heard
@@ -51,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     make = new_parser(__doc__)
     add = make.add_argument
-    add("--checkpoint", required=True, type=path_of("--checkpoint"), metavar="RUN_DIR",
-        help="a finetuned run (no default)")  # fmt: skip
+    add("--checkpoint", required=True, type=model_of("--checkpoint"), metavar="RUN",
+        help="a finetuned run, an hf-craft export of one, or hf://OWNER/NAME (no default)")  # fmt: skip
     add("audio", nargs="+", metavar="AUDIO", help="audio files, folders, or - for standard input")
     add("--top", type=int, default=5, metavar="K", help="labels of a recording (default: 5)")
     add("--events", action="store_true", help="what was heard when (default: labels of the whole recording)")

@@ -261,7 +261,9 @@ class ModelConfig(Section):
     """The network (PAPER_SPEC 1-3)."""
 
     size: Literal["micro", "tiny", "small", "base", "large"] = result("base", description="width, depth and heads")
-    init: UserPath = neutral("", description="run directory or checkpoint file to start from; empty: random")
+    init: UserPath = neutral(
+        "", description="run directory, checkpoint file, export or hf://OWNER/NAME to start from; empty: random"
+    )
     init_classifier: Literal["auto", "keep"] = result(
         "auto", description="of model.init; auto: kept where its labels are known to be the shards', else a fresh one; "
         "keep: they are the shards', though nothing says so"
@@ -290,6 +292,11 @@ class ModelConfig(Section):
     activation: Literal["relu", "gelu", "none"] = result("relu", description="MSAE before pooling; none: literal Eq. 1")
     norm: Literal["unpadded", "group", "none"] = result(
         "unpadded", description="front end: GroupNorm after a convolution, over the audio or (group) the padded clip"
+    )
+    class_tokens: int = result(2, ge=1, le=2, description="before the patches; 2: cls and dist (AST), 1: cls (ViT)")
+    block: Literal["pre", "post"] = result(
+        "pre", description="LayerNorm before attention and MLP, and after the last block; post: after both, and before "
+        "the first block, as in EAT"
     )
     shared_patch: bool = result(False, description="one patch embedding for both representations")
     modality_embedding: bool = result(False, description="add a learned vector per representation")

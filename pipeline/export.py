@@ -9,6 +9,8 @@ In: a run directory of pretrain.py or finetune.py. Out: one safetensors file, or
 - onnx: one graph for any batch, from the model's inputs (`fbank` [B, T, M], normalised as in data.json,
   `waveform` [B, L] and `length` int64 [B], its samples before the zero padding; the ones that the method reads) to
   `logits` [B, C] of a finetuned run and `embedding` [B, streams x D], the mean token of each stream.
+- onnx-waveform: the same from `waveform` [B, n], float samples in [-1, 1] at 16 kHz, and `length` int64 [B], of which
+  so many are audio; longer clips are cut, shorter ones zero-padded. Besides: `probabilities` [B, C].
 
 Each appears whole or not at all.
 """
@@ -22,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
+from pipeline.data.fbank import EPSILON, fbank_filters, pad_frames
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
 from pipeline.files import check_output_file, check_replaced_directory, new_directory, new_file, write_json
@@ -53,11 +57,13 @@ class Exported:
         recipe: Its settings.
         spec: Its data.
         task: Its network, in evaluation mode on the CPU.
+        run_dir: Its directory.
     """
 
     recipe: PretrainRecipe | FinetuneRecipe
     spec: DataSpec
     task: PretrainTask | FinetuneTask
+    run_dir: Path
 
 
 def open_exported(run_dir: Path, average: bool = True) -> Exported:
@@ -74,22 +80,22 @@ def open_exported(run_dir: Path, average: bool = True) -> Exported:
     file = weights_file(run_dir, average)
     if isinstance(recipe, FinetuneRecipe):
         task, spec = load_finetuned(run_dir, file, torch.device("cpu"))
-        return Exported(recipe, spec, task)
+        return Exported(recipe, spec, task, run_dir)
     spec = DataSpec.load(run_dir)
     pretrained = PretrainTask(recipe, spec.mel_bins, spec.frames)
     report = load_weights(pretrained, file)
     if report.fresh or report.dropped:
         raise UserError(f"{file}: not the weights of {run_dir}/config.yaml: {report}")
-    return Exported(recipe, spec, pretrained.eval())
+    return Exported(recipe, spec, pretrained.eval(), run_dir)
 
 
-def check_place(run_dir: Path, out: Path, directory: bool) -> None:
+def check_place(run_dir: Path, out: Path, files: frozenset[str] | None) -> None:
     """Tries the place of an export before the work, and keeps it from what is not an export.
 
     Args:
         run_dir: The run that is read.
         out: The file or directory to be written.
-        directory: Which of both.
+        files: All that a directory of this format may hold; None: it is a file.
 
     Raises:
         UserError: it cannot be written, is a part of the run, or is a directory with something else in it.
@@ -98,13 +104,14 @@ def check_place(run_dir: Path, out: Path, directory: bool) -> None:
     inside = place.is_relative_to(run) and not place.is_relative_to(run / EXPORTS)
     if inside and (place.exists() or place.is_relative_to(run / "checkpoints")):
         raise UserError(f"--out {out}: is a part of the run; name a place outside, or in {run_dir / EXPORTS}")
-    if not directory:
+    if files is None:
         check_output_file(out, "--out")
     else:
-        check_replaced_directory(out, "--out", HF_FILES, _is_export)
+        check_replaced_directory(out, "--out", files, is_export)
 
 
-def _is_export(folder: Path) -> bool:
+def is_export(folder: Path) -> bool:
+    """Whether one of our exports lies there, so that another may replace it."""
     try:
         return MADE_BY in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
@@ -119,7 +126,7 @@ def export_safetensors(run: Exported, out: Path) -> str:
     """
     tensors = {name: value.float().contiguous() for name, value in run.task.state_dict().items()}
     metadata = {"format": "pt", "config": run.recipe.model_dump_json(), "data": run.spec.model_dump_json()}
-    with _written(out), new_file(out) as file:
+    with written(out), new_file(out) as file:
         save_file(tensors, file, metadata)
     return f"{len(tensors)} tensors, {sum(value.numel() for value in tensors.values())} weights"
 
@@ -135,10 +142,12 @@ def export_hf(run: Exported, out: Path) -> str:
     """
     if not run.task.method.spec:
         raise UserError(f"--format hf: {run.task.method.label} has no spectrogram side; HF's AST reads nothing else")
+    if (run.recipe.model.block, run.recipe.model.class_tokens) != ("pre", 2):
+        raise UserError("--format hf: HF's AST has pre-norm blocks and two class tokens; use --format hf-craft")
     _check_one_length(run, "hf")
     if run.task.model.config.positions == "rotary":
-        raise UserError("--format hf: model.positions = rotary, and HF's AST has learned positions; use safetensors")
-    check_replaced_directory(out, "--out", HF_FILES, _is_export)
+        raise UserError("--format hf: model.positions = rotary, and HF's AST has learned positions; use hf-craft")
+    check_replaced_directory(out, "--out", HF_FILES, is_export)
     task, spec, model = run.task, run.spec, run.task.model
     head = isinstance(task, FinetuneTask) and not task.method.wav and model.streams.pool == "cls"
     size, patch = SIZES[model.config.size], model.config.patch
@@ -160,7 +169,7 @@ def export_hf(run: Exported, out: Path) -> str:
         "num_mel_bins": spec.mel_bins, "max_length": spec.frames, "do_normalize": True, "mean": spec.mean,
         "std": spec.std, "padding_side": "right", "padding_value": 0.0, "return_attention_mask": False,
     }  # fmt: skip
-    with _written(out), new_directory(out) as made:
+    with written(out), new_directory(out) as made:
         save_file(to_hf(task.state_dict(), size.depth, head), made / "model.safetensors", {"format": "pt"})
         for name, content in (("config.json", config), (PREPROCESSOR, preprocessor)):
             write_json(made / name, content)
@@ -199,10 +208,49 @@ class _Graph(nn.Module):
         return (self.task.classifier(encoded), embedding) if isinstance(self.task, FinetuneTask) else (embedding,)
 
 
-def export_onnx(run: Exported, out: Path) -> str:
+class _FromSamples(nn.Module):
+    """A run's network as a function of samples at 16 kHz: what the shards do to a clip, its fbank, then `_Graph`."""
+
+    def __init__(self, task: PretrainTask | FinetuneTask, spec: DataSpec) -> None:
+        super().__init__()
+        self.network, self.spec = _Graph(task), spec
+        self.inputs = ["waveform", "length"]
+        self.outputs = ["probabilities"] * isinstance(task, FinetuneTask) + self.network.outputs
+        spectrum, mel = fbank_filters(spec.sample_rate, spec.mel_bins)
+        self.register_buffer("spectrum", spectrum)
+        self.register_buffer("mel", mel)
+
+    def forward(self, waveform: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Waveforms [B, n] in [-1, 1], of which int64 `length` [B] samples are audio -> the outputs, each [B, ...]."""
+        spec = self.spec
+        length = length.clamp(1, spec.samples)
+        x = torch.cat([waveform, waveform.new_zeros(waveform.shape[0], spec.samples)], dim=1)[:, : spec.samples]
+        inside = (torch.arange(spec.samples) < length[:, None]).to(x.dtype)
+        x = (x - (x * inside).sum(dim=1, keepdim=True) / length[:, None]) * inside
+        peak = x.abs().amax(dim=1, keepdim=True)  # `int16_levels`: louder than full scale is scaled down to it
+        gain = torch.where(peak * 32768 > 32767, 32767 / 32768 / peak.clamp(min=1e-9), torch.ones_like(peak))
+        x = torch.round(x * (gain * 32768)).clamp(-32767, 32767) / 32768
+        given = {"waveform": x, "length": length}
+        if "fbank" in self.network.inputs:
+            parts = F.conv1d(x[:, None], self.spectrum, stride=spec.sample_rate // 100).unflatten(1, (2, -1))
+            power = parts.square().sum(dim=1).transpose(1, 2)
+            features = torch.matmul(power, self.mel).clamp(min=EPSILON).log()
+            given["fbank"] = (pad_frames(features, spec.frames) - spec.mean) / (2 * spec.std)
+        found: tuple[torch.Tensor, ...] = self.network(*(given[name] for name in self.network.inputs))
+        if "probabilities" not in self.outputs:
+            return found
+        return (found[0].softmax(dim=1) if spec.single_label else found[0].sigmoid(), *found)
+
+
+def export_onnx(run: Exported, out: Path, waveform: bool = False) -> str:
     """Writes one file, weights included; returns its inputs and outputs, for people.
 
     `config` and `data` (JSON: normalisation, rate, labels) are in its metadata.
+
+    Args:
+        run: The run.
+        out: The file.
+        waveform: Its input are samples; the fbank is in the graph.
 
     Raises:
         UserError: the packages that write it are not installed, or it cannot be written.
@@ -213,23 +261,26 @@ def export_onnx(run: Exported, out: Path) -> str:
     except ImportError as error:
         raise UserError(f"--format onnx needs {error.name}; pip install 'craft-audio[onnx]'") from error
     _check_one_length(run, "onnx")
-    graph, spec = _Graph(run.task).eval(), run.spec
+    spec = run.spec
+    graph = (_FromSamples(run.task, spec) if waveform else _Graph(run.task)).eval()
     inputs = {
         "fbank": torch.zeros(2, spec.frames, spec.mel_bins),
         "waveform": torch.zeros(2, spec.samples),
         "length": torch.full((2,), spec.samples),
     }
+    inputs |= {"waveform": torch.zeros(2, spec.samples // 2)} if waveform else {}
     examples = tuple(inputs[name] for name in graph.inputs)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that are not needed
-    batch = torch.export.Dim("batch")
+    batch, samples = torch.export.Dim("batch"), torch.export.Dim("samples")
+    shapes = tuple({0: batch} | ({1: samples} if waveform and name == "waveform" else {}) for name in graph.inputs)
     with torch.no_grad():  # raises where the graph would hold for one batch only; torch.onnx.export would not
-        program = torch.export.export(graph, examples, dynamic_shapes=(tuple({0: batch} for _ in examples),))
-    written = torch.onnx.export(program, input_names=graph.inputs, output_names=graph.outputs, verbose=False)
-    assert written is not None  # without a file name it is returned
-    model = written.model_proto
+        program = torch.export.export(graph, examples, dynamic_shapes=shapes if waveform else (shapes,))
+    converted = torch.onnx.export(program, input_names=graph.inputs, output_names=graph.outputs, verbose=False)
+    assert converted is not None  # without a file name it is returned
+    model = converted.model_proto
     onnx.helper.set_model_props(model, {"config": run.recipe.model_dump_json(), "data": spec.model_dump_json()})
     onnx.checker.check_model(model)
-    with _written(out), new_file(out) as file:
+    with written(out), new_file(out) as file:
         onnx.save(model, str(file))
     return f"{', '.join(graph.inputs)} -> {', '.join(graph.outputs)}, any batch"
 
@@ -243,7 +294,7 @@ def _check_one_length(run: Exported, kind: str) -> None:
 
 
 @contextmanager
-def _written(out: Path) -> Iterator[None]:
+def written(out: Path) -> Iterator[None]:
     """Makes the directory of a place, and one line of an error while it is written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

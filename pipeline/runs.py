@@ -28,6 +28,7 @@ from pipeline.distributed import World
 from pipeline.engine.evaluation import Scores, score
 from pipeline.errors import UserError
 from pipeline.files import read_json
+from pipeline.hub import local_model
 from pipeline.model.weights import load_weights, read_weights, weights_file
 from pipeline.recipes import finetuned_recipe
 from pipeline.tasks import FinetuneTask, PretrainTask
@@ -215,7 +216,7 @@ def initialise(task: PretrainTask | FinetuneTask, recipe: Recipe, spec: DataSpec
     Raises:
         UserError: the weights cannot be read or do not fit, or the classifier that shall be kept has other labels.
     """
-    source = Path(recipe.model.init)
+    source = local_model(recipe.model.init)
     file = weights_file(source)
     labels, named, normalisation = trained_on(source, file)
     reason = _difference(labels, [label.name if named else label.id for label in spec.labels])

@@ -246,18 +246,24 @@ def write_tar(plan: ShardPlan, path: str | os.PathLike[str]) -> tuple[list[dict[
 
 
 def encode_waveform(decoded: Decoded, samples: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """int16 [samples]: mean removed over the real part, zero-padded; and facts about it.
+    """int16 [samples]: `int16_levels`, zero-padded; and facts about it."""
+    levels, gain = int16_levels(decoded.waveform)
+    out = np.zeros(samples, np.int16)
+    out[: len(levels)] = levels
+    return out, {"silent": not out.any(), "gain": gain, "seconds": len(levels) / samples}
 
-    Audio beyond full scale (float sources) is scaled down to it, and the gain is recorded.
+
+def int16_levels(waveform: np.ndarray) -> tuple[np.ndarray, float]:
+    """Whole numbers, float32 [n], at most 32767: the samples without their mean, times 32768, rounded; and their gain.
+
+    Audio beyond full scale (float sources) is scaled down to it, and the gain is below 1.
     """
-    real = decoded.waveform - np.float32(decoded.waveform.mean(dtype=np.float64))
+    real = waveform - np.float32(waveform.mean(dtype=np.float64))
     peak = max(float(real.max()), -float(real.min()))
     gain = 32767 / 32768 / peak if peak * 32768 > 32767 else 1.0
     real *= np.float32(gain * 32768)
     np.rint(real, out=real)
-    out = np.zeros(samples, np.int16)
-    out[: len(real)] = np.clip(real, -32767, 32767, out=real)
-    return out, {"silent": not out.any(), "gain": gain, "seconds": len(real) / samples}
+    return np.clip(real, -32767, 32767, out=real), gain
 
 
 def stored_fbank(waveform: np.ndarray, audio: AudioOptions) -> np.ndarray:

@@ -1,8 +1,11 @@
 """Stores for tests: S3 (moto), Google's (gcp-storage-emulator), Hugging Face's, and a web server that misbehaves."""
 
+import base64
+import hashlib
 import http.server
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -199,6 +202,92 @@ def hub_server(directory: Path) -> Iterator[tuple[str, dict[str, str]]]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"hf://datasets/{repo}", {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def model_hub(directory: Path) -> Iterator[dict[str, str]]:
+    """What Hugging Face's client asks of its API to make, fill and read models: directory/OWNER/NAME each.
+
+    Yields the environment that leads there. Who writes must have the token "secret".
+    """
+    sha = "1" * 40
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def do_GET(self) -> None:
+            self._answer()
+
+        def do_POST(self) -> None:
+            sent = self.rfile.read(int(self.headers["Content-Length"]))
+            path = self.path.split("?")[0]
+            if path == "/api/validate-yaml":
+                self._json({"errors": [], "warnings": []})
+            elif self.headers.get("Authorization") != "Bearer secret":
+                self._json({"error": "Invalid credentials in Authorization header"}, 401)
+            elif path == "/api/repos/create":
+                asked = json.loads(sent)
+                assert asked.get("private") or asked.get("visibility") == "private"  # by the client's version
+                name = f"{asked['organization']}/{asked['name']}"
+                (directory / name).mkdir(parents=True, exist_ok=True)
+                self._json({"url": f"http://{self.headers['Host']}/{name}"})
+            elif path.endswith("/preupload/main"):
+                files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                         for file in json.loads(sent)["files"]]  # fmt: skip
+                self._json({"files": files})
+            elif path.endswith("/commit/main"):
+                name = path.removeprefix("/api/models/").removesuffix("/commit/main")
+                for line in map(json.loads, sent.splitlines()):
+                    if line["key"] == "file":
+                        content = base64.b64decode(line["value"]["content"])
+                        (directory / name / line["value"]["path"]).write_bytes(content)
+                self._json({"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{sha}", "commitOid": sha})
+            else:
+                self._json({}, 404)
+
+        def _answer(self) -> None:
+            path = urllib.parse.unquote(self.path).split("?")[0]
+            api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/main|/tree/\w+)?", path)
+            file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/\w+/(.+)", path)
+            if api and (directory / api[1]).is_dir():
+                names = sorted(path.name for path in (directory / api[1]).iterdir())
+                if api[2] and "/tree/" in api[2]:
+                    self._json([{"type": "file", "path": name, "size": (directory / api[1] / name).stat().st_size,
+                                 "oid": "0" * 40} for name in names])  # fmt: skip
+                else:
+                    siblings = [{"rfilename": name} for name in names]
+                    self._json({"id": api[1], "sha": sha, "private": True, "tags": [], "siblings": siblings})
+            elif file and (directory / file[1] / file[2]).is_file():
+                self._send(200, (directory / file[1] / file[2]).read_bytes())
+            else:
+                self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+
+        def _json(self, content: object, status: int = 200, extra: dict[str, str] | None = None) -> None:
+            self._send(status, json.dumps(content).encode(), extra)
+
+        def _send(self, status: int, content: bytes, extra: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), "X-Repo-Commit": sha,
+                       "ETag": f'"{hashlib.sha256(content).hexdigest()}"', **(extra or {})}  # fmt: skip
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "secret"}
     finally:
         server.shutdown()
         server.server_close()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -20,6 +21,7 @@ from pipeline.export import HF_FILES, check_place, export_hf, export_onnx, expor
 from pipeline.model.heads import stream_means
 from pipeline.model.weights import load_weights
 from pipeline.recipes import dump_recipe, load_recipe
+from pipeline.serving.scorer import load_scorer
 from pipeline.tasks import FinetuneTask, PretrainTask
 from tests.conftest import ROOT
 
@@ -142,6 +144,32 @@ def test_onnxruntime_gives_the_same_for_any_batch(tmp_path, kind, word, outputs)
             torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["ast", "wast", "swast", "swab"])
+def test_onnxruntime_hears_samples(tmp_path, method):
+    """Raw samples of several lengths as predict.py reads them; no other code of ours than the graph."""
+    single = {"single_label": method == "wast"}
+    make_run(tmp_path / "run", FinetuneRecipe, f"finetune.method={method}")
+    spec = SPEC.model_copy(update=single)
+    spec.save(tmp_path / "run")
+    export_onnx(open_exported(tmp_path / "run"), tmp_path / "m.onnx", waveform=True)
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
+    assert [given.name for given in session.get_inputs()] == ["waveform", "length"]
+    assert [output.name for output in session.get_outputs()] == ["probabilities", "logits", "embedding"]
+    whole = list(waveforms().numpy())
+    noise = 0.01 * torch.randn(20000, generator=torch.Generator().manual_seed(2)).numpy()
+    clips = [whole[0], whole[1][:5000] + 0.3, 9 * whole[2], noise, 0 * whole[0][:700]]  # an offset, clipping, silence
+    scorer = load_scorer(tmp_path / "run")
+    for part in (clips, clips[:1], clips[1:2]):
+        samples = np.zeros((len(part), max(map(len, part))), np.float32)
+        for row, clip in zip(samples, part, strict=True):
+            row[: len(clip)] = clip
+        lengths = np.array([len(clip) for clip in part])
+        found = session.run(None, {"waveform": samples, "length": lengths})
+        expected = scorer.hear([clip[: spec.samples] for clip in part])
+        np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(found[2], expected[1], rtol=0, atol=1e-4)
+
+
 def export(*words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "launchers/export.py", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -158,13 +186,13 @@ def test_an_export_replaces_nothing_but_an_export(tmp_path):
     (tmp_path / "file").write_text("mine")
     before = snapshot(tmp_path)
     weights = run / "checkpoints" / "step-00000001" / "weights.safetensors"
-    for directory, places in (
-        (True, (theirs, tmp_path, run, run / "checkpoints", tmp_path / "file", "/proc/nowhere/hf")),
-        (False, (theirs, weights, run / "config.yaml", run / "checkpoints" / "x", "/proc/nowhere/x")),
+    for files, places in (
+        (HF_FILES, (theirs, tmp_path, run, run / "checkpoints", tmp_path / "file", "/proc/nowhere/hf")),
+        (None, (theirs, weights, run / "config.yaml", run / "checkpoints" / "x", "/proc/nowhere/x")),
     ):
         for place in places:
             with pytest.raises(UserError, match=f"--out {place}: "):
-                check_place(run, Path(place), directory)
+                check_place(run, Path(place), files)
     with pytest.raises(UserError, match=f"--out {theirs}: holds what this command did not make"):
         export_hf(open_exported(run), theirs)
     weights.rename(tmp_path / "weights")
@@ -176,7 +204,7 @@ def test_an_export_replaces_nothing_but_an_export(tmp_path):
     for out in (run / "export" / "hf", tmp_path / "new" / "hf"):
         for _ in range(2):
             export_hf(open_exported(run), out)
-        check_place(run, out, directory=True)
+        check_place(run, out, HF_FILES)
         assert {path.name for path in out.iterdir()} == HF_FILES
         assert [path.name for path in out.parent.iterdir()] == ["hf"]
 

@@ -10,13 +10,13 @@ import pytest
 from tests.conftest import ROOT
 
 FLOORS = [
-    {"errors", "faults", "files", "flow", "rng", "methods", "config", "recipes", "distributed"},
+    {"errors", "faults", "files", "flow", "rng", "methods", "config", "recipes", "distributed", "hub"},
     {"data", "model", "objectives"},
     {"tasks"},
     {"engine", "tracking"},
     {"command_line", "run_directory", "runs", "probing"},
     {"serving", "export"},
-    {"train", "adapters"},
+    {"train", "adapters", "hf_craft"},
     {"ablation", "cross_validation"},
     {"report"},
 ]

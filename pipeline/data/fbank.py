@@ -131,6 +131,27 @@ def _log_mel(frames: torch.Tensor, taper: torch.Tensor, filters: torch.Tensor) -
     return torch.matmul(power.to(filters.dtype), filters).clamp(min=EPSILON).log()
 
 
+def fbank_filters(sample_rate: int, mel_bins: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The linear parts of `fbank` as matrices, for graph formats whose runtimes have no FFT.
+
+    DC removal, pre-emphasis, taper and Fourier transform of a frame are one linear map, folded in float64.
+
+    Returns:
+        Cosine and sine parts float32 [2 bins, 1, window], to be convolved with the waveform at the hop's stride: power
+        is the sum of their squares; mel filters float32 [bins, M].
+    """
+    window, points = int(sample_rate * FRAME_MS / 1000), fft_length(int(sample_rate * FRAME_MS / 1000))
+    one = torch.eye(window, dtype=torch.float64)
+    centre = one - 1 / window
+    emphasis = one - PREEMPHASIS * torch.cat([one[:1], one[:-1]])  # the first sample's predecessor is itself
+    taper = torch.hann_window(window, periodic=False, dtype=torch.float64)
+    frame = taper[:, None] * (emphasis @ centre)  # [window, window]: samples -> what is transformed
+    bins = torch.arange(points // 2 + 1, dtype=torch.float64)[:, None]
+    phase = 2 * math.pi * bins * torch.arange(window, dtype=torch.float64) / points
+    spectrum = torch.cat([phase.cos() @ frame, phase.sin() @ frame])
+    return spectrum.float()[:, None], mel_matrix(mel_bins, points, sample_rate)
+
+
 def padded_frames(seconds: float) -> int:
     """T: frames after zero-padding, the next multiple of 16 of 102.4 frames a second.
 

@@ -103,7 +103,7 @@ class Craft(nn.Module):
         self.streams = streams
         self.grid = patch_grid(streams.mel_bins, streams.frames, config.patch, config.stride)
         self.wav_grid = patch_grid(sum(config.channels), streams.frames, config.patch, config.stride)
-        self.special = SpecialTokens(size.width)
+        self.special = SpecialTokens(size.width, config.class_tokens)
         if streams.wav:  # under the name of its kind, so that weights say what they are of
             self.add_module(config.frontend, frontend(config))
         if streams.spec or config.shared_patch:
@@ -126,6 +126,7 @@ class Craft(nn.Module):
             fusion_layer=_fusion_layer(config, streams),
             recompute=config.checkpoint_activations,
             early=config.wav_depth,
+            post=config.block == "post",
         )
         self.apply(initialise_linear)
 
@@ -137,7 +138,7 @@ class Craft(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights; inputs are cast to it (bf16 and fp16 engines)."""
-        return self.encoder.norm.weight.dtype
+        return self.encoder.blocks[0].norm1.weight.dtype
 
     def grids(self, frames: int | None = None) -> dict[str, tuple[int, int]]:
         """Patches of "spec" and "wav" along frequency and time, of inputs of T frames; None: the longest."""
@@ -267,6 +268,8 @@ def _check(config: ModelConfig, streams: Streams) -> None:
     depth, first = SIZES[config.size].depth, _fusion_layer(config, streams)
     if config.wav_depth > depth:
         raise UserError(f"model.wav_depth = {config.wav_depth}, but model.size = {config.size} has {depth} blocks")
+    if config.wav_depth and config.block == "post":
+        raise UserError(f"model.wav_depth = {config.wav_depth} is of model.block=pre; leave one of both out")
     if streams.bottlenecks and 0 < config.wav_depth <= first < depth:
         raise UserError(
             f"model.wav_depth = {config.wav_depth}: the waveform leaves before block {first}, the first that fuses; "

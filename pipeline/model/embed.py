@@ -181,12 +181,12 @@ class TokenSequence(nn.Module):
 
         Args:
             patches: [B, N, D].
-            special: [2, D], cls and dist with their positions.
+            special: [2, D], cls and dist with their positions; or [1, D].
             masked: int64 [B, K], indices of the patches that the mask token replaces; None: none.
             kept: int64 [B, N'], indices of the patches that the sequence has, each with its own position; None: all.
 
         Returns:
-            [B, 2 + N, D], or N' for N.
+            [B, 2 + N, D], or N' for N, or 1 for 2.
         """
         if masked is not None and self.mask_token is not None:
             hidden = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter_(1, masked, True)
@@ -206,17 +206,17 @@ class TokenSequence(nn.Module):
 
 
 class SpecialTokens(nn.Module):
-    """The cls and dist tokens with their positions, shared by both representations."""
+    """The cls and dist tokens, or cls alone, with their positions, shared by both representations."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, count: int = 2) -> None:
         super().__init__()
-        self.tokens = nn.Parameter(torch.empty(2, width))
-        self.positions = nn.Parameter(torch.empty(2, width))
+        self.tokens = nn.Parameter(torch.empty(count, width))
+        self.positions = nn.Parameter(torch.empty(count, width))
         for parameter in self.parameters():
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self) -> torch.Tensor:
-        """[2, D]."""
+        """[count, D]."""
         return self.tokens + self.positions
 
 

@@ -102,6 +102,19 @@ class Block(nn.Module):
         return out
 
 
+class PostNormBlock(Block):
+    """Post-norm transformer block: x = norm1(x + attn(x)), then norm2(x + mlp(x)), as in EAT (Chen et al. 2024)."""
+
+    def forward(
+        self, x: torch.Tensor, paths: torch.Tensor | None = None, turned: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As of `Block`."""
+        first, second = (1.0, 1.0) if paths is None else paths[..., None, None].unbind(dim=1)
+        x = self.norm1(x + first * self.attn(x, turned))
+        out: torch.Tensor = self.norm2(x + second * self.mlp(x))
+        return out
+
+
 class Bottlenecks(nn.Module):
     """The F fusion tokens of SWaB: N(0, .02), no position (Nagrani et al. 2021)."""
 
@@ -127,6 +140,7 @@ class Encoder(nn.Module):
         fusion_layer: First block that fuses, 0-based; `depth` or more: none does.
         early: Blocks of streams that leave early.
         recompute: Recompute each block in backward instead of keeping its activations.
+        post: Post-norm blocks behind a first LayerNorm, in place of pre-norm ones before a last one.
     """
 
     def __init__(
@@ -139,14 +153,23 @@ class Encoder(nn.Module):
         fusion_layer: int,
         recompute: bool,
         early: int = 0,
+        post: bool = False,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        kind = PostNormBlock if post else Block
+        self.blocks = nn.ModuleList(kind(width, heads) for _ in range(depth))
+        # Two names: weights say which they are of.
+        self.first_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS) if post else None
+        self.norm = None if post else nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         fuses = bottlenecks > 0 and fusion_layer < depth
         self.bottlenecks = Bottlenecks(bottlenecks, width) if fuses else None
         self.fusion_layer, self.early, self.head_width = fusion_layer, early, width // heads
         self.recompute = recompute
+
+    @property
+    def last(self) -> nn.Module:
+        """The module whose outputs are the encoder's."""
+        return self.blocks[-1] if self.norm is None else self.norm
 
     def forward(
         self,
@@ -169,6 +192,8 @@ class Encoder(nn.Module):
         """
         staying, going = _groups(streams[: len(streams) - leaving]), _groups(streams[len(streams) - leaving :])
         stacks, counts = [torch.cat(group) for group in staying + going], [len(group) for group in staying + going]
+        if self.first_norm is not None:
+            stacks = [self.first_norm(x) for x in stacks]
         lengths, left = [x.shape[1] for x in stacks], stacks[:0]
         turned: list[torch.Tensor | None] = [None] * len(stacks)
         if times is not None:  # the groups are neighbours, as the streams are
@@ -194,7 +219,8 @@ class Encoder(nn.Module):
             ]
             if self.bottlenecks is not None and layer >= self.fusion_layer:
                 stacks = _share_bottlenecks(stacks, lengths[: len(stacks)], here)
-        encoded = [self.norm(x[:, :length]) for x, length in zip([*stacks, *left], lengths, strict=True)]
+        encoded = [x[:, :length] for x, length in zip([*stacks, *left], lengths, strict=True)]
+        encoded = encoded if self.norm is None else [self.norm(x) for x in encoded]
         return [stream for x, count in zip(encoded, counts, strict=True) for stream in _apart(x, count)]
 
 

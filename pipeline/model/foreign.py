@@ -1,7 +1,8 @@
 """Other people's weights under our names, and ours under theirs.
 
-In: tensors of an SSAST or AST checkpoint (YuanGongND), or of a Hugging Face `ASTModel` or
-`ASTForAudioClassification`. Out: the same tensors under the names of a task of `pipeline.tasks`.
+In: tensors of an SSAST or AST checkpoint (YuanGongND), of a Hugging Face `ASTModel` or `ASTForAudioClassification`, of
+Audio-MAE (facebookresearch), M2D (nttcslab), EAT (cwx-worst-one) or SSLAM (ta012). Out: the same tensors under the
+names of a task of `pipeline.tasks`.
 
 | ours | SSAST, AST | HF, on disk |
 |---|---|---|
@@ -16,6 +17,23 @@ In: tensors of an SSAST or AST checkpoint (YuanGongND), or of a Hugging Face `AS
 | model.spec_tokens.mask_token | mask_embed | |
 | heads.{discriminative,generative}.N | {cpredlayer,gpredlayer}.N | |
 | classifier.{norm,linear} | mlp_head.{0,1} | classifier.{layernorm,dense} |
+
+| ours | Audio-MAE, M2D (timm's ViT) | EAT, SSLAM (fairseq's data2vec 2.0), M = modality_encoders.IMAGE |
+|---|---|---|
+| model.special.tokens | cls_token | M.extra_tokens |
+| model.special.positions | pos_embed, the first | zeros |
+| model.spec_tokens.positions | pos_embed, the others | M.fixed_positional_encoder.positions |
+| model.spec_patch.proj | patch_embed.proj | M.local_encoder.proj |
+| model.encoder.blocks.N | blocks.N | blocks.N |
+| model.encoder.norm | norm | |
+| model.encoder.first_norm | | M.context_encoder.norm |
+
+Orientation. Our maps, kernels, positions and tokens have frequency before time, as those of SSAST, AST and M2D.
+Audio-MAE, EAT and SSLAM convolve [B, 1, T, M]: patches of one time stand side by side, so their kernels and grids are
+transposed. (Audio-MAE fills its table of sines for a grid of the other orientation; a token finds its own position by
+its number, which is what counts here.)
+
+What another network is, and not this one with other numbers, is refused: BEATs, AudioMosaic.
 """
 
 import json
@@ -31,9 +49,21 @@ from pipeline.model.embed import patch_grid
 
 Tensors = dict[str, torch.Tensor]
 HF_PREFIX = "audio_spectrogram_transformer."
-WRAPPERS = ("module.", "model.", "net.")
-KNOWN = ("model.special.", "model.encoder.blocks.", "v.cls_token", "embeddings.cls_token", HF_PREFIX)  # of each format
-MEL_BINS = 128  # of every published SSAST and AST model
+WRAPPERS = ("module.", "model.", "net.", "ar.runtime.backbone.")  # the last one: EVAR, which finetunes M2D
+EAT_PREFIX = "modality_encoders.IMAGE."
+KNOWN = ("model.special.", "model.encoder.blocks.", "v.cls_token", "embeddings.cls_token", HF_PREFIX, EAT_PREFIX,
+         "patch_embed.proj.", "post_extract_proj.", "patch_embedding.")  # of each format  # fmt: skip
+MEL_BINS, M2D_BINS = 128, 80  # of every published SSAST, AST, Audio-MAE, EAT and SSLAM model; of M2D's
+_BEATS = (
+    "of BEATs, whose attention has gated relative positions, whose blocks scale their residuals (DeepNorm) and whose "
+    "patches are convolved with their neighbours"
+)
+REFUSED = {
+    "encoder.layers.0.self_attn.relative_attention_bias.weight": _BEATS,
+    "encoder.layers.0.self_attn.grep_linear.weight": _BEATS,
+    "patch_embed.norm.weight": "of AudioMosaic, which has a LayerNorm of its patches and one before its first block",
+    "norm_pre.weight": "of AudioMosaic, which has a LayerNorm of its patches and one before its first block",
+}
 
 _SSAST = (
     (r"v\.(blocks\.\d+\..+|norm\.\w+)", r"model.encoder.\1"),
@@ -58,7 +88,9 @@ _HF_HEAD = (("classifier.layernorm", "classifier.norm"), ("classifier.dense", "c
 
 
 def translate(tensors: Tensors, file: Path, grid: tuple[int, int] | None) -> tuple[Tensors, str]:
-    """Tensors under our names, and whose they are: "CRAFT", "SSAST", "SSAST or AST" (finetuned) or "HF AST".
+    """Tensors under our names, and whose they are.
+
+    That is "CRAFT", "SSAST", "SSAST or AST" (finetuned), "HF AST", "Audio-MAE", "M2D" or "EAT or SSLAM".
 
     What has no place in any of our models keeps its name, so that a report can list it.
 
@@ -68,9 +100,16 @@ def translate(tensors: Tensors, file: Path, grid: tuple[int, int] | None) -> tup
         grid: Patches along frequency and time, where neither the tensors nor a config.json says them.
 
     Raises:
-        UserError: the patch grid of the positions cannot be told.
+        UserError: the patch grid of the positions cannot be told, or the weights are of a network that this is not.
     """
     tensors = _unwrapped(tensors)
+    for name, reason in REFUSED.items():
+        if name in tensors:
+            raise UserError(f"model.init: {file}: {reason}, which this encoder has not: it would be another model")
+    if f"{EAT_PREFIX}local_encoder.proj.weight" in tensors:
+        return _from_eat(tensors, file, grid), "EAT or SSLAM"
+    if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= tensors.keys():
+        return _from_vit(tensors, file, grid)
     if "v.cls_token" in tensors:
         return _from_ssast(tensors, file, grid), "SSAST" if "p_input_fdim" in tensors else "SSAST or AST"
     bare = {name.removeprefix(HF_PREFIX): value for name, value in tensors.items()}
@@ -145,10 +184,98 @@ def _from_ssast(bare: Tensors, file: Path, grid: tuple[int, int] | None) -> Tens
         pixels = (int(bare[name]) for name in ("p_input_fdim", "p_input_tdim"))
         high, wide = (size // side for size, side in zip(pixels, kernel.shape[-2:], strict=True))
         grid = grid or (high, wide)
-    out |= _positions(positions, _grid(positions, kernel, grid, file))
+    out |= _positions(positions, _grid(positions.shape[1] - 2, kernel, grid, file))
     if "mask_embed" in bare:
         out["model.spec_tokens.mask_token"] = bare["mask_embed"].flatten()
     return out
+
+
+def _from_vit(bare: Tensors, file: Path, grid: tuple[int, int] | None) -> tuple[Tensors, str]:
+    """Audio-MAE or M2D, which name everything alike and differ in orientation.
+
+    Told apart by M2D's `norm_stats`, or by the patches along frequency: M2D has 5 of 16 over its 80 mel bins, Audio-MAE
+    8, or 12 that overlap, over 128.
+    """
+    positions, kernel = bare["pos_embed"], bare["patch_embed.proj.weight"]
+    count, high = positions.shape[1] - 1, M2D_BINS // kernel.shape[-1]
+    fits = (grid[0] == high) if grid else count % high == 0
+    if "norm_stats" not in bare and not grid and fits and (count % 8 == 0 or count % 12 == 0):
+        raise UserError(
+            f"model.init: {file}: {count} positions may be Audio-MAE's (time first) or M2D's (frequency first); set "
+            "model.init_grid to its patches along frequency and time"
+        )
+    m2d = "norm_stats" in bare or fits
+    grid = grid or (_side_by_side(count, kernel, M2D_BINS) if m2d else None)
+    out = _blocks(bare, {"norm.": "model.encoder.norm."})
+    if "model.encoder.norm.weight" not in out:  # finetuned on the mean of all patches, whose norm is another one
+        width = kernel.shape[0]
+        out |= {"model.encoder.norm.weight": torch.ones(width), "model.encoder.norm.bias": torch.zeros(width)}
+    return out | _embedded(
+        kernel, bare["patch_embed.proj.bias"], bare["cls_token"], positions[0, :1], positions[0, 1:],
+        _grid(count, kernel, grid, file), transposed=not m2d,
+    ), "M2D" if m2d else "Audio-MAE"  # fmt: skip
+
+
+def _from_eat(bare: Tensors, file: Path, grid: tuple[int, int] | None) -> Tensors:
+    m = EAT_PREFIX
+    for name in (f"{m}context_encoder.norm.weight", f"{m}fixed_positional_encoder.positions", f"{m}extra_tokens"):
+        if name not in bare:
+            raise UserError(f"model.init: {file}: lacks {name}; only EAT's and SSLAM's own settings can be read")
+    if any(name.startswith(f"{m}context_encoder.blocks.") for name in bare):
+        raise UserError(f"model.init: {file}: has blocks in its context_encoder; EAT and SSLAM have none there")
+    kernel, positions = bare[f"{m}local_encoder.proj.weight"], bare[f"{m}fixed_positional_encoder.positions"]
+    tokens, count = bare[f"{m}extra_tokens"], positions.shape[1]
+    out = _blocks(bare, {f"{m}context_encoder.norm.": "model.encoder.first_norm."})
+    return out | _embedded(
+        kernel, bare[f"{m}local_encoder.proj.bias"], tokens, torch.zeros_like(tokens[0]), positions[0],
+        _grid(count, kernel, grid or _side_by_side(count, kernel, MEL_BINS), file), transposed=True,
+    )  # fmt: skip
+
+
+def _side_by_side(count: int, kernel: torch.Tensor, mel_bins: int) -> tuple[int, int]:
+    """The grid of M2D, EAT and SSLAM, whose patches never overlap."""
+    high = mel_bins // kernel.shape[-2]
+    return high, count // high
+
+
+def _blocks(bare: Tensors, norms: dict[str, str]) -> Tensors:
+    """Blocks and norms under our names; what is neither keeps its name, but for what `_embedded` takes."""
+    taken = ("cls_token", "pos_embed", "patch_embed.proj.", f"{EAT_PREFIX}extra_tokens",
+             f"{EAT_PREFIX}local_encoder.proj.", f"{EAT_PREFIX}fixed_positional_encoder.")  # fmt: skip
+    out: Tensors = {}
+    for name, value in bare.items():
+        theirs = next((prefix for prefix in norms if name.startswith(prefix)), None)
+        if theirs is not None:
+            out[norms[theirs] + name.removeprefix(theirs)] = value
+        elif name.startswith("blocks."):
+            out[f"model.encoder.{name}"] = value
+        elif not name.startswith(taken):
+            out[name] = value
+    return out
+
+
+def _embedded(
+    kernel: torch.Tensor, bias: torch.Tensor, tokens: torch.Tensor, special: torch.Tensor, positions: torch.Tensor,
+    grid: tuple[int, int], transposed: bool,
+) -> Tensors:  # fmt: skip
+    """What stands before the blocks.
+
+    Args:
+        kernel: Of the patch embedding, [D, 1, P, P].
+        bias: [D].
+        tokens: [1, k, D], of the class.
+        special: [k, D], their positions.
+        positions: [N, D], of the patches in their order.
+        grid: Patches along frequency and time.
+        transposed: Time is the first axis of kernel and grid.
+    """
+    high, wide = grid
+    table = torch.unflatten(positions, 0, (wide, high) if transposed else grid)
+    return {
+        "model.spec_patch.proj.weight": kernel.mT if transposed else kernel, "model.spec_patch.proj.bias": bias,
+        "model.special.tokens": tokens[0], "model.special.positions": special,
+        "model.spec_tokens.positions": table.transpose(0, 1) if transposed else table,
+    }  # fmt: skip
 
 
 def _from_hf(bare: Tensors, file: Path, grid: tuple[int, int] | None) -> Tensors:
@@ -171,7 +298,7 @@ def _from_hf(bare: Tensors, file: Path, grid: tuple[int, int] | None) -> Tensors
                 out[f"{ours}.{kind}"] = rest.pop(f"{theirs}.{kind}")
     _add_embeddings(out, cls, dist, positions)
     kernel = out["model.spec_patch.proj.weight"]
-    out |= _positions(positions, _grid(positions, kernel, grid or _hf_grid(file), file))
+    out |= _positions(positions, _grid(positions.shape[1] - 2, kernel, grid or _hf_grid(file), file))
     return out | rest
 
 
@@ -202,13 +329,11 @@ def _hf_grid(file: Path) -> tuple[int, int] | None:
     return high, wide
 
 
-def _grid(
-    positions: torch.Tensor, kernel: torch.Tensor, known: tuple[int, int] | None, file: Path
-) -> tuple[int, int]:
+def _grid(count: int, kernel: torch.Tensor, known: tuple[int, int] | None, file: Path) -> tuple[int, int]:
     """The patch grid (frequency, time) of a flat list of positions over 128 mel bins. It is never guessed.
 
     Args:
-        positions: [1, 2 + N, D].
+        count: N.
         kernel: Of the patch embedding, [D, 1, height, width].
         known: From `model.init_grid`, or from what lies in or beside the file.
         file: For the error.
@@ -217,7 +342,7 @@ def _grid(
         UserError: patches that are not square, another number of positions than the known grid's, or more than one
             grid that would do, such as 600 = 12 x 50 (stride 10) and 8 x 75 (stride 16).
     """
-    count, (patch, across) = positions.shape[1] - 2, kernel.shape[-2:]
+    patch, across = kernel.shape[-2:]
     if patch != across:
         raise UserError(
             f"model.init: {file}: patches of {patch} x {across}; only models of square patches can be read"

@@ -64,7 +64,7 @@ class Teacher:
 
     def match(self, student: Craft, device: torch.device) -> None:
         """Moves to the device and the precision of the student; after the first call nothing."""
-        if (self.model.dtype, self.model.encoder.norm.weight.device) == (student.dtype, device):
+        if (self.model.dtype, next(self.model.parameters()).device) == (student.dtype, device):
             return
         wide = torch.promote_types(student.dtype, torch.float32)
         self.model.to(device=device, dtype=student.dtype)

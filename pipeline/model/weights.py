@@ -102,6 +102,9 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
     if isinstance(content, dict):  # some save the model beside the optimiser
         kept = (content[key] for key in ("model", "state_dict", "module") if isinstance(content.get(key), dict))
         content = next(kept, content)
+    if isinstance(content, dict):  # fairseq keeps the averaged weights in there, under one name
+        for name in [name for name, value in content.items() if isinstance(value, dict)]:
+            content |= {f"{name}.{below}": value for below, value in content.pop(name).items()}
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{file}: holds no mapping of names to tensors; give the model's state_dict")
     return content
@@ -139,7 +142,7 @@ def load_weights(
 
     Args:
         module: `PretrainTask` or `FinetuneTask`.
-        file: Ours, SSAST's, AST's or Hugging Face's.
+        file: Ours, or one of those that `pipeline.model.foreign` knows.
         skip: Prefixes of names that are left as they are.
         grid: Patches of the source along frequency and time, of weights of others that do not say it.
 
@@ -158,6 +161,16 @@ def load_weights(
         raise UserError(
             f"model.init: {file}: its waveforms come through model.frontend = {trained.pop()}, not {wanted.pop()}; set "
             "the same, or other weights"
+        )
+    norms = {f"model.encoder.{name}.weight": block for name, block in (("norm", "pre"), ("first_norm", "post"))}
+    theirs, ours = ([block for name, block in norms.items() if name in names] for names in (source, own))
+    if theirs and ours and theirs != ours:
+        raise UserError(f"model.init: {file}: its blocks are those of model.block = {theirs[0]}; set it")
+    special = "model.special.tokens"
+    if special in source and special in own and len(source[special]) != len(own[special]):
+        raise UserError(
+            f"model.init: {file}: it has {len(source[special])} class tokens, the model {len(own[special])}; set "
+            f"model.class_tokens={len(source[special])}"
         )
     model = module.get_submodule("model")
     shorter = model.config.positions if isinstance(model, Craft) else "centre"
@@ -191,7 +204,7 @@ def load_weights(
     if not report.loaded:
         raise UserError(
             f"model.init: {file}: none of its {len(source)} tensors is this model's; give weights of this project, of "
-            "SSAST or AST, or of a Hugging Face ASTModel"
+            "SSAST, AST, Audio-MAE, M2D, EAT or SSLAM, or of a Hugging Face ASTModel"
         )
     return report
 

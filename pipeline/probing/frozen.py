@@ -1,7 +1,8 @@
 """Any weights as a frozen encoder: the tokens of each block, pooled.
 
-In: a run of pretrain.py or finetune.py, its checkpoint or export; weights of SSAST, AST or a Hugging Face `ASTModel`;
-`random:SIZE` or `random:RUN`, the same network untrained. Out: `Frozen`, whose forward gives pooled features.
+In: a run of pretrain.py or finetune.py, its checkpoint or export; weights of others (`pipeline.model.foreign`); either
+of the Hugging Face hub, hf://OWNER/NAME; `random:SIZE` or `random:RUN`, the same network untrained. Out: `Frozen`,
+whose forward gives pooled features.
 
 Nothing is masked and nothing is trained. Layer l is the output of block l, from 1; the last one is taken behind the
 encoder's LayerNorm, as heads see it. Positions are fitted to the length of the clips as in finetuning.
@@ -24,6 +25,7 @@ from pipeline.data.fbank import padded_frames
 from pipeline.data.spec import SAMPLE_RATE, DataSpec
 from pipeline.errors import UserError
 from pipeline.flow import Batch
+from pipeline.hub import local_model
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.model.craft import SIZES, Craft, Streams
 from pipeline.model.embed import patch_grid
@@ -89,7 +91,7 @@ class Frozen(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch, layers: Sequence[int]) -> dict[tuple[str, int], torch.Tensor]:
-        """Tokens [B, 2 + N, D] of each (stream, layer): cls, dist, then the patches, frequency-major.
+        """Tokens [B, 2 + N, D] of each (stream, layer): cls, dist (or cls alone), then the patches, frequency-major.
 
         Raises:
             ValueError: the batch lacks a representation.
@@ -99,17 +101,18 @@ class Frozen(nn.Module):
             raise ValueError("the batch lacks a representation that the encoder reads; see Loader")
         wav_map = model.waveform_map(batch.waveform, batch.length) if model.streams.wav else None  # type: ignore[arg-type]
         fbank = batch.fbank if model.streams.spec else None
-        modules = [model.encoder.norm if layer == self.depth else model.encoder.blocks[layer - 1] for layer in layers]
+        modules = [model.encoder.last if layer == self.depth else model.encoder.blocks[layer - 1] for layer in layers]
         taken = recorded(modules, len(batch), lambda: model(fbank, wav_map))
         for layer, apart in zip(layers, taken, strict=True):
             for stream, tokens in zip(self.streams, apart, strict=True):
                 rows, columns = self.grids[stream]
-                found[stream, layer] = tokens[:, : 2 + rows * columns].float()  # behind them stand bottlenecks
+                kept = model.config.class_tokens + rows * columns  # behind them stand bottlenecks
+                found[stream, layer] = tokens[:, :kept].float()
         return found
 
 
 def pooled(tokens: torch.Tensor, pool: Pool, grid: tuple[int, int], over_time: bool = True) -> torch.Tensor:
-    """Features of tokens [B, 2 + N, D].
+    """Features of tokens [B, 2 + N, D], or [B, 1 + N, D] where there is no dist.
 
     "mean": of all patches, [B, D]. "cls": of cls and dist, [B, D]. "time_frequency": the frequency patches of each time
     column one after the other, then the mean over time, [B, f D] (Dasheng, M2D): what the mean over frequency throws
@@ -121,11 +124,12 @@ def pooled(tokens: torch.Tensor, pool: Pool, grid: tuple[int, int], over_time: b
         grid: f and t.
         over_time: False: without the mean over time, [B, t, D] or [B, t, f D].
     """
-    patches = tokens[:, 2:]
+    special = tokens.shape[1] - grid[0] * grid[1]
+    patches = tokens[:, special:]
     if pool == "tokens":
         return patches
     if pool == "cls":
-        return tokens[:, :2].mean(dim=1)
+        return tokens[:, :special].mean(dim=1)
     if over_time:
         return row_means(patches, grid[0] if pool == "time_frequency" else 1)
     columns = torch.unflatten(patches, 1, grid).transpose(1, 2)  # [B, t, f, D]
@@ -164,7 +168,7 @@ def open_frozen(
         spec = _spec_for(made, data, word)
         return Frozen(_build(recipe.model, _streams(recipe), spec, seed), spec, None)
     try:
-        return _of_weights(Path(name), fallback, data, grid, seed, average)
+        return _of_weights(local_model(name), fallback, data, grid, seed, average)
     except UserError as error:  # the words of a recipe's settings, which have other names here
         raise UserError(str(error).replace("model.init: ", "").replace("model.init_grid", "--grid")) from error
 
@@ -201,7 +205,8 @@ def _ours(source: Path, file: Path) -> tuple[PretrainRecipe | FinetuneRecipe, Da
     for home in (source, file.parent, run_of(str(file.parent))):
         if (home / "config.yaml").is_file():
             run = run_of(str(home))
-            return read_run(home), DataSpec.load(home if (home / "data.json").is_file() else run), run
+            spec = DataSpec.load(home if (home / "data.json").is_file() else run)
+            return read_run(home), spec, None if (home / "config.json").is_file() else run  # an export belongs to none
     if file.suffix != ".safetensors" or not file.is_file():
         return None
     try:
@@ -237,12 +242,14 @@ def _spec_for(made: DataSpec, data: DataSpec | None, name: str) -> DataSpec:
 
 
 def _foreign(file: Path, grid: tuple[int, int] | None) -> ModelConfig:
-    """Size, patch and stride of SSAST's, AST's or Hugging Face's weights, by their shapes.
+    """Size, patch, stride, class tokens and kind of blocks of weights of others, by their names and shapes.
 
     Raises:
         UserError: of no size that we have.
     """
     tensors, origin = translate(read_weights(file), file, grid)
+    if origin == "M2D":
+        raise UserError(f"{file}: M2D reads other features than Kaldi's fbank; finetune it, where it learns these")
     if origin == "CRAFT":
         raise UserError(f"{file}: nothing says its settings; give the run directory, or an export of export.py")
     kernel, positions = tensors["model.spec_patch.proj.weight"], tensors["model.spec_tokens.positions"]
@@ -255,4 +262,8 @@ def _foreign(file: Path, grid: tuple[int, int] | None) -> ModelConfig:
     strides = [s for s in range(1, patch + 1) if patch_grid(MEL_BINS, MEL_BINS, patch, s)[0] == positions.shape[0]]
     if not strides:
         raise UserError(f"{file}: no stride cuts {MEL_BINS} mel bins into {positions.shape[0]} rows of {patch}")
-    return ModelConfig.model_validate({"size": sizes[0], "patch": patch, "stride": strides[-1]})
+    return ModelConfig.model_validate({
+        "size": sizes[0], "patch": patch, "stride": strides[-1],
+        "class_tokens": len(tensors["model.special.tokens"]),
+        "block": "post" if "model.encoder.first_norm.weight" in tensors else "pre",
+    })  # fmt: skip

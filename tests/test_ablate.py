@@ -265,9 +265,9 @@ def test_submitit_runs_a_job_and_reports_its_failure(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_sbatch_refuses_is_said_with_what_the_job_asked_for(slurm, tmp_path):
-    executor = SlurmExecutor(tmp_path, 1, 2, 1, {"time": "5"})  # the cluster has 4 CPUs
-    with pytest.raises(UserError, match="sbatch: error.*the job asks for GPUs and 8 CPUs a task unless"):
+def test_what_sbatch_refuses_is_said_with_the_option_that_changes_it(slurm, tmp_path):
+    executor = SlurmExecutor(tmp_path, 1, 2, 1, {"gres": "tpu:1"})
+    with pytest.raises(UserError, match="sbatch: error: .*gres.*; change the job with --slurm KEY=VALUE, such as"):
         executor.start(tmp_path, "pretrain.py", [])
 
 
@@ -292,6 +292,7 @@ def test_slurm_runs_a_table_and_a_killed_ablate_finds_its_job_again(slurm, shard
     assert notes, slurm.logs()
     job = json.loads(notes[0].read_text())["job_id"]
     assert slurm.field(job, "JobState") in ("PENDING", "RUNNING"), slurm.logs()
+    assert slurm.field(job, "TresPerNode").endswith("gpu:2")  # a rank's each
     try:
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     except subprocess.TimeoutExpired as late:

@@ -201,8 +201,8 @@ class SlurmExecutor:
             job = self._executor.submit(SlurmRank(run_dir, script, words))
         except submitit.core.utils.FailedJobError as error:
             raise UserError(
-                f"--executor slurm: {' '.join(str(error).split())}; the job asks for GPUs and {CPUS} CPUs a task unless "
-                "--slurm gpus-per-node=N (0: none) and --slurm cpus-per-task=N say otherwise"
+                f"--executor slurm: {' '.join(str(error).split())}; change the job with --slurm KEY=VALUE, such as "
+                "gpus-per-node=0 where there are no GPUs, or cpus-per-task=4"
             ) from error
         write_json(note, {"job_id": job.job_id, "tasks": list(range(job.num_tasks))})
         self._running[run_dir] = job

@@ -267,7 +267,7 @@ def test_submitit_runs_a_job_and_reports_its_failure(tmp_path):
 @pytest.mark.slow
 def test_what_sbatch_refuses_is_said_with_the_option_that_changes_it(slurm, tmp_path):
     executor = SlurmExecutor(tmp_path, 1, 2, 1, {"gres": "tpu:1"})
-    with pytest.raises(UserError, match="sbatch: error: .*gres.*; change the job with --slurm KEY=VALUE, such as"):
+    with pytest.raises(UserError, match=r"sbatch: error: .*gres.*; change the job with --slurm KEY=VALUE, such as"):
         executor.start(tmp_path, "pretrain.py", [])
 
 

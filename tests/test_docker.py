@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import kubernetes_validate
@@ -24,9 +25,11 @@ BIN = Path(sys.executable).parent
 USER = "10001"
 # A root file system whose changes are gone with the process: this machine's below, memory above.
 STAGE = """
-mount -t tmpfs tmpfs "$stage" && mkdir "$stage"/{upper,work,root}
+mount -t tmpfs tmpfs "$stage"
+mkdir "$stage"/{upper,work,root}
 mount -t overlay overlay -o "lowerdir=/,upperdir=$stage/upper,workdir=$stage/work" "$stage/root"
-mount --bind /dev "$stage/root/dev" && mount -t proc proc "$stage/root/proc"
+mount --bind /dev "$stage/root/dev"
+mount -t proc proc "$stage/root/proc"
 """
 # What a RUN line would download: apt only says what it would install, and pip installs no other package than ours.
 DOWNLOADS = """
@@ -56,9 +59,9 @@ def test_every_run_line_of_the_image_runs(tmp_path):
     chroot = 'chroot --userspec={0}:{0} "$root" env -i PATH={1} HOME=/tmp bash -o pipefail -c "{2}"'
     ignored = (ROOT / ".dockerignore").read_text().split()
     packages = Path(setuptools.__file__).parent
-    metadata = next(packages.parent.glob("setuptools-*.dist-info"))
+    about = next(packages.parent.glob("setuptools-*.dist-info"))
     env = {"stage": str(tmp_path), "root": str(tmp_path / "root"), "PATH": os.environ["PATH"],
-           "setuptools": str(packages), "metadata": str(metadata)}  # fmt: skip
+           "setuptools": f"{packages} {about}"}  # fmt: skip
     for number, (name, words) in enumerate(instructions()):
         if name == "USER":
             user = words.split(":")[0]
@@ -71,12 +74,12 @@ def test_every_run_line_of_the_image_runs(tmp_path):
             assert target in (".", "./")
             if files == ["."]:
                 files = [path.name for path in ROOT.iterdir() if path.name not in ignored]
-            steps.append(f'cp -R {" ".join(files)} "$root{place}" && chown -R {USER}:{USER} "$root{place}"')
+            steps += [f'cp -R {" ".join(files)} "$root{place}"', f'chown -R {USER}:{USER} "$root{place}"']
         elif name == "RUN":
             env[f"line{number}"] = f"{DOWNLOADS}\ncd {place} && {words}"
             steps.append(chroot.format(user, path, f"$line{number}"))
             if "--require-hashes" in words:  # which would bring setuptools
-                steps.append('cp -R "$setuptools" "$metadata" "$root"/opt/venv/lib/python3*/site-packages')
+                steps.append('cp -R $setuptools "$root"/opt/venv/lib/python3*/site-packages')
     steps.append(chroot.format(USER, path, "pip show craft-audio && touch /runs/x /opt/craft/x"))
     command = ["unshare", "--mount", "bash", "-euo", "pipefail", "-c", STAGE + "\n".join(steps)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
@@ -135,6 +138,8 @@ def test_compose_listens_on_localhost_alone_and_pins_images():
     ports = {name: service["ports"] for name, service in services.items() if "ports" in service}
     assert ports == {"mlflow": ["127.0.0.1:5000:5000"]}
     assert all(re.search(r":v?\d+\.\d+[^:]*$", service["image"]) for service in services.values())
+    images = re.findall(r"image: (\S+/)?craft:(\S+)", "".join(path.read_text() for path in DOCKER.rglob("*.yaml")))
+    assert {version for _, version in images} == {metadata.version("craft-audio")}
     assert content["networks"]["back"] == {"internal": True}
     for trainer in (services["trainer"], services["trainer-cpu"]):
         assert trainer["networks"] == ["front"]

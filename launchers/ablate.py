@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--executor", choices=("local", "slurm"), default="local", help="who runs them (default: local)")
     add("--nodes", type=int, default=1, metavar="N", help="slurm: nodes of each run (default: 1)")
     add("--slurm", action="append", default=[], metavar="KEY=VALUE",
-        help="slurm: an option of sbatch, such as partition=gpu, gpus-per-node=8 (default: none)")  # fmt: skip
+        help="slurm: an option of sbatch, such as partition=gpu (default: a GPU a rank, cpus-per-task=8)")  # fmt: skip
     add("--retries", type=int, default=1, metavar="N", help="times a failed run is tried again (default: 1)")
     add("--deepspeed_config", default="ds.json", metavar="JSON", help="as in pretrain.py (default: ds.json)")
     return make

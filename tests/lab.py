@@ -1,11 +1,12 @@
 """A lab's servers without containers: PostgreSQL, an S3 store, an MLflow server with passwords.
 
-The same parts as docker/compose.yaml: the system's PostgreSQL, moto's S3 server, `mlflow server` with basic
-authentication. Each is a process on a free port of localhost, ended with its context.
+The same parts as docker/compose.yaml: the system's PostgreSQL, moto's S3 server, and MLflow with that file's command,
+environment and users. Each is a process on a free port of localhost, ended with its context.
 """
 
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -19,8 +20,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3
+import yaml
 
 from tests.system_packages import program
 
@@ -28,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 PROGRAMS = ("initdb", "pg_ctl")
 ADMIN, PASSWORD = "admin", "a-long-password"
+SECRETS = {"POSTGRES_PASSWORD": "none-is-asked", "S3_SECRET_KEY": "craft-secret", "MLFLOW_PASSWORD": PASSWORD,
+           "MLFLOW_SECRET_KEY": "a-key-of-the-tests"}  # fmt: skip
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "craft", "AWS_SECRET_ACCESS_KEY": "craft-secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -158,29 +163,28 @@ def client(address: str):
                         aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"])  # fmt: skip
 
 
+def compose(**secrets: str) -> dict[str, Any]:
+    """docker/compose.yaml, its variables filled in; a KeyError names one that has no default and is not given."""
+    text = (ROOT / "docker" / "compose.yaml").read_text()
+    filled = re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: secrets.get(found[1], found[2]), text)
+    return yaml.safe_load(re.sub(r"\$\{(\w+):\?[^}]+\}", lambda found: secrets[found[1]], filled))
+
+
 @contextmanager
 def lab_servers(folder: Path) -> Iterator[Lab]:
     """All three."""
     with postgres() as database, s3(folder) as store:
         auth = folder / "auth.ini"
-        auth.write_text(
-            f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder}/auth.db\n"
-            f"admin_username = {ADMIN}\nadmin_password = {PASSWORD}\n"
-            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-            "auth_cache_ttl_seconds = 3600\n"  # else each request costs a password's hash, tens of milliseconds
-        )
+        auth.write_text((ROOT / "docker" / "mlflow_auth.ini").read_text().replace("/auth/", f"{folder}/"))
         port = free_port()
         uri = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-                   "--workers", "1", "--app-name", "basic-auth", "--backend-store-uri", database,
-                   "--artifacts-destination", "s3://mlflow"]  # fmt: skip
-        env = S3_KEYS | {
+        service = compose(**SECRETS)["services"]["mlflow"]
+        here = {"--host=0.0.0.0": "--host=127.0.0.1", "--port=5000": f"--port={port}"}
+        command = [sys.executable, "-m", *(here.get(word, word) for word in service["command"]), "--workers=1"]
+        env = service["environment"] | {
+            "MLFLOW_BACKEND_STORE_URI": database,
             "MLFLOW_S3_ENDPOINT_URL": store,
             "MLFLOW_AUTH_CONFIG_PATH": str(auth),
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": "a key of the tests",
-            # Else eight processes for MLflow's GenAI jobs load for 20 s of CPU just after the server is up, while it
-            # makes its clients wait.
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "PYTHONPATH": str(ROOT),
         }
         with process(command, folder / "mlflow.log", f"{uri}/health", env):

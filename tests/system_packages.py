@@ -22,6 +22,7 @@ VERSION = f"python3.{sys.version_info.minor}" if sys.base_prefix == "/usr" else 
 # What is needed -> Debian package. Everything: to make .venv, and DeepSpeed's compiled kernel in it.
 BUILD = {"c++": "g++", "Python.h": f"{VERSION}-dev", "venv": f"{VERSION}-venv"}
 TESTS = {
+    "apt-get": "apt",
     "git": "git",
     "docker-compose": "docker-compose",
     "initdb": "postgresql",

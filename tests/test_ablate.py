@@ -265,6 +265,13 @@ def test_submitit_runs_a_job_and_reports_its_failure(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_sbatch_refuses_is_said_with_the_option_that_changes_it(slurm, tmp_path):
+    executor = SlurmExecutor(tmp_path, 1, 2, 1, {"gres": "tpu:1"})
+    with pytest.raises(UserError, match=r"sbatch: error: .*gres.*; change the job with --slurm KEY=VALUE, such as"):
+        executor.start(tmp_path, "pretrain.py", [])
+
+
+@pytest.mark.slow
 def test_slurm_runs_a_table_and_a_killed_ablate_finds_its_job_again(slurm, shards, tmp_path):
     """A pretraining and the finetuning that starts from it, two tasks each, queued one after the other."""
     scale = yaml.safe_load((ROOT / "configs/ablation/scale/micro.yaml").read_text())
@@ -276,7 +283,7 @@ def test_slurm_runs_a_table_and_a_killed_ablate_finds_its_job_again(slurm, shard
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
     words = [sys.executable, "launchers/ablate.py", tmp_path / "table.yaml", "--scale", tmp_path / "scale.yaml",
              "--shards", f"synth={shards}", "--out", tmp_path / "out", "--executor", "slurm", "--ranks", "2",
-             "--slurm", "time=30", "--slurm", "gpus-per-node=2", "--retries", "0"]  # fmt: skip
+             "--slurm", "time=30", "--slurm", "cpus-per-task=2", "--retries", "0"]  # fmt: skip
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as first:
         deadline = time.monotonic() + 120
         while not (notes := list((tmp_path / "out").glob("*/slurm.json"))) and time.monotonic() < deadline:
@@ -285,6 +292,7 @@ def test_slurm_runs_a_table_and_a_killed_ablate_finds_its_job_again(slurm, shard
     assert notes, slurm.logs()
     job = json.loads(notes[0].read_text())["job_id"]
     assert slurm.field(job, "JobState") in ("PENDING", "RUNNING"), slurm.logs()
+    assert slurm.field(job, "TresPerNode").endswith("gpu:2")  # a rank's each
     try:
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     except subprocess.TimeoutExpired as late:

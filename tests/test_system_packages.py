@@ -102,17 +102,36 @@ def test_an_apt_that_fails_is_told(machine):
     assert "E: no space left\n\napt-get ended with 100" in done.stderr
 
 
+TESTS_OF_A_BARE_MACHINE = """
+import pytest
+
+def test_without_a_need(): pass
+
+@pytest.mark.needs("chromium")
+def test_with_needs(): raise AssertionError("was run")
+
+def test_that_skips_itself(): pytest.skip("no such device")
+"""
+
+
 def test_a_test_is_left_out_by_name_and_counted_in_the_last_line_and_ci_fails(tmp_path):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_docker.py"]
+    (tmp_path / "test_bare.py").write_text(TESTS_OF_A_BARE_MACHINE)
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", "-o",
+               "markers=needs: programs", "test_bare.py"]  # fmt: skip
     env = {name: value for name, value in os.environ.items() if name != "CI"}
     env |= {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    if "left out" not in done.stdout:
-        pytest.skip("docker's own plugin lies outside PATH")
-    assert done.returncode == 0
-    assert "LEFT OUT tests/test_docker.py::test_compose" in done.stdout
-    assert "needs docker-compose (Debian: docker-compose)" in done.stdout
-    assert "1 passed, 1 left out in" in done.stdout.splitlines()[-1]
-    done = subprocess.run(command, cwd=ROOT, env=env | {"CI": "true"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "needs docker-compose (Debian: docker-compose), and CI leaves no test out" in done.stdout
+
+    def run(**more: str) -> tuple[int, str]:
+        done = subprocess.run(command, cwd=tmp_path, env=env | more, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout
+
+    status, said = run()
+    assert status == 0
+    assert "LEFT OUT test_bare.py::test_with_needs: needs chromium (Debian: chromium)" in said
+    assert "LEFT OUT test_bare.py::test_that_skips_itself: no such device" in said
+    assert "1 passed, 2 left out" in said.splitlines()[-1]
+    status, said = run(CI="true")
+    assert status == 1
+    assert "needs chromium (Debian: chromium)" in said
+    assert "no such device, and CI leaves no test out" in said
+    assert "1 failed, 1 passed, 1 error in" in said.splitlines()[-1]

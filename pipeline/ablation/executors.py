@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.files import lock, write_json
 
 GRACE_SECONDS = 90.0  # a trainer that is told to stop saves first
+CPUS = "8"  # a rank's in Slurm: its own and those of its readers
 QUEUE_SECONDS = 10.0  # between two questions to Slurm's queue
 
 
@@ -143,7 +144,8 @@ class SlurmExecutor:
         jobs: Jobs in the queue at a time.
         ranks: Tasks of each job, over `nodes`.
         nodes: Of each job.
-        options: Further options of sbatch by name, such as partition, time, gpus-per-node.
+        options: Further options of sbatch by name, such as partition and time. Without an option for them a job asks
+            for as many GPUs per node as it has ranks there ("gpus-per-node": "0": for none), and for CPUS per task.
         cluster: submitit's name: "slurm", or "local" to try it without one.
 
     Attributes:
@@ -168,14 +170,25 @@ class SlurmExecutor:
             self._executor = submitit.AutoExecutor(folder=self._folder, cluster=cluster)
         except RuntimeError as error:
             raise UserError(f"--executor slurm: {error}; run it where sbatch is") from error
+        options = {name.replace("_", "-"): value for name, value in options.items()}
         self._executor.update_parameters(
-            name="craft", nodes=nodes, tasks_per_node=ranks // nodes, timeout_min=int(options.pop("timeout_min", 1440))
+            name="craft", nodes=nodes, tasks_per_node=ranks // nodes, timeout_min=int(options.pop("timeout-min", 1440))
         )
         if cluster == "slurm":
-            self._executor.update_parameters(slurm_additional_parameters=options)
+            if not options.keys() & {"gpus", "gpus-per-node", "gpus-per-task", "gres", "tres-per-task"}:
+                options["gpus-per-node"] = str(ranks // nodes)
+            cpus = options.setdefault("cpus-per-task", CPUS)
+            self._executor.update_parameters(
+                slurm_additional_parameters=options,
+                slurm_srun_args=[f"--cpus-per-task={cpus}"],  # since 22.05 srun does not take it from sbatch
+            )
 
     def start(self, run_dir: Path, script: str, words: list[str]) -> bool:
-        """Submits it, or finds the job that an earlier ablate.py submitted and that is still there."""
+        """Submits it, or finds the job that an earlier ablate.py submitted and that is still there.
+
+        Raises:
+            UserError: sbatch refuses the job.
+        """
         import submitit
 
         note = run_dir / "slurm.json"
@@ -184,7 +197,13 @@ class SlurmExecutor:
             self._running[run_dir] = job
             if not job.done(force_check=True) and self.poll(run_dir) is None:
                 return True
-        job = self._executor.submit(SlurmRank(run_dir, script, words))
+        try:
+            job = self._executor.submit(SlurmRank(run_dir, script, words))
+        except submitit.core.utils.FailedJobError as error:
+            raise UserError(
+                f"--executor slurm: {' '.join(str(error).split())}; change the job with --slurm KEY=VALUE, such as "
+                "gpus-per-node=0 where there are no GPUs, or cpus-per-task=4"
+            ) from error
         write_json(note, {"job_id": job.job_id, "tasks": list(range(job.num_tasks))})
         self._running[run_dir] = job
         return True

@@ -1,6 +1,8 @@
-"""`launchers/slurm.sbatch` in a real Slurm: two tasks, pre-empted, queued again, resumed."""
+"""The batch scripts in a real Slurm: two tasks, pre-empted, queued again, resumed; an array of slices and its merge."""
 
+import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -47,3 +49,41 @@ def test_a_job_that_is_preempted_saves_is_queued_again_and_ends_as_if_it_had_not
     assert (slurm.field(job, "JobState"), slurm.field(job, "ExitCode")) == ("COMPLETED", "0:0"), output.read_text()
     assert f"{STEPS} steps of 8 clips, from step {stopped}" in output.read_text()
     assert losses(run_dir) == losses(pretrained)  # the deepspeed launcher's
+
+
+BUILD = ["--dataset", "synth", "--seconds", "0.25", "--limit", "24", "--clips-per-shard", "4", "--out"]
+
+
+@pytest.mark.slow
+def test_an_array_of_slices_and_the_job_after_it_build_what_one_process_builds(slurm, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    alone, out, logs = tmp_path / "alone", tmp_path / "out", f"--output={tmp_path}/%A_%a.log"
+    subprocess.run([sys.executable, "shard_tools/build_shards.py", *BUILD, alone], cwd=ROOT, check=True)
+    job = ["sbatch", "--parsable", "--cpus-per-task=1", f"--chdir={ROOT}", logs]
+    slices = slurm.run(*job, "--array=1-3", "launchers/slurm_shards.sbatch", *BUILD, out)
+    merge = slurm.run(*job, f"--dependency=afterok:{slices}", "--kill-on-invalid-dep=yes",
+                      "launchers/slurm_shards.sbatch", *BUILD, out)  # fmt: skip
+    log = tmp_path / f"{slices}_1.log"
+    wait_for(lambda: slurm.field(merge, "JobState") not in ("PENDING", "RUNNING", "COMPLETING"), slurm, log, "its end")
+    assert slurm.field(merge, "JobState") == "COMPLETED", log.read_text()
+    assert "slice 1/3" in log.read_text()
+    names = sorted(path.name for path in alone.glob("*.*"))
+    assert len(names) > 6
+    assert names == sorted(path.name for path in out.glob("*.*"))
+    assert all((alone / name).read_bytes() == (out / name).read_bytes() for name in names)
+
+
+def test_part_of_an_array_must_say_of_how_many_slices_it_is(tmp_path):
+    place = os.environ | {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MAX": "3", "SLURM_ARRAY_TASK_COUNT": "1",
+                          "SLURM_CPUS_PER_TASK": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}  # fmt: skip
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+
+    def run(**env: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", "launchers/slurm_shards.sbatch", "--out", "x"]
+        return subprocess.run(command, cwd=ROOT, env=place | env, capture_output=True, text=True, check=False)
+
+    refused = run()
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "SLICES=N" in refused.stderr
+    assert run(SLICES="16").stdout == "shard_tools/build_shards.py --workers 1 --out x --slice 3/16\n"

@@ -53,6 +53,12 @@ class Loader(IterableDataset[Batch]):
     filled up with the beginning of the next one; of an evaluation, each clip once. `len(loader)` is its number of
     batches. `batches` goes on without end, from any step. Ranks and workers change no batch, so the state is a step.
 
+    >>> with craft.Loader(shards, batch_size=8) as loader:
+    ...     for batch in loader:
+    ...         assert batch.waveform.shape == (8, loader.spec.samples) and batch.fbank.shape[2] == loader.spec.mel_bins
+    >>> len(loader)
+    5
+
     Args:
         data: Settings, or just the directory or URL of the shards.
         part: "train": the training splits without the held-out fold. "eval": that fold, or the eval split; of several

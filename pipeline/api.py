@@ -169,7 +169,7 @@ def load(source: str | os.PathLike[str], device: torch.device | str | None = Non
     """Opens weights: a run or checkpoint of pretrain.py or finetune.py, an export, or weights of others.
 
     >>> craft.load(run).labels[:2]
-    ['sound 0', 'sound 1']
+    ['chord', 'falling sweep']
 
     Args:
         source: Directory or file; see `pipeline.probing.frozen`. `random:SIZE` is an untrained network.

@@ -19,7 +19,7 @@ from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.loader import Loader
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
-from pipeline.files import config_path
+from pipeline.files import config_path, user_path
 from pipeline.model.weights import weights_file
 from pipeline.probing.frozen import RANDOM, Frozen, Pool, open_frozen, settings_of
 from pipeline.recipes import load_recipe, read_yaml
@@ -145,13 +145,14 @@ class Model:
         size, rate = self.spec.samples, self.spec.sample_rate
         if isinstance(audio, (str, os.PathLike)):
             name = os.fspath(audio)
-            (heard,) = listen(hears, [(name, os.path.expanduser(name))], size / rate, self._decoder)
+            (heard,) = listen(hears, [(name, str(user_path(audio, "audio")))], size / rate, self._decoder)
             if not len(heard.starts):
                 raise UserError(f"{name}: {heard.error or 'holds no audio'}")
             if heard.error:
                 warnings.warn(f"{name}: {heard.error}", stacklevel=3)
             return heard
-        waveform = resample(audio, sample_rate or rate, rate)
+        samples = audio.detach().cpu().numpy() if isinstance(audio, torch.Tensor) else audio
+        waveform = resample(samples, rate if sample_rate is None else sample_rate, rate)
         cut = [window for part, _, _ in windows([waveform], size, size) for window in part]
         heards = [hears.hear([one for _, one in cut[i : i + BATCH]]) for i in range(0, len(cut), BATCH)]
         scores, embeddings = (np.concatenate(parts) for parts in zip(*heards, strict=True))
@@ -180,7 +181,7 @@ def load(source: str | os.PathLike[str], device: torch.device | str | None = Non
         UserError: nothing there, or damaged.
     """
     name = os.fspath(source)
-    name = name if name.startswith(RANDOM) else os.path.expanduser(name)
+    name = name if name.startswith(RANDOM) else str(user_path(source, "source"))
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not name.startswith(RANDOM) and (made := settings_of(Path(name), file := weights_file(name, average))):
         recipe, spec, run = made
@@ -249,8 +250,8 @@ def task(config: str | os.PathLike[str], loader: Loader, *settings: str) -> Pret
     name = os.fspath(config)
     files = [] if name in KINDS else [config_path(name, "config")]
     content = [read_yaml(file, "give a file of configs/, such as pretrain/craft_mae") for file in files]
-    tunes = name == "finetune" or any("finetune" in (*(part or {}), file.resolve().parent.name)
-                                      for part, file in zip(content, files, strict=True))  # fmt: skip
+    tunes = name == "finetune" or any(isinstance(part, dict) and "finetune" in part for part in content)
+    tunes = tunes or any(file.resolve().parent.name == "finetune" for file in files)
     recipe = load_recipe(KINDS["finetune" if tunes else "pretrain"], files, settings)
     made = task_of(recipe, loader)
     if recipe.model.init:

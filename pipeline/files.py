@@ -94,11 +94,11 @@ def config_path(text: str | os.PathLike[str], what: str, folder: str = "", endin
         UserError: as `user_path`.
     """
     path = user_path(text, what)
-    if path.exists() or path.is_absolute() or ".." in path.parts:
+    if os.path.exists(path) or path.is_absolute() or ".." in path.parts:
         return path
     name = Path(*path.parts[path.parts[:1] == ("configs",) :])
-    names = [place / (name if name.suffix else name.with_suffix(ending)) for place in (Path(), Path(folder))]
-    return next((found for found in map(shipped, map(str, names)) if found.is_file()), path)
+    places = [shipped(f"{place}/{name}{'' if name.suffix else ending}") for place in (".", folder or ".")]
+    return next((place for place in places if os.path.isfile(place)), path)
 
 
 def check_output_file(path: Path, what: str) -> Path:

@@ -16,7 +16,7 @@ FLOORS = [
     {"engine", "tracking"},
     {"command_line", "run_directory", "runs", "probing"},
     {"serving", "export"},
-    {"train", "adapters"},
+    {"train", "adapters", "api"},
     {"ablation", "cross_validation"},
     {"report"},
 ]

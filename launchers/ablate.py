@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from pipeline.ablation.grid import ROOT, Grid
 from pipeline.command_line import new_parser, path_of, read_deepspeed_config
 from pipeline.config import LogConfig
 from pipeline.errors import UserError, run_cli
-from pipeline.files import check_output_directory, lock, read_json, user_path, write_json
+from pipeline.files import check_output_directory, config_path, lock, read_json, user_path, write_json
 from pipeline.tracking import tracking_uri
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     make = new_parser(__doc__)
     add = make.add_argument
-    add("tables", nargs="+", type=path_of("TABLE.yaml"), metavar="TABLE.yaml",
+    add("tables", nargs="+", type=partial(config_path, what="TABLE.yaml", folder="ablation"), metavar="TABLE.yaml",
         help="files of configs/ablation/")  # fmt: skip
     add("--out", type=path_of("--out"), metavar="DIR",
         help="of the run directories (default: runs/ablation-SCALE)")  # fmt: skip

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, Generic
 
 from pipeline.errors import UserError
-from pipeline.files import user_path
+from pipeline.files import config_path, shipped, user_path
 from pipeline.recipes import RecipeT, describe, dump_recipe, load_recipe
-
-DEEPSPEED_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "deepspeed"
 
 
 def new_parser(description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -90,7 +88,8 @@ def parse(kind: type[RecipeT], description: str | None, argv: list[str] | None =
     meaning = "is always so; taken because DeepSpeed's own pages write it"
     parser.add_argument("--deepspeed", action="store_true", help=meaning)
     parser.add_argument(
-        "--config", action="append", default=[], metavar="YAML", help="overrides; may be repeated (default: none)"
+        "--config", action="append", default=[], metavar="YAML", help="overrides: a path, or a file of "
+        "configs/ such as pretrain/demo; may be repeated (default: none)",
     )
     if "finetune" in kind.model_fields:
         meaning = "put the final model into MLflow's registry, as log.register_as does (default: do not)"
@@ -123,14 +122,12 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     Raises:
         UserError: no such file, or not a JSON object.
     """
-    path = user_path(name, "--deepspeed_config")
-    if not path.exists() and path.name == name:
-        path = DEEPSPEED_CONFIGS / name
+    path = config_path(name, "--deepspeed_config", "deepspeed", ".json")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        shipped = ", ".join(sorted(file.name for file in DEEPSPEED_CONFIGS.glob("*.json")))
-        raise UserError(f"--deepspeed_config {name}: {error.strerror}; give a path, or one of {shipped}") from error
+        names = ", ".join(sorted(file.name for file in shipped("deepspeed").glob("*.json")))
+        raise UserError(f"--deepspeed_config {name}: {error.strerror}; give a path, or one of {names}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"--deepspeed_config {path}: not JSON: {error}") from error
     if not isinstance(content, dict):

@@ -22,6 +22,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from threading import Thread
 from typing import IO, Any
@@ -69,6 +70,35 @@ def user_path(text: str | os.PathLike[str], what: str) -> Path:
         return Path(words).expanduser()
     except RuntimeError as error:
         raise UserError(f"{what} {words}: {error}; write the directory out") from error
+
+
+def shipped(name: str = "") -> Path:
+    """Where a file or folder of configs/ lies: inside `pipeline` of an installed wheel, beside it in a checkout."""
+    inside = Path(str(resources.files("pipeline"))) / "configs"
+    return (inside if inside.is_dir() else inside.parents[1] / "configs") / name
+
+
+def config_path(text: str | os.PathLike[str], what: str, folder: str = "", ending: str = ".yaml") -> Path:
+    """A configuration as a user names it: a path, or else what configs/ has under that name.
+
+    `configs/pretrain/demo.yaml` and `pretrain/demo` are the same file wherever the project is installed, unless the
+    working directory has one of that name, which comes first.
+
+    Args:
+        text: The words.
+        what: The option, for the message.
+        folder: Of configs/, whose files go by their names alone.
+        ending: Of names that have none.
+
+    Raises:
+        UserError: as `user_path`.
+    """
+    path = user_path(text, what)
+    if os.path.exists(path) or path.is_absolute() or ".." in path.parts:
+        return path
+    name = Path(*path.parts[path.parts[:1] == ("configs",) :])
+    places = [shipped(f"{place}/{name}{'' if name.suffix else ending}") for place in (".", folder or ".")]
+    return next((place for place in places if os.path.isfile(place)), path)
 
 
 def check_output_file(path: Path, what: str) -> Path:

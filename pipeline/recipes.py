@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.config import Effect, FinetuneRecipe, PretrainRecipe, Recipe, Section
 from pipeline.errors import UserError
-from pipeline.files import user_path
+from pipeline.files import config_path
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 LARGEST_YAML = 100_000  # nodes of a document, aliases followed: a recipe has two hundred
@@ -28,7 +28,7 @@ def load_recipe(kind: type[RecipeT], files: Sequence[str | Path] = (), words: Se
 
     Args:
         kind: `PretrainRecipe` or `FinetuneRecipe`.
-        files: YAML files of nested overrides; `~` is the home directory.
+        files: YAML files of nested overrides, by their paths or their names in configs/ (`config_path`).
         words: `section.key=value`; the value is read as YAML, that of a text setting as it stands, also empty.
 
     Raises:
@@ -36,7 +36,7 @@ def load_recipe(kind: type[RecipeT], files: Sequence[str | Path] = (), words: Se
     """
     merged: dict[str, Any] = {}
     for file in files:
-        _merge(merged, _read_sections(user_path(file, "--config")))
+        _merge(merged, _read_sections(config_path(file, "--config")))
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
@@ -220,7 +220,7 @@ def read_yaml(file: Path, remedy: str) -> Any:
 
 
 def _read_sections(file: Path) -> dict[str, Any]:
-    content = read_yaml(file, "--config takes a YAML file such as those in configs/")
+    content = read_yaml(file, "--config takes a YAML file, or the name of one in configs/ such as pretrain/demo")
     if content is None:
         return {}
     if not isinstance(content, dict):

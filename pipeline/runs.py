@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy.special import expit, softmax
 
-from pipeline.config import Recipe
+from pipeline.config import FinetuneRecipe, Recipe
 from pipeline.data.loader import Loader
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
@@ -44,11 +44,26 @@ def load_finetuned(run_dir: Path, file: Path, device: torch.device) -> tuple[Fin
         UserError: `run_dir` is no finetuned run, or its files are damaged.
     """
     recipe, spec = finetuned_recipe(run_dir), DataSpec.load(run_dir)
+    return finetuned_task(recipe, spec, file, f"{run_dir}/config.yaml").to(device), spec
+
+
+def finetuned_task(recipe: FinetuneRecipe, spec: DataSpec, file: Path, where: str) -> FinetuneTask:
+    """The model of settings and weights, on the CPU in evaluation mode.
+
+    Args:
+        recipe: Settings.
+        spec: Of the data that it was trained on.
+        file: All of its weights.
+        where: What says the settings, for the message.
+
+    Raises:
+        UserError: the weights are those of other settings.
+    """
     task = FinetuneTask(recipe, spec.mel_bins, spec.frames, len(spec.labels), spec.single_label)
     report = load_weights(task, file)
     if report.fresh or report.dropped:
-        raise UserError(f"{file}: not the weights of {run_dir}/config.yaml: {report}")
-    return task.to(device).eval(), spec
+        raise UserError(f"{file}: not the weights of {where}: {report}")
+    return task.eval()
 
 
 @dataclass(frozen=True)

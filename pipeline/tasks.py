@@ -15,6 +15,7 @@ from torch import nn
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.augment import mask_fbank
 from pipeline.data.fbank import padded_frames
+from pipeline.data.loader import Loader
 from pipeline.errors import UserError
 from pipeline.flow import Batch, Encoded, Losses, full
 from pipeline.methods import FINETUNE, PRETRAIN
@@ -24,7 +25,7 @@ from pipeline.model.heads import Classifier, MaskedPatchHeads, PatchDecoder, Pro
 from pipeline.model.hidden import HiddenPatches
 from pipeline.model.masking import Split, gather_patches
 from pipeline.model.teacher import Teacher
-from pipeline.objectives.classification import classification_loss
+from pipeline.objectives.classification import classification_loss, positive_weights
 from pipeline.objectives.contrastive import nt_xent_loss, swacl_loss, token_loss
 from pipeline.objectives.latent import LatentTargets, latent_targets
 from pipeline.objectives.masked_patch import masked_patch_loss, normalise_patches
@@ -391,6 +392,22 @@ class FinetuneTask(nn.Module):
             hits = logits.detach().argmax(dim=1) == batch.targets.argmax(dim=1)
             named["accuracy"] = hits.float().mean()
         return Losses(loss, named, logits)
+
+
+def task_of(recipe: PretrainRecipe | FinetuneRecipe, loader: Loader) -> PretrainTask | FinetuneTask:
+    """The task of a recipe for a loader's clips, with random weights of torch's generator.
+
+    Raises:
+        UserError: settings that contradict each other or the clips.
+    """
+    spec = loader.spec
+    if isinstance(recipe, PretrainRecipe):
+        data = recipe.data.model_copy(update={"seconds": spec.seconds})  # where the loader is not the recipe's
+        return PretrainTask(recipe.model_copy(update={"data": data}), spec.mel_bins, spec.frames)
+    power, weights = recipe.finetune.pos_weight, None
+    if power:
+        weights = positive_weights(loader.class_counts()[1], loader.clips, power)
+    return FinetuneTask(recipe, spec.mel_bins, spec.frames, len(spec.labels), spec.single_label, weights)
 
 
 def _given(tensor: torch.Tensor | None) -> torch.Tensor:

@@ -6,7 +6,7 @@ and the model to be served; in MLflow a run that is finished, failed or killed.
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -36,13 +36,12 @@ from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.methods import FINETUNE, PRETRAIN, Reads
 from pipeline.model.weights import weights_file
-from pipeline.objectives.classification import positive_weights
 from pipeline.probing.curve import Curve
 from pipeline.recipes import RecipeT, flatten, read_run
 from pipeline.run_directory import check_run, open_run, write_record
 from pipeline.runs import eval_batch_size, initialise, score_run
 from pipeline.serving.package import check_publishable, publish
-from pipeline.tasks import FinetuneTask, PretrainTask
+from pipeline.tasks import FinetuneTask, task_of
 from pipeline.tracking import Tracker, figures, open_tracker, run_of
 from pipeline.tracking.spool import Feed
 
@@ -63,11 +62,8 @@ def pretrain(launch: Launch[PretrainRecipe], world: World) -> None:
     used = (method.masked_spec, method.masked_wav, method.contrast)
     metric = "eval_" + next(name for name, present in zip(names, used, strict=True) if present)
 
-    def build(spec: DataSpec, loader: Loader) -> PretrainTask:
-        return PretrainTask(recipe, spec.mel_bins, spec.frames)
-
     curve = _curve(recipe, method, world) if recipe.eval.probe else None
-    with _prepared(launch, world, "pretrain", name, method, build, metric) as (job, held_out):
+    with _prepared(launch, world, "pretrain", name, method, metric) as (job, held_out):
         count = recipe.log.pictures if (method.masked_spec or method.masked_wav) and not method.latent else 0
         pictures = figures.Reconstructions(job.run_dir, job.tracker, count, world.is_main)
 
@@ -103,13 +99,7 @@ def finetune(launch: Launch[FinetuneRecipe], world: World) -> None:
     single = load_corpus(recipe.data, labelled=True).single_label
     metric = f"eval_{metric_name(single)}"
 
-    def build(spec: DataSpec, loader: Loader) -> FinetuneTask:
-        power, weights = recipe.finetune.pos_weight, None
-        if power:
-            weights = positive_weights(loader.class_counts()[1], loader.clips, power)
-        return FinetuneTask(recipe, spec.mel_bins, spec.frames, len(spec.labels), spec.single_label, weights)
-
-    with _prepared(launch, world, "finetune", finetuning_name(recipe), method, build, metric) as (job, held_out):
+    with _prepared(launch, world, "finetune", finetuning_name(recipe), method, metric) as (job, held_out):
 
         def evaluate(forward: Forward, step: int) -> dict[str, float]:
             assert held_out is not None
@@ -129,8 +119,7 @@ def finetune(launch: Launch[FinetuneRecipe], world: World) -> None:
 
 @contextmanager
 def _prepared(
-    launch: Launch[Any], world: World, kind: str, name: str, method: Reads,
-    build: Callable[[DataSpec, Loader], PretrainTask | FinetuneTask], metric: str,
+    launch: Launch[Any], world: World, kind: str, name: str, method: Reads, metric: str
 ) -> Iterator[tuple[Job, Loader | None]]:  # fmt: skip
     """A job without an evaluation, and the loader of the held-out clips; closes loaders, logs and tracking at the end.
 
@@ -142,7 +131,6 @@ def _prepared(
         kind: "pretrain" or "finetune".
         name: Of the run.
         method: Which representations are read.
-        build: Makes the task of format and training clips, with random weights.
         metric: See `Job`.
     """
     recipe: PretrainRecipe | FinetuneRecipe = launch.recipe
@@ -158,7 +146,7 @@ def _prepared(
         for line in corpus.report:
             log.info("%s", line)
         log.info("%d training clips, %d classes, T = %d", loader.clips, len(spec.labels), spec.frames)
-        task = build(spec, loader)
+        task = task_of(recipe, loader)
         total = recipe.train.steps or math.ceil(recipe.train.epochs * loader.clips / batches.total)
         if total < step:
             raise UserError(

@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -219,13 +220,42 @@ def _download(args: argparse.Namespace) -> Path:
 
 def main() -> int:
     """Parses, builds, sums up."""
-    line = parser()
-    args = line.parse_args()
+    args, given = parsed(sys.argv[1:])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    given = {name for name, value in vars(args).items() if value != line.get_default(name)}
-    _check(args, given)
     begun = time.perf_counter()
     signal.signal(signal.SIGTERM, _interrupt)  # Slurm's time limit, kill: as Ctrl-C
+    try:
+        summary, splits = carry_out(args, given)
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; finished shards are kept: run the same command to go on\n")
+        return 130
+    if summary is None:
+        return 0
+    failed = _report(summary, args.out, time.perf_counter() - begun)
+    clips = {name: (split.clips, split.listed) for name, split in summary.manifest.splits.items()}
+    require_coverage(args.require_coverage, {name: clips[name] for name in splits})
+    return 1 if args.max_failures is not None and failed > args.max_failures else 0
+
+
+def parsed(words: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
+    """A command line, checked, and which of its options differ from their defaults.
+
+    Raises:
+        UserError: options that do not fit each other.
+    """
+    line = parser()
+    args = line.parse_args(words)
+    given = {name for name, value in vars(args).items() if value != line.get_default(name)}
+    _check(args, given)
+    return args, given
+
+
+def carry_out(args: argparse.Namespace, given: set[str]) -> tuple[Summary | None, list[str]]:
+    """Builds what `parsed` read; what was done (None: no whole build was asked for), and the names of its splits.
+
+    Raises:
+        UserError: the inputs are not as the options say, or something could not be written.
+    """
     try:
         if args.dataset == "auto":
             args.dataset = "audioset" if args.segments else "esc50" if args.download else look.find(_asked(args))
@@ -234,18 +264,9 @@ def main() -> int:
         # Before hours of decoding, not after.
         require_coverage(args.require_coverage, {name: (len(catalog.clips.rows(name)), catalog.listed(name))
                                                  for name in catalog.splits})  # fmt: skip
-        summary = _run(args, catalog)
+        return _run(args, catalog), list(catalog.splits)
     except OSError as error:
         raise UserError(f"--out {args.out}: {error}; free the disk or the path, then run the same command") from error
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; finished shards are kept: run the same command to go on\n")
-        return 130
-    if summary is None:
-        return 0
-    failed = _report(summary, args.out, time.perf_counter() - begun)
-    clips = {name: (split.clips, split.listed) for name, split in summary.manifest.splits.items()}
-    require_coverage(args.require_coverage, {name: clips[name] for name in catalog.splits})
-    return 1 if args.max_failures is not None and failed > args.max_failures else 0
 
 
 def require_coverage(share: float | None, clips: dict[str, tuple[int, int]]) -> None:

@@ -78,7 +78,7 @@ class DecoderProcess:
             UserError: the decoder process ends as it starts.
         """
         self._start()
-        waveform, reply = self._ask({"path": path, "start": start, "end": end, "trimmed": trimmed})
+        waveform, reply = self._ask({"path": _from_anywhere(path), "start": start, "end": end, "trimmed": trimmed})
         return Decoded(waveform, **reply)
 
     def pieces(self, path: str, problems: list[str]) -> Iterator[np.ndarray]:
@@ -92,7 +92,7 @@ class DecoderProcess:
             DecodeError, MachineError, UserError: as `decode`.
         """
         self._start()
-        piece, reply = self._ask({"recording": path})
+        piece, reply = self._ask({"recording": _from_anywhere(path)})
         while "problems" not in reply:
             yield piece
             piece, reply = self._ask({"recording": None})
@@ -193,6 +193,11 @@ class DecoderProcess:
             process.wait(GRACE)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             process.poll()
+
+
+def _from_anywhere(path: str) -> str:
+    """The decoder process stays in the directory that it was started in, which may no longer be ours."""
+    return os.path.join(os.getcwd(), path) if not os.path.isabs(path) else path
 
 
 def _scratch(name: str) -> IO[bytes]:

@@ -16,7 +16,9 @@ from pipeline.files import (
     check_output_directory,
     check_output_file,
     check_replaced_directory,
+    config_path,
     new_directory,
+    shipped,
     user_path,
     write_json,
     write_text,
@@ -137,3 +139,20 @@ def test_only_what_we_made_is_replaced(tmp_path):
     for place in (tmp_path / "a", Path("/proc/nowhere"), Path("/proc")):
         with pytest.raises(UserError, match="--out"):
             check(place, True)
+
+
+def test_a_configuration_goes_by_its_path_or_its_name_in_configs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo, table = shipped("pretrain/demo.yaml"), shipped("ablation/table3.yaml")
+    assert demo.read_text()
+    assert table.is_file()
+    for name in ("pretrain/demo", "pretrain/demo.yaml", "configs/pretrain/demo", "configs/pretrain/demo.yaml", demo):
+        assert config_path(name, "--config").samefile(demo)
+    for name in ("table3", "table3.yaml", "ablation/table3", "configs/ablation/table3.yaml"):
+        assert config_path(name, "TABLE.yaml", "ablation").samefile(table)
+    for name in ("demo", "gone/demo", "configs", "../configs/pretrain/demo", "x" * 5000):
+        assert config_path(name, "--config") == Path(name)
+    (tmp_path / "configs" / "pretrain").mkdir(parents=True)
+    (tmp_path / "configs" / "pretrain" / "demo.yaml").touch()
+    assert config_path("configs/pretrain/demo.yaml", "--config") == Path("configs/pretrain/demo.yaml")
+    assert config_path("pretrain/demo", "--config").samefile(demo)

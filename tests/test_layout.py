@@ -16,7 +16,7 @@ FLOORS = [
     {"engine", "tracking"},
     {"command_line", "run_directory", "runs", "probing"},
     {"serving", "export"},
-    {"train", "adapters", "hf_craft"},
+    {"train", "adapters", "hf_craft", "api"},
     {"ablation", "cross_validation"},
     {"report"},
 ]
@@ -117,8 +117,8 @@ def test_top_level_holds_what_it_should():
     command = ["git", "-c", "safe.directory=*", "ls-files"]  # whoever owns the checkout
     tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     top = {line.split("/")[0] for line in tracked.splitlines()}
-    allowed = {"README.md", "requirements.txt", "pipeline", "shard_tools", "launchers", "configs", "docker", "tests",
-               "pyproject.toml", "MANIFEST.in", "Makefile", "LICENSE"}  # fmt: skip
+    allowed = {"README.md", "requirements.txt", "requirements.lock", "pipeline", "shard_tools", "launchers", "configs",
+               "docker", "tests", "pyproject.toml", "MANIFEST.in", "Makefile", "LICENSE"}  # fmt: skip
     assert {name for name in top if not name.startswith(".")} <= allowed
 
 

@@ -27,7 +27,7 @@ from pipeline.serving.__main__ import check_register
 from pipeline.serving.listen import listen
 from pipeline.serving.package import PACKAGE, REQUIREMENTS, check_place, check_publishable, save_model
 from pipeline.serving.pyfunc_model import CraftModel
-from pipeline.serving.scorer import MAX_BYTES, load_scorer
+from pipeline.serving.scorer import MAX_BYTES, load_scorer, resample
 from pipeline.tracking.spool import Spool
 from tests import lab
 from tests.conftest import ROOT, free_port
@@ -110,7 +110,7 @@ def test_the_scorer_hears_a_clip_as_the_evaluation_did(chain, shards, tmp_path):
     path = next(p for p in (shards / "source" / "audio").glob("*.flac") if p.stem in keys[0])
     samples, rate = soundfile.read(path, dtype="float32")
     expected = 1 / (1 + np.exp(-logits[0]))
-    for waveform in (scorer.read(str(path)), scorer.read(path.read_bytes()), scorer.resample(samples, rate)):
+    for waveform in (scorer.read(str(path)), scorer.read(path.read_bytes()), resample(samples, rate, 16000)):
         assert scorer.probabilities([waveform])[0] == pytest.approx(expected, abs=2e-3)
     starts, scores = scorer.over_time(np.tile(samples, 4), 0.25)
     assert len(starts) == len(scores) == 7

@@ -20,12 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe, Recipe, UserPath
 from pipeline.errors import UserError
-from pipeline.files import user_path
+from pipeline.files import shipped, user_path
 from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.recipes import changes_result, flatten, former, load_recipe, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-SCALES = ROOT / "configs" / "ablation" / "scale"
 STRICT = ConfigDict(extra="forbid", frozen=True)  # an unknown key of a file is an error
 ModelT = TypeVar("ModelT", bound=BaseModel)
 RecipeT = TypeVar("RecipeT", PretrainRecipe, FinetuneRecipe)
@@ -150,7 +149,7 @@ class Grid:
 
     def __init__(self, files: Sequence[Path], scale: str, shards: dict[str, str], seeds: Sequence[int] = ()) -> None:
         named = scale and not scale.endswith(".yaml")
-        path = SCALES / f"{scale}.yaml" if named else user_path(scale, "--scale")
+        path = shipped(f"ablation/scale/{scale}.yaml") if named else user_path(scale, "--scale")
         self.scale = _read(Scale, path)
         for name in shards:
             if name not in self.scale.data:
@@ -207,7 +206,7 @@ class Grid:
         return self._once("pretrain", name, recipe, task.data)
 
     def _recipe(self, kind: type[RecipeT], task: Task, extra: dict[str, Any]) -> RecipeT:
-        files = [ROOT / file for file in task.config]
+        files = [shipped(file.removeprefix("configs/")) for file in task.config]
         words = [f"{key}={_text(value)}" for key, value in {**task.settings, **extra}.items()]
         values = flatten(load_recipe(kind, files, words))
         for key, table in self.scale.substitute.items():

@@ -90,6 +90,9 @@ def fbank(
 ) -> torch.Tensor:
     """Log-mel filterbank of a batch of waveforms.
 
+    >>> craft.fbank(torch.zeros(2, 16000)).shape
+    torch.Size([2, 98, 128])
+
     Args:
         waveform: [B, L] or [L], any float type; computed in float32 or better, also under autocast.
         sample_rate: Hz.

@@ -55,6 +55,11 @@ class Loader(IterableDataset[Batch]):
     filled up with the beginning of the next one; of an evaluation, each clip once. `len(loader)` is its number of
     batches. `batches` goes on without end, from any step. Ranks and workers change no batch, so the state is a step.
 
+    >>> with craft.Loader(shards, batch_size=8) as loader:
+    ...     shapes = [(batch.waveform.shape, batch.fbank.shape) for batch in loader]
+    >>> len(shapes), shapes[0]
+    (9, (torch.Size([8, 8000]), torch.Size([8, 64, 128])))
+
     Args:
         data: Settings, or just the directory or URL of the shards.
         part: "train": the training splits without the held-out fold. "eval": that fold, or the eval split; of several

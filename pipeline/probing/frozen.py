@@ -161,7 +161,7 @@ def open_frozen(
         if word in SIZES:
             config, streams = ModelConfig.model_validate({"size": word}), Streams(spec=True, wav=True)
             return Frozen(_build(config, streams, fallback, seed), fallback, None)
-        ours = _ours(Path(word), Path(word) / "weights")
+        ours = settings_of(Path(word), Path(word) / "weights")
         if ours is None:
             raise UserError(f"{name}: neither one of the sizes {', '.join(SIZES)} nor a run directory")
         recipe, made, _ = ours
@@ -177,7 +177,7 @@ def _of_weights(
     source: Path, fallback: DataSpec, data: DataSpec | None, grid: tuple[int, int] | None, seed: int, average: bool
 ) -> Frozen:
     file = weights_file(source, average)
-    if ours := _ours(source, file):
+    if ours := settings_of(source, file):
         recipe, made, origin = ours
         spec, config, streams = _spec_for(made, data, str(source)), recipe.model, _streams(recipe)
     else:
@@ -200,7 +200,7 @@ def _build(config: ModelConfig, streams: Streams, spec: DataSpec, seed: int) -> 
         return Craft(config, Streams(**asdict(streams) | fitted))
 
 
-def _ours(source: Path, file: Path) -> tuple[PretrainRecipe | FinetuneRecipe, DataSpec, Path | None] | None:
+def settings_of(source: Path, file: Path) -> tuple[PretrainRecipe | FinetuneRecipe, DataSpec, Path | None] | None:
     """Settings, data and directory of a run or its checkpoint; of an export without the directory; None: of no run."""
     for home in (source, file.parent, run_of(str(file.parent))):
         if (home / "config.yaml").is_file():

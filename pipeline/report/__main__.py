@@ -8,6 +8,7 @@ numbers.json; the same in MLflow, beside the runs. Cells that were not run are e
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.ablation.grid import Grid
 from pipeline.command_line import new_parser, path_of
 from pipeline.config import LogConfig
 from pipeline.errors import UserError, run_cli
-from pipeline.files import check_output_directory, read_json, write_json, write_text
+from pipeline.files import check_output_directory, config_path, read_json, write_json, write_text
 from pipeline.report import render
 from pipeline.report.collect import Collected
 from pipeline.tracking import tracking_uri
@@ -26,7 +27,7 @@ def main() -> int:
     """Parses, collects, writes."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("tables", nargs="+", type=path_of("TABLE.yaml"), metavar="TABLE.yaml",
+    add("tables", nargs="+", type=partial(config_path, what="TABLE.yaml", folder="ablation"), metavar="TABLE.yaml",
         help="files of configs/ablation/")  # fmt: skip
     add("--runs", type=path_of("--runs"), metavar="DIR",
         help="--out of ablate.py (default: the only runs/ablation-*, else -paper)")  # fmt: skip

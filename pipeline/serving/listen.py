@@ -16,7 +16,7 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -165,13 +165,21 @@ def _is_missing(path: str) -> bool:
     return False
 
 
-def listen(scorer: Hears, files: Iterable[tuple[str, str]], hop: float) -> Iterator[Heard]:
+def new_decoder(spec: DataSpec) -> DecoderProcess:
+    """A process that decodes recordings for `listen`, a piece at a time; it starts at the first one."""
+    return DecoderProcess(spec.sample_rate, PIECE_SECONDS, PIECE_LIMIT)
+
+
+def listen(
+    scorer: Hears, files: Iterable[tuple[str, str]], hop: float, decoder: DecoderProcess | None = None
+) -> Iterator[Heard]:
     """Hears recordings one after the other.
 
     Args:
         scorer: The model.
         files: (name for people, path) of each.
         hop: Seconds between windows.
+        decoder: Of `new_decoder`, which stays open; None: one of its own.
     """
     recordings: deque[_Recording] = deque()
     queue: deque[tuple[np.ndarray, _Recording]] = deque()
@@ -189,8 +197,8 @@ def listen(scorer: Hears, files: Iterable[tuple[str, str]], hop: float) -> Itera
             yield Heard(one.path, one.error, one.seconds, *arrays)
 
     rate = scorer.spec.sample_rate
-    with DecoderProcess(rate, PIECE_SECONDS, PIECE_LIMIT) as decoder, closing(_ahead(
-        (name, *piece) for name, path in files for piece in _decoded(decoder, path, scorer, hop)
+    with (nullcontext(decoder) if decoder else new_decoder(scorer.spec)) as process, closing(_ahead(
+        (name, *piece) for name, path in files for piece in _decoded(process, path, scorer, hop)
     )) as pieces:  # fmt: skip
         for name, windows, end, error in pieces:
             if not recordings or recordings[-1].whole:

@@ -17,7 +17,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipeline.errors import UserError
 from pipeline.serving.package import DEFAULT_TOP
-from pipeline.serving.scorer import BATCH, Scorer, load_scorer
+from pipeline.serving.scorer import BATCH, Scorer, load_scorer, resample
 from shard_tools.decode import MAX_RATE
 
 SOURCES = ("path", "audio", "samples")
@@ -86,7 +86,7 @@ def _resampled(scorer: Scorer, samples: Any, rate: Any) -> np.ndarray:
         heard = samples[: int(min(hertz, MAX_RATE) * (scorer.seconds + MARGIN))]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"samples: {error}; give a list of floats, and its rate in Hz") from error
-    return scorer.resample(heard, hertz)
+    return resample(heard, hertz, scorer.spec.sample_rate)
 
 
 def _filled(value: Any) -> bool:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soxr
@@ -78,25 +79,6 @@ class Scorer:
         except OSError as error:
             raise UserError(f"the given bytes: {error.strerror}; they are kept in {tempfile.gettempdir()}") from error
 
-    def resample(self, samples: np.ndarray, rate: float) -> np.ndarray:
-        """Samples [n] or [n, channels] in [-1, 1] at `rate` Hz -> float32 [m], mono at the model's rate.
-
-        Raises:
-            UserError: nothing in them, or not finite, or no rate of audio.
-        """
-        if not MIN_RATE <= rate <= MAX_RATE:
-            raise UserError(f"samples at {rate} Hz: give a rate from {MIN_RATE} to {MAX_RATE}")
-        try:
-            array = np.asarray(samples, dtype=np.float32)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"samples: {error}; give finite floats [n] or [n, channels]") from error
-        if array.ndim not in (1, 2) or not array.size or not np.isfinite(array).all():
-            raise UserError(f"samples of shape {array.shape}: give finite floats [n] or [n, channels]")
-        mono = down_mix(array) if array.ndim == 2 else array
-        if rate == self.spec.sample_rate:
-            return mono
-        return np.asarray(soxr.resample(mono, rate, self.spec.sample_rate, quality="HQ"), dtype=np.float32)
-
     def probabilities(self, waveforms: list[np.ndarray]) -> np.ndarray:
         """Of each waveform's first clip length: float32 [n, C]; softmax of single-label data, else sigmoids."""
         clips = [waveform[: self.spec.samples] for waveform in waveforms]
@@ -141,6 +123,24 @@ class Scorer:
         order = np.argsort(np.argsort(lengths, kind="stable"))
         scores_of, embeddings = (np.concatenate(parts)[order] for parts in zip(*found, strict=True))
         return scores_of, embeddings
+
+
+def resample(samples: Any, rate: float, to: int) -> np.ndarray:
+    """Samples [n] or [n, channels] in [-1, 1] at `rate` Hz -> float32 [m], mono at `to` Hz.
+
+    Raises:
+        UserError: nothing in them, or not finite, or no rate of audio.
+    """
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise UserError(f"samples at {rate} Hz: give a rate from {MIN_RATE} to {MAX_RATE}")
+    try:
+        array = np.asarray(samples, dtype=np.float32)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"samples: {error}; give finite floats [n] or [n, channels]") from error
+    if array.ndim not in (1, 2) or not array.size or not np.isfinite(array).all():
+        raise UserError(f"samples of shape {array.shape}: give finite floats [n] or [n, channels]")
+    mono = down_mix(array) if array.ndim == 2 else array
+    return mono if rate == to else np.asarray(soxr.resample(mono, rate, to, quality="HQ"), dtype=np.float32)
 
 
 def step_of(spec: DataSpec, hop: float) -> int:

@@ -1,0 +1,1 @@
+"""The commands: each a script for `deepspeed` and `python`, a module, and a subcommand of `craft`."""

@@ -36,7 +36,7 @@ HELD_OUT :=
 CHANCE := the mean share of a class, about 0.10
 endif
 
-.PHONY: help install demo test lint clean compiler programs
+.PHONY: help install demo test lint docs clean compiler programs
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -84,11 +84,15 @@ demo: install  ## Audio -> shards -> pretraining -> finetuning -> metric, in und
 	@echo "artifacts: $(FINETUNE) (config.yaml, metrics.jsonl, checkpoints/, results.json), $(PRETRAIN), $(SHARDS)"
 	@echo "compare the runs: $(BIN)/mlflow ui --backend-store-uri sqlite:///$(DEMO_DIR)/$(DATA)/mlflow.db"
 
-lint: $(TESTED)  ## ruff and mypy
+lint: $(TESTED)  ## ruff, codespell and mypy
 	ruff check .
+	codespell
 	mypy --strict pipeline shard_tools launchers
 
-test: programs  ## Everything a developer must pass: ruff, mypy --strict, pytest with real 2-rank launches
+docs: $(TESTED)  ## The documentation, into site/; links are strict
+	mkdocs build --strict
+
+test: programs  ## Everything a developer must pass: ruff, codespell, mypy --strict, pytest with real 2-rank launches
 	@$(MAKE) --no-print-directory lint
 	pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
 

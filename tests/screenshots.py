@@ -1,6 +1,6 @@
-"""The README's pictures: MLflow's page on a finished ablation, and the page to try one of its models.
+"""The documentation's pictures: MLflow's page on a finished ablation, and the page to try one of its models.
 
-    python -m tests.screenshots RUNS_DIR CLIP --out .github/images
+    python -m tests.screenshots RUNS_DIR CLIP --out docs/images
 
 In: the directory that `ablate.py configs/ablation/table3.yaml` filled, and an audio file. Out: small PNGs.
 """
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("clip", type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / ".github" / "images")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
     args = parser.parse_args()
     store = f"sqlite:///{args.runs.resolve()}/mlflow.db"
     mlflow_port, demo_port = free_port(), free_port()

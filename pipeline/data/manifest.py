@@ -269,7 +269,7 @@ def labelled_manifest(directory: Location) -> Manifest:
     if manifest.unlabelled:
         raise UserError(
             f"{directory}: its clips have no labels (manifest.json: unlabelled), which finetuning and evaluation need; "
-            "build them with labels (build_shards.py --table, --class-labels, ...: README.md, What you have), or "
+            "build them with labels (build_shards.py --table, --class-labels, ...: docs/data.md), or "
             "pretrain on these (launchers/pretrain.py)"
         )
     return manifest

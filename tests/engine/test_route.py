@@ -1,4 +1,4 @@
-"""The route of a training step is as short as the README says, traced while it runs."""
+"""The route of a training step is as short as docs/design.md says, traced while it runs."""
 
 import json
 from pathlib import Path

@@ -134,7 +134,7 @@ class Craft(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights; inputs are cast to it (bf16 and fp16 engines)."""
-        return self.encoder.blocks[0].norm1.weight.dtype
+        return self.special.tokens.dtype
 
     def waveform_map(self, waveform: torch.Tensor, length: torch.Tensor | None = None) -> torch.Tensor:
         """The front end's map of waveforms cut or zero-padded to T * 160 samples: [B, L] -> [B, channels, T].

@@ -217,8 +217,8 @@ class _FromSamples(nn.Module):
         self.inputs = ["waveform", "length"]
         self.outputs = ["probabilities"] * isinstance(task, FinetuneTask) + self.network.outputs
         spectrum, mel = fbank_filters(spec.sample_rate, spec.mel_bins)
-        self.register_buffer("spectrum", spectrum)
-        self.register_buffer("mel", mel)
+        self.spectrum = nn.Parameter(spectrum, requires_grad=False)
+        self.mel = nn.Parameter(mel, requires_grad=False)
 
     def forward(self, waveform: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Waveforms [B, n] in [-1, 1], of which int64 `length` [B] samples are audio -> the outputs, each [B, ...]."""
@@ -232,7 +232,8 @@ class _FromSamples(nn.Module):
         x = torch.round(x * (gain * 32768)).clamp(-32767, 32767) / 32768
         given = {"waveform": x, "length": length}
         if "fbank" in self.network.inputs:
-            parts = F.conv1d(x[:, None], self.spectrum, stride=spec.sample_rate // 100).unflatten(1, (2, -1))
+            parts = F.conv1d(x[:, None], self.spectrum, stride=spec.sample_rate // 100)
+            parts = torch.unflatten(parts, 1, (2, -1))
             power = parts.square().sum(dim=1).transpose(1, 2)
             features = torch.matmul(power, self.mel).clamp(min=EPSILON).log()
             given["fbank"] = (pad_frames(features, spec.frames) - spec.mean) / (2 * spec.std)

@@ -12,7 +12,7 @@ import yaml
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.spec import DataSpec
 from pipeline.files import read_json
-from pipeline.methods import FINETUNE, PRETRAIN
+from pipeline.methods import FINETUNE, PRETRAIN, FinetuneMethod, PretrainMethod
 from pipeline.recipes import changes_result, flatten
 from pipeline.tracking.spool import Feed
 
@@ -42,7 +42,9 @@ def model_card(
         UserError: one of these files is damaged.
     """
     tuned = isinstance(recipe, FinetuneRecipe)
-    method = FINETUNE[recipe.finetune.method] if tuned else PRETRAIN[recipe.pretrain.method]
+    method: FinetuneMethod | PretrainMethod = (
+        FINETUNE[recipe.finetune.method] if isinstance(recipe, FinetuneRecipe) else PRETRAIN[recipe.pretrain.method]
+    )
     seconds = spec.samples / spec.sample_rate
     results = read_json(run_dir / "results.json", DAMAGED) if tuned and (run_dir / "results.json").is_file() else None
     frozen = _frozen(run_dir)

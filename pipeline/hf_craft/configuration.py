@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 
-class CraftConfig(PretrainedConfig):  # type: ignore[misc, unused-ignore]
+class CraftConfig(PretrainedConfig):
     """What the network is made of, in the words of the run that it comes from.
 
     Args:

@@ -14,7 +14,7 @@ from pipeline.data.fbank import fbank, pad_frames
 from shard_tools.write import int16_levels
 
 
-class CraftFeatureExtractor(FeatureExtractionMixin):  # type: ignore[misc, unused-ignore]
+class CraftFeatureExtractor(FeatureExtractionMixin):
     """Removes the mean, rounds to 16 bits, pads with zeros, and computes the normalised fbank.
 
     Args:

@@ -18,7 +18,7 @@ from pipeline.model.craft import Craft, Streams
 from pipeline.model.heads import Classifier, stream_means
 
 
-class CraftPreTrainedModel(PreTrainedModel):  # type: ignore[misc, unused-ignore]
+class CraftPreTrainedModel(PreTrainedModel):
     """What both models share: the network under the name `model`."""
 
     config_class = CraftConfig
@@ -53,7 +53,7 @@ class CraftPreTrainedModel(PreTrainedModel):  # type: ignore[misc, unused-ignore
 class CraftModel(CraftPreTrainedModel):
     """The encoder alone."""
 
-    _keys_to_ignore_on_load_unexpected = (r"classifier\.",)
+    _keys_to_ignore_on_load_unexpected = [r"classifier\."]  # noqa: RUF012 - as transformers declares it
 
     def __init__(self, config: CraftConfig) -> None:
         super().__init__(config)
@@ -95,7 +95,7 @@ class CraftForAudioClassification(CraftPreTrainedModel):
         about = config.classifier
         if about is None:
             raise ValueError("these weights have no classifier; load them with AutoModel, or finetune them with CRAFT")
-        self.classifier = Classifier(self.model.width, config.num_labels, tuple(about["rows"]), about["mode"])
+        self.classifier = Classifier(self.model.width, int(config.num_labels or 0), tuple(about["rows"]), about["mode"])
         self.post_init()
 
     def forward(

@@ -138,7 +138,7 @@ class Craft(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights; inputs are cast to it (bf16 and fp16 engines)."""
-        return self.encoder.blocks[0].norm1.weight.dtype
+        return self.special.tokens.dtype
 
     def grids(self, frames: int | None = None) -> dict[str, tuple[int, int]]:
         """Patches of "spec" and "wav" along frequency and time, of inputs of T frames; None: the longest."""

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -103,8 +103,9 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         kept = (content[key] for key in ("model", "state_dict", "module") if isinstance(content.get(key), dict))
         content = next(kept, content)
     if isinstance(content, dict):  # fairseq keeps the averaged weights in there, under one name
-        for name in [name for name, value in content.items() if isinstance(value, dict)]:
-            content |= {f"{name}.{below}": value for below, value in content.pop(name).items()}
+        nested: dict[str, dict[str, Any]] = {name: part for name, part in content.items() if isinstance(part, dict)}
+        flat = {f"{name}.{below}": value for name, part in nested.items() for below, value in part.items()}
+        content = {name: value for name, value in content.items() if name not in nested} | flat
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{file}: holds no mapping of names to tensors; give the model's state_dict")
     return content

@@ -318,6 +318,17 @@ def test_confusion_counts_and_tables(tmp_path):
     assert not figures.curves(tmp_path / "none.jsonl", tmp_path / "curves.png")
 
 
+def test_curves_show_probes_of_each_representation(tmp_path):
+    rows = [{"step": step, "loss": 1.0, "lr": 1.0, "time": 0} for step in (1, 2)]
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows.append({"step": 2, "eval_probe_linear_spec": 0.4, "eval_probe_linear_wav": 0.3, "time": 0})
+    (tmp_path / "probed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("plain", "probed"):
+        assert figures.curves(tmp_path / f"{name}.jsonl", tmp_path / f"{name}.png")
+    plain, probed = (Image.open(tmp_path / f"{name}.png").width for name in ("plain", "probed"))
+    assert 2 * probed == 3 * plain  # a panel more
+
+
 class Gate:
     """A server's door that can be shut: connections are taken and held, as by a server that hangs."""
 

@@ -29,6 +29,8 @@ PANELS = (  # of the curves: title, names whose curves it shows
     ("reconstruction MSE", ("spec_mse", "eval_spec_mse", "wav_mse", "eval_wav_mse")),
     ("contrast", ("contrast", "eval_contrast")),
     ("held-out metric", ("eval_mAP", "eval_accuracy")),
+    *((f"frozen, {probe} probe", tuple(f"eval_probe_{probe}_{stream}" for stream in ("spec", "wav", "both")))
+      for probe in ("linear", "knn")),
     ("gradient norm", ("grad_norm",)),
     ("learning rate", ("lr",)),
     ("clips per second", ("clips_per_second",)),
@@ -154,7 +156,8 @@ def curves(metrics: Path, path: Path) -> bool:
         for name in panel[1]:
             steps, values = zip(*series[name], strict=True)
             style = {"marker": "o", "markersize": 3} if name.startswith("eval_") else {"linewidth": 1.2}
-            axis.plot(steps, values, label="held-out" if name.startswith("eval_") else "training", **style)
+            label = "held-out" if name.startswith("eval_") else "training"
+            axis.plot(steps, values, label=name.rsplit("_", 1)[1] if "_probe_" in name else label, **style)
         axis.set_title(panel[0], fontsize=9)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.25)

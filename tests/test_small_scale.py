@@ -1,0 +1,70 @@
+"""The benchmark of small scale from end to end, on a set of sounds like ESC-50 of forty clips of half a second."""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+
+from pipeline.files import read_json
+from tests.benchmarks import small_scale
+
+CLASSES, FOLDS, CLIPS = 4, 5, 2  # clips of a class and fold
+
+
+@pytest.fixture
+def esc50(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "esc50"
+    (folder / "audio").mkdir(parents=True)
+    (folder / "meta").mkdir()
+    time = np.arange(8000) / 16000
+    rows: list[list[object]] = [["filename", "fold", "target", "category"]]
+    for fold in range(1, FOLDS + 1):
+        for target in range(CLASSES):
+            for take in range(CLIPS):
+                name = f"{fold}-{target}{take}-{target}.wav"
+                tone = np.sin(2 * np.pi * 300 * (target + 1) * time) + 0.3 * rng.standard_normal(len(time))
+                soundfile.write(folder / "audio" / name, 0.3 * tone, 16000)
+                rows.append([name, fold, target, f"tone_{target}"])
+    with (folder / "meta" / "esc50.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+@pytest.mark.slow
+def test_runs_once_and_reports_what_is_there(esc50, tmp_path, monkeypatch, capsys):
+    table = yaml.safe_load((Path(small_scale.HERE) / "small_scale.yaml").read_text())
+    table |= {"seconds": 0.5, "rows": {"PSWaCL": table["rows"]["PSWaCL"]}, "finetuned": ["ast"], "epochs": {2: 1}}
+    table["pretrain"]["train.batch_size"] = table["finetune"]["train.batch_size"] = 8
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(table))
+    out = tmp_path / "out"
+    words = ["small_scale", "--esc50", str(esc50), "--out", str(out), "--table", str(tmp_path / "toy.yaml"),
+             "--steps", "2", "--from-step", "2", "--seeds", "0"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", words)
+    assert small_scale.main() == 0
+    clips = CLASSES * FOLDS * CLIPS
+    for probe in ("log-mel/probe.json", "untrained-0/probe.json", "pretrain/pswacl/probe-00000002.json"):
+        assert {len(hits) for hits in read_json(out / probe, "").values()} == {clips}
+    assert np.mean(read_json(out / "log-mel" / "probe.json", "")["mean, deviation: linear"]) == 1.0  # pure tones
+    few = {name: read_json(out / "few" / f"{name}-ast-2-0" / "results.json", "") for name in ("random", "pswacl-2")}
+    assert {content["clips"] for content in few.values()} == {CLASSES * CLIPS}  # the held-out fold
+    (sitting,) = read_json(out / "pretrain" / "pswacl" / "cpu.json", "")
+    assert (sitting["first"], sitting["last"]) == (0, 2)
+    assert sitting["seconds"] > 0
+    text = (out / "tables.md").read_text()
+    assert (out / "curve.png").stat().st_size > 10_000
+    for line in ("| log-mel | mean, deviation: linear | 100.0 |", "| PSWaCL | waveform |", "| AST | PSWaCL, 2 steps |"):
+        assert line in text
+
+    def nothing(*_: object) -> None:
+        pytest.fail("a finished run was begun again")
+
+    monkeypatch.setattr(small_scale.Evidence, "_launch", nothing)
+    monkeypatch.setattr(small_scale.Evidence, "_probe", nothing)
+    assert small_scale.main() == 0
+    assert (out / "tables.md").read_text() == text
+    assert "another small_scale.py" not in capsys.readouterr().out

@@ -130,7 +130,8 @@ def check_call(call: list[str], called, monkeypatch) -> None:
         assert {word for word in words if "=" not in word} <= set(goals), words
     elif program in ("docker", "kubectl"):
         files = [words[i + 1] for i, word in enumerate(words) if word == "-f"]
-        assert files and all((ROOT / file).is_file() for file in files), words
+        assert files, words
+        assert all((ROOT / file).is_file() for file in files), words
         if "deepspeed" in words:
             check_call(words[words.index("deepspeed") :], called, monkeypatch)
     elif program == "pip":

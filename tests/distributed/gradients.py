@@ -43,7 +43,8 @@ METHODS = {
     "craft_mosaic": f"pretrain.method=craft_mosaic {MOSAIC}",
     "audio_mosaic": f"pretrain.method=audio_mosaic {MOSAIC}",
     "pswacl+": f"pretrain.method=pswacl pretrain.r_cl=1.0 {EVERY_OPTION}",
-    "pswacl-strided": "pretrain.method=pswacl pretrain.r_cl=1.0 model.frontend=strided model.wav_depth=1",
+    "pswacl-strided": "pretrain.method=pswacl pretrain.r_cl=1.0 model.frontend=strided model.wav_depth=1 "
+    "model.positions=rotary",
     "swapt-sinc": "pretrain.method=swapt model.frontend=sinc model.drop_path=0.5",
     **{name: f"finetune.method={name}" for name in ("ast", "wast", "swast")},
     "swab": "finetune.method=swab finetune.fusion_layer=1 finetune.bottlenecks=4",

@@ -65,7 +65,7 @@ class BadClips:
 
     Attributes:
         problems: Key -> shard and problem, of every bad clip met so far, stand-ins included.
-        replaced: Epoch -> samples that this rank replaced in it.
+        replaced: Step -> samples that this rank replaced in it, if any; of an evaluation, all at step 0.
     """
 
     def __init__(self, data: DataConfig, name: Callable[[int], tuple[str, str]], clips: int) -> None:
@@ -133,15 +133,6 @@ class BadClips:
         if shard not in self._reported:
             self._reported.add(shard)
             log.warning("%s: clip %s: %s; replaced (later ones of this shard are only counted)", shard, key, problem)
-
-    def count(self, epoch: int, samples: int) -> None:
-        """Adds replaced samples of an epoch.
-
-        Raises:
-            UserError: this rank alone had more than the limit; see `check` for all ranks.
-        """
-        self.replaced[epoch] += samples
-        self.check(self.replaced[epoch], local=True)
 
     def check(self, total: int, local: bool = False) -> None:
         """Compares an epoch's replaced samples, of all ranks, with the limit.

@@ -211,8 +211,9 @@ class Loader(IterableDataset[Batch]):
         return self.bad_clips.problems
 
     def replaced(self, step: int) -> int:
-        """Samples that this rank replaced so far in the epoch of batch `step`; they add up over ranks."""
-        return self.bad_clips.replaced[self._epoch(step)]
+        """Samples that this rank replaced in the epoch of batch `step` up to that batch; they add up over ranks."""
+        epoch, found = self._epoch(step), self.bad_clips.replaced
+        return sum(count for other, count in found.items() if other <= step and self._epoch(other) == epoch)
 
     def keys(self, rows: Sequence[int]) -> list[str]:
         """Sample keys of index rows."""
@@ -430,7 +431,9 @@ class Loader(IterableDataset[Batch]):
         """Counts bad clips; in an evaluation, what stands in for one is not valid unless batches must be full."""
         replaced, valid = arrays["row"] != arrays["planned"], arrays["valid"]
         if self._train:
-            self.bad_clips.count(self._epoch(step), int(replaced.sum()))
+            if replaced.any():
+                self.bad_clips.replaced[step] = int(replaced.sum())
+                self.bad_clips.check(self.replaced(step), local=True)
             return
         self.bad_clips.replaced[0] += int((valid & replaced).sum())
         if not full:

@@ -54,7 +54,9 @@ def train(job: Job, world: World) -> None:
             if progress.evaluate:  # it was interrupted
                 run.evaluate()
             world.faults.at(progress.step, "data")
-            for batch in telemetry.timed(job.loader.batches(progress.step, total)):
+            batches = telemetry.timed(job.loader.batches(progress.step, total))
+            batch = next(batches, None)
+            while batch is not None:
                 step = progress.step
                 world.faults.at(step, "step")
                 epoch = step / (job.loader.clips / job.batches.total)
@@ -63,6 +65,10 @@ def train(job: Job, world: World) -> None:
                     group["lr"] = rate * group.get("scale", 1.0)
                 with telemetry.profiled(step + 1, engine):
                     named = accumulate(engine, job.task, batch, job.batches)
+                    # While the device works on that, and before the update waits for it.
+                    world.faults.at(step, "data")
+                    coming = next(batches, None)
+                    world.faults.at(step, "step")
                     grad_norm = update(engine, job, batch, progress, named["loss"])
                 progress.step, progress.metric = step + 1, None
                 if progress.step % job.recipe.log.every == 0 or progress.step == total:
@@ -74,7 +80,7 @@ def train(job: Job, world: World) -> None:
                     run.save()
                 if progress.step < total:
                     run.agree()
-                world.faults.at(progress.step, "data")
+                batch = coming
         except _Interrupted as interrupted:
             run.save()
             run.checkpoints.finish()
@@ -119,7 +125,7 @@ class _Run:
         self.signum = 0  # agreed on
         self._agreement = Agreement()
 
-    def log(self, named: dict[str, torch.Tensor], rate: float, grad_norm: float) -> None:
+    def log(self, named: dict[str, torch.Tensor], rate: float, grad_norm: torch.Tensor | float) -> None:
         """Logs the step that was taken, with what all ranks replaced; remembers the training twin of the metric.
 
         Raises:
@@ -131,7 +137,7 @@ class _Run:
         twin = values.get(job.metric.removeprefix("eval_"))  # of the held-out metric, for runs with nothing held out
         if twin is not None and math.isfinite(twin):
             progress.train_metric = (progress.train_metric[0] + twin, progress.train_metric[1] + 1)
-        values |= {"lr": rate, "grad_norm": grad_norm, "skipped_steps": progress.skipped}
+        values |= {"lr": rate, "grad_norm": float(grad_norm), "skipped_steps": progress.skipped}
         self.telemetry.write_step(progress.step, job.total_steps, values)
         job.loader.bad_clips.check(round(values["bad_clips"]))
 

@@ -145,8 +145,11 @@ def _cache_contrast(
     ]
 
 
-def update(engine: Any, job: Job, batch: Batch, progress: Progress, loss: torch.Tensor) -> float:
+def update(engine: Any, job: Job, batch: Batch, progress: Progress, loss: torch.Tensor) -> torch.Tensor | float:
     """The optimiser step; returns the gradient norm. A gradient that is not finite changes nothing.
+
+    The norm stays on the device. The host waits for it where DeepSpeed asks whether the gradient is finite, at most
+    twice a step, and nowhere else.
 
     Under fp16 a gradient that overflows while the loss is finite lowers the loss scale: a skipped step, no bad one,
     until the scale cannot fall any further.
@@ -155,17 +158,19 @@ def update(engine: Any, job: Job, batch: Batch, progress: Progress, loss: torch.
         UserError: too many bad steps in a row; on all ranks.
     """
     skipped, scale = engine.skipped_steps, loss_scale(engine)
-    norm, finite = None, True
+    norm: torch.Tensor | float | None = None
+    finite = True
     if not (engine.zero_optimization_stage() or engine.bfloat16_enabled() or engine.fp16_enabled()):
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
-        finite = math.isfinite(norm)  # stage 0 in fp32 has no overflow check: the update would poison the weights
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        finite = bool(norm.isfinite())  # stage 0 in fp32 has no overflow check: the update would poison the weights
     if finite:
         engine.step()
     else:
         engine.zero_grad()
         engine.micro_steps += 1
     if norm is None:
-        norm = float(engine.get_global_grad_norm() or 0.0)
+        found = engine.get_global_grad_norm()
+        norm = 0.0 if found is None else found
     if finite and engine.skipped_steps == skipped:
         progress.bad_steps = 0
         if isinstance(job.task, PretrainTask):

@@ -26,8 +26,6 @@ import logging
 import os
 import resource
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -65,6 +63,11 @@ from pipeline.probing.features import BATCH, Features, compute, mapped
 from pipeline.probing.frozen import Frozen, open_frozen
 from pipeline.probing.protocol import by_folds, judge_once
 from pipeline.recipes import load_recipe, read_yaml
+from shard_tools import catalogs
+from shard_tools.build import build
+from shard_tools.catalogs import Catalog
+from shard_tools.plan import BuildOptions
+from shard_tools.write import AudioOptions
 from tests.benchmarks.small_scale_report import DAMAGED, HELD_OUT, Right, write_report
 
 HERE = Path(__file__).parent
@@ -112,19 +115,17 @@ class Evidence:
         self.failed: list[Path] = []
         self._esc50 = esc50
         self._executor = LocalExecutor(1, 1, 0)
-        self.shards = self._build("shards", "--dataset", "esc50", "--audio-root", esc50)
+        self.shards = self._build("shards", lambda: catalogs.esc50(esc50, "train"))
         index = load_index(str(self.shards), columns=["fold", "labels", "source"])
         self.folds = index["fold"].to_numpy()
         self._clips = list(zip(*(index[name].to_pylist() for name in ("source", "labels", "fold")), strict=True))
 
-    def _build(self, name: str, *options: str | Path) -> Path:
-        """Shards OUT/NAME, where they are not there yet."""
+    def _build(self, name: str, catalog: Callable[[], Catalog]) -> Path:
+        """Shards OUT/NAME of a catalog, where they are not there yet."""
         folder = self.out / name
         if not (folder / "manifest.json").exists():
             say(f"building {folder}")
-            command = [sys.executable, ROOT / "shard_tools" / "build_shards.py", *options, "--out", folder,
-                       "--seconds", f"{self.table.seconds:g}", "--workers", "1"]  # fmt: skip
-            subprocess.run(command, check=True)
+            build(catalog(), folder, BuildOptions(AudioOptions(seconds=self.table.seconds), 512), 1, engine="inline")
         return folder
 
     # Pretraining and frozen scores
@@ -310,7 +311,7 @@ class Evidence:
                     rows += [[sources[i], f"class {label}", split] for i in order]
         table = self.out / f"few-labels-{'-'.join(map(str, self.seeds))}.csv"
         write_csv(table, rows)
-        return self._build(table.stem, "--dataset", "csv", "--table", table, "--audio-root", self._esc50)
+        return self._build(table.stem, lambda: catalogs.table(self._esc50, table, None, None))
 
     def _split(self, count: int, seed: int) -> str:
         """Of so many labelled clips a class; where those are all, the seeds share it."""

@@ -49,8 +49,7 @@ def _judged(evidence: "Evidence") -> dict[tuple[str, int], Right]:
 
 def _untrained(evidence: "Evidence") -> dict[str, np.ndarray]:
     """Representation -> hits of untrained encoders [seeds, clips]."""
-    files = [evidence.out / f"untrained-{seed}" / "probe.json" for seed in evidence.seeds]
-    each = [read_json(file, DAMAGED) for file in files if file.exists()]
+    each = [read_json(file, DAMAGED) for file in sorted(evidence.out.glob("untrained-*/probe.json"))]
     return {stream: np.array([one[stream] for one in each]) for stream in STREAMS} if each else {}
 
 

@@ -274,7 +274,7 @@ class Evidence:
 
     def few(self, from_step: int) -> None:
         """Finetunings: few labels first, and one seed after the other."""
-        shards = self._few_shards()
+        shards = {seed: self._few_shards(seed) for seed in self.seeds}
         for count, epochs in self.table.epochs.items():
             for seed in self.seeds:
                 for method in self.table.finetuned:
@@ -287,7 +287,7 @@ class Evidence:
                             say(f"{name}: not pretrained for {from_step} steps yet, --part curve does")
                             continue
                         settings = self.table.finetune | {
-                            "data.shards": str(shards), "data.train_split": self._split(count, seed),
+                            "data.shards": str(shards[seed]), "data.train_split": f"few{count}",
                             "data.eval_split": "eval", "finetune.method": method, "run.seed": seed,
                             "train.epochs": epochs, "run.dir": str(folder), "model.init": str(made or ""),
                         }  # fmt: skip
@@ -304,31 +304,21 @@ class Evidence:
         method_of = self.table.rows[name]["pretrain.method"] if name else ""
         return not name or not mismatch(PRETRAIN[method_of], FINETUNE[method])
 
-    def _few_shards(self) -> Path:
-        """A split for each number of labelled clips a class and each seed; fold 5 is "eval"."""
+    def _few_shards(self, seed: int) -> Path:
+        """A split for each number of labelled clips a class, drawn by `seed`; fold 5 is "eval"."""
         rows = [["path", "labels", "split"]]
         rows += [[source, f"class {label[0]}", "eval"] for source, label, fold in self._clips if fold == HELD_OUT]
-        for count in self.table.epochs:
-            for split, seed in {self._split(count, seed): seed for seed in reversed(self.seeds)}.items():
-                for label, sources in self._training().items():
-                    order = np.random.default_rng([seed, label]).permutation(len(sources))[:count]
-                    rows += [[sources[i], f"class {label}", split] for i in order]
-        table = self.out / f"few-labels-{'-'.join(map(str, self.seeds))}.csv"
+        training: dict[int, list[str]] = {}
+        for source, labels, fold in sorted(self._clips):
+            if fold != HELD_OUT:
+                training.setdefault(labels[0], []).append(source)
+        for label, sources in training.items():
+            order = np.random.default_rng([seed, label]).permutation(len(sources))
+            for count in self.table.epochs:  # the fewer are among the more
+                rows += [[sources[i], f"class {label}", f"few{count}"] for i in order[:count]]
+        table = self.out / f"few-{'-'.join(map(str, self.table.epochs))}-seed{seed}.csv"
         write_csv(table, rows)
         return self._build(table.stem, lambda: catalogs.table(self._esc50, table, None, None))
-
-    def _split(self, count: int, seed: int) -> str:
-        """Of so many labelled clips a class; where those are all, the seeds share it."""
-        everything = count >= max(map(len, self._training().values()))
-        return f"all{count}" if everything else f"few{count}-{seed}"
-
-    def _training(self) -> dict[int, list[str]]:
-        """Class -> files of its clips outside the held-out fold."""
-        found: dict[int, list[str]] = {}
-        for source, labels, fold in self._clips:
-            if fold != HELD_OUT:
-                found.setdefault(labels[0], []).append(source)
-        return {label: sorted(found[label]) for label in sorted(found)}
 
 
 def _children() -> float:

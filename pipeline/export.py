@@ -142,10 +142,13 @@ def export_hf(run: Exported, out: Path) -> str:
     """
     if not run.task.method.spec:
         raise UserError(f"--format hf: {run.task.method.label} has no spectrogram side; HF's AST reads nothing else")
-    if (run.recipe.model.block, run.recipe.model.class_tokens) != ("pre", 2):
-        raise UserError("--format hf: HF's AST has pre-norm blocks and two class tokens; use --format hf-craft")
+    network = run.recipe.model
+    if (network.block, network.class_tokens, network.input_norms) != ("pre", 2, False):
+        raise UserError(
+            "--format hf: HF's AST has model.block=pre, class_tokens=2 and input_norms=false; use --format hf-craft"
+        )
     _check_one_length(run, "hf")
-    if run.task.model.config.positions == "rotary":
+    if network.positions == "rotary":
         raise UserError("--format hf: model.positions = rotary, and HF's AST has learned positions; use hf-craft")
     check_replaced_directory(out, "--out", HF_FILES, is_export)
     task, spec, model = run.task, run.spec, run.task.model

@@ -76,15 +76,13 @@ def _architectures(run: Exported) -> list[str]:
 
 def _config(run: Exported) -> dict[str, Any]:
     task, spec = run.task, run.spec
-    network = run.recipe.model.model_dump(mode="json") | TRAINING
+    network = {key: value for key, value in run.recipe.model.model_dump(mode="json").items()
+               if effect(f"model.{key}") == "result" and not key.startswith("init")}  # fmt: skip
     streams = asdict(task.model.streams) | {"mask_freq": 0.0, "mask_time": 0.0}
-    named = [effect(f"model.{key}") == "result" and not key.startswith("init") for key in network]
     config: dict[str, Any] = {
         "architectures": _architectures(run)[-1:], "model_type": "craft", "dtype": "float32", MADE_BY: __version__,
         "auto_map": {"AutoConfig": "configuration_craft.CraftConfig", "AutoModel": "modeling_craft.CraftModel"},
-        "network": {key: value for (key, value), used in zip(network.items(), named, strict=True)
-                    if used or key in TRAINING},
-        "streams": streams, "classifier": None, "hidden_size": task.model.width,
+        "network": network | TRAINING, "streams": streams, "classifier": None, "hidden_size": task.model.width,
     }  # fmt: skip
     if isinstance(task, FinetuneTask):
         config["auto_map"]["AutoModelForAudioClassification"] = "modeling_craft.CraftForAudioClassification"

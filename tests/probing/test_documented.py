@@ -30,4 +30,4 @@ def test_the_examples_run(page, home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": page.stem}
     for number, block in enumerate(blocks(page, "python")):
-        exec(compile(block, f"{page.name}, example {number + 1}", "exec"), names)  # one after the other, as a reader does
+        exec(compile(block, f"{page.name}, example {number + 1}", "exec"), names)  # in turn, as a reader does

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from pipeline import __version__
 from pipeline.config import FinetuneRecipe, PretrainRecipe
-from pipeline.export import MADE_BY, PREPROCESSOR, Exported, is_export, written
+from pipeline.export import MADE_BY, PREPROCESSOR, Exported, check_one_length, is_export, written
 from pipeline.files import check_replaced_directory, new_directory, write_json, write_text
 from pipeline.hf_craft.bundle import bundle
 from pipeline.hf_craft.card import model_card
@@ -49,8 +49,10 @@ def export_hf_craft(run: Exported, out: Path, name: str = "") -> str:
         name: OWNER/NAME under which it will be on the hub, for the card; empty: not known yet.
 
     Raises:
-        UserError: `out` holds something else or cannot be written, or a file of the run is damaged.
+        UserError: `out` holds something else or cannot be written, a file of the run is damaged, or the run has inputs
+            of several lengths.
     """
+    check_one_length(run, "hf-craft")
     check_replaced_directory(out, "--out", HF_CRAFT_FILES, is_export)
     tensors = {key: value.float().contiguous() for key, value in run.task.state_dict().items()
                if key.startswith(("model.", "classifier."))}  # fmt: skip

@@ -20,6 +20,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
 from pipeline.files import config_path, user_path
+from pipeline.hub import model_of
 from pipeline.model.weights import weights_file
 from pipeline.probing.frozen import RANDOM, Frozen, Pool, open_frozen, settings_of
 from pipeline.recipes import load_recipe, read_yaml
@@ -169,6 +170,8 @@ class Model:
 def load(source: str | os.PathLike[str], device: torch.device | str | None = None, average: bool = True) -> Model:
     """Opens weights: a run or checkpoint of pretrain.py or finetune.py, an export, or weights of others.
 
+    Those of `hf://OWNER/NAME` are fetched from the Hugging Face hub, without the code that lies beside them.
+
     >>> craft.load(run).labels[:2]
     ['chord', 'falling sweep']
 
@@ -181,7 +184,7 @@ def load(source: str | os.PathLike[str], device: torch.device | str | None = Non
         UserError: nothing there, or damaged.
     """
     name = os.fspath(source)
-    name = name if name.startswith(RANDOM) else str(user_path(source, "source"))
+    name = name if name.startswith(RANDOM) else str(model_of("source")(name))
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not name.startswith(RANDOM) and (made := settings_of(Path(name), file := weights_file(name, average))):
         recipe, spec, run = made

@@ -298,6 +298,9 @@ class ModelConfig(Section):
         "pre", description="LayerNorm before attention and MLP, and after the last block; post: after both, and before "
         "the first block, as in EAT"
     )
+    input_norms: bool = result(
+        False, description="a LayerNorm of the patches, and of the tokens before the first block, as in AudioMosaic"
+    )
     shared_patch: bool = result(False, description="one patch embedding for both representations")
     modality_embedding: bool = result(False, description="add a learned vector per representation")
     drop_path: float = result(

@@ -142,10 +142,13 @@ def export_hf(run: Exported, out: Path) -> str:
     """
     if not run.task.method.spec:
         raise UserError(f"--format hf: {run.task.method.label} has no spectrogram side; HF's AST reads nothing else")
-    if (run.recipe.model.block, run.recipe.model.class_tokens) != ("pre", 2):
-        raise UserError("--format hf: HF's AST has pre-norm blocks and two class tokens; use --format hf-craft")
-    _check_one_length(run, "hf")
-    if run.task.model.config.positions == "rotary":
+    network = run.recipe.model
+    if (network.block, network.class_tokens, network.input_norms) != ("pre", 2, False):
+        raise UserError(
+            "--format hf: HF's AST has model.block=pre, class_tokens=2 and input_norms=false; use --format hf-craft"
+        )
+    check_one_length(run, "hf")
+    if network.positions == "rotary":
         raise UserError("--format hf: model.positions = rotary, and HF's AST has learned positions; use hf-craft")
     check_replaced_directory(out, "--out", HF_FILES, is_export)
     task, spec, model = run.task, run.spec, run.task.model
@@ -261,7 +264,7 @@ def export_onnx(run: Exported, out: Path, waveform: bool = False) -> str:
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError as error:
         raise UserError(f"--format onnx needs {error.name}; pip install 'craft-audio[onnx]'") from error
-    _check_one_length(run, "onnx")
+    check_one_length(run, "onnx")
     spec = run.spec
     graph = (_FromSamples(run.task, spec) if waveform else _Graph(run.task)).eval()
     inputs = {
@@ -286,7 +289,12 @@ def export_onnx(run: Exported, out: Path, waveform: bool = False) -> str:
     return f"{', '.join(graph.inputs)} -> {', '.join(graph.outputs)}, any batch"
 
 
-def _check_one_length(run: Exported, kind: str) -> None:
+def check_one_length(run: Exported, kind: str) -> None:
+    """Refuses a format that cannot hold `data.seconds`.
+
+    Raises:
+        UserError: the run has inputs of several lengths.
+    """
     if run.spec.seconds:
         raise UserError(
             f"--format {kind}: the run was trained with data.seconds = {list(run.spec.seconds)}, and this format has "

@@ -106,7 +106,7 @@ def check_script(words: list[str], monkeypatch) -> None:
     check_module(words[0].removesuffix(".py").replace("/", "."), words[1:], monkeypatch)
 
 
-def check_call(call: list[str], called, monkeypatch) -> None:
+def check_call(call: list[str], monkeypatch) -> None:
     """Gives a call to the parser of its program."""
     program, *words = call
     if program == "python":
@@ -118,13 +118,9 @@ def check_call(call: list[str], called, monkeypatch) -> None:
         script, rest = LAUNCHED[program]
         check_script([*(["-m"] if taken.module else []), getattr(taken, script), *getattr(taken, rest)], monkeypatch)
     elif program == "sbatch":
-        at = next((i for i, word in enumerate(words) if not word.startswith("--")), len(words))
-        if "--wrap" in words:
-            for inner in called(words[words.index("--wrap") + 1]):
-                check_call(inner, called, monkeypatch)
-        else:
-            assert (ROOT / words[at]).is_file(), words[at]
-            check_script(words[at + 1 :], monkeypatch)
+        script, *rest = words[next(i for i, word in enumerate(words) if not word.startswith("--")) :]
+        assert (ROOT / script).is_file(), script
+        check_script(["shard_tools/build_shards.py", *rest] if "shards" in script else rest, monkeypatch)
     elif program == "make":
         goals = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in words if "=" not in word} <= set(goals), words
@@ -133,7 +129,7 @@ def check_call(call: list[str], called, monkeypatch) -> None:
         assert files, words
         assert all((ROOT / file).is_file() for file in files), words
         if "deepspeed" in words:
-            check_call(words[words.index("deepspeed") :], called, monkeypatch)
+            check_call(words[words.index("deepspeed") :], monkeypatch)
     elif program == "pip":
         extras = re.findall(r"\[([\w,]+)\]", " ".join(words))
         known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
@@ -149,7 +145,7 @@ def test_every_command_is_one_that_its_program_takes(page, called, monkeypatch):
     monkeypatch.chdir(ROOT)
     for call in (call for block in blocks(page, "bash", "sh") for call in called(block)):
         try:
-            check_call(call, called, monkeypatch)
+            check_call(call, monkeypatch)
         except (SystemExit, UserError) as end:
             if not isinstance(end, SystemExit) or end.code:  # --help and --print-config end well
                 pytest.fail(f"{shlex.join(call)}: {end}")
@@ -173,7 +169,7 @@ def test_links_of_the_pages_outside_docs_lead_somewhere(page):
 
 
 def test_the_documentation_builds_with_strict_links(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

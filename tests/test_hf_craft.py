@@ -31,7 +31,8 @@ from tests.test_export import MICRO, SPEC, make_run, waveforms
 
 FINETUNED = [
     "finetune.method=ast", "finetune.method=ast finetune.pool=cls model.block=post model.class_tokens=1",
-    "finetune.method=wast model.norm=group model.activation=gelu", "finetune.method=swast finetune.pool=rows",
+    "finetune.method=wast model.norm=group model.activation=gelu model.input_norms=true",
+    "finetune.method=swast finetune.pool=rows",
     "finetune.method=swab", "model.frontend=strided model.wav_depth=2", "model.frontend=sinc finetune.head=mean_logits",
     "model.channels=[32,32,32] model.shared_patch=true model.modality_embedding=true model.drop_path=0.1",
 ]  # fmt: skip
@@ -40,7 +41,7 @@ ALONE = """
 import importlib.abc, sys
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("pipeline", "shard_tools", "launchers", "pydantic", "safetensors_craft"):
+        if name.split(".")[0] in ("pipeline", "shard_tools", "launchers", "pydantic"):
             raise ImportError(name + " is not here")
 sys.meta_path.insert(0, Blocked())
 import numpy, torch

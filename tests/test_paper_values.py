@@ -26,7 +26,7 @@ COMMON = {
     "model.activation": "relu", "model.norm": "unpadded", "model.shared_patch": False,
     "model.modality_embedding": False, "model.drop_path": 0.0,
     "model.positions": "centre", "model.frontend": "msae", "model.wav_depth": 0, "model.block": "pre",
-    "model.class_tokens": 2,
+    "model.class_tokens": 2, "model.input_norms": False,
     # Adam with L2 5e-7, betas .95 and .999, no clipping
     "optim.name": "adam", "optim.betas": (0.95, 0.999), "optim.weight_decay": 5e-7, "optim.clip": 0.0,
     "optim.layer_decay": 1.0, "optim.head_lr": 1.0, "optim.patience": 2, "optim.threshold": 1e-4,

@@ -228,7 +228,9 @@ def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]
     depth = 1 + max((int(block[1]) for block, _, _ in found if block), default=0)
     groups: dict[float, list[nn.Parameter]] = {}
     for block, name, parameter in found:
-        embeds = name.startswith("model.") and not name.startswith("model.encoder.")
+        embeds = name.startswith("model.encoder.first_norm.") or (
+            name.startswith("model.") and not name.startswith("model.encoder.")
+        )
         below = depth - int(block[1]) if block else depth + 1 if embeds else 0
         head = optim.head_lr if name.startswith("classifier.") else 1.0
         groups.setdefault(head * optim.layer_decay**below, []).append(parameter)

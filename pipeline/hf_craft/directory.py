@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from pipeline import __version__
 from pipeline.config import FinetuneRecipe, PretrainRecipe
-from pipeline.export import MADE_BY, PREPROCESSOR, Exported, is_export, written
+from pipeline.export import MADE_BY, PREPROCESSOR, Exported, check_one_length, is_export, written
 from pipeline.files import check_replaced_directory, new_directory, write_json, write_text
 from pipeline.hf_craft.bundle import bundle
 from pipeline.hf_craft.card import model_card
@@ -49,8 +49,10 @@ def export_hf_craft(run: Exported, out: Path, name: str = "") -> str:
         name: OWNER/NAME under which it will be on the hub, for the card; empty: not known yet.
 
     Raises:
-        UserError: `out` holds something else or cannot be written, or a file of the run is damaged.
+        UserError: `out` holds something else or cannot be written, a file of the run is damaged, or the run has inputs
+            of several lengths.
     """
+    check_one_length(run, "hf-craft")
     check_replaced_directory(out, "--out", HF_CRAFT_FILES, is_export)
     tensors = {key: value.float().contiguous() for key, value in run.task.state_dict().items()
                if key.startswith(("model.", "classifier."))}  # fmt: skip
@@ -76,15 +78,13 @@ def _architectures(run: Exported) -> list[str]:
 
 def _config(run: Exported) -> dict[str, Any]:
     task, spec = run.task, run.spec
-    network = run.recipe.model.model_dump(mode="json") | TRAINING
+    network = {key: value for key, value in run.recipe.model.model_dump(mode="json").items()
+               if effect(f"model.{key}") == "result" and not key.startswith("init")}  # fmt: skip
     streams = asdict(task.model.streams) | {"mask_freq": 0.0, "mask_time": 0.0}
-    named = [effect(f"model.{key}") == "result" and not key.startswith("init") for key in network]
     config: dict[str, Any] = {
         "architectures": _architectures(run)[-1:], "model_type": "craft", "dtype": "float32", MADE_BY: __version__,
         "auto_map": {"AutoConfig": "configuration_craft.CraftConfig", "AutoModel": "modeling_craft.CraftModel"},
-        "network": {key: value for (key, value), used in zip(network.items(), named, strict=True)
-                    if used or key in TRAINING},
-        "streams": streams, "classifier": None, "hidden_size": task.model.width,
+        "network": network | TRAINING, "streams": streams, "classifier": None, "hidden_size": task.model.width,
     }  # fmt: skip
     if isinstance(task, FinetuneTask):
         config["auto_map"]["AutoModelForAudioClassification"] = "modeling_craft.CraftForAudioClassification"

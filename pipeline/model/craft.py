@@ -107,9 +107,9 @@ class Craft(nn.Module):
         if streams.wav:  # under the name of its kind, so that weights say what they are of
             self.add_module(config.frontend, frontend(config))
         if streams.spec or config.shared_patch:
-            self.spec_patch = PatchEmbedding(size.width, config.patch, config.stride)
+            self.spec_patch = PatchEmbedding(size.width, config.patch, config.stride, config.input_norms)
         if streams.wav and not config.shared_patch:
-            self.wav_patch = PatchEmbedding(size.width, config.patch, config.stride)
+            self.wav_patch = PatchEmbedding(size.width, config.patch, config.stride, config.input_norms)
         if streams.spec:
             self.spec_tokens = TokenSequence(
                 size.width, self.grid, config.modality_embedding, streams.masked_spec, config.positions
@@ -127,6 +127,7 @@ class Craft(nn.Module):
             recompute=config.checkpoint_activations,
             early=config.wav_depth,
             post=config.block == "post",
+            first=config.input_norms,
         )
         self.apply(initialise_linear)
 
@@ -263,13 +264,14 @@ def _check(config: ModelConfig, streams: Streams) -> None:
         raise UserError(
             f"model.patch = {config.patch} is larger than the {streams.mel_bins} x {streams.frames} map; shrink it"
         )
+    for key in ("wav_depth", "input_norms"):
+        if getattr(config, key) and config.block == "post":
+            raise UserError(f"model.{key} = {getattr(config, key)} is of model.block=pre; leave one of both out")
     if not streams.wav:
         return
     depth, first = SIZES[config.size].depth, _fusion_layer(config, streams)
     if config.wav_depth > depth:
         raise UserError(f"model.wav_depth = {config.wav_depth}, but model.size = {config.size} has {depth} blocks")
-    if config.wav_depth and config.block == "post":
-        raise UserError(f"model.wav_depth = {config.wav_depth} is of model.block=pre; leave one of both out")
     if streams.bottlenecks and 0 < config.wav_depth <= first < depth:
         raise UserError(
             f"model.wav_depth = {config.wav_depth}: the waveform leaves before block {first}, the first that fuses; "

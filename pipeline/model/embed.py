@@ -120,16 +120,19 @@ class PatchEmbedding(nn.Module):
         width: D.
         patch: Patch side.
         stride: Patch stride.
+        norm: A LayerNorm of each patch's token.
     """
 
-    def __init__(self, width: int, patch: int, stride: int) -> None:
+    def __init__(self, width: int, patch: int, stride: int, norm: bool = False) -> None:
         super().__init__()
         self.proj = nn.Conv2d(1, width, patch, stride)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if norm else None
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """[B, M, T] -> [B, N, D]."""
         grid: torch.Tensor = self.proj(maps[:, None])  # (B, D, f, t)
-        return grid.flatten(2).transpose(1, 2)
+        patches = grid.flatten(2).transpose(1, 2)
+        return patches if self.norm is None else self.norm(patches)
 
 
 def patchify(maps: torch.Tensor, patch: int) -> torch.Tensor:

@@ -141,6 +141,7 @@ class Encoder(nn.Module):
         early: Blocks of streams that leave early.
         recompute: Recompute each block in backward instead of keeping its activations.
         post: Post-norm blocks behind a first LayerNorm, in place of pre-norm ones before a last one.
+        first: A first LayerNorm in any case.
     """
 
     def __init__(
@@ -154,12 +155,13 @@ class Encoder(nn.Module):
         recompute: bool,
         early: int = 0,
         post: bool = False,
+        first: bool = False,
     ) -> None:
         super().__init__()
         kind = PostNormBlock if post else Block
         self.blocks = nn.ModuleList(kind(width, heads) for _ in range(depth))
         # Two names: weights say which they are of.
-        self.first_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS) if post else None
+        self.first_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS) if post or first else None
         self.norm = None if post else nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         fuses = bottlenecks > 0 and fusion_layer < depth
         self.bottlenecks = Bottlenecks(bottlenecks, width) if fuses else None

@@ -1,8 +1,8 @@
 """Other people's weights under our names, and ours under theirs.
 
 In: tensors of an SSAST or AST checkpoint (YuanGongND), of a Hugging Face `ASTModel` or `ASTForAudioClassification`, of
-Audio-MAE (facebookresearch), M2D (nttcslab), EAT (cwx-worst-one) or SSLAM (ta012). Out: the same tensors under the
-names of a task of `pipeline.tasks`.
+Audio-MAE (facebookresearch), M2D (nttcslab), AudioMosaic (HanxunH), EAT (cwx-worst-one) or SSLAM (ta012). Out: the
+same tensors under the names of a task of `pipeline.tasks`.
 
 | ours | SSAST, AST | HF, on disk |
 |---|---|---|
@@ -18,7 +18,7 @@ names of a task of `pipeline.tasks`.
 | heads.{discriminative,generative}.N | {cpredlayer,gpredlayer}.N | |
 | classifier.{norm,linear} | mlp_head.{0,1} | classifier.{layernorm,dense} |
 
-| ours | Audio-MAE, M2D (timm's ViT) | EAT, SSLAM (fairseq's data2vec 2.0), M = modality_encoders.IMAGE |
+| ours | Audio-MAE, M2D, AudioMosaic (timm's ViT) | EAT, SSLAM (fairseq's data2vec 2.0), M = modality_encoders.IMAGE |
 |---|---|---|
 | model.special.tokens | cls_token | M.extra_tokens |
 | model.special.positions | pos_embed, the first | zeros |
@@ -26,14 +26,15 @@ names of a task of `pipeline.tasks`.
 | model.spec_patch.proj | patch_embed.proj | M.local_encoder.proj |
 | model.encoder.blocks.N | blocks.N | blocks.N |
 | model.encoder.norm | norm | |
-| model.encoder.first_norm | | M.context_encoder.norm |
+| model.spec_patch.norm | patch_embed.norm | |
+| model.encoder.first_norm | norm_pre | M.context_encoder.norm |
 
 Orientation. Our maps, kernels, positions and tokens have frequency before time, as those of SSAST, AST and M2D.
-Audio-MAE, EAT and SSLAM convolve [B, 1, T, M]: patches of one time stand side by side, so their kernels and grids are
-transposed. (Audio-MAE fills its table of sines for a grid of the other orientation; a token finds its own position by
-its number, which is what counts here.)
+Audio-MAE, AudioMosaic, EAT and SSLAM convolve [B, 1, T, M]: patches of one time stand side by side, so their kernels
+and grids are transposed. (Audio-MAE fills its table of sines for a grid of the other orientation; a token finds its own
+position by its number, which is what counts here.)
 
-What another network is, and not this one with other numbers, is refused: BEATs, AudioMosaic.
+What is another network, and not this one with other numbers, is refused: BEATs.
 """
 
 import json
@@ -61,8 +62,6 @@ _BEATS = (
 REFUSED = {
     "encoder.layers.0.self_attn.relative_attention_bias.weight": _BEATS,
     "encoder.layers.0.self_attn.grep_linear.weight": _BEATS,
-    "patch_embed.norm.weight": "of AudioMosaic, which has a LayerNorm of its patches and one before its first block",
-    "norm_pre.weight": "of AudioMosaic, which has a LayerNorm of its patches and one before its first block",
 }
 
 _SSAST = (
@@ -90,7 +89,8 @@ _HF_HEAD = (("classifier.layernorm", "classifier.norm"), ("classifier.dense", "c
 def translate(tensors: Tensors, file: Path, grid: tuple[int, int] | None) -> tuple[Tensors, str]:
     """Tensors under our names, and whose they are.
 
-    That is "CRAFT", "SSAST", "SSAST or AST" (finetuned), "HF AST", "Audio-MAE", "M2D" or "EAT or SSLAM".
+    That is "CRAFT", "SSAST", "SSAST or AST" (finetuned), "HF AST", "Audio-MAE", "M2D", "AudioMosaic" or
+    "EAT or SSLAM".
 
     What has no place in any of our models keeps its name, so that a report can list it.
 
@@ -191,29 +191,32 @@ def _from_ssast(bare: Tensors, file: Path, grid: tuple[int, int] | None) -> Tens
 
 
 def _from_vit(bare: Tensors, file: Path, grid: tuple[int, int] | None) -> tuple[Tensors, str]:
-    """Audio-MAE or M2D, which name everything alike and differ in orientation.
+    """Audio-MAE, AudioMosaic or M2D, which name everything alike and differ in orientation.
 
-    Told apart by M2D's `norm_stats`, or by the patches along frequency: M2D has 5 of 16 over its 80 mel bins, Audio-MAE
-    8, or 12 that overlap, over 128.
+    AudioMosaic alone has `norm_pre`. The others are told apart by M2D's `norm_stats`, or by the patches along
+    frequency: M2D has 5 of 16 over its 80 mel bins, Audio-MAE 8, or 12 that overlap, over 128.
     """
     positions, kernel = bare["pos_embed"], bare["patch_embed.proj.weight"]
     count, high = positions.shape[1] - 1, M2D_BINS // kernel.shape[-1]
-    fits = (grid[0] == high) if grid else count % high == 0
+    mosaic = "norm_pre.weight" in bare
+    fits = not mosaic and ((grid[0] == high) if grid else count % high == 0)
     if "norm_stats" not in bare and not grid and fits and (count % 8 == 0 or count % 12 == 0):
         raise UserError(
             f"model.init: {file}: {count} positions may be Audio-MAE's (time first) or M2D's (frequency first); set "
             "model.init_grid to its patches along frequency and time"
         )
     m2d = "norm_stats" in bare or fits
-    grid = grid or (_side_by_side(count, kernel, M2D_BINS) if m2d else None)
-    out = _blocks(bare, {"norm.": "model.encoder.norm."})
+    if m2d or mosaic:
+        grid = grid or _side_by_side(count, kernel, M2D_BINS if m2d else MEL_BINS)
+    out = _blocks(bare, {"norm.": "model.encoder.norm.", "norm_pre.": "model.encoder.first_norm.",
+                         "patch_embed.norm.": "model.spec_patch.norm."})  # fmt: skip
     if "model.encoder.norm.weight" not in out:  # finetuned on the mean of all patches, whose norm is another one
         width = kernel.shape[0]
         out |= {"model.encoder.norm.weight": torch.ones(width), "model.encoder.norm.bias": torch.zeros(width)}
     return out | _embedded(
         kernel, bare["patch_embed.proj.bias"], bare["cls_token"], positions[0, :1], positions[0, 1:],
         _grid(count, kernel, grid, file), transposed=not m2d,
-    ), "M2D" if m2d else "Audio-MAE"  # fmt: skip
+    ), "M2D" if m2d else "AudioMosaic" if mosaic else "Audio-MAE"  # fmt: skip
 
 
 def _from_eat(bare: Tensors, file: Path, grid: tuple[int, int] | None) -> Tensors:
@@ -233,7 +236,7 @@ def _from_eat(bare: Tensors, file: Path, grid: tuple[int, int] | None) -> Tensor
 
 
 def _side_by_side(count: int, kernel: torch.Tensor, mel_bins: int) -> tuple[int, int]:
-    """The grid of M2D, EAT and SSLAM, whose patches never overlap."""
+    """The grid of M2D, AudioMosaic, EAT and SSLAM, whose patches never overlap."""
     high = mel_bins // kernel.shape[-2]
     return high, count // high
 

@@ -27,6 +27,10 @@ SHARDED = ".index.json"  # Hugging Face's list of the files that a large model i
 WEIGHTS = ("weights.safetensors", "model.safetensors", "pytorch_model.bin", f"model.safetensors{SHARDED}",
            f"pytorch_model.bin{SHARDED}")  # a run's; Hugging Face's  # fmt: skip
 FRONTENDS = set(get_args(ModelConfig.model_fields["frontend"].annotation))  # modules of a network
+NORMS: dict[tuple[bool, ...], str] = {  # first and last LayerNorm of an encoder
+    (False, True): "model.block=pre model.input_norms=false", (True, False): "model.block=post",
+    (True, True): "model.block=pre model.input_norms=true",
+}  # fmt: skip
 POSITIONS = "_tokens.positions"  # parameters whose shape is a patch grid
 
 
@@ -163,10 +167,10 @@ def load_weights(
             f"model.init: {file}: its waveforms come through model.frontend = {trained.pop()}, not {wanted.pop()}; set "
             "the same, or other weights"
         )
-    norms = {f"model.encoder.{name}.weight": block for name, block in (("norm", "pre"), ("first_norm", "post"))}
-    theirs, ours = ([block for name, block in norms.items() if name in names] for names in (source, own))
-    if theirs and ours and theirs != ours:
-        raise UserError(f"model.init: {file}: its blocks are those of model.block = {theirs[0]}; set it")
+    theirs, ours = (tuple(f"model.encoder.{norm}.weight" in names for norm in ("first_norm", "norm"))
+                    for names in (source, own))  # fmt: skip
+    if theirs in NORMS and ours in NORMS and theirs != ours:
+        raise UserError(f"model.init: {file}: its LayerNorms are those of {NORMS[theirs]}; set that")
     special = "model.special.tokens"
     if special in source and special in own and len(source[special]) != len(own[special]):
         raise UserError(
@@ -205,7 +209,7 @@ def load_weights(
     if not report.loaded:
         raise UserError(
             f"model.init: {file}: none of its {len(source)} tensors is this model's; give weights of this project, of "
-            "SSAST, AST, Audio-MAE, M2D, EAT or SSLAM, or of a Hugging Face ASTModel"
+            "SSAST, AST, Audio-MAE, M2D, AudioMosaic, EAT or SSLAM, or of a Hugging Face ASTModel"
         )
     return report
 

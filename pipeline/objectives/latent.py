@@ -28,8 +28,8 @@ class LatentTargets(NamedTuple):
     Attributes:
         patches: y by stream, [B, N, D]; each patch has mean 0 and variance 1.
         clip: [B, D], one for all streams.
-        variance: By stream: the variance of a block's outputs over the patches of a clip, as a share of that over a
-            patch's channels; mean over channels, blocks and clips. 0: the teacher says the same of all patches.
+        variance: By stream: the variance of a block's outputs over the patches of a clip, as a share of their mean
+            square, mean over blocks and clips: 0 to 1. 0: the teacher says the same of all patches.
     """
 
     patches: dict[str, torch.Tensor]
@@ -43,10 +43,11 @@ def latent_targets(heard: Mapping[str, Sequence[torch.Tensor]]) -> LatentTargets
     for name, outputs in heard.items():
         total, shares = torch.zeros_like(full(outputs[0])), []
         for output in map(full, outputs):
-            spread, mean = torch.var_mean(output, dim=1, correction=0, keepdim=True)
-            total += (output - mean) / (spread + EPS).sqrt()
-            size = output.var(dim=-1, correction=0).mean(dim=1)
-            shares.append(spread.mean(dim=(1, 2)) / (size + EPS))
+            mean = output.mean(dim=1, keepdim=True)
+            centred = output - mean
+            spread = centred.square().mean(dim=1, keepdim=True)  # on a CPU half the time of torch.var_mean
+            total += centred * (spread + EPS).rsqrt()
+            shares.append(spread.mean(dim=(1, 2)) / ((spread + mean.square()).mean(dim=(1, 2)) + EPS))
         patches[name] = F.layer_norm(total / len(outputs), total.shape[-1:], eps=EPS)
         variance[name] = torch.stack(shares).mean()
     clip = torch.stack([y.mean(dim=1) for y in patches.values()]).mean(dim=0)

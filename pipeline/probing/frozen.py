@@ -265,5 +265,6 @@ def _foreign(file: Path, grid: tuple[int, int] | None) -> ModelConfig:
     return ModelConfig.model_validate({
         "size": sizes[0], "patch": patch, "stride": strides[-1],
         "class_tokens": len(tensors["model.special.tokens"]),
-        "block": "post" if "model.encoder.first_norm.weight" in tensors else "pre",
+        "block": "pre" if "model.encoder.norm.weight" in tensors else "post",
+        "input_norms": "model.spec_patch.norm.weight" in tensors,
     })  # fmt: skip

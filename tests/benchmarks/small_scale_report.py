@@ -49,8 +49,7 @@ def _judged(evidence: "Evidence") -> dict[tuple[str, int], Right]:
 
 def _untrained(evidence: "Evidence") -> dict[str, np.ndarray]:
     """Representation -> hits of untrained encoders [seeds, clips]."""
-    files = [evidence.out / f"untrained-{seed}" / "probe.json" for seed in evidence.seeds]
-    each = [read_json(file, DAMAGED) for file in files if file.exists()]
+    each = [read_json(file, DAMAGED) for file in sorted(evidence.out.glob("untrained-*/probe.json"))]
     return {stream: np.array([one[stream] for one in each]) for stream in STREAMS} if each else {}
 
 
@@ -175,26 +174,31 @@ def _draw(evidence: "Evidence", right: dict[tuple[str, int], Right], path: Path)
     from matplotlib.figure import Figure
 
     untrained, seconds = _untrained(evidence), _seconds(evidence)
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7), layout="constrained")
     axes: Any = figure.subplots(2, 3, sharey=True)
     for column, (stream, word) in enumerate(STREAMS.items()):
         for line, axis in enumerate(axes[:, column]):
             for name, hits in _log_mel(evidence).items():
-                style = ":" if "linear" in name else "--"
+                style = ":" if "linear" in name else "--" if "maximum" in name else "-."
                 axis.axhline(100 * hits.mean(), color="black", linewidth=0.8, linestyle=style, label=f"log-mel {name}")
-            start = 100 * untrained[stream].mean() if untrained else None
             for number, name in enumerate(evidence.table.rows):
                 points = [(step, 100 * np.mean(hits[stream])) for (other, step), hits in right.items()
                           if other == name and stream in hits]  # fmt: skip
-                points = [*([(0, start)] if start is not None and points else []), *points]
+                if untrained and points:
+                    points.insert(0, (0, 100 * untrained[stream].mean()))
                 scale = 1.0 if line == 0 else seconds.get(name, math.nan) / 60
                 axis.plot([scale * step for step, _ in points], [value for _, value in points], marker="o",
                           markersize=3, label=name, color=f"C{number}")  # fmt: skip
-            axis.set_xscale("symlog", linthresh=300 if line == 0 else 5)
-            axis.set_xlabel("steps of pretraining" if line == 0 else "CPU minutes")
+            axis.set_xlabel("steps of pretraining" if line == 0 else "CPU minutes of pretraining")
             axis.set_title(f"tokens: {word}", fontsize=9)
             axis.grid(alpha=0.25)
-    axes[0, 0].set_ylabel("frozen accuracy, %")
-    axes[1, 0].set_ylabel("frozen accuracy, %")
-    axes[0, 2].legend(fontsize=7, frameon=False)
+            axis.set_xlim(left=0)
+        axes[0, column].set_xscale("symlog", linthresh=1000)
+        axes[0, column].set_xticks([0, *sorted({step for _, step in right})])
+        axes[0, column].xaxis.set_major_formatter("{x:g}")
+        axes[0, column].tick_params(axis="x", which="minor", bottom=False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("frozen accuracy, %")
+    named = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figures.save(figure, path)

@@ -9,17 +9,18 @@ import sys
 from pathlib import Path
 
 from pipeline import distributed
-from pipeline.command_line import DEEPSPEED_CONFIGS, read_deepspeed_config
+from pipeline.command_line import read_deepspeed_config
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.distributed import World
 from pipeline.engine.setup import build_engine, reconcile
 from pipeline.engine.step import accumulate
 from pipeline.errors import UserError
+from pipeline.files import shipped
 from pipeline.recipes import load_recipe
 from tests.distributed.gradients import COMMON, share_of, task_of
 
 WORDS = {"plain": "", "checkpointing": "model.checkpoint_activations=true", "clipped": "optim.clip=0.1"}
-FILES = sorted(file.name for file in DEEPSPEED_CONFIGS.glob("*.json"))
+FILES = sorted(file.name for file in shipped("deepspeed").glob("*.json"))
 
 
 def cells() -> list[tuple[str, str, str]]:

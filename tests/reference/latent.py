@@ -35,11 +35,11 @@ def clip_target(streams: list[torch.Tensor]) -> torch.Tensor:
 
 
 def variance(outputs: list[torch.Tensor], last: int) -> torch.Tensor:
-    """Mean variance of a channel over the patches, for a variance of 1 of a patch over the channels."""
+    """Mean variance of a channel over the patches, as a share of the mean square."""
     shares = []
     for output in outputs[len(outputs) - last :]:
         over_patches = sum(output[:, channel].var(correction=0) for channel in range(output.shape[1])) / output.shape[1]
-        shares.append(over_patches / (sum(patch.var(correction=0) for patch in output) / len(output) + 1e-6))
+        shares.append(over_patches / (sum((patch**2).mean() for patch in output) / len(output) + 1e-6))
     return sum(shares) / last
 
 

@@ -35,9 +35,12 @@ class Vit(nn.Module):
         patches: Along the first axis and the second.
         decoder: With what a pretraining's checkpoint has besides.
         tuned: As Audio-MAE finetunes: no `norm`, but `fc_norm` of the mean patch and `head`.
+        mosaic: With the two LayerNorms that AudioMosaic has besides, and its projection.
     """
 
-    def __init__(self, patches: tuple[int, int], decoder: bool = True, tuned: bool = False) -> None:
+    def __init__(
+        self, patches: tuple[int, int], decoder: bool = True, tuned: bool = False, mosaic: bool = False
+    ) -> None:
         super().__init__()
         torch.manual_seed(5)
         count = patches[0] * patches[1]
@@ -46,6 +49,9 @@ class Vit(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, WIDTH, PATCH, PATCH)})
         self.blocks = nn.ModuleList(_Block(WIDTH, HEADS) for _ in range(DEPTH))
         self.norm = None if tuned else nn.LayerNorm(WIDTH, eps=1e-6)
+        self.norm_pre = nn.LayerNorm(WIDTH, eps=1e-6) if mosaic else None
+        if mosaic:
+            self.patch_embed["norm"], self.proj_head = nn.LayerNorm(WIDTH, eps=1e-6), nn.Linear(WIDTH, 8)
         if tuned:
             self.fc_norm, self.head = nn.LayerNorm(WIDTH, eps=1e-6), nn.Linear(WIDTH, 5)
         if decoder:
@@ -57,9 +63,11 @@ class Vit(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """[B, first, second] -> [B, 1 + N, D], patches of one first place side by side."""
-        x = self.patch_embed["proj"](images[:, None]).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        x = self.patch_embed["proj"](images[:, None]).flatten(2).transpose(1, 2)
+        x = (self.patch_embed["norm"](x) if self.norm_pre is not None else x) + self.pos_embed[:, 1:]
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
+        x = x if self.norm_pre is None else self.norm_pre(x)
         for block in self.blocks:
             x = block(x)
         return x if self.norm is None else self.norm(x)

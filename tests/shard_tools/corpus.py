@@ -262,5 +262,3 @@ def _names(root: Path) -> Iterator[Case]:
         other = f"{name[:240]}.m4a"
         (root / other).write_bytes((root / "scratch" / "plain.m4a").read_bytes())
         yield Case(other, fate)
-
-

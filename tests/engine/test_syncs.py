@@ -21,8 +21,8 @@ from tests.ranks import run_ranks
     ],
 )
 def test_at_most_two_waits_a_step(shards, tmp_path, ds, words):
-    run_ranks(2, Path(__file__).with_name("syncs.py"), shards, tmp_path / "run", tmp_path / "reads",
-              "--deepspeed_config", ds, *MICRO, "train.steps=4", "log.mlflow=false", "log.every=100", *words)  # fmt: skip
+    words = ["--deepspeed_config", ds, *MICRO, "train.steps=4", "log.mlflow=false", "log.every=100", *words]
+    run_ranks(2, Path(__file__).with_name("syncs.py"), shards, tmp_path / "run", tmp_path / "reads", *words)
     for rank in range(2):
         reads = json.loads((tmp_path / f"reads.{rank}").read_text())
         assert len(reads) == 4

@@ -118,8 +118,9 @@ class EvalLengths:
         rests = [number for number, order in enumerate(orders) if len(order) % batch_size]
         self.full, self.batches = sum(full), sum(full) + len(rests)
         # Of each batch its length, and its number among the batches of that length.
-        self._length = np.concatenate([np.repeat(np.arange(len(orders)), full), rests]).astype(np.int64)
-        self._turn = np.concatenate([*(np.arange(count) for count in full), [full[number] for number in rests]])
+        self._length = np.concatenate([np.repeat(np.arange(len(orders)), full), np.array(rests, np.int64)])
+        turns = [*(np.arange(count) for count in full), np.array([full[number] for number in rests], np.int64)]
+        self._turn = np.concatenate(turns)
         self._first = [int(np.flatnonzero(self._length == number)[0]) for number in range(len(orders))]
 
     def __len__(self) -> int:

@@ -139,11 +139,13 @@ def test_an_evaluation_scores_each_clip_once_and_full_batches_come_first(mixed):
     assert found[1] == found[2]
 
 
-def test_an_evaluation_of_one_length_is_in_the_order_of_the_index():
-    order = EvalLengths([EvalOrder(Part(np.array([0, 10]), None, 5, "p"))], 4)
-    filled, valid = order.filled(np.arange(12))
-    assert order.rows(filled).tolist() == [*range(5, 15), 5, 5]
-    assert valid.tolist() == [True] * 10 + [False] * 2
+@pytest.mark.parametrize("rows", [None, np.arange(5, 15, dtype=np.int32)])
+@pytest.mark.parametrize(("batch", "fill"), [(4, 2), (5, 0), (16, 6)])
+def test_an_evaluation_of_one_length_is_in_the_order_of_the_index(rows, batch, fill):
+    order = EvalLengths([EvalOrder(Part(np.array([0, 10]), rows, 5, "p"))], batch)
+    filled, valid = order.filled(np.arange(10 + fill))
+    assert order.rows(filled).tolist() == [*range(5, 15), *[5] * fill]
+    assert valid.tolist() == [True] * 10 + [False] * fill
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,13 @@ from tests.system_packages import NAMESPACES, program
 DOCKER = ROOT / "docker"
 BIN = Path(sys.executable).parent
 USER = "10001"
-# A root file system whose changes are gone with the process: this machine's below, memory above.
+# A root file system whose changes are gone with the process: the real one below, memory above.
 STAGE = """
 mount -t tmpfs tmpfs "$stage"
-mkdir "$stage"/{upper,work,root}
-mount -t overlay overlay -o "lowerdir=/,upperdir=$stage/upper,workdir=$stage/work" "$stage/root"
-mount --bind /dev "$stage/root/dev"
-mount -t proc proc "$stage/root/proc"
+mkdir "$stage"/{upper,work,merged}
+mount -t overlay overlay -o "lowerdir=/,upperdir=$stage/upper,workdir=$stage/work" "$stage/merged"
+mount --bind /dev "$stage/merged/dev"
+mount -t proc proc "$stage/merged/proc"
 """
 # What a RUN line would download: apt only says what it would install, and pip installs no other package than ours.
 DOWNLOADS = """
@@ -54,13 +54,13 @@ def documents(name: str) -> list[dict]:
 
 @pytest.mark.needs("apt-get", NAMESPACES)
 def test_every_run_line_of_the_image_runs(tmp_path):
-    """In order, as their users, in a copy of this machine's root; only downloads are left out."""
+    """In order, as their users, in a copy of the root file system; only downloads are left out."""
     steps, user, place, path = [], "0", "/", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     chroot = 'chroot --userspec={0}:{0} "$root" env -i PATH={1} HOME=/tmp bash -o pipefail -c "{2}"'
     ignored = (ROOT / ".dockerignore").read_text().split()
     packages = Path(setuptools.__file__).parent
     about = next(packages.parent.glob("setuptools-*.dist-info"))
-    env = {"stage": str(tmp_path), "root": str(tmp_path / "root"), "PATH": os.environ["PATH"],
+    env = {"stage": str(tmp_path), "root": str(tmp_path / "merged"), "PATH": os.environ["PATH"],
            "setuptools": f"{packages} {about}"}  # fmt: skip
     for number, (name, words) in enumerate(instructions()):
         if name == "USER":

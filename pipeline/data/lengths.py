@@ -21,7 +21,7 @@ from fractions import Fraction
 import numpy as np
 
 from pipeline.data.mixture import MixedOrder, Turns
-from pipeline.data.order import EvalOrder, TrainOrder
+from pipeline.data.order import EvalOrder, TrainOrder, joined
 
 
 class LengthOrder:
@@ -62,21 +62,15 @@ class LengthOrder:
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Index rows of these positions: int64 [m] -> int64 [m]."""
-        found = np.empty(len(positions), np.int64)
         lengths, own = self._split(positions)
-        for number in np.unique(lengths):
-            mine = lengths == number
-            found[mine] = self._orders[number].rows(own[mine])
-        return found
+        return joined(lengths, lambda number, mine: self._orders[number].rows(own[mine]))
 
     def partners(self, positions: np.ndarray, draws: np.ndarray, own: np.ndarray) -> np.ndarray:
         """Another clip of the same length for each position; see `TrainOrder.partners`."""
-        found = np.empty(len(positions), np.int64)
         lengths, places = self._split(positions)
-        for number in np.unique(lengths):
-            mine = lengths == number
-            found[mine] = self._orders[number].partners(places[mine], draws[mine], own[mine])
-        return found
+        return joined(
+            lengths, lambda number, mine: self._orders[number].partners(places[mine], draws[mine], own[mine])
+        )
 
     def sources(self) -> list[tuple[TrainOrder, float]]:
         """The order of each length of each set of shards, and its draws in an epoch."""
@@ -121,25 +115,23 @@ class EvalLengths:
         self._length = np.concatenate([np.repeat(np.arange(len(orders)), full), np.array(rests, np.int64)])
         turns = [*(np.arange(count) for count in full), np.array([full[number] for number in rests], np.int64)]
         self._turn = np.concatenate(turns)
-        self._first = [int(np.flatnonzero(self._length == number)[0]) for number in range(len(orders))]
+        firsts = [int(np.flatnonzero(self._length == number)[0]) for number in range(len(orders))]
+        self._first = np.array(firsts, np.int64) * batch_size  # position of each length's first clip
+        self._clips = np.array([len(order) for order in orders], np.int64)
 
     def __len__(self) -> int:
-        return sum(map(len, self._orders))
+        return int(self._clips.sum())
 
     def filled(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions of what a batch holds, int64 [m] -> int64 [m], and which of them count, bool [m]."""
         lengths, own = self._split(positions)
-        valid = own < np.array([len(order) for order in self._orders])[lengths]
-        return np.where(valid, positions, np.array(self._first)[lengths] * self._batch_size), valid
+        valid = own < self._clips[lengths]
+        return np.where(valid, positions, self._first[lengths]), valid
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Index rows of these positions: int64 [m] -> int64 [m]."""
-        found = np.empty(len(positions), np.int64)
         lengths, own = self._split(positions)
-        for number in np.unique(lengths):
-            mine = lengths == number
-            found[mine] = self._orders[number].rows(own[mine])
-        return found
+        return joined(lengths, lambda number, mine: self._orders[number].rows(own[mine]))
 
     def sources(self) -> list[tuple[EvalOrder, float]]:
         """The order of each length, and its clips."""
@@ -151,5 +143,6 @@ class EvalLengths:
         return self._orders[int(lengths[0])], int(own[0])
 
     def _split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As of `LengthOrder`."""
         batches, places = np.divmod(positions, self._batch_size)
         return self._length[batches], self._turn[batches] * self._batch_size + places

@@ -30,7 +30,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from pipeline.data.order import TrainOrder
+from pipeline.data.order import TrainOrder, joined
 from pipeline.rng import hashed, permutation, stream_key
 
 ROUNDS = 64  # shuffled together
@@ -167,21 +167,15 @@ class MixedOrder:
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Index rows of these positions: int64 [m] -> int64 [m]."""
-        found = np.empty(len(positions), np.int64)
         sets, own = self.turns.split(positions)
-        for number in np.unique(sets):
-            mine = sets == number
-            found[mine] = self._orders[number].rows(own[mine])
-        return found
+        return joined(sets, lambda number, mine: self._orders[number].rows(own[mine]))
 
     def partners(self, positions: np.ndarray, draws: np.ndarray, own: np.ndarray) -> np.ndarray:
         """Another clip of the same set for each position; see `TrainOrder.partners`."""
-        found = np.empty(len(positions), np.int64)
         sets, places = self.turns.split(positions)
-        for number in np.unique(sets):
-            mine = sets == number
-            found[mine] = self._orders[number].partners(places[mine], draws[mine], own[mine])
-        return found
+        return joined(
+            sets, lambda number, mine: self._orders[number].partners(places[mine], draws[mine], own[mine])
+        )
 
     def sources(self) -> list[tuple[TrainOrder, float]]:
         """The order of each set, and its draws in an epoch of the first phase."""

@@ -134,6 +134,23 @@ def train_order(
     return TrainOrder(part, seed, data.streams, data.window, weights, data.epoch_clips, data.replacement)
 
 
+def joined(numbers: np.ndarray, of: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Rows out of several orders, each asked once.
+
+    Args:
+        numbers: int64 [m], of the order that each row comes from.
+        of: Number of an order, and bool [m] where it is asked -> its rows there.
+
+    Returns:
+        int64 [m].
+    """
+    found = np.empty(len(numbers), np.int64)
+    for number in np.unique(numbers).tolist():
+        mine = numbers == number
+        found[mine] = of(number, mine)
+    return found
+
+
 class EvalOrder:
     """The clips of a part as the index has them, each once, then again from the start."""
 

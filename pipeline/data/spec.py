@@ -15,7 +15,7 @@ from pipeline.data.manifest import Label
 from pipeline.errors import UserError
 from pipeline.files import write_text
 
-SHORTEST = 0.16  # seconds of input: 16 frames, a column of patches
+SHORTEST = 0.16  # seconds of input, which are 32 frames: two columns of patches
 SAMPLE_RATE = 16000  # MSAE pools 160 samples, the 10 ms hop of the fbank, to a frame
 
 

@@ -126,7 +126,7 @@ class Loader(IterableDataset[Batch]):
         if self._train and batch_size > self.clips:
             raise UserError(
                 f"train.batch_size = {batch_size}: an epoch has {self.clips} clips, so every batch would hold a clip "
-                f"twice, and the contrast would push a clip away from itself; use at most {self.clips}"
+                f"twice, and a contrast of clips would push one away from itself; use at most {self.clips}"
             )
         self.bad_clips = BadClips(data, self._index.name, self.clips)
         numbers = [self._index.shards_of(part.at(part.starts[:-1])) for part in parts]
@@ -339,8 +339,8 @@ class Loader(IterableDataset[Batch]):
                     if order and drawn > len(order) and (of or len(members) > 1):
                         raise UserError(
                             f"{'data.seconds' if of else 'data.shards'}: from step {step} on a batch{of} would hold "
-                            f"{drawn:.0f} clips of the {len(order)}{of} of {member.location}, so clips twice, and the "
-                            f"contrast would push a clip away from itself; {remedy} train.batch_size"
+                            f"{drawn:.0f} clips of the {len(order)}{of} of {member.location}, so clips twice, and a "
+                            f"contrast of clips would push one away from itself; {remedy} train.batch_size"
                         )
         return found
 

@@ -1,0 +1,1 @@
+"""Checks of a machine with GPUs: `python -m tests.gpu`; see `__main__`."""

@@ -87,7 +87,7 @@ def session(timeout: float, seed: int) -> Iterator[World]:
     _from_slurm()
     _own_programs()
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         if local_rank() >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {local_rank()} needs a GPU of its own, this process sees {torch.cuda.device_count()}; "
@@ -110,7 +110,7 @@ def session(timeout: float, seed: int) -> Iterator[World]:
     _choose_interface()
     # A little longer: whoever hangs is named (`pipeline.faults`) before the collective gives up.
     patience = timedelta(seconds=timeout + 60)
-    _join("nccl" if device.type == "cuda" else "gloo", patience)
+    _join(device, patience)
     rank, size = dist.get_rank(), dist.get_world_size()
     faults = Faults(_open_store(rank) if size > 1 else None, rank, size)
     barrier()  # every rank has set its key
@@ -129,7 +129,7 @@ def session(timeout: float, seed: int) -> Iterator[World]:
             os.environ.pop(name, None)
 
 
-def _join(backend: str, patience: timedelta) -> None:
+def _join(device: torch.device, patience: timedelta) -> None:
     """Meets the other ranks at MASTER_ADDR:MASTER_PORT, for no longer than they take to start.
 
     Raises:
@@ -153,7 +153,9 @@ def _join(backend: str, patience: timedelta) -> None:
             f"{str(error).splitlines()[0]}", local=True, transient=True,
         ) from error  # fmt: skip
     store.set_timeout(patience)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=size, timeout=patience,
+                            device_id=device if gpu else None)  # fmt: skip
 
 
 def _open_store(rank: int) -> TCPStore:

@@ -153,8 +153,8 @@ def test_the_card_says_what_the_run_knows_and_what_it_does_not(tmp_path):
     tags = {"kind": "tags", "values": {"coverage.train": "90 of 100 (90.0%)", "mlflow.user": "me"}}
     (run / "tracking.jsonl").write_text(json.dumps(tags) + "\n")
     around = {"low": 0.4, "high": 0.6}
-    write_json(run / "results.json", {"metric": "mAP", "metrics": {"mAP": 0.5}, "clips": 40, "split": "eval",
-                                      "interval": around})  # fmt: skip
+    write_json(run / "results.json", {"metric": "mAP", "metrics": {"mAP": 0.5, "AUC": None}, "clips": 40,
+                                      "split": "eval", "interval": around})  # fmt: skip
     write_json(run / "init.json", {"source": "/home/me/w", "origin": "EAT or SSLAM", "loaded": ["a"], "resized": [],
                                    "fresh": ["b", "c"], "dropped": []})  # fmt: skip
     (tmp_path / "probe-run-1234").mkdir()

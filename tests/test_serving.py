@@ -195,6 +195,9 @@ def test_a_package_of_ours_is_replaced_as_a_whole(tmp_path):
         save_model(run, out)
         assert {path.name for path in out.iterdir()} <= PACKAGE
         assert [path.name for path in out.parent.iterdir()] == ["model"]
+    (run / "results.json").write_text('{"metrics": {"mAP": 0.5, "AUC": null}, "clips": 3, "split": "eval"}')
+    save_model(run, out)
+    assert "mAP 0.5000 on 3 clips" in (out / "README.md").read_text()
     (run / "results.json").write_text('{"metrics": 1}')
     before = snapshot(out)
     with pytest.raises(UserError, match=r"results\.json: damaged"):

@@ -42,6 +42,7 @@ def test_runs_once_and_reports_what_is_there(esc50, tmp_path, monkeypatch):
     table |= {"seconds": 0.5, "rows": {"PSWaCL": table["rows"]["PSWaCL"]}, "finetuned": ["ast"], "epochs": {2: 1}}
     table["pretrain"]["train.batch_size"] = table["finetune"]["train.batch_size"] = 8
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(table))
+    monkeypatch.setattr(small_scale, "TIMED", (1, 5))
     out = tmp_path / "out"
     words = ["small_scale", "--esc50", str(esc50), "--out", str(out), "--table", str(tmp_path / "toy.yaml"),
              "--steps", "2", "--from-step", "2", "--seeds", "0"]  # fmt: skip
@@ -58,9 +59,7 @@ def test_runs_once_and_reports_what_is_there(esc50, tmp_path, monkeypatch):
         assert {len(hits) for hits in read_json(out / probe, "").values()} == {clips}
     assert np.mean(read_json(out / "log-mel" / "probe.json", "")["mean, deviation: linear"]) == 1.0  # pure tones
     assert read_json(out / "few" / "pswacl-2-ast-2-0" / "results.json", "")["clips"] == CLASSES * CLIPS
-    (sitting,) = read_json(out / "pretrain" / "pswacl" / "cpu.json", "")
-    assert (sitting["first"], sitting["last"]) == (0, 2)
-    assert sitting["seconds"] > 0
+    assert read_json(out / "cost" / "pswacl.json", "")["step"] > 0
     text = (out / "tables.md").read_text()
     assert (out / "curve.png").stat().st_size > 10_000
     for line in ("| log-mel | mean, deviation: linear | 100.0 |", "| PSWaCL | waveform |", "| AST | PSWaCL, 2 steps |",

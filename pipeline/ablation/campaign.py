@@ -200,7 +200,8 @@ class Campaign:
         if run.kind == "finetune" and results.exists():
             content = read_json(results, DAMAGED)
             note |= {"metric": content["metric"], "value": content["value"]}
-            said += f", {content['metric']} {content['value']:.4f}"
+            value = "undefined" if content["value"] is None else f"{content['value']:.4f}"
+            said += f", {content['metric']} {value}"
         write_json(folder / "done.json", note)
         return said
 

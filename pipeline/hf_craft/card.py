@@ -89,7 +89,7 @@ def _metadata(title: str, spec: DataSpec, tuned: bool, results: dict[str, Any] |
     task = "audio-classification" if tuned else "feature-extraction"
     content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task, "tags": ["audio", "craft"]}
     if results is not None:
-        metrics = [{"type": name, "name": name, "value": value} for name, value in results["metrics"].items()]
+        metrics = [{"type": name, "name": name, "value": value} for name, value in _defined(results).items()]
         data = {"type": "audio", "name": f"shards {spec.digest[:16]}", "split": str(results["split"])}
         entry = {"task": {"type": task}, "dataset": data, "metrics": metrics}
         content["model-index"] = [{"name": title, "results": [entry]}]
@@ -129,12 +129,17 @@ def _recipe(run_dir: Path, recipe: PretrainRecipe | FinetuneRecipe) -> list[str]
             *(lines or ["# all are"]), "```"]  # fmt: skip
 
 
+def _defined(results: dict[str, Any]) -> dict[str, float]:
+    """Metrics that have a value: no class may have had clips of both kinds."""
+    return {name: value for name, value in results["metrics"].items() if value is not None}
+
+
 def _finetuned(results: dict[str, Any] | None) -> list[str]:
     if results is None:
         return ["Finetuned: not evaluated."]
-    numbers = ", ".join(f"{name} {value:.4f}" for name, value in results["metrics"].items())
-    around = results.get("interval")
-    spread = f" ({results['metric']}: 95 % interval {around['low']:.4f} to {around['high']:.4f})" if around else ""
+    numbers = ", ".join(f"{name} {value:.4f}" for name, value in _defined(results).items())
+    low, high = ((results.get("interval") or {}).get(end) for end in ("low", "high"))
+    spread = f" ({results['metric']}: 95 % interval {low:.4f} to {high:.4f})" if low is not None else ""
     return [f"Finetuned, {results['clips']} clips of split `{results['split']}`: {numbers}{spread}."]
 
 

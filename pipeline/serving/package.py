@@ -151,7 +151,8 @@ def model_card(run_dir: Path, spec: DataSpec) -> str:
     if results_file.exists():
         try:
             results = json.loads(results_file.read_text(encoding="utf-8"))
-            numbers = ", ".join(f"{name} {value:.4f}" for name, value in results["metrics"].items())
+            numbers = ", ".join(f"{name} {value:.4f}" for name, value in results["metrics"].items()
+                                if value is not None)  # undefined: no class had clips of both kinds
             evaluation = f"{numbers} on {results['clips']} clips of split `{results['split']}`"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{results_file}: damaged ({error}); write it anew with evaluate.py --out") from error

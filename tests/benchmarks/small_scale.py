@@ -1,7 +1,7 @@
 """What pretraining is worth at small scale: frozen and finetuned scores on ESC-50, and what they cost.
 
-    python -m tests.benchmarks.small_scale [--part all|curve|few|report] [--steps N ...] [--from-step N] [--seeds N ...]
-                                           [--esc50 DIR] [--out runs/small_scale] [--table FILE]
+    python -m tests.benchmarks.small_scale [--part all|curve|few|cost|report] [--steps N ...] [--from-step N]
+                                           [--seeds N ...] [--esc50 DIR] [--out runs/small_scale] [--table FILE]
 
 In: ESC-50 (default: `$CRAFT_SHARED/data/esc50`) and a table of methods (small_scale.yaml). Fold 5 is held out of every
 pretraining and finetuning. Out: in OUT, tables.md and curve.png, written again after each run with what is there.
@@ -9,15 +9,17 @@ pretraining and finetuning. Out: in OUT, tables.md and curve.png, written again 
     curve   each method to the first of --steps, then each to the next one. After each: a linear probe of the last
             block's frozen tokens, frequency patches side by side (pool time_frequency), of the spectrogram, of the
             waveform and of both, on each fold in turn. Beside it untrained encoders of each of --seeds, and
-            statistics of each mel bin over time, with the same probe and with SVMs. CPU seconds of every pretraining.
+            statistics of each mel bin over time, with the same probe and with SVMs.
     few     AST and SWaB, finetuned from random weights and from each pretraining after --from-step steps, with 4, 8 and
             32 labelled clips a class, for each of --seeds: accuracy on fold 5, and the epoch in which 99 % of the
             training clips are known.
-    all     both; report: the tables alone
+    cost    CPU seconds of a step of each method on one thread, on the CPU even where there are GPUs: those of a run of
+            140 steps less those of a run of 20, so that starting is not in them.
+    all     all three; report: the tables alone
 
-Every run has a directory of its own in OUT. Killed at any moment, the same command goes on; more steps, seeds or rows
-of the table add runs. The learning rate is constant after its warm-up, so one run of a method has all points of its
-curve, and none of them was annealed.
+Where torch finds a GPU, curve and few train and probe on it. Every run has a directory of its own in OUT. Killed at
+any moment, the same command goes on; more steps, seeds or rows of the table add runs. The learning rate is constant
+after its warm-up, so one run of a method has all points of its curve, and none of them was annealed.
 
 On one core, at five seconds a clip, 1,000 steps of 32 clips take 9 minutes (SSAST, AudioMosaic) to 32 (PSWaCL, SWaPT),
 of all methods about 2.5 hours; a probe takes 1 to 3 minutes. A finetuning takes 3 minutes (AST, 4 clips a class) to 46
@@ -29,6 +31,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import tempfile
 import time
@@ -37,6 +40,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Large tensors come back at every step: memory that is kept costs no page faults. A third of a step of CRAFT-MAE.
@@ -58,9 +62,8 @@ from pipeline.data.corpus import load_corpus
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import load_index, load_manifest
 from pipeline.data.spec import DataSpec
-from pipeline.engine.checkpoint import complete_checkpoints
 from pipeline.errors import UserError, run_cli
-from pipeline.files import lock, read_json, write_csv, write_json
+from pipeline.files import lock, write_csv, write_json
 from pipeline.methods import FINETUNE, PRETRAIN, mismatch
 from pipeline.model.craft import Craft, Streams
 from pipeline.probing.features import BATCH, Features, compute, mapped
@@ -72,10 +75,12 @@ from shard_tools.build import build
 from shard_tools.catalogs import Catalog
 from shard_tools.plan import BuildOptions
 from shard_tools.write import AudioOptions
-from tests.benchmarks.small_scale_report import DAMAGED, HELD_OUT, Right, write_report
+from tests.benchmarks.small_scale_report import HELD_OUT, Right, write_report
 
 HERE = Path(__file__).parent
 COSTS = (1, 3, 10, 30, 100)  # C of an SVM
+TIMED = (20, 140)  # steps of the runs whose difference is the cost of a step
+ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class Table(BaseModel):
@@ -122,6 +127,7 @@ class Evidence:
         self.shards = self._build("shards", lambda: catalogs.esc50(esc50, "train"))
         index = load_index(str(self.shards), columns=["fold", "labels", "source"])
         self.folds = index["fold"].to_numpy()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._clips = list(zip(*(index[name].to_pylist() for name in ("source", "labels", "fold")), strict=True))
 
     def _build(self, name: str, catalog: Callable[[], Catalog]) -> Path:
@@ -156,20 +162,17 @@ class Evidence:
         return self.run_dir(name) / "checkpoints" / f"step-{step:08d}"
 
     def _pretrain(self, name: str, step: int) -> None:
-        """Goes on to `step`; RUN/cpu.json has the CPU seconds of each sitting that was not killed."""
+        """Goes on to `step`."""
         folder = self.run_dir(name)
-        before = [int(made.name.removeprefix("step-")) for made in complete_checkpoints(folder)]
         kept = sorted({other for other in self.steps if other < step} | {int(file.stem.removeprefix("probe-"))
                                                                        for file in folder.glob("probe-*.json")})
-        settings = self.table.pretrain | self.table.rows[name] | {
+        keep = [other / step for other in (*kept, step) if other <= step]
+        self._launch(folder, "pretrain.py", self._settings(name, folder, step) | {"checkpoint.keep_at": keep})
+
+    def _settings(self, name: str, folder: Path, step: int) -> dict[str, Any]:
+        return self.table.pretrain | self.table.rows[name] | {
             "data.shards": str(self.shards), "data.fold": HELD_OUT, "run.dir": str(folder), "train.steps": step,
-            "checkpoint.keep_at": [other / step for other in (*kept, step) if other <= step],
         }  # fmt: skip
-        seconds = self._launch(folder, "pretrain.py", settings)
-        if seconds is not None:
-            file = folder / "cpu.json"
-            sittings = read_json(file, DAMAGED) if file.exists() else []
-            write_json(file, [*sittings, {"first": before[-1] if before else 0, "last": step, "seconds": seconds}])
 
     def _launch(self, folder: Path, script: str, settings: dict[str, Any]) -> float | None:
         """CPU seconds of a launcher, its starting among them; None: it failed."""
@@ -192,6 +195,23 @@ class Evidence:
             return None
         say(f"done    {folder} ({seconds:.0f} CPU seconds)")
         return seconds
+
+    def cost(self) -> None:
+        """OUT/cost/NAME.json: CPU seconds of a step."""
+        with mock.patch.dict(os.environ, ON_CPU):
+            for name in self.table.rows:
+                file = self.out / "cost" / f"{name.lower()}.json"
+                if file.exists():
+                    continue
+                used = []
+                for steps in TIMED:
+                    folder = file.parent / f"{name.lower()}-{steps}"
+                    shutil.rmtree(folder, ignore_errors=True)  # of a command that was killed: half of its seconds
+                    settings = self._settings(name, folder, steps) | {"eval.every": 0, "checkpoint.every": 0}
+                    used.append(self._launch(folder, "pretrain.py", settings))
+                if None not in used:
+                    write_json(file, {"step": (used[1] - used[0]) / (TIMED[1] - TIMED[0])})
+                    write_report(self)
 
     def _once(self, file: Path, judge: Callable[[], Right]) -> None:
         """Writes the judgement of frozen features where there is none, and the report."""
@@ -232,7 +252,7 @@ class Evidence:
         """The linear probe: each fold in turn held out."""
         right = np.zeros(len(self.folds), np.int64)
         for one in by_folds(self.folds[features.rows], [], 0):
-            _, scores, targets = judge_once(features, one, "linear", stream, [layer], True, torch.device("cpu"))
+            _, scores, targets = judge_once(features, one, "linear", stream, [layer], True, self.device)
             right[features.rows[one.test]] = scores.argmax(axis=1) == targets.argmax(axis=1)
         return right.tolist()
 
@@ -360,7 +380,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     data = Path(os.environ.get("CRAFT_SHARED", ROOT.parent / "shared")) / "data" / "esc50"
-    add("--part", choices=("all", "curve", "few", "report"), default="all", help="see above (default: all)")
+    add("--part", choices=("all", "curve", "few", "cost", "report"), default="all", help="see above (default: all)")
     add("--steps", type=int, nargs="+", default=[1000, 3000, 10000], metavar="N",
         help="of pretraining (default: 1000 3000 10000)")  # fmt: skip
     add("--from-step", type=int, default=3000, metavar="N", help="few: of the pretrainings (default: 3000)")
@@ -385,6 +405,8 @@ def main() -> int:
                 evidence.curve()
             if args.part in ("all", "few"):
                 evidence.few(args.from_step)
+            if args.part in ("all", "cost"):
+                evidence.cost()
         except KeyboardInterrupt:
             say("the same command goes on from here")
             return 130

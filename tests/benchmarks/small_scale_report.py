@@ -92,15 +92,9 @@ def _frozen(
 
 
 def _seconds(evidence: "Evidence") -> dict[str, float]:
-    """Method -> CPU seconds a step, over the sittings that were not killed."""
-    found = {}
-    for name in evidence.table.rows:
-        file = evidence.run_dir(name) / "cpu.json"
-        sittings = read_json(file, DAMAGED) if file.exists() else []
-        steps = sum(one["last"] - one["first"] for one in sittings)
-        if steps:
-            found[name] = sum(one["seconds"] for one in sittings) / steps
-    return found
+    """Method -> CPU seconds a step, where it was measured."""
+    files = {name: evidence.out / "cost" / f"{name.lower()}.json" for name in evidence.table.rows}
+    return {name: read_json(file, DAMAGED)["step"] for name, file in files.items() if file.exists()}
 
 
 def _costs(evidence: "Evidence", right: dict[tuple[str, int], Right]) -> str:
@@ -120,8 +114,8 @@ def _costs(evidence: "Evidence", right: dict[tuple[str, int], Right]) -> str:
             cells.append(f"{each * step / 60:.0f}, {best:.1f}" if hits else "")
         clips = (settings | evidence.table.rows[name])["train.batch_size"]
         lines.append(f"| {name} | {1000 * each / clips:.1f} | {' | '.join(cells)} |")
-    lines += ["", "User and system time of the runs above on one thread, with reading, held-out losses, checkpoints "
-              "and start. Score: all folds, tokens of all representations that the method reads.", ""]  # fmt: skip
+    lines += ["", "User and system time of one thread of a CPU, with reading. Score: all folds, tokens of all "
+              "representations that the method reads.", ""]  # fmt: skip
     return "\n".join(lines)
 
 

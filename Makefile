@@ -1,4 +1,4 @@
-# make help lists the targets. Variables: DATA=synth|esc50, ESC50=path, RANKS, DEMO_DIR, JOBS (processes of tests), PYTHON,
+# make help lists the targets. Variables: DATA=synth|esc50, ESC50=path, RANKS, DEMO_DIR, JOBS (processes of tests), OUT, PYTHON,
 # SYSTEM=skip (no Debian package is installed; tests that need a program that is missing are left out).
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -14,6 +14,7 @@ DEMO_DIR ?= demo_run
 # In a directory that the demo made: make clean removes no other.
 DEMO_MARK := .made-by-make-demo
 JOBS ?= 2
+OUT ?= runs/gpu_check
 export SYSTEM
 # DeepSpeed's compiled kernel stays with the environment: two environments sharing a cache compile in turns.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
@@ -36,10 +37,10 @@ HELD_OUT :=
 CHANCE := the mean share of a class, about 0.10
 endif
 
-.PHONY: help install demo test lint docs clean compiler programs
+.PHONY: help install demo test gpu-check lint docs clean compiler programs
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 	@echo "make demo DATA=esc50 ESC50=path runs the demo on ESC-50 (path holds audio/ and meta/)"
 
 install: $(STAMP)  ## Make .venv and install everything into it
@@ -95,6 +96,9 @@ docs: $(TESTED)  ## The documentation, into site/; links are strict
 test: programs  ## Everything a developer must pass: ruff, codespell, mypy --strict, pytest with real 2-rank launches
 	@$(MAKE) --no-print-directory lint
 	pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
+
+gpu-check: install  ## Checks that need GPUs, ten minutes on one: kernels, loader, nccl, resume, speed. OUT: report.json
+	python -m tests.gpu --out "$(OUT)"
 
 clean:  ## Remove the demo's products and caches, not .venv
 	rm -rf .mypy_cache .ruff_cache .pytest_cache

@@ -38,25 +38,26 @@ PROVING = {"environment": 60, "kernels": 180, "loader": 180, "collectives": 240,
            "graphs": 300}  # fmt: skip
 MEASURING = {"speed": 420, "memory": 240, "trace": 180, "evaluation": 240}
 CHECKS = PROVING | MEASURING
+MISSING = "torch finds no GPU here; set DS_ACCELERATOR=cpu to rehearse the checks on the CPU"
 
 
 def main() -> None:
     args = _arguments()
     small = os.environ.get("DS_ACCELERATOR") == "cpu"
     if not small and not torch.cuda.is_available():
-        raise UserError("torch finds no GPU here; set DS_ACCELERATOR=cpu to rehearse the checks on the CPU")
+        raise UserError(MISSING)
     check = Check(args.check or "", args.out / args.check if args.check else args.out, args.out / "shards", small,
                   args.gpus)  # fmt: skip
     if args.check:
-        sys.exit(_run(check))
+        sys.exit(run(check))
     args.out.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     if not (check.shards / "manifest.json").exists():
         synth_shards(check.shards, 80, 1.0, 16) if small else synth_shards(check.shards, 240, 10.0, 48, workers=4)
     chosen = args.only or list(CHECKS)
     with ThreadPoolExecutor(args.jobs) as pool:
-        seconds = dict(pool.map(lambda name: (name, _start(check, name)), [n for n in PROVING if n in chosen]))
-    seconds |= {name: _start(check, name) for name in MEASURING if name in chosen}
+        seconds = dict(pool.map(lambda name: (name, start(check, name)), [n for n in PROVING if n in chosen]))
+    seconds |= {name: start(check, name) for name in MEASURING if name in chosen}
     lines = [json.loads(line) for name in chosen for line in (args.out / name / "results.jsonl").open()]
     failed = [line for line in lines if line["status"] == "FAIL"]
     report = {"machine": platform.node(), "python": platform.python_version(), "torch": torch.__version__,
@@ -70,7 +71,7 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def _start(check: Check, name: str) -> float:
+def start(check: Check, name: str) -> float:
     """Runs one check in a process; returns its seconds."""
     folder = check.out / name
     folder.mkdir(exist_ok=True)
@@ -97,7 +98,7 @@ def _start(check: Check, name: str) -> float:
     return seconds
 
 
-def _run(check: Check) -> int:
+def run(check: Check) -> int:
     """In the process of a check."""
     try:
         importlib.import_module(f"tests.gpu.{check.name}").run(check)

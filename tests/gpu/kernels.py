@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config import AugmentConfig, DataConfig, FinetuneRecipe, PretrainRecipe
-from pipeline.data.fbank import fbank
+from pipeline.data.fbank import EPSILON, PREEMPHASIS, fbank, mel_matrix
 from pipeline.data.loader import Loader
 from pipeline.flow import Batch, Losses, full
 from pipeline.model.masking import cluster_masks, kept_patches, split_patches, ssast_masks
@@ -41,8 +41,8 @@ SIDES = (3, 4, 5)
 FBANK_LIMIT = 1e-3
 ENCODER_LIMIT = 1e-4
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of a result that is rounded to the type once, and of sums of products of numbers that are.
-POOLED_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Of outputs and of gradients: activations are rounded, so where they are near zero the ReLU's side may be the other one.
+POOLED_LIMITS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 5e-2), torch.float16: (2e-3, 1e-2)}
 ATTENTION_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
 # Tokens: cls and dist with all patches at stride 16; two streams' patches; all patches at stride 10; visible ones.
@@ -141,14 +141,29 @@ def fbanks(check: Check) -> None:
     for on in (False, True):
         title = f"tf32_{'on' if on else 'off'}"
         with tf32(on):
-            apart = {name: largest(fbank(wave.to(check.device)), fbank(wave)) for name, wave in kinds.items()}
+            apart, good = [], True
+            for name, wave in kinds.items():
+                found, host, exact = fbank(wave.to(check.device)), fbank(wave), _exact_fbank(wave)
+                own, usual = largest(found, exact), largest(host, exact)
+                good = good and own <= max(FBANK_LIMIT, 2 * usual)
+                apart.append(f"{name} {own:.2g} (CPU {usual:.2g}, apart {largest(found, host):.2g})")
             frames = noise[:2, : samples // 512 * 512].unflatten(-1, (-1, 512))
             spectra = [torch.view_as_real(torch.fft.rfft(one)) for one in (frames.to(check.device), frames)]
             check.below(f"fft.{title}", relative(*spectra), 1e-6)
-        values = ", ".join(f"{name} {value:.2g}" for name, value in apart.items())
-        check.test(f"fbank.{title}", max(apart.values()) <= FBANK_LIMIT, values, f"<= {FBANK_LIMIT:g}")
+        check.test(f"fbank.{title}", good, "from float64: " + ", ".join(apart),
+                   f"<= {FBANK_LIMIT:g} or 2 x the CPU's")  # fmt: skip
     many, one = fbank(noise.to(check.device)), fbank(noise[:1].to(check.device))
     check.below("fbank.neighbours", largest(many[:1], one), 1e-5)
+
+
+def _exact_fbank(waveform: torch.Tensor) -> torch.Tensor:
+    """float64 throughout: a transform in float32 is up to some 1e-3 off where a band is silent beside a loud tone."""
+    x = waveform.double()
+    frames = (x - x.mean(dim=-1, keepdim=True)).unfold(-1, 400, 160)
+    frames = frames - frames.mean(dim=-1, keepdim=True)
+    emphasised = frames - PREEMPHASIS * torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
+    power = torch.fft.rfft(emphasised * torch.hann_window(400, periodic=False, dtype=torch.float64), n=512).abs() ** 2
+    return (power @ mel_matrix(MELS, 512, 16000).double()).clamp(min=EPSILON).log()
 
 
 def pooled(check: Check) -> None:
@@ -170,12 +185,12 @@ def pooled(check: Check) -> None:
             found = _pooled([tensor.to(check.device) for tensor in rounded], length.to(check.device), stride)
             plain = _pooled([tensor.to(check.device) for tensor in rounded], length.to(check.device), stride, _plain)
             apart, usual = ({name: relative(one[name], expected[name]) for name in expected} for one in (found, plain))
-            # Signs of what rounding leaves near zero are wrong in either way of computing, more of them in half types.
-            limits = {name: max(POOLED_LIMITS[kind], 1.5 * usual[name]) for name in expected}
+            least = POOLED_LIMITS[kind]
+            limits = {name: max(least[name != "out"], 1.5 * usual[name]) for name in expected}
             values = ", ".join(f"{name} {apart[name]:.2g} (plain {usual[name]:.2g})" for name in expected)
             name = f"pooled_conv.k{kernel}.{str(kind).removeprefix('torch.')}"
             check.test(name, all(apart[one] <= limits[one] for one in limits), values,
-                       f"<= {POOLED_LIMITS[kind]:g} or 1.5 x plain")  # fmt: skip
+                       f"<= {least[0]:g}, gradients {least[1]:g}, or 1.5 x plain")  # fmt: skip
 
 
 def _pooled(inputs: list[torch.Tensor], length: torch.Tensor, stride: int,
@@ -242,7 +257,7 @@ def _objective(check: Check, name: str, loss: Callable[..., torch.Tensor], input
         value.backward()
         results.append((value.detach()[None], together(one.grad for one in given if one.grad is not None)))
     apart = [relative(found, expected) for found, expected in zip(*results, strict=True)]
-    check.test(f"objectives.{name}", max(apart) <= ENCODER_LIMIT, f"loss {apart[0]:.2g}, gradients {apart[1]:.2g}",
+    check.test(f"objectives.{name}", all(value <= ENCODER_LIMIT for value in apart), f"loss {apart[0]:.2g}, gradients {apart[1]:.2g}",
                f"<= {ENCODER_LIMIT:g}")  # fmt: skip
 
 
@@ -255,7 +270,7 @@ class Stepped(NamedTuple):
 
 def encoders(check: Check) -> None:
     """Whole forward and backward passes in float32 of every method, front end and kind of position."""
-    clips, frames = (3, 96) if check.small else (3, 512)
+    clips, frames = (3, 96) if check.small else (4, 256)
     batch = _tones(clips, frames)
     # The rehearsal shows that the check works, for which one method of each kind does.
     chosen = ("pswacl+", "craft_latent", "audio_mosaic", "swab+") if check.small else tuple(METHODS)
@@ -285,7 +300,7 @@ def _encoder(check: Check, method: str, batch: Batch, frames: int) -> None:
     total = relative(together(found.gradients.values()), together(expected.gradients.values()))
     changed = differing(together(again.gradients.values()), together(found.gradients.values()))
     loss, worst = max(losses, key=losses.__getitem__), max(gradients, key=gradients.__getitem__)
-    good = max(losses[loss], total) <= ENCODER_LIMIT and found.gradients.keys() == expected.gradients.keys()
+    good = all(value <= ENCODER_LIMIT for value in (*losses.values(), total)) and found.gradients.keys() == expected.gradients.keys()
     values = (f"{loss} {losses[loss]:.2g}, gradients {total:.2g}, worst {worst} {gradients[worst]:.2g}; {changed} "
               "elements change in a second run")  # fmt: skip
     check.test(f"encoder.{method}", good, values, f"<= {ENCODER_LIMIT:g}")
@@ -362,7 +377,7 @@ def _attention(check: Check, name: str, length: int, kind: torch.dtype) -> None:
     seconds = median_seconds(lambda: call(qkv, upstream), check.device, rounds=1 if check.small else 10)
     values = f"{chosen.name}, {1e3 * seconds:.3g} ms, errors {errors[0]:.1e} and {errors[1]:.1e}"
     served = check.small or kind == torch.float32 or chosen != SDPBackend.MATH
-    check.test(f"{name}.default", served and max(errors) <= ATTENTION_LIMITS[kind], values,
+    check.test(f"{name}.default", served and all(error <= ATTENTION_LIMITS[kind] for error in errors), values,
                f"<= {ATTENTION_LIMITS[kind]:g}" + ("" if kind == torch.float32 else ", not MATH"))  # fmt: skip
 
 

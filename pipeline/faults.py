@@ -6,9 +6,9 @@
 
 A rank that fails says its reason first, then sets it in a key-value store on rank 0's host (no collective: the others
 may hang in one), and ends with `os._exit`: leaving the process group would wait for ranks that wait for this one. A
-thread of each rank reads that key every other second. Where several ranks fail, the first one's reason counts: a broken
-connection is most often the consequence of another rank's end. Launchers kill all ranks when one exits, so each waits
-a bounded time until rank 0 has closed its tracking.
+thread of each rank reads that key every other second. Where several ranks fail, the first one's reason counts: a
+broken connection is most often the consequence of another rank's end, so who meets one first looks for that rank.
+Launchers kill all ranks when one exits, so each waits a bounded time until rank 0 has closed its tracking.
 
 While a run trains, the thread also sets a key of its own every few seconds, with the step and the place that its rank
 is at, and reads the next rank's: two small requests, whatever the number of ranks. A key that stops changing is a
@@ -44,6 +44,7 @@ FAULT_STATUS = 70  # EX_SOFTWARE
 POLL_SECONDS = 2.0
 LINGER_SECONDS = 4 * POLL_SECONDS  # rank 0 holds the store: so long the others may take to read it
 SILENCE = 120.0  # seconds without a change, at most, after which a rank counts as lost
+BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")  # in errors of gloo and nccl
 PLACES = ("data", "step", "evaluation", "checkpoint")  # in the order in which a rank comes by
 VERDICT, LEFT, MAIN_LEFT = "verdict", "left", "rank 0 left"  # keys
 
@@ -156,6 +157,9 @@ class Faults:
         if not isinstance(error, UserError):
             reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
         own = _Verdict(self._rank, f"rank {self._rank} on {socket.gethostname()}: {reason}", exit_status(error))
+        if isinstance(error, RuntimeError) and any(words in reason for words in BROKEN):
+            gone = self._who_is_gone()
+            own = own._replace(text=f"{gone}: dead, stopped or out of reach") if gone else own
         self._verdict, reached = self._agree_on(own)
         if isinstance(error, UserError):
             if error.local or self._rank == 0 or not reached:  # else rank 0 says it: all met it, or it reads the store
@@ -244,12 +248,31 @@ class Faults:
 
     def _who_is_behind(self, timeout: float) -> str:
         """Who keeps the others waiting."""
-        notes = [json.loads(self._store.get(f"place/{rank}")) for rank in range(self._size)]
+        notes = self._notes()
         order = {note["rank"]: (note["step"], PLACES.index(note["place"])) for note in notes}
         behind = [note for note in notes if order[note["rank"]] < max(order.values())]
         if not behind:
             return f"all ranks stand still for {timeout:.0f} s: {_name(notes[0])}; a collective hangs"
         return f"run.timeout = {timeout:.0f} s: the ranks wait for {'; '.join(map(_name, behind[:8]))}"
+
+    def _who_is_gone(self) -> str:
+        """Whose key has stopped changing, after a connection broke; empty: nobody's, or the ranks are not watched.
+
+        Meanwhile the thread ends this process where another rank says what happened.
+        """
+        if self._timeout is None:
+            return ""
+        try:
+            before = self._notes()
+            time.sleep(min(SILENCE, self._timeout * 2 / 3) / 4 + POLL_SECONDS)  # keys change at a sixth of the silence
+            return "; ".join(_name(now) for now, then in zip(self._notes(), before, strict=True)
+                             if now == then and now["count"] >= 0 and now["rank"] != self._rank)  # fmt: skip
+        except RuntimeError:
+            return ""  # rank 0 has ended, or its host is gone
+
+    def _notes(self) -> list[dict[str, Any]]:
+        """All ranks' keys."""
+        return [json.loads(self._store.get(f"place/{rank}")) for rank in range(self._size)]
 
     def _follow(self, verdict: _Verdict) -> NoReturn:
         """Ends this process for another rank's fault."""

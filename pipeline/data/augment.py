@@ -76,6 +76,8 @@ class Assembler:
         self._stored, self._spec, self._augment, self._seed = stored, spec, augment, seed
         self._with_waveform, self._online, self._device = waveform, online, device
         self._floor = normalised_zero(spec.mean, spec.std)
+        # On the device: a GPU would multiply by a number's reciprocal, and be one bit off what readers make for a CPU.
+        self._divisor = torch.tensor(2 * spec.std, dtype=torch.float32, device=device)
 
     def __call__(self, arrays: Arrays) -> Batch:
         """The batch of a slot's arrays; on a GPU their copies may still be under way on the current stream."""
@@ -123,7 +125,7 @@ class Assembler:
 
     def _normalised(self, fbank: torch.Tensor, frames: int) -> torch.Tensor:
         """Normalised, then zero-padded or cut to T frames, as in SSAST: the padding becomes -mean / (2 std)."""
-        scaled = (fbank - self._spec.mean) / (2 * self._spec.std)
+        scaled = (fbank - self._spec.mean) / self._divisor
         return pad_frames(scaled, frames, self._floor)
 
 

@@ -1,14 +1,19 @@
 """Program: a rank that fails while the others wait for it in a collective, and nobody can leave the group before.
 
     failing_rank.py KIND RANK
+    failing_rank.py killed RANK RUN_DIR
     failing_rank.py pretrain RANK words of pretrain.py ...
 
 Leaving a group of nccl waits for the other ranks; here leaving a gloo group does so too.
 """
 
 import itertools
+import os
+import signal
 import sys
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,8 +37,13 @@ def hang(*args: Any) -> None:
 
 
 def main() -> None:
-    with distributed.session(1800, seed=0) as world:
+    with (
+        distributed.session(1800, seed=0) as world,
+        world.faults.watch(Path(sys.argv[1]), 12) if kind == "killed" else nullcontext(),
+    ):
         distributed.barrier()
+        if world.rank == failing and kind == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         if world.rank == failing or failing < 0:
             raise KINDS[kind]
         distributed.barrier()

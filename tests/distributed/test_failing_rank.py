@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -58,6 +59,17 @@ def test_every_kind_of_fault_ends_all_ranks_with_its_status(kind, failing, statu
         errors = [line + "\n" for line in output.splitlines() if line.startswith("error: ")]
         assert len(errors) == bool(expected), output
         assert not expected or errors[0].startswith("error: " + expected.replace("HOST", socket.gethostname())), errors
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_and_not_who_meets_the_broken_connection(tmp_path):
+    (status, output), (killed, _), (other, _) = run_ranks(3, SCRIPT, "killed", 1, tmp_path, check=False, timeout=MINUTE)
+    assert (status, killed, other) == (70, -signal.SIGKILL, 70), output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    place = f"rank 1 on {socket.gethostname()} (last at step 0, data): "
+    assert len(errors) == 1, output
+    assert place in errors[0]
+    assert "dead, stopped or out of reach" in errors[0]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from pipeline.tasks import PretrainTask, task_of
 from tests.gpu.report import Check
 from tests.ranks import ROOT, run_ranks
 
-COMMON = ("optim.lr=2e-5", "optim.warmup=0", "log.mlflow=false", "log.pictures=0", "log.peak_tflops=null",
+COMMON = ("optim.lr=5e-5", "optim.warmup=0", "log.mlflow=false", "log.pictures=0", "log.peak_tflops=null",
           "data.workers=0")  # fmt: skip
 HALF = {precision: {"enabled": True} for precision in ("bf16", "fp16")}
 

@@ -26,7 +26,8 @@ from tests.gpu.report import Check
 from tests.gpu.trials import HALF, Trial, batch_of, difference, ds_of, last_line, processes, recipe_of
 
 STEPS, MOST_SKIPPED = 6, 8
-TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2, "offload": 2e-2, "compile": 2e-2}
+# Of losses, relative. bf16 weights move only once several updates of a thousandth of their size have come together.
+TOLERANCES = {"fp32": 1e-5, "bf16": 4e-2, "fp16": 2e-2, "offload": 4e-2, "compile": 4e-2}
 GROUPS = (*TOLERANCES, "methods")
 METHODS = {
     **{name: (f"pretrain/{name}.yaml",) for name in ("ssast180", "swapt180", "pswacl180", "craft_mae", "craft_mosaic",
@@ -158,8 +159,10 @@ def _judge(check: Check, name: str, cell: dict[str, Any], expected: list[float],
         return
     error = difference(losses, expected)
     most = MOST_SKIPPED if name.startswith("fp16") else 0
-    check.test(name, error <= tolerance and cell["skipped"] <= most, f"{error:.2g} relative, {_said(cell)}",
-               f"<= {tolerance:g} of fp32_zero0, at most {most} skipped")  # fmt: skip
+    learns = error < math.inf and losses[0] - losses[-1] >= 0.5 * (expected[0] - expected[-1])
+    holds = error <= tolerance and learns and cell["skipped"] <= most
+    check.test(name, holds, f"{error:.2g} relative, {_said(cell)}",
+               f"<= {tolerance:g} of fp32_zero0, half its fall or more, at most {most} skipped")  # fmt: skip
 
 
 def _said(cell: dict[str, Any]) -> str:

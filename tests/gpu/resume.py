@@ -1,7 +1,7 @@
 """A run that is killed goes on as if nothing had been, and checkpoints pass from one ZeRO stage to another.
 
-    resume.py run SHARDS SIZE RUN_DIR MODE KILL SMALL    the rank program: a pretraining, killed in step KILL (-1: never)
-    resume.py stages SHARDS SIZE FOLDER                  the rank program: checkpoints through ZeRO 2, 3 and 1
+    resume.py run SHARDS SIZE RUN_DIR MODE KILL    the rank program: a pretraining, killed in step KILL (-1: never)
+    resume.py stages SHARDS SIZE FOLDER            the rank program: checkpoints through ZeRO 2, 3 and 1
 
 On a GPU the order of additions, and with it the last bits of a loss, may change from run to run: equal bits are asked
 of MODE "deterministic", of "default" the difference is reported.
@@ -25,17 +25,7 @@ from pipeline.engine import checkpoint, loop
 from pipeline.tracking.spool import Feed
 from pipeline.train import pretrain
 from tests.gpu.report import Check
-from tests.gpu.trials import (
-    HALF,
-    Trial,
-    batch_of,
-    difference,
-    different,
-    ds_of,
-    last_line,
-    processes,
-    recipe_of,
-)
+from tests.gpu.trials import HALF, Trial, batch_of, difference, different, ds_of, last_line, processes, recipe_of
 
 TOTAL, EVERY, KILL = 10, 2, 6  # the checkpoint of step 4, two before, is whole by then
 CHAIN = (2, 3, 1)
@@ -80,8 +70,7 @@ def pass_on(shards: Path, size: str, folder: Path, precision: str, world: World)
             if losses:
                 state = checkpoint.read_state(folder)
                 assert state is not None
-                stored = {name: tensor for files in ("weights", "optimizer-*")
-                          for name, tensor in checkpoint.stored(folder, state, files)}  # fmt: skip
+                stored = _tensors(folder, state)
                 scales = state["loss_scale"], checkpoint.loss_scale(begun.engine)
                 report["stages"].append({"stage": stage, "tensors": len(stored), "scales": scales,
                                          "different": different(begun.state(), stored)})  # fmt: skip
@@ -133,7 +122,7 @@ def _step(run_dir: Path) -> int:
 def _judge_runs(check: Check, mode: str, ended: tuple[tuple[int, str], ...], begun: int) -> None:
     straight, killed, resumed = ended
     exits = [status for status, _ in ended]
-    if not check_exits(check, mode, exits, [output for _, output in ended]):
+    if not _exits(check, mode, exits, [output for _, output in ended]):
         return
     check.test(f"{mode}_from_a_checkpoint", 0 < begun < KILL, f"killed in step {KILL + 1}, went on from {begun}",
                f"0 < step < {KILL}")  # fmt: skip
@@ -141,7 +130,7 @@ def _judge_runs(check: Check, mode: str, ended: tuple[tuple[int, str], ...], beg
     losses = [{row["step"]: row["loss"] for row in Feed(folder / "metrics.jsonl").read() if "loss" in row}
               for folder in (one, other)]  # fmt: skip
     rows = [list(found.values()) for found in losses]
-    tensors = [_tensors(folder) for folder in (one, other)]
+    tensors = [_tensors(folder, checkpoint.read_state(folder) or {}) for folder in (one, other)]
     names = different(*tensors)
     error = difference(rows[1], rows[0])
     values = (f"{error:.2g} relative in {len(rows[0])} losses, {len(names)} of {len(tensors[0])} tensors differ"
@@ -154,7 +143,7 @@ def _judge_runs(check: Check, mode: str, ended: tuple[tuple[int, str], ...], beg
         check.test(mode, same, values, f"the same bits in {TOTAL} losses, weights and moments")
 
 
-def check_exits(check: Check, mode: str, exits: list[int], outputs: list[str]) -> bool:
+def _exits(check: Check, mode: str, exits: list[int], outputs: list[str]) -> bool:
     """The three processes of a mode ended as they should."""
     wanted = [0, -signal.SIGKILL, 0]
     wrong = [last_line(output) for status, should, output in zip(exits, wanted, outputs, strict=True)
@@ -164,9 +153,8 @@ def check_exits(check: Check, mode: str, exits: list[int], outputs: list[str]) -
     return not wrong
 
 
-def _tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    state = checkpoint.read_state(run_dir)
-    assert state is not None
+def _tensors(run_dir: Path, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Weights and moments of the checkpoint that `state` was read from."""
     return {name: tensor for files in ("weights", "optimizer-*")
             for name, tensor in checkpoint.stored(run_dir, state, files)}  # fmt: skip
 

@@ -134,8 +134,8 @@ def _reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[s
 
 
 def difference(found: list[float], expected: list[float]) -> float:
-    """The largest relative one; NaN where one of them is not finite, infinite where one is missing."""
-    if len(found) != len(expected):
+    """The largest relative one; NaN where one of them is not finite, infinite where one is missing or there is none."""
+    if len(found) != len(expected) or not found:
         return float("inf")
     errors = torch.tensor([abs(one - other) / abs(other) for one, other in zip(found, expected, strict=True)])
     return float(errors.max())

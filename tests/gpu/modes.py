@@ -115,9 +115,12 @@ def main() -> None:
 def run(check: Check) -> None:
     for old in check.out.glob("*.json"):
         old.unlink()
-    jobs = [(Path(__file__), [check.shards, check.size, 4 if check.small else 8, check.out, check.small, group]) for group in GROUPS]
+    clips = 4 if check.small else 8
+    jobs: list[tuple[Path, list[object]]] = [
+        (Path(__file__), [check.shards, check.size, clips, check.out, check.small, group]) for group in GROUPS
+    ]
     ended = processes(check, jobs, 360)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for group, (status, output) in zip(GROUPS, ended, strict=True):
         if status:
             check.test(f"{group}_process", False, f"exit {status}: {last_line(output)}", "exit 0")

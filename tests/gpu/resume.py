@@ -9,6 +9,7 @@ of MODE "deterministic", of "default" the difference is reported.
 
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -29,8 +30,8 @@ from tests.gpu.trials import HALF, Trial, batch_of, difference, different, ds_of
 
 TOTAL, EVERY, KILL = 10, 2, 6  # the checkpoint of step 4, two before, is whole by then
 CHAIN = (2, 3, 1)
-SCALER = {"enabled": True, "loss_scale": 0, "initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 2}
-SECTIONS = {"fp32": {"bf16": {"enabled": False}}, "bf16": {"bf16": HALF["bf16"]}, "fp16": {"fp16": SCALER}}
+SCALER: dict[str, Any] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 2}
+SECTIONS: dict[str, dict[str, Any]] = {"fp32": {"bf16": {"enabled": False}}, "bf16": {"bf16": HALF["bf16"]}, "fp16": {"fp16": SCALER}}
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 
 
@@ -101,7 +102,11 @@ def run(check: Check) -> None:
     def job(mode: str, name: str, kill: int = -1) -> tuple[Path, list[object]]:
         return Path(__file__), ["run", check.shards, check.size, check.out / f"{mode}-{name}", mode, kill]
 
-    stages = Path(__file__), ["stages", check.shards, check.size, check.out]
+    for old in (path for path in check.out.iterdir() if path.is_dir()):
+        shutil.rmtree(old)
+    for file in check.out.glob("*.json"):
+        file.unlink()
+    stages: tuple[Path, list[object]] = Path(__file__), ["stages", check.shards, check.size, check.out]
     first = [stages, *(job(mode, "straight") for mode in modes), *(job(mode, "killed", KILL) for mode in modes)]
     ended = processes(check, first, 200)
     before = [_step(check.out / f"{mode}-killed") for mode in modes]
@@ -120,7 +125,7 @@ def _step(run_dir: Path) -> int:
 
 
 def _judge_runs(check: Check, mode: str, ended: tuple[tuple[int, str], ...], begun: int) -> None:
-    straight, killed, resumed = ended
+    """The straight run, the killed one and its resumption, from step `begun` on."""
     exits = [status for status, _ in ended]
     if not _exits(check, mode, exits, [output for _, output in ended]):
         return
@@ -161,7 +166,7 @@ def _tensors(run_dir: Path, state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def _judge_stages(check: Check, precision: str) -> None:
     file = check.out / f"{precision}.json"
-    found = json.loads(file.read_text()) if file.exists() else {"failed": "its process ended before"}
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"failed": "its process ended before"}
     if "failed" in found:
         check.test(f"stages_{precision}", False, found["failed"], "no exception")
         return

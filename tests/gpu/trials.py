@@ -17,7 +17,7 @@ import torch
 
 from pipeline import distributed
 from pipeline.command_line import read_deepspeed_config
-from pipeline.config import CheckpointConfig, FinetuneRecipe, PretrainRecipe, Recipe
+from pipeline.config import CheckpointConfig, FinetuneRecipe, PretrainRecipe
 from pipeline.data.loader import Loader
 from pipeline.distributed import World
 from pipeline.engine import checkpoint
@@ -35,8 +35,8 @@ COMMON = ("optim.lr=5e-5", "optim.warmup=0", "log.mlflow=false", "log.pictures=0
 HALF = {precision: {"enabled": True} for precision in ("bf16", "fp16")}
 
 
-def recipe_of(shards: Path, size: str, clips: int, *words: str) -> Recipe:
-    """Words are settings, or one file such as pretrain/ssast180.yaml of configs/, whose model and batch are replaced."""
+def recipe_of(shards: Path, size: str, clips: int, *words: str) -> PretrainRecipe | FinetuneRecipe:
+    """Words are settings, or a file such as pretrain/ssast180.yaml of configs/, whose model and batch are replaced."""
     files = [ROOT / "configs" / word for word in words if word.endswith(".yaml")]
     kind = FinetuneRecipe if any(word.startswith("finetune") for word in words) else PretrainRecipe
     own = [f"data.shards={shards}", f"model.size={size}", f"train.batch_size={clips}"]
@@ -51,7 +51,7 @@ def ds_of(file: str, stage: int | None = None, **sections: Any) -> dict[str, Any
 
 
 @contextmanager
-def batch_of(recipe: Recipe, world: World) -> Iterator[tuple[Loader, Batch]]:
+def batch_of(recipe: PretrainRecipe | FinetuneRecipe, world: World) -> Iterator[tuple[Loader, Batch]]:
     """The loader, and the first training batch with both representations."""
     with Loader(recipe.data, batch_size=recipe.train.batch_size, device=world.device) as loader:
         # A copy: the loader's own memory is for the next batch.
@@ -73,7 +73,7 @@ class Trial:
         UserError: `ds` is refused.
     """
 
-    def __init__(self, recipe: Recipe, ds: dict[str, Any], world: World, loader: Loader, batch: Batch,
+    def __init__(self, recipe: PretrainRecipe | FinetuneRecipe, ds: dict[str, Any], world: World, loader: Loader, batch: Batch,
                  run_dir: Path | None = None) -> None:  # fmt: skip
         resolved, self.batches = _reconcile(ds, recipe, world)
         distributed.seed_host(0)
@@ -123,7 +123,7 @@ class Trial:
             torch.cuda.empty_cache()
 
 
-def _reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[str, Any], Any]:
+def _reconcile(ds: dict[str, Any], recipe: PretrainRecipe | FinetuneRecipe, world: World) -> tuple[dict[str, Any], Any]:
     """As the product does; on the CPU, for the rehearsal, fp16 passes as well, which DeepSpeed and we refuse there."""
     if world.device.type != "cpu" or not ds.get("fp16", {}).get("enabled"):
         return reconcile(ds, recipe, world)

@@ -89,12 +89,12 @@ def _count(check: Check, name: str, words: tuple[str, ...], world: World) -> Non
     check.test(f"{name}_recompiles", graphs[2] == graphs[1], f"{graphs[2] - graphs[1]} in the second round, which took "
                f"{seconds[1]:.2f} s", "0")  # fmt: skip
     check.test(f"{name}_graph_breaks", not counters["graph_break"], breaks or "0", "0")
-    limit_of_loss = 1e-5 if check.small else 1e-2
-    error = difference(losses[:3], expected)
-    check.test(f"{name}_losses", error <= limit_of_loss,
-               f"{error:.2g} relative: {' '.join(f'{loss:.6g}' for loss in losses[:3])} and "
+    first, later = (1e-5, 1e-5) if check.small else (1e-2, 4e-2)  # bf16 rounds each update of a weight
+    errors = difference(losses[:1], expected[:1]), difference(losses[:3], expected)
+    check.test(f"{name}_losses", errors[0] <= first and errors[1] <= later,
+               f"{errors[0]:.2g} at first, {errors[1]:.2g} at most: {' '.join(f'{loss:.6g}' for loss in losses[:3])} and "
                f"{' '.join(f'{loss:.6g}' for loss in expected)}, gradient norms {found:.4g} after six steps, "
-               f"{norm:.4g} after three", f"<= {limit_of_loss:g}")  # fmt: skip
+               f"{norm:.4g} after three", f"relative, <= {first:g} before an update, <= {later:g} after")  # fmt: skip
 
 
 def _speed(check: Check, world: World) -> None:

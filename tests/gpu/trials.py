@@ -6,6 +6,7 @@ clips' positions, so that losses of two trials differ by nothing but what is bei
 
 import copy
 import gc
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,12 +31,13 @@ from pipeline.tasks import PretrainTask, task_of
 from tests.gpu.report import Check
 from tests.ranks import ROOT, run_ranks
 
+Recipe = PretrainRecipe | FinetuneRecipe
 COMMON = ("optim.lr=5e-5", "optim.warmup=0", "log.mlflow=false", "log.pictures=0", "log.peak_tflops=null",
           "data.workers=0")  # fmt: skip
 HALF = {precision: {"enabled": True} for precision in ("bf16", "fp16")}
 
 
-def recipe_of(shards: Path, size: str, clips: int, *words: str) -> PretrainRecipe | FinetuneRecipe:
+def recipe_of(shards: Path, size: str, clips: int, *words: str) -> Recipe:
     """Words are settings, or a file such as pretrain/ssast180.yaml of configs/, whose model and batch are replaced."""
     files = [ROOT / "configs" / word for word in words if word.endswith(".yaml")]
     kind = FinetuneRecipe if any(word.startswith("finetune") for word in words) else PretrainRecipe
@@ -51,7 +53,7 @@ def ds_of(file: str, stage: int | None = None, **sections: Any) -> dict[str, Any
 
 
 @contextmanager
-def batch_of(recipe: PretrainRecipe | FinetuneRecipe, world: World) -> Iterator[tuple[Loader, Batch]]:
+def batch_of(recipe: Recipe, world: World) -> Iterator[tuple[Loader, Batch]]:
     """The loader, and the first training batch with both representations."""
     with Loader(recipe.data, batch_size=recipe.train.batch_size, device=world.device) as loader:
         # A copy: the loader's own memory is for the next batch.
@@ -73,7 +75,7 @@ class Trial:
         UserError: `ds` is refused.
     """
 
-    def __init__(self, recipe: PretrainRecipe | FinetuneRecipe, ds: dict[str, Any], world: World, loader: Loader, batch: Batch,
+    def __init__(self, recipe: Recipe, ds: dict[str, Any], world: World, loader: Loader, batch: Batch,
                  run_dir: Path | None = None) -> None:  # fmt: skip
         resolved, self.batches = _reconcile(ds, recipe, world)
         distributed.seed_host(0)
@@ -123,7 +125,7 @@ class Trial:
             torch.cuda.empty_cache()
 
 
-def _reconcile(ds: dict[str, Any], recipe: PretrainRecipe | FinetuneRecipe, world: World) -> tuple[dict[str, Any], Any]:
+def _reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[str, Any], Any]:
     """As the product does; on the CPU, for the rehearsal, fp16 passes as well, which DeepSpeed and we refuse there."""
     if world.device.type != "cpu" or not ds.get("fp16", {}).get("enabled"):
         return reconcile(ds, recipe, world)
@@ -161,6 +163,7 @@ def processes(check: Check, jobs: list[tuple[Path, list[object]]], timeout: floa
         print(output, flush=True)
         return status, output
 
+    os.environ["PYTHONSAFEPATH"] = "1"  # modules beside the program, such as trace, are not Python's own
     with ThreadPoolExecutor(1 if check.small else 6) as pool:
         return list(pool.map(start, jobs))
 

@@ -91,10 +91,11 @@ def _count(check: Check, name: str, words: tuple[str, ...], world: World) -> Non
     check.test(f"{name}_graph_breaks", not counters["graph_break"], breaks or "0", "0")
     first, later = (1e-5, 1e-5) if check.small else (1e-2, 4e-2)  # bf16 rounds each update of a weight
     errors = difference(losses[:1], expected[:1]), difference(losses[:3], expected)
+    ours, theirs = (" ".join(f"{loss:.6g}" for loss in some) for some in (losses[:3], expected))
     check.test(f"{name}_losses", errors[0] <= first and errors[1] <= later,
-               f"{errors[0]:.2g} at first, {errors[1]:.2g} at most: {' '.join(f'{loss:.6g}' for loss in losses[:3])} and "
-               f"{' '.join(f'{loss:.6g}' for loss in expected)}, gradient norms {found:.4g} after six steps, "
-               f"{norm:.4g} after three", f"relative, <= {first:g} before an update, <= {later:g} after")  # fmt: skip
+               f"{errors[0]:.2g} at first, {errors[1]:.2g} at most: {ours} and {theirs}, gradient norms {found:.4g} "
+               f"after six steps, {norm:.4g} after three",
+               f"relative, <= {first:g} before an update, <= {later:g} after")  # fmt: skip
 
 
 def _speed(check: Check, world: World) -> None:

@@ -48,7 +48,7 @@ def recipe_of(shards: Path, size: str, clips: int, *words: str) -> Recipe:
 def ds_of(file: str, stage: int | None = None, **sections: Any) -> dict[str, Any]:
     """A file of configs/deepspeed/ with another stage or other sections."""
     ds = read_deepspeed_config(file)
-    zero = ds["zero_optimization"]
+    zero = ds.get("zero_optimization", {})
     return ds | {"zero_optimization": zero | ({} if stage is None else {"stage": stage})} | sections
 
 

@@ -85,7 +85,7 @@ def ssast_masks(
         reach = [padded[:, max(offsets) - offset : max(offsets) - offset + total] for offset in sorted(offsets)]
         covered = torch.where((choice == index)[:, None], torch.stack(reach).amin(dim=0), covered)
     covered[:, 0] = throws + 1
-    last = covered.kthvalue(count + 1, dim=1, keepdim=True).values
+    last = covered.sort(dim=1).values[:, count : count + 1]  # kthvalue has no deterministic kernel on a GPU
     ranked = (covered > last) * total + torch.arange(total, device=position.device)
     return ranked.topk(count, dim=1, largest=False).indices.sort(dim=1).values
 

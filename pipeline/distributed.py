@@ -35,6 +35,7 @@ DEVICES = Path("/dev")
 JOIN_SECONDS = 300.0  # between the first rank and the last one at the start
 STORE_SECONDS = 10.0  # to wait for an answer of the key-value store
 ValueT = TypeVar("ValueT")
+_gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # older name
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ def gather(local: torch.Tensor) -> torch.Tensor:
     if size == 1:
         return local
     out = local.new_empty(size * len(local), *local.shape[1:])
-    dist.all_gather(list(out.chunk(size)), local)
+    _gather_into(out, local)  # a list of outputs would be copied out of one such buffer by nccl
     return out
 
 

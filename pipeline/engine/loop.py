@@ -237,6 +237,11 @@ def _say_beginning(job: Job, world: World, step: int) -> None:
         log.warning("optim.warmup = %d steps, of a run of %d: %s", warmup, total,
                     "the learning rate never reaches optim.lr" if warmup >= total
                     else "more than a fifth of it is spent below optim.lr")  # fmt: skip
+    parts = job.batches.accumulation
+    if job.ds["zero_optimization"]["stage"] == 2 and parts > 1 and world.size > 1:
+        log.warning("zero_optimization.stage = 2 with %d micro-batches a step: gradients are summed over ranks %d times a "
+                    'step; stage 1, or "auto", does so once, for up to %.1f GB more on a GPU', parts, parts,
+                    4e-9 * sum(weight.numel() for weight in job.task.parameters()) * (1 - 1 / world.size))  # fmt: skip
     if isinstance(job.task, PretrainTask) and job.task.teacher:
         decay = job.task.config.teacher_decay[0]
         if 1 / (1 - decay) > total:

@@ -38,7 +38,9 @@ KNOWN_KEYS = frozenset(
     }
 )
 
-BUCKET = 50_000_000  # elements; DeepSpeed's 5e8 would reserve 1 to 4 GB, five times the largest model's gradients
+# Elements. Of CRAFT-base four: each but the last is summed beside the rest of the backward pass. DeepSpeed's 5e8 would
+# sum them all after it, and reserve 1 to 4 GB.
+BUCKET = 25_000_000
 
 ALIGNED = 8  # elements: 16 bytes in half precision, 32 in float32
 
@@ -112,6 +114,16 @@ def plan_batches(recipe: Recipe, ds: dict[str, Any], ranks: int) -> Batches:
     return Batches(total, micro, share // micro)
 
 
+def default_stage(batches: Batches) -> int:
+    """ZeRO's stage where ds.json leaves it open: 2, or 1 with several micro-batches.
+
+    Stage 2 sums the gradients over ranks in each micro-batch, stage 1 once a step. With one micro-batch both send the
+    same, and stage 2 holds fewer gradients and sums them beside the backward pass: DeepSpeed's optimiser for bf16 at
+    stage 1 begins when that is over.
+    """
+    return 1 if batches.accumulation > 1 else 2
+
+
 def nearest_batches(total: int, ranks: int) -> tuple[list[int], list[int]]:
     """What would do where `total` clips do not divide by `ranks`: nearest (batches, numbers of ranks)."""
     below = total - total % ranks
@@ -129,8 +141,9 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     | train_micro_batch_size_per_gpu | "auto" or absent: train.micro_batch, or G / R / accumulation |
     | gradient_accumulation_steps | "auto" or absent: G / R / micro-batch |
     | gradient_clipping | "auto" or absent: optim.clip (0: off; DeepSpeed's own default is 1.0) |
-    | zero_optimization.stage | "auto" or absent: 1 |
-    | zero_optimization.reduce_bucket_size | absent: 5e7 elements, half of CRAFT-base |
+    | zero_optimization.stage | "auto" or absent: 2, or 1 with several micro-batches (`default_stage`) |
+    | zero_optimization.reduce_bucket_size | absent: 2.5e7 elements, a quarter of CRAFT-base |
+    | zero_optimization.overlap_comm | absent: true at ZeRO 1 and 2 without offload; at ZeRO 3 DeepSpeed's is true |
     | zero_optimization.offload_*.device | "nvme": error; "cpu" and "none" are passed on |
     | bf16.enabled, fp16.enabled | "auto": bf16 on a GPU that computes it itself at ZeRO 1 to 3; fp16 off. Both: error |
     | fp16.enabled | on a CPU: error |
@@ -161,7 +174,9 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     _check_values(ds)
     batches = plan_batches(recipe, ds, world.size)
     zero = {"reduce_bucket_size": BUCKET, **ds.get("zero_optimization", {})}
-    zero["stage"] = 1 if zero.get("stage", "auto") == "auto" else zero["stage"]
+    zero["stage"] = default_stage(batches) if zero.get("stage", "auto") == "auto" else zero["stage"]
+    if zero["stage"] in (1, 2) and not zero.get("offload_optimizer"):
+        zero.setdefault("overlap_comm", True)
     for part in ("offload_optimizer", "offload_param"):
         if (zero.get(part) or {}).get("device") == "nvme":
             raise UserError(f'ds.json: zero_optimization.{part}.device = "nvme" is not supported; use "cpu"')

@@ -23,6 +23,7 @@ from pipeline.recipes import load_recipe
 from tests.distributed.gradients import COMMON, share_of, task_of
 
 CELLS = [(stage, bf16) for bf16 in (False, True) for stage in range(4) if stage or not bf16]
+KINDS = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
 WORDS = {
     "pretrain": "pretrain.method=pswacl pretrain.r_cl=1.0",
     "finetune": "finetune.method=swab finetune.fusion_layer=1 finetune.bottlenecks=3 optim.layer_decay=0.5",
@@ -30,7 +31,7 @@ WORDS = {
 
 
 def misplaced(kind: str, stage: int, bf16: bool, world: World) -> dict[str, list[str]]:
-    recipe = load_recipe(PretrainRecipe if kind == "pretrain" else FinetuneRecipe, [], f"{WORDS[kind]} {COMMON}".split())
+    recipe = load_recipe(KINDS[kind], [], f"{WORDS[kind]} {COMMON}".split())
     ds, batches = reconcile({"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}, recipe, world)
     task = task_of(recipe)
     sizes = {name: weight.numel() for name, weight in task.named_parameters() if weight.ndim > 1}
@@ -57,7 +58,8 @@ def misplaced(kind: str, stage: int, bf16: bool, world: World) -> dict[str, list
 
 def main() -> None:
     with distributed.session(300, seed=0) as world:
-        report = {f"{kind} {stage} {bf16}": misplaced(kind, stage, bf16, world) for kind in WORDS for stage, bf16 in CELLS}
+        report = {f"{kind} {stage} {bf16}": misplaced(kind, stage, bf16, world)
+                  for kind in WORDS for stage, bf16 in CELLS}  # fmt: skip
         if world.is_main:
             Path(sys.argv[1]).write_text(json.dumps(report, indent=1))
         distributed.barrier()

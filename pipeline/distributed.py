@@ -268,6 +268,12 @@ def gather(local: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def add_up(values: torch.Tensor, owner: int) -> None:
+    """Sums over ranks in place, on rank `owner`; what the others have then is of no use."""
+    if world_size() > 1:
+        dist.reduce(values, owner)
+
+
 def mean(values: Mapping[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:
     """Mean over ranks of named scalars, one collective for all of them; same names on all ranks."""
     names = sorted(values)

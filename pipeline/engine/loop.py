@@ -22,6 +22,7 @@ from pipeline.distributed import Agreement, World
 from pipeline.engine import checkpoint
 from pipeline.engine.checkpoint import Checkpoints
 from pipeline.engine.job import Job, Progress
+from pipeline.engine.parts import Mean
 from pipeline.engine.plan import Shape
 from pipeline.engine.setup import build_engine
 from pipeline.engine.step import accumulate, learning_rate, update
@@ -109,11 +110,11 @@ class _Run:
             scaler.raise_error_at_min_scale = False  # `train.max_bad_steps` ends the run
         self.job, self.world, self.engine = job, world, engine
         self.progress = Progress()
-        self.mean: dict[str, torch.Tensor] = {}  # averaged weights, on rank 0
+        self.mean = Mean(engine)
         if state:
             checkpoint.restore(engine, job.run_dir, state, weights, world)
             self.progress = Progress.of(state)
-            self.mean = dict(checkpoint.stored(job.run_dir, state, "average")) if world.is_main else {}
+            self.mean.restore(checkpoint.stored(job.run_dir, state, "average"))
         data = job.loader.spec
         shapes = [(Shape(samples, data.mel_bins, data.frames_of(samples), len(data.labels)), share)
                   for samples, share in job.loader.length_shares.items()]  # fmt: skip
@@ -190,17 +191,14 @@ class _Run:
         job, progress, config = self.job, self.progress, self.job.recipe.checkpoint
         if config.ema:
             if share := ema_share(config, progress.step, job.total_steps):
-                for name, weight in checkpoint.full_weights(self.engine, keep=self.world.is_main).items():
-                    self.mean.setdefault(name, weight).lerp_(weight, share)
+                self.mean.take(lambda mean, weights: mean.lerp_(weights, share))
             return
         epoch = progress.step * job.batches.total // job.loader.clips
         first, last = config.average
         if not job.due(progress.step - 1, job.loader.clips) or not 1 <= first <= epoch <= last:
             return
         progress.averaged += 1
-        for name, weight in checkpoint.full_weights(self.engine, keep=self.world.is_main).items():
-            mean = self.mean.setdefault(name, torch.zeros_like(weight))
-            mean += (weight - mean) / progress.averaged
+        self.mean.take(lambda mean, weights: mean.add_((weights - mean) / progress.averaged))
 
     def save(self) -> None:
         """Begins to write a checkpoint."""
@@ -212,7 +210,7 @@ class _Run:
         }
         posted = self._agreement.take()  # before this save: what it says of writing is about another checkpoint
         self.signum = self.signum or (posted[0] if posted else 0)
-        self.job.tracker.metrics(self.checkpoints.save(self.engine, state, self.mean), progress.step)
+        self.job.tracker.metrics(self.checkpoints.save(self.engine, state, self.mean.parts), progress.step)
 
 
 def ema_share(config: CheckpointConfig, step: int, total: int) -> float:
@@ -237,10 +235,10 @@ def _say_beginning(job: Job, world: World, step: int) -> None:
         log.warning("optim.warmup = %d steps, of a run of %d: %s", warmup, total,
                     "the learning rate never reaches optim.lr" if warmup >= total
                     else "more than a fifth of it is spent below optim.lr")  # fmt: skip
-    parts = job.batches.accumulation
-    if job.ds["zero_optimization"]["stage"] == 2 and parts > 1 and world.size > 1:
-        log.warning("zero_optimization.stage = 2 with %d micro-batches a step: gradients are summed over ranks %d times a "
-                    'step; stage 1, or "auto", does so once, for up to %.1f GB more on a GPU', parts, parts,
+    micros = job.batches.accumulation
+    if job.ds["zero_optimization"]["stage"] == 2 and micros > 1 and world.size > 1:
+        log.warning("zero_optimization.stage = 2 with %d micro-batches a step: gradients are summed over ranks %d "
+                    'times a step; stage 1, or "auto", does so once, for up to %.1f GB more on a GPU', micros, micros,
                     4e-9 * sum(weight.numel() for weight in job.task.parameters()) * (1 - 1 / world.size))  # fmt: skip
     if isinstance(job.task, PretrainTask) and job.task.teacher:
         decay = job.task.config.teacher_decay[0]

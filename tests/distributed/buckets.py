@@ -12,7 +12,7 @@ from typing import Any
 from pipeline import distributed
 from pipeline.config import PretrainRecipe
 from pipeline.distributed import World
-from pipeline.engine import checkpoint
+from pipeline.engine import parts
 from pipeline.engine.setup import build_engine, reconcile
 from pipeline.engine.step import accumulate
 from pipeline.recipes import load_recipe
@@ -37,7 +37,7 @@ def steps(stage: int, bf16: bool, micro: int, words: dict[str, Any], world: Worl
         engine.step()
         found += [distributed.mean(named, world.device)["loss"].hex(), float(engine.get_global_grad_norm()).hex()]
     weights = hashlib.sha256()
-    for tensor in checkpoint.full_weights(engine, keep=True).values():
+    for tensor in parts.full_weights(engine).values():
         weights.update(tensor.numpy().tobytes())
     engine.destroy()
     return [*found, weights.hexdigest()]

@@ -139,8 +139,9 @@ def test_an_open_zero_stage_is_the_one_that_sends_least(file, words, stage):
 
 
 def test_communication_overlaps_unless_ds_json_or_offload_says_otherwise():
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     for zero, overlap in (({"stage": 1}, True), ({"stage": 2, "overlap_comm": False}, False), ({"stage": 0}, None),
-                          ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, None), ({"stage": 3}, None)):  # fmt: skip
+                          (offload, None), ({"stage": 3}, None)):  # fmt: skip
         resolved = reconcile({"zero_optimization": zero}, recipe(), world(2))[0]["zero_optimization"]
         assert resolved.get("overlap_comm") is overlap, zero
 

@@ -72,13 +72,14 @@ def _local_size() -> int:
 
 
 @contextmanager
-def session(timeout: float, seed: int) -> Iterator[World]:
+def session(timeout: float, seed: int, deterministic: bool = False) -> Iterator[World]:
     """Joins the process group that the launcher describes, and leaves it at the end.
 
     Args:
         timeout: Seconds a collective may take.
         seed: Of the host's generators. All ranks share it: weights start equal, and draws that
             must differ between clips are keyed by position (`pipeline.rng`).
+        deterministic: GPUs compute the same bits each time; see `_same_bits`.
 
     Without a launcher's environment the world is this one process.
 
@@ -87,6 +88,7 @@ def session(timeout: float, seed: int) -> Iterator[World]:
     """
     _from_slurm()
     _own_programs()
+    _same_bits(deterministic)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
@@ -128,6 +130,19 @@ def session(timeout: float, seed: int) -> Iterator[World]:
         dist.destroy_process_group()
         for name in added if alone else ():  # what this process starts later is no rank of a world that is over
             os.environ.pop(name, None)
+
+
+def _same_bits(wanted: bool) -> None:
+    """Kernels that add up in a fixed order, or none of this.
+
+    Of attention those of flash and memory-efficient attention have such a backward pass, which torch takes without
+    `warn_only` alone; an operation that has none raises an error with its name. cuBLAS reads the variable when CUDA
+    starts.
+    """
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.deterministic = wanted
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def _join(backend: str, patience: timedelta) -> None:

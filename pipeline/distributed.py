@@ -132,19 +132,6 @@ def session(timeout: float, seed: int, deterministic: bool = False) -> Iterator[
             os.environ.pop(name, None)
 
 
-def _same_bits(wanted: bool) -> None:
-    """Kernels that add up in a fixed order, or none of this.
-
-    Of attention those of flash and memory-efficient attention have such a backward pass, which torch takes without
-    `warn_only` alone; an operation that has none raises an error with its name. cuBLAS reads the variable when CUDA
-    starts.
-    """
-    torch.use_deterministic_algorithms(wanted)
-    torch.backends.cudnn.deterministic = wanted
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
 def _join(backend: str, patience: timedelta) -> None:
     """Meets the other ranks at MASTER_ADDR:MASTER_PORT, for no longer than they take to start.
 
@@ -215,11 +202,16 @@ def _refuse_lost_gpus() -> None:
     """A host with GPUs that torch cannot use would train on its CPU, a hundred times slower.
 
     Raises:
-        UserError: see above, unless DS_ACCELERATOR=cpu or an empty CUDA_VISIBLE_DEVICES asks for the CPU.
+        UserError: see above, unless DS_ACCELERATOR=cpu or, outside a Slurm job with GPUs, an empty CUDA_VISIBLE_DEVICES
+            asks for the CPU. Slurm itself sets an empty one for a step that was given none of the job's GPUs.
     """
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
         return
-    given = next((name for name in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS") if os.environ.get(name)), "")
+    slurm = {name: os.environ.get(name, "") for name in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")}
+    slurm["SLURM_GPUS_ON_NODE"] = slurm["SLURM_GPUS_ON_NODE"].strip("0")  # a number; the others are lists from 0 on
+    given = next((name for name, value in slurm.items() if value), "")
+    if not given and os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
     found = sorted(str(device) for device in DEVICES.glob("nvidia[0-9]*"))
     if not given and not found:
         return
@@ -270,6 +262,19 @@ def _own_programs() -> None:
     own, paths = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath).split(os.pathsep)
     if paths[0] != own:
         os.environ["PATH"] = os.pathsep.join([own, *paths])
+
+
+def _same_bits(wanted: bool) -> None:
+    """Kernels that add up in a fixed order, or none of this.
+
+    Of attention those of flash and memory-efficient attention have such a backward pass, which torch takes without
+    `warn_only` alone; an operation that has none raises an error with its name. cuBLAS reads the variable when CUDA
+    starts.
+    """
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.deterministic = wanted
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def gather(local: torch.Tensor) -> torch.Tensor:

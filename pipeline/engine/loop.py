@@ -24,7 +24,8 @@ from pipeline.engine.checkpoint import Checkpoints
 from pipeline.engine.job import Job, Progress
 from pipeline.engine.parts import Mean
 from pipeline.engine.plan import Shape
-from pipeline.engine.setup import build_engine
+from pipeline.engine.room import no_room_to_evaluate, no_room_to_train
+from pipeline.engine.setup import build_engine, eval_batch_size
 from pipeline.engine.step import accumulate, learning_rate, update
 from pipeline.engine.telemetry import Telemetry, clips_per_second_at_peak
 from pipeline.faults import stop_signals
@@ -42,8 +43,8 @@ def train(job: Job, world: World) -> None:
     """Runs the job from its newest checkpoint to its last step.
 
     Raises:
-        UserError: a checkpoint cannot be read, the last one not written, or too many steps in a row were
-            not finite.
+        UserError: a checkpoint cannot be read, the last one not written, too many steps in a row were
+            not finite, or the device has no room for a micro-batch.
         SystemExit: a signal ended the run after a checkpoint; 128 + its number, as shells have it.
     """
     run = _Run(job, world)
@@ -88,6 +89,10 @@ def train(job: Job, world: World) -> None:
             name = signal.Signals(run.signum).name
             log.warning("%s: left after step %d; the same command goes on from there", name, progress.step)
             raise SystemExit(128 + run.signum) from interrupted
+        except torch.OutOfMemoryError as error:
+            if progress.evaluate:
+                raise no_room_to_evaluate(error, eval_batch_size(job.recipe, world), world) from error
+            raise no_room_to_train(error, job, run.longest, world) from error
         job.tracker.metrics(run.checkpoints.finish(), progress.step)
 
 
@@ -118,6 +123,7 @@ class _Run:
         data = job.loader.spec
         shapes = [(Shape(samples, data.mel_bins, data.frames_of(samples), len(data.labels)), share)
                   for samples, share in job.loader.length_shares.items()]  # fmt: skip
+        self.longest = max((shape for shape, _ in shapes), key=lambda shape: shape.samples)
         at_peak = clips_per_second_at_peak(job.recipe, shapes, job.ds, world)
         self.telemetry = Telemetry(job.run_dir, job.tracker, world, job.recipe.log, job.task.model, job.batches.total,
                                    self.progress.step, at_peak)  # fmt: skip

@@ -114,6 +114,12 @@ def plan_batches(recipe: Recipe, ds: dict[str, Any], ranks: int) -> Batches:
     return Batches(total, micro, share // micro)
 
 
+def eval_batch_size(recipe: Recipe, world: World) -> int:
+    """Clips of an evaluation's step over all ranks, a multiple of them: evaluation has no batch to keep to."""
+    size = recipe.eval.batch_size or recipe.train.batch_size
+    return max(1, size // world.size) * world.size
+
+
 def default_stage(batches: Batches) -> int:
     """ZeRO's stage where ds.json leaves it open: 2, or 1 with several micro-batches.
 

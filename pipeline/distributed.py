@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 DEVICES = Path("/dev")
 JOIN_SECONDS = 300.0  # between the first rank and the last one at the start
 STORE_SECONDS = 10.0  # to wait for an answer of the key-value store
+_alone = False
 ValueT = TypeVar("ValueT")
 _gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # older name
 
@@ -335,14 +336,25 @@ class Agreement:
         return [int(number) for number in agreed]
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this rank is a world of its own and sends nothing: for what others do not compute beside it."""
+    global _alone  # noqa: PLW0603 - as the process group is
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
 def rank() -> int:
     """Own rank; 0 where no group was joined."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def world_size() -> int:
     """R; 1 where no group was joined."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def barrier() -> None:

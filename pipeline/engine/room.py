@@ -6,6 +6,7 @@ In: torch's error, and the run. Out: a `UserError` that names the setting.
 import psutil
 import torch
 
+from pipeline import distributed
 from pipeline.distributed import World
 from pipeline.engine import plan
 from pipeline.engine.job import Job
@@ -24,13 +25,14 @@ def no_room_to_train(error: torch.OutOfMemoryError, job: Job, shape: Shape, worl
         shape: Of its longest clips.
         world: Ranks.
     """
-    cost = plan.record(job.recipe, shape, job.ds["bf16"]["enabled"] or job.ds["fp16"]["enabled"])
+    with distributed.alone():  # the other ranks wait in a collective of the step
+        cost = plan.record(job.recipe, shape, job.ds["bf16"]["enabled"] or job.ds["fp16"]["enabled"])
     stage, room = job.ds["zero_optimization"]["stage"], ROOM * _memory(world)
     share, micro = job.batches.micro * job.batches.accumulation, job.batches.micro
     smaller = [size for size in range(micro - 1, 0, -1) if share % size == 0]
     fits = next((size for size in smaller if plan.memory(cost, stage, world.size, size).total <= room), 0)
     remedy = (
-        f"give train.micro_batch={fits}, the largest that the plan expects to fit: the results stay" if fits else
+        f"give train.micro_batch={fits}, the largest that the plan expects to fit; results do not depend on it" if fits else
         "no smaller one is expected to fit; try bf16, ZeRO 3 (--deepspeed_config zero3.json), "
         "model.checkpoint_activations=true or more GPUs"
     )  # fmt: skip

@@ -43,7 +43,7 @@ def main() -> None:
     from pipeline.train import finetune
 
     settings = launch.recipe.run
-    with session(settings.timeout, settings.seed) as world:
+    with session(settings.timeout, settings.seed, settings.deterministic) as world:
         if not launch.recipe.finetune.folds:
             finetune(launch, world)
             return

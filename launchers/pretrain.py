@@ -21,7 +21,7 @@ def main() -> None:
     from pipeline.train import pretrain
 
     run = launch.recipe.run
-    with session(run.timeout, run.seed) as world:
+    with session(run.timeout, run.seed, run.deterministic) as world:
         pretrain(launch, world)
 
 

@@ -99,6 +99,9 @@ class RunConfig(Section):
         "auto", description="auto: go on from the newest complete checkpoint of run.dir; never: refuse to"
     )
     timeout: float = neutral(1800.0, gt=0, description="seconds a collective may take before the run aborts")
+    deterministic: bool = course(
+        False, description="GPUs compute the same bits each time, for some of their speed; CPUs always do"
+    )
 
 
 class ShardSet(Section):

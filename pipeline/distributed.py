@@ -34,7 +34,9 @@ log = logging.getLogger(__name__)
 DEVICES = Path("/dev")
 JOIN_SECONDS = 300.0  # between the first rank and the last one at the start
 STORE_SECONDS = 10.0  # to wait for an answer of the key-value store
+_alone = False
 ValueT = TypeVar("ValueT")
+_gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # older name
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,14 @@ def _local_size() -> int:
 
 
 @contextmanager
-def session(timeout: float, seed: int) -> Iterator[World]:
+def session(timeout: float, seed: int, deterministic: bool = False) -> Iterator[World]:
     """Joins the process group that the launcher describes, and leaves it at the end.
 
     Args:
         timeout: Seconds a collective may take.
         seed: Of the host's generators. All ranks share it: weights start equal, and draws that
             must differ between clips are keyed by position (`pipeline.rng`).
+        deterministic: GPUs compute the same bits each time; see `_same_bits`.
 
     Without a launcher's environment the world is this one process.
 
@@ -86,6 +89,7 @@ def session(timeout: float, seed: int) -> Iterator[World]:
     """
     _from_slurm()
     _own_programs()
+    _same_bits(deterministic)
     device = torch.device("cpu")
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         if local_rank() >= torch.cuda.device_count():
@@ -201,11 +205,16 @@ def _refuse_lost_gpus() -> None:
     """A host with GPUs that torch cannot use would train on its CPU, a hundred times slower.
 
     Raises:
-        UserError: see above, unless DS_ACCELERATOR=cpu or an empty CUDA_VISIBLE_DEVICES asks for the CPU.
+        UserError: see above, unless DS_ACCELERATOR=cpu or, outside a Slurm job with GPUs, an empty CUDA_VISIBLE_DEVICES
+            asks for the CPU. Slurm itself sets an empty one for a step that was given none of the job's GPUs.
     """
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
         return
-    given = next((name for name in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS") if os.environ.get(name)), "")
+    slurm = {name: os.environ.get(name, "") for name in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")}
+    slurm["SLURM_GPUS_ON_NODE"] = slurm["SLURM_GPUS_ON_NODE"].strip("0")  # a number; the others are lists from 0 on
+    given = next((name for name, value in slurm.items() if value), "")
+    if not given and os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
     found = sorted(str(device) for device in DEVICES.glob("nvidia[0-9]*"))
     if not given and not found:
         return
@@ -258,6 +267,19 @@ def _own_programs() -> None:
         os.environ["PATH"] = os.pathsep.join([own, *paths])
 
 
+def _same_bits(wanted: bool) -> None:
+    """Kernels that add up in a fixed order, or none of this.
+
+    Of attention those of flash and memory-efficient attention have such a backward pass, which torch takes without
+    `warn_only` alone; an operation that has none raises an error with its name. cuBLAS reads the variable when CUDA
+    starts.
+    """
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.deterministic = wanted
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def gather(local: torch.Tensor) -> torch.Tensor:
     """All ranks' rows in rank order, without gradient: [n, ...] -> [R n, ...]; n is equal on all ranks."""
     size = world_size()
@@ -265,8 +287,14 @@ def gather(local: torch.Tensor) -> torch.Tensor:
     if size == 1:
         return local
     out = local.new_empty(size * len(local), *local.shape[1:])
-    dist.all_gather(list(out.chunk(size)), local)
+    _gather_into(out, local)  # a list of outputs would be copied out of one such buffer by nccl
     return out
+
+
+def add_up(values: torch.Tensor, owner: int) -> None:
+    """Sums over ranks in place, on rank `owner`; what the others have then is of no use."""
+    if world_size() > 1:
+        dist.reduce(values, owner)
 
 
 def mean(values: Mapping[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:
@@ -310,14 +338,25 @@ class Agreement:
         return [int(number) for number in agreed]
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this rank is a world of its own and sends nothing: for what others do not compute beside it."""
+    global _alone  # noqa: PLW0603 - as the process group is
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
 def rank() -> int:
     """Own rank; 0 where no group was joined."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def world_size() -> int:
     """R; 1 where no group was joined."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def barrier() -> None:

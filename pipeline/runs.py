@@ -26,6 +26,8 @@ from pipeline.data.loader import Loader
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine.evaluation import Scores, score
+from pipeline.engine.room import no_room_to_evaluate
+from pipeline.engine.setup import eval_batch_size
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.hub import local_model
@@ -100,8 +102,9 @@ def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World, ids: pa.A
     task, spec = load_finetuned(run_dir, file, world.device)
     made = {"mean": spec.mean, "std": spec.std, "frames": spec.frames, "seconds": spec.seconds}
     data = recipe.data.model_copy(update=made)
+    size = eval_batch_size(recipe, world)
     with Loader(
-        data, "eval", waveform=task.method.wav, fbank=task.method.spec, batch_size=eval_batch_size(recipe, world),
+        data, "eval", waveform=task.method.wav, fbank=task.method.spec, batch_size=size,
         rank=world.rank, world_size=world.size, device=world.device, ids=ids,
     ) as loader:  # fmt: skip
         corpus = loader.corpus
@@ -113,7 +116,10 @@ def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World, ids: pa.A
             )
         if [label.id for label in corpus.labels] != [label.id for label in spec.labels]:
             raise UserError(f"{data.shown}: its labels are not those that {run_dir} was trained on")
-        scores = score(task, loader.batches())
+        try:
+            scores = score(task, loader.batches())
+        except torch.OutOfMemoryError as error:
+            raise no_room_to_evaluate(error, size, world) from error
         loader.bad_clips.check(loader.clips - len(scores.rows))
         keys = loader.keys(scores.rows.tolist())
     about: dict[str, Any] = {
@@ -127,12 +133,6 @@ def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World, ids: pa.A
         there = loader.clips
         about["ids"] = {"listed": len(ids), "found": there, "evaluated": len(keys), "missing": len(ids) - there}
     return Scored(scores, keys, spec, about)
-
-
-def eval_batch_size(recipe: Recipe, world: World) -> int:
-    """Clips of an evaluation's step over all ranks, a multiple of them: evaluation has no batch to keep to."""
-    size = recipe.eval.batch_size or recipe.train.batch_size
-    return max(1, size // world.size) * world.size
 
 
 def score_ensemble(

@@ -31,7 +31,7 @@ from pipeline.engine.evaluation import (
 )
 from pipeline.engine.job import Forward, Job
 from pipeline.engine.loop import train
-from pipeline.engine.setup import reconcile
+from pipeline.engine.setup import eval_batch_size, reconcile
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.methods import FINETUNE, PRETRAIN, Reads
@@ -39,7 +39,7 @@ from pipeline.model.weights import weights_file
 from pipeline.probing.curve import Curve
 from pipeline.recipes import RecipeT, flatten, read_run
 from pipeline.run_directory import check_run, open_run, write_record
-from pipeline.runs import eval_batch_size, initialise, score_run
+from pipeline.runs import initialise, score_run
 from pipeline.serving.package import check_publishable, publish
 from pipeline.tasks import FinetuneTask, task_of
 from pipeline.tracking import Tracker, figures, open_tracker, run_of

@@ -21,17 +21,16 @@ at multiples of `keep_every` steps or the shares `keep_at` of the run. `latest` 
 
 DeepSpeed's own checkpoint files are tied to the ranks and the ZeRO stage that wrote them: stage 3 needs the same
 ranks, a change needs an offline conversion (which stage 0 lacks), and loading unpickles. Tensors by parameter name need
-no conversion: every layout reads its own part of them, with the same bits. Each is made whole once (one collective), so
-a save moves three times the float32 weights; CRAFT-base: 1 GB, a few optimiser steps' traffic.
+no conversion: every layout reads its own part of them, with the same bits. Each is made whole once, many of them in one
+collective, so a save moves three times the float32 weights; CRAFT-base: 1 GB, a few optimiser steps' traffic.
 """
 
-import itertools
 import json
 import logging
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,14 @@ from safetensors.torch import save_file
 from pipeline import distributed
 from pipeline.config import CheckpointConfig
 from pipeline.distributed import World
+from pipeline.engine import parts
+from pipeline.engine.parts import Part
 from pipeline.errors import UserError
 from pipeline.files import sync, write_json, write_text
 
 log = logging.getLogger(__name__)
 
 COPIED = ("config.yaml", "ds.json", "data.json")
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # fp16's dynamic loss scaling
 
 
@@ -78,13 +78,13 @@ class Checkpoints:
         self._lost: Path | None = None  # the last one, where it could not be written
         self.pending: Path | None = None
 
-    def save(self, engine: Any, state: dict[str, Any], average: dict[str, torch.Tensor]) -> dict[str, float]:
+    def save(self, engine: Any, state: dict[str, Any], average: Mapping[str, Part]) -> dict[str, float]:
         """Copies the state of `state["step"]` to the host and begins to write it.
 
         Args:
             engine: DeepSpeed engine.
             state: JSON-able state of the trainer; "step" names the checkpoint, "metric" ranks it.
-            average: Averaged weights on rank 0; empty: none.
+            average: This rank's parts of averaged weights; empty: there are none.
 
         Returns:
             What `settle` says of the checkpoint before, if it was still being written.
@@ -97,17 +97,18 @@ class Checkpoints:
         self._lost = None if there or made else folder
         if not made:
             return before
-        weights = full_weights(engine, keep=world.is_main)
-        moments = full_moments(engine, _share(engine, world))
+        weights = parts.full_weights(engine)
+        averaged = parts.put_together(engine, average, dict.fromkeys(average, 0)) if average else {}
+        moments = parts.full_moments(engine, parts.spread(engine))
         mine = {_part("optimizer", world): moments, _part("random", world): _random_state()}
         if world.is_main:
             mine = {"weights": weights, **mine}
-            if average:
-                mine["average"] = {name: tensor.clone() for name, tensor in average.items()}
+            if averaged:
+                mine["average"] = averaged
             if teacher := getattr(engine.module, "teacher", None):  # the same on all ranks
-                mine["teacher"] = {f"model.{name}": _host(weight) for name, weight in teacher.weights.items()}
+                mine["teacher"] = {f"model.{name}": parts.host(weight) for name, weight in teacher.weights.items()}
             state = state | {
-                "updates": _updates(engine),
+                "updates": parts.updates(engine),
                 "loss_scale": loss_scale(engine),
                 "world_size": world.size,
                 "zero_stage": int(engine.zero_optimization_stage()),
@@ -305,23 +306,23 @@ def restore(engine: Any, run_dir: Path, state: dict[str, Any], weights: dict[str
     """
     parameters = dict(engine.module.named_parameters())
     for name, parameter in parameters.items():
-        _put(parameter, weights[name].to(engine.device), None)
+        parts.put(parameter, weights[name].to(engine.device), None)
     if teacher := getattr(engine.module, "teacher", None):
         for name, value in stored(run_dir, state, "teacher"):
             teacher.weights[name.removeprefix("model.")].copy_(value)
             teacher.put(name.removeprefix("model."))
     if state["updates"]:
-        adam, done = _adam(engine), float(state["updates"])
-        for flat in _flat(engine):
-            adam.state[flat] = {"step": torch.tensor(done), **{key: torch.zeros_like(flat) for key in MOMENTS}}
-        _link(engine)
+        adam, done = parts.adam(engine), float(state["updates"])
+        for flat in parts.flat_weights(engine):
+            adam.state[flat] = {"step": torch.tensor(done), **{key: torch.zeros_like(flat) for key in parts.MOMENTS}}
+        parts.link(engine)
         for path, value in stored(run_dir, state, "optimizer-*"):
             key, _, name = path.partition("/")
             parameter = parameters[name]
             if parameter in adam.state:
                 adam.state[parameter][key].copy_(value)
             else:
-                _put(parameter, value.to(engine.device), key)
+                parts.put(parameter, value.to(engine.device), key)
     for name, number in state["loss_scale"].items():
         if getattr(engine.optimizer, "loss_scaler", None) is not None:
             setattr(engine.optimizer.loss_scaler, name, number)
@@ -333,103 +334,10 @@ def restore(engine: Any, run_dir: Path, state: dict[str, Any], weights: dict[str
         _set_random_state(dict(stored(run_dir, state, _part("random", world))))
 
 
-def full_weights(engine: Any, keep: bool) -> dict[str, torch.Tensor]:
-    """All parameters in float32 on the host, from any ZeRO stage; a collective.
-
-    Args:
-        engine: DeepSpeed engine.
-        keep: On this rank; other ranks take part and return nothing.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param  # slow to import, and only trainers need it
-
-    found = {}
-    for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)  # None: not partitioned, the parameter is whole
-        if keep:
-            found[name] = _host(parameter if full is None else full)
-    return found
-
-
-def full_moments(engine: Any, keep: set[str]) -> dict[str, torch.Tensor]:
-    """Adam's moments of the parameters in `keep` as {"exp_avg/NAME": ...}; a collective. Empty before any update."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    found: dict[str, torch.Tensor] = {}
-    if not _updates(engine):
-        return found
-    _link(engine)
-    for name, parameter in engine.module.named_parameters():
-        for key in MOMENTS:
-            full = safe_get_full_optimizer_state(parameter, key)
-            if name in keep:
-                found[f"{key}/{name}"] = _host(_adam(engine).state[parameter][key] if full is None else full)
-    return found
-
-
 def loss_scale(engine: Any) -> dict[str, float]:
     """State of fp16's dynamic loss scaling; empty in other precisions."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     return {name: getattr(scaler, name) for name in SCALER} if getattr(scaler, "dynamic", False) else {}
-
-
-def _share(engine: Any, world: World) -> set[str]:
-    """Names of the parameters whose moments this rank writes: about as many bytes on each."""
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.module.named_parameters()}
-    before = [0, *itertools.accumulate(sizes.values())]
-    owner = {name: done * world.size // before[-1] for name, done in zip(sizes, before, strict=False)}
-    return {name for name, rank in owner.items() if min(rank, world.size - 1) == world.rank}
-
-
-def _updates(engine: Any) -> int:
-    """Updates that Adam has made: its bias correction depends on them. Skipped steps do not count."""
-    state = _adam(engine).state
-    return next((int(state[flat]["step"]) for flat in _flat(engine) if state.get(flat)), 0)
-
-
-def _adam(engine: Any) -> Any:
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
-def _flat(engine: Any) -> list[torch.Tensor]:
-    """The tensors that Adam updates: parameters at ZeRO 0, else this rank's flat float32 parts."""
-    if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
-        return list(engine.optimizer.fp32_partitioned_groups_flat)
-    return [flat for group in _adam(engine).param_groups for flat in group["params"]]
-
-
-def _link(engine: Any) -> None:
-    """ZeRO 1, 2 and bf16 map each parameter to its part of the flat moments; all of them must be there.
-
-    DeepSpeed does so once, after the update of the first parameter group: with more of them (optim.layer_decay) the
-    others' parameters would have no moments.
-    """
-    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:
-        engine.optimizer._hp_optimizer_states_linked = False
-        link()
-
-
-def _put(parameter: Any, value: torch.Tensor, key: str | None) -> None:
-    """Sets a weight's float32 master (`key` None) or moment from the whole tensor; at ZeRO 0 in float32 nothing."""
-    import deepspeed.utils as deepspeed
-
-    partitioned = hasattr(parameter, "ds_id")
-    if partitioned:
-        # ZeRO 3's parts are equally long, the last one padded; DeepSpeed's setter of whole tensors fails there.
-        part = parameter.ds_tensor.numel()
-        padded = torch.nn.functional.pad(value.flatten(), (0, part * distributed.world_size() - value.numel()))
-        value = padded[part * distributed.rank() :][:part]
-    if key is None:
-        put = deepspeed.safe_set_local_fp32_param if partitioned else deepspeed.safe_set_full_fp32_param
-        put(parameter, value)
-    else:
-        put = deepspeed.safe_set_local_optimizer_state if partitioned else deepspeed.safe_set_full_optimizer_state
-        put(parameter, value, key)
-
-
-def _host(tensor: torch.Tensor) -> torch.Tensor:
-    """A float32 copy that training will not overwrite."""
-    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 def _part(what: str, world: World) -> str:

@@ -22,8 +22,10 @@ from pipeline.distributed import Agreement, World
 from pipeline.engine import checkpoint
 from pipeline.engine.checkpoint import Checkpoints
 from pipeline.engine.job import Job, Progress
+from pipeline.engine.parts import Mean
 from pipeline.engine.plan import Shape
-from pipeline.engine.setup import build_engine
+from pipeline.engine.room import no_room_to_evaluate, no_room_to_train
+from pipeline.engine.setup import build_engine, eval_batch_size
 from pipeline.engine.step import accumulate, learning_rate, update
 from pipeline.engine.telemetry import Telemetry, clips_per_second_at_peak
 from pipeline.faults import stop_signals
@@ -41,8 +43,8 @@ def train(job: Job, world: World) -> None:
     """Runs the job from its newest checkpoint to its last step.
 
     Raises:
-        UserError: a checkpoint cannot be read, the last one not written, or too many steps in a row were
-            not finite.
+        UserError: a checkpoint cannot be read, the last one not written, too many steps in a row were
+            not finite, or the device has no room for a micro-batch.
         SystemExit: a signal ended the run after a checkpoint; 128 + its number, as shells have it.
     """
     run = _Run(job, world)
@@ -87,6 +89,10 @@ def train(job: Job, world: World) -> None:
             name = signal.Signals(run.signum).name
             log.warning("%s: left after step %d; the same command goes on from there", name, progress.step)
             raise SystemExit(128 + run.signum) from interrupted
+        except torch.OutOfMemoryError as error:
+            if progress.evaluate:
+                raise no_room_to_evaluate(error, eval_batch_size(job.recipe, world), world) from error
+            raise no_room_to_train(error, job, run.longest, world) from error
         job.tracker.metrics(run.checkpoints.finish(), progress.step)
 
 
@@ -109,14 +115,15 @@ class _Run:
             scaler.raise_error_at_min_scale = False  # `train.max_bad_steps` ends the run
         self.job, self.world, self.engine = job, world, engine
         self.progress = Progress()
-        self.mean: dict[str, torch.Tensor] = {}  # averaged weights, on rank 0
+        self.mean = Mean(engine)
         if state:
             checkpoint.restore(engine, job.run_dir, state, weights, world)
             self.progress = Progress.of(state)
-            self.mean = dict(checkpoint.stored(job.run_dir, state, "average")) if world.is_main else {}
+            self.mean.restore(checkpoint.stored(job.run_dir, state, "average"))
         data = job.loader.spec
         shapes = [(Shape(samples, data.mel_bins, data.frames_of(samples), len(data.labels)), share)
                   for samples, share in job.loader.length_shares.items()]  # fmt: skip
+        self.longest = max((shape for shape, _ in shapes), key=lambda shape: shape.samples)
         at_peak = clips_per_second_at_peak(job.recipe, shapes, job.ds, world)
         self.telemetry = Telemetry(job.run_dir, job.tracker, world, job.recipe.log, job.task.model, job.batches.total,
                                    self.progress.step, at_peak)  # fmt: skip
@@ -190,17 +197,14 @@ class _Run:
         job, progress, config = self.job, self.progress, self.job.recipe.checkpoint
         if config.ema:
             if share := ema_share(config, progress.step, job.total_steps):
-                for name, weight in checkpoint.full_weights(self.engine, keep=self.world.is_main).items():
-                    self.mean.setdefault(name, weight).lerp_(weight, share)
+                self.mean.take(lambda mean, weights: mean.lerp_(weights, share))
             return
         epoch = progress.step * job.batches.total // job.loader.clips
         first, last = config.average
         if not job.due(progress.step - 1, job.loader.clips) or not 1 <= first <= epoch <= last:
             return
         progress.averaged += 1
-        for name, weight in checkpoint.full_weights(self.engine, keep=self.world.is_main).items():
-            mean = self.mean.setdefault(name, torch.zeros_like(weight))
-            mean += (weight - mean) / progress.averaged
+        self.mean.take(lambda mean, weights: mean.add_((weights - mean) / progress.averaged))
 
     def save(self) -> None:
         """Begins to write a checkpoint."""
@@ -212,7 +216,7 @@ class _Run:
         }
         posted = self._agreement.take()  # before this save: what it says of writing is about another checkpoint
         self.signum = self.signum or (posted[0] if posted else 0)
-        self.job.tracker.metrics(self.checkpoints.save(self.engine, state, self.mean), progress.step)
+        self.job.tracker.metrics(self.checkpoints.save(self.engine, state, self.mean.parts), progress.step)
 
 
 def ema_share(config: CheckpointConfig, step: int, total: int) -> float:
@@ -237,6 +241,11 @@ def _say_beginning(job: Job, world: World, step: int) -> None:
         log.warning("optim.warmup = %d steps, of a run of %d: %s", warmup, total,
                     "the learning rate never reaches optim.lr" if warmup >= total
                     else "more than a fifth of it is spent below optim.lr")  # fmt: skip
+    micros = job.batches.accumulation
+    if job.ds["zero_optimization"]["stage"] == 2 and micros > 1 and world.size > 1:
+        log.warning("zero_optimization.stage = 2 with %d micro-batches a step: gradients are summed over ranks %d "
+                    'times a step; stage 1, or "auto", does so once, for up to %.1f GB more on a GPU', micros, micros,
+                    4e-9 * sum(weight.numel() for weight in job.task.parameters()) * (1 - 1 / world.size))  # fmt: skip
     if isinstance(job.task, PretrainTask) and job.task.teacher:
         decay = job.task.config.teacher_decay[0]
         if 1 / (1 - decay) > total:

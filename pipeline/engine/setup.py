@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,11 @@ KNOWN_KEYS = frozenset(
     }
 )
 
-BUCKET = 50_000_000  # elements; DeepSpeed's 5e8 would reserve 1 to 4 GB, five times the largest model's gradients
+# Elements. Of CRAFT-base four: each but the last is summed beside the rest of the backward pass. DeepSpeed's 5e8 would
+# sum them all after it, and reserve 1 to 4 GB.
+BUCKET = 25_000_000
+
+ALIGNED = 8  # elements: 16 bytes in half precision, 32 in float32
 
 # What else of it changes numbers; batch and clipping are the recipe's, ZeRO, offload and compile keep the arithmetic.
 NUMERIC_KEYS = (
@@ -109,6 +114,22 @@ def plan_batches(recipe: Recipe, ds: dict[str, Any], ranks: int) -> Batches:
     return Batches(total, micro, share // micro)
 
 
+def eval_batch_size(recipe: Recipe, world: World) -> int:
+    """Clips of an evaluation's step over all ranks, a multiple of them: evaluation has no batch to keep to."""
+    size = recipe.eval.batch_size or recipe.train.batch_size
+    return max(1, size // world.size) * world.size
+
+
+def default_stage(batches: Batches) -> int:
+    """ZeRO's stage where ds.json leaves it open: 2, or 1 with several micro-batches.
+
+    Stage 2 sums the gradients over ranks in each micro-batch, stage 1 once a step. With one micro-batch both send the
+    same, and stage 2 holds fewer gradients and sums them beside the backward pass: DeepSpeed's optimiser for bf16 at
+    stage 1 begins when that is over.
+    """
+    return 1 if batches.accumulation > 1 else 2
+
+
 def nearest_batches(total: int, ranks: int) -> tuple[list[int], list[int]]:
     """What would do where `total` clips do not divide by `ranks`: nearest (batches, numbers of ranks)."""
     below = total - total % ranks
@@ -126,8 +147,9 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     | train_micro_batch_size_per_gpu | "auto" or absent: train.micro_batch, or G / R / accumulation |
     | gradient_accumulation_steps | "auto" or absent: G / R / micro-batch |
     | gradient_clipping | "auto" or absent: optim.clip (0: off; DeepSpeed's own default is 1.0) |
-    | zero_optimization.stage | "auto" or absent: 1 |
-    | zero_optimization.reduce_bucket_size | absent: 5e7 elements, half of CRAFT-base |
+    | zero_optimization.stage | "auto" or absent: 2, or 1 with several micro-batches (`default_stage`) |
+    | zero_optimization.reduce_bucket_size | absent: 2.5e7 elements, a quarter of CRAFT-base |
+    | zero_optimization.overlap_comm | absent: true at ZeRO 1 and 2 without offload; at ZeRO 3 DeepSpeed's is true |
     | zero_optimization.offload_*.device | "nvme": error; "cpu" and "none" are passed on |
     | bf16.enabled, fp16.enabled | "auto": bf16 on a GPU that computes it itself at ZeRO 1 to 3; fp16 off. Both: error |
     | fp16.enabled | on a CPU: error |
@@ -158,7 +180,9 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     _check_values(ds)
     batches = plan_batches(recipe, ds, world.size)
     zero = {"reduce_bucket_size": BUCKET, **ds.get("zero_optimization", {})}
-    zero["stage"] = 1 if zero.get("stage", "auto") == "auto" else zero["stage"]
+    zero["stage"] = default_stage(batches) if zero.get("stage", "auto") == "auto" else zero["stage"]
+    if zero["stage"] in (1, 2) and not zero.get("offload_optimizer"):
+        zero.setdefault("overlap_comm", True)
     for part in ("offload_optimizer", "offload_param"):
         if (zero.get(part) or {}).get("device") == "nvme":
             raise UserError(f'ds.json: zero_optimization.{part}.device = "nvme" is not supported; use "cpu"')
@@ -216,14 +240,14 @@ def _check_values(ds: dict[str, Any]) -> None:
 
 
 def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """One group, or one for each `scale` of the learning rate.
+    """One group, or one for each `scale` of the learning rate; see `_aligned` for the order in it.
 
     Of `optim.layer_decay` (BEiT): with n blocks, block b has scale decay^(n - b), what embeds has
     decay^(n + 1), and the last LayerNorm, bottlenecks and heads have 1. The classifier's is multiplied by
     `optim.head_lr`.
     """
     if optim.layer_decay == optim.head_lr == 1.0:
-        return [{"params": list(task.parameters())}]
+        return [{"params": _aligned(task.parameters())}]
     found = [(re.match(r"model\.encoder\.blocks\.(\d+)\.", name), name, p) for name, p in task.named_parameters()]
     depth = 1 + max((int(block[1]) for block, _, _ in found if block), default=0)
     groups: dict[float, list[nn.Parameter]] = {}
@@ -234,7 +258,16 @@ def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]
         below = depth - int(block[1]) if block else depth + 1 if embeds else 0
         head = optim.head_lr if name.startswith("classifier.") else 1.0
         groups.setdefault(head * optim.layer_decay**below, []).append(parameter)
-    return [{"params": groups[scale], "scale": scale} for scale in sorted(groups, reverse=True)]
+    return [{"params": _aligned(groups[scale]), "scale": scale} for scale in sorted(groups, reverse=True)]
+
+
+def _aligned(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of an odd size last, in their order otherwise.
+
+    DeepSpeed lays a group's weights one behind the other, and the fast kernels of a matrix product read 16 bytes at
+    once, from multiples of 16: 43 filters of 11 samples before the matrices would move all of these off them.
+    """
+    return sorted(parameters, key=lambda parameter: parameter.numel() % ALIGNED != 0)
 
 
 def build_engine(task: PretrainTask | FinetuneTask, recipe: Recipe, ds: dict[str, Any]) -> Any:

@@ -16,14 +16,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from pipeline import distributed
 from pipeline.errors import UserError, run_cli
 
 KINDS = {
-    "memory": torch.OutOfMemoryError("no memory\nfor 3 GiB"),
+    "device": RuntimeError("no answer\nof device 3"),
     "input": UserError("data.max_bad = 3: too many"),
     "own input": UserError("shard 7 cannot be read", local=True),
     "store": UserError("the store is out of reach", local=True, transient=True),
@@ -58,7 +57,7 @@ if kind == "pretrain":
 
     def fail(self: Craft, *args: Any, **named: Any) -> Any:
         if distributed.rank() == failing and next(passes) > 12:
-            raise KINDS["memory"]
+            raise KINDS["device"]
         return forward(self, *args, **named)
 
     Craft.forward = fail  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ import torch
 from pipeline import distributed
 from pipeline.config import CheckpointConfig, PretrainRecipe
 from pipeline.distributed import World
-from pipeline.engine import checkpoint
+from pipeline.engine import checkpoint, parts
 from pipeline.engine.checkpoint import Checkpoints
 from pipeline.engine.setup import build_engine, reconcile
 from pipeline.engine.step import accumulate, update_teacher
@@ -80,9 +80,10 @@ class Trainer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything, on rank 0's word."""
-        weights = checkpoint.full_weights(self.engine, keep=True)
-        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-        state = weights | checkpoint.full_moments(self.engine, set(weights))
+        weights = parts.full_weights(self.engine)
+        assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+        assert bool(weights) is self.world.is_main
+        state = weights | parts.full_moments(self.engine, dict.fromkeys(parts.spread(self.engine), 0))
         if self.task.teacher:
             state |= {f"teacher/model.{name}": weight.clone() for name, weight in self.task.teacher.weights.items()}
         return state

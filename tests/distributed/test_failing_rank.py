@@ -29,7 +29,7 @@ def test_the_trainer_names_the_rank_and_the_reason_and_closes_its_tracking(shard
     ends = run_ranks(2, SCRIPT, "pretrain", 1, *words, check=False, timeout=3 * MINUTE)
     said = [output for _, output in ends]
     assert [status for status, _ in ends] == [70, 70], said[0][-4000:]
-    reason = f"rank 1 on {socket.gethostname()}: OutOfMemoryError: no memory for 3 GiB"
+    reason = f"rank 1 on {socket.gethostname()}: RuntimeError: no answer of device 3"
     assert f"error: {reason}\n" in said[1]
     assert "Traceback" in said[1]
     assert f"error: rank 0: {reason}; the same command goes on from the newest checkpoint\n" in said[0]
@@ -45,7 +45,7 @@ def test_the_trainer_names_the_rank_and_the_reason_and_closes_its_tracking(shard
 @pytest.mark.parametrize(
     ("kind", "failing", "status", "said"),
     [
-        ("memory", 0, 70, ["rank 0 on HOST: OutOfMemoryError: no memory for 3 GiB", "rank 1: rank 0 on HOST: Out"]),
+        ("device", 0, 70, ["rank 0 on HOST: RuntimeError: no answer of device 3", "rank 1: rank 0 on HOST: Run"]),
         ("input", 1, 2, ["rank 0: rank 1 on HOST: data.max_bad = 3: too many\n", ""]),
         ("own input", 1, 2, ["rank 0: rank 1 on HOST: shard 7 cannot be read\n", "shard 7 cannot be read\n"]),
         ("store", 0, 75, ["the store is out of reach\n", "rank 1: rank 0 on HOST: the store is out of reach"]),
@@ -75,7 +75,7 @@ def test_a_killed_rank_is_named_and_not_who_meets_the_broken_connection(tmp_path
 @pytest.mark.slow
 def test_a_rank_whose_output_nobody_reads_ends_with_the_others():
     """As on a host that was cut off: the ssh session that read it is gone, and writing to it fails."""
-    command = [sys.executable, SCRIPT, "memory", "0"]
+    command = [sys.executable, SCRIPT, "device", "0"]
     ranks = [subprocess.Popen(command, cwd=ROOT, env=os.environ | place, stdout=pipe, stderr=pipe)
              for place, pipe in zip(_places(2), (subprocess.DEVNULL, subprocess.PIPE), strict=True)]  # fmt: skip
     ranks[1].stdout.close()

@@ -100,16 +100,26 @@ def test_a_rank_that_does_not_come_is_not_waited_for_as_long_as_a_collective():
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("sign", ["device", "SLURM_JOB_GPUS"])
-def test_a_host_with_gpus_that_torch_cannot_use_is_no_cpu_job(monkeypatch, tmp_path, sign):
-    for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS"):
+@pytest.mark.parametrize(
+    ("sign", "value"),
+    [("device", ""), ("SLURM_JOB_GPUS", "0"), ("SLURM_STEP_GPUS", "0,1"), ("SLURM_GPUS_ON_NODE", "10")],
+)
+@pytest.mark.parametrize("visible", [None, "", "NoDevFiles"])
+def test_a_host_with_gpus_that_torch_cannot_use_is_no_cpu_job(monkeypatch, tmp_path, sign, value, visible):
+    for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(distributed, "DEVICES", tmp_path)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "0")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     distributed._refuse_lost_gpus()
     if sign == "device":
         (tmp_path / "nvidia0").touch()
+        if visible == "":  # a user asks for the CPU; in a Slurm job with GPUs it is a step that was given none
+            distributed._refuse_lost_gpus()
+            return
     else:
-        monkeypatch.setenv(sign, "0,1")
+        monkeypatch.setenv(sign, value)
     with pytest.raises(UserError, match=r"torch cannot use them: .*DS_ACCELERATOR=cpu"):
         distributed._refuse_lost_gpus()
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")

@@ -1,6 +1,8 @@
 """Batch arithmetic, ds.json against the recipe, and the learning rate."""
 
+import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from pipeline.command_line import parse, read_deepspeed_config
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.distributed import World
 from pipeline.engine.job import Plateau
+from pipeline.engine.loop import _say_beginning
 from pipeline.engine.setup import Batches, reconcile
 from pipeline.engine.step import learning_rate
 from pipeline.errors import UserError
@@ -117,3 +120,38 @@ def test_bf16_that_a_card_emulates_is_not_chosen(monkeypatch):
 def test_the_flag_of_deepspeeds_own_pages_is_taken():
     words = ["--deepspeed", "--deepspeed_config", "zero0.json", "data.shards=x", "log.mlflow=false"]
     assert parse(PretrainRecipe, "", words).ds["zero_optimization"]["stage"] == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "stage"),
+    [
+        ("ds.json", (), 2),
+        ("ds.json", ("train.micro_batch=15",), 1),  # stage 2 would sum over ranks in each of the three micro-batches
+        ("bf16.json", (), 2),
+        ("bf16.json", ("train.micro_batch=15",), 1),
+        ("zero2.json", ("train.micro_batch=15",), 2),
+    ],
+)
+def test_an_open_zero_stage_is_the_one_that_sends_least(file, words, stage):
+    zero = reconcile(read_deepspeed_config(file), recipe(*words), world(4))[0]["zero_optimization"]
+    assert zero == {"stage": stage, "reduce_bucket_size": 25_000_000, "overlap_comm": True}
+    assert reconcile({}, recipe(*words), world(4))[0]["zero_optimization"]["stage"] == (1 if words else 2)
+
+
+def test_communication_overlaps_unless_ds_json_or_offload_says_otherwise():
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    for zero, overlap in (({"stage": 1}, True), ({"stage": 2, "overlap_comm": False}, False), ({"stage": 0}, None),
+                          (offload, None), ({"stage": 3}, None)):  # fmt: skip
+        resolved = reconcile({"zero_optimization": zero}, recipe(), world(2))[0]["zero_optimization"]
+        assert resolved.get("overlap_comm") is overlap, zero
+
+
+def test_stage_2_with_several_micro_batches_says_what_it_costs(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)
+    settings = recipe("train.micro_batch=15", "optim.warmup=0")
+    for stage, ranks, said in ((2, 4, True), (1, 4, False), (2, 1, False)):
+        ds, batches = reconcile({"zero_optimization": {"stage": stage}}, settings, world(ranks))
+        job = SimpleNamespace(ds=ds, batches=batches, recipe=settings, total_steps=9, task=torch.nn.Linear(1000, 1000))
+        caplog.clear()
+        _say_beginning(job, world(ranks), 0)
+        assert (f"summed over ranks {batches.accumulation} times a step; stage 1" in caplog.text) is said

@@ -65,7 +65,7 @@ RUNS: dict[str, tuple[str, str, str]] = {
         "zero1.json", "finetune/audioset_full.yaml", "finetune.method=wast data.train_split=train train.micro_batch=1"
     ),
     "swast": ("zero2.json", "finetune/esc50.yaml", "finetune.method=swast finetune.head=mean_logits"),
-    "swab": ("ds.json", "", "train.micro_batch=1"),
+    "swab": ("zero2.json", "", "train.micro_batch=1"),
     "swab, modern": ("zero3.json", "finetune/modern.yaml", "checkpoint.ema=0.9 checkpoint.ema_every=2"),
 }  # fmt: skip
 # From the checkpoint of which step; one between two averages.

@@ -105,7 +105,7 @@ def _method(check: Check, world: World, method: str, batch: Batch, clips: list[i
                 words.append(f"{count}: out of memory")  # a larger one would be, too
                 break
     share = busy / seconds[clips[1]] if clips[1] in seconds else float("nan")
-    check.info(method, f"{flops / 1e9:.0f} GFLOP a clip; {'; '.join(words)}; busy {share:.0%} of a step of {clips[1]}")
+    check.info(method, f"{flops / 1e9:.3g} GFLOP a clip; {'; '.join(words)}; busy {share:.0%} of a step of {clips[1]}")
     return 1e3 * seconds.get(clips[1], float("nan"))
 
 
@@ -134,7 +134,7 @@ def _finetuning(check: Check, world: World, batch: Batch, flop_rate: float) -> N
     reset_peak(world.device)
     with training(recipe, shape, world) as run:
         seconds = step_seconds(partial(run.step, batch), world.device, **_rounds(check))
-    check.info("finetuning_swab", f"{flops / 1e9:.0f} GFLOP a clip; "
+    check.info("finetuning_swab", f"{flops / 1e9:.3g} GFLOP a clip; "
                                   f"{_line(clips, seconds, flops, flop_rate, peak(world.device))}")  # fmt: skip
 
 

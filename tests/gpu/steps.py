@@ -4,6 +4,7 @@ In: a recipe and a world. Out: a `Training`; seconds, bytes, and what a trace sa
 """
 
 import gc
+import gzip
 import itertools
 import json
 import statistics
@@ -156,7 +157,8 @@ def peak(device: torch.device) -> int:
 
 def events(file: Path) -> list[dict[str, Any]]:
     """Events with a duration of a trace in Chrome's format; `ts` and `dur` are microseconds."""
-    found = json.loads(file.read_text(errors="replace"))["traceEvents"]
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    found = json.loads(content.decode(errors="replace"))["traceEvents"]
     return [event for event in found if event.get("ph") == "X" and "dur" in event]
 
 

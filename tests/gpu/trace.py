@@ -1,6 +1,6 @@
 """Steps of the real loop under the product's profiler (`log.profile`): how often the host waits, how long the GPU does.
 
-In: shards. Out: OUT/trace/CONFIG.trace.json for Perfetto, of three steps with each DeepSpeed configuration; lines:
+In: shards. Out: OUT/trace/CONFIG.trace.json.gz for Perfetto, of three steps with each DeepSpeed configuration; lines:
 
     waits_CONFIG    the host's waits for the GPU a step, between the beginning of `accumulate` and the end of `update`,
                     as CUDA's own calls in the trace have them
@@ -12,7 +12,6 @@ The rehearsal has no waits: it counts numbers that are read out of tensors, as t
 """
 
 import collections
-import gzip
 import shutil
 import statistics
 import tempfile
@@ -54,7 +53,7 @@ def run(check: Check) -> None:
         for config in CONFIGS:
             name = config.removesuffix(".json")
             with part(check, f"waits_{name}"), tempfile.TemporaryDirectory() as run_dir:
-                _trace(check, world, config, name, Path(run_dir, "run"), folder / f"{name}.trace.json")
+                _trace(check, world, config, name, Path(run_dir, "run"), folder / f"{name}.trace.json.gz")
 
 
 class Watch:
@@ -135,8 +134,7 @@ def _trace(check: Check, world: World, config: str, name: str, run_dir: Path, ou
     finally:
         watch.stop()
         loop.accumulate, loop.update = halves
-    with gzip.open(run_dir / "profile" / "rank-0.trace.json.gz") as packed, out.open("wb") as file:
-        shutil.copyfileobj(packed, file)
+    shutil.copyfile(run_dir / "profile" / "rank-0.trace.json.gz", out)
     found = events(out)
     steps = _windows(found)
     _waits(check, name, found, steps)

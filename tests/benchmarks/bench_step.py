@@ -64,12 +64,19 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "scaled_do
 Step = Callable[[], Any]
 
 
-def batch_of(clips: int) -> Batch:
+def batch_of(clips: int, shape: Shape = SHAPE, device: torch.device | str = "cpu") -> Batch:
     generator = torch.Generator().manual_seed(0)
-    position = torch.arange(clips)
-    waveform = 0.1 * torch.randn(clips, SHAPE.samples, generator=generator)
-    fbank = torch.randn(clips, SHAPE.frames, SHAPE.mel_bins, generator=generator)
-    return Batch(position, position, position >= 0, waveform, fbank, torch.zeros(clips, 1))
+    position = torch.arange(clips, device=device)
+    waveform = 0.1 * torch.randn(clips, shape.samples, generator=generator)
+    fbank = torch.randn(clips, shape.frames, shape.mel_bins, generator=generator)
+    targets = torch.zeros(clips, shape.classes, device=device)
+    return Batch(position, position, position >= 0, waveform.to(device), fbank.to(device), targets)
+
+
+def grid_of(batch: Batch) -> tuple[int, int]:
+    """Patches of 16 along frequency and time."""
+    _, frames, mel_bins = batch.fbank.shape
+    return mel_bins // 16, frames // 16
 
 
 def recipe_of(size: str, *words: str) -> PretrainRecipe:
@@ -80,7 +87,9 @@ def recipe_of(size: str, *words: str) -> PretrainRecipe:
 
 
 def task_step(size: str, batch: Batch, dtype: torch.dtype, *words: str) -> Step:
-    task = PretrainTask(recipe_of(size, *words), SHAPE.mel_bins, SHAPE.frames).to(dtype)
+    """On the device of the batch, as the other steps."""
+    _, frames, mel_bins = batch.fbank.shape
+    task = PretrainTask(recipe_of(size, *words), mel_bins, frames).to(batch.fbank.device, dtype)
 
     def step() -> None:
         task.zero_grad(set_to_none=True)
@@ -91,7 +100,8 @@ def task_step(size: str, batch: Batch, dtype: torch.dtype, *words: str) -> Step:
 
 def separate_step(size: str, batch: Batch, dtype: torch.dtype) -> Step:
     """PSWaCL with one call of the encoder for each representation."""
-    task = PretrainTask(recipe_of(size), SHAPE.mel_bins, SHAPE.frames).to(dtype)
+    _, frames, mel_bins = batch.fbank.shape
+    task = PretrainTask(recipe_of(size), mel_bins, frames).to(batch.fbank.device, dtype)
     together = task.model.encoder.forward
     task.model.encoder.forward = lambda streams, *_: [together([stream])[0] for stream in streams]  # type: ignore[method-assign]
 
@@ -104,13 +114,14 @@ def separate_step(size: str, batch: Batch, dtype: torch.dtype) -> Step:
 
 def reference_step(size: str, batch: Batch, dtype: torch.dtype) -> Step:
     """SSAST's formulation: a pass and a mask for each objective, masks and losses clip by clip."""
-    shape = SIZES[size]
-    network = Ssast(shape.width, shape.depth, shape.heads, GRID).to(dtype)
+    shape, grid = SIZES[size], grid_of(batch)
+    masked = MASKED * grid[0] * grid[1] // (GRID[0] * GRID[1])
+    network = Ssast(shape.width, shape.depth, shape.heads, grid).to(batch.fbank.device, dtype)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.02) if parameter.is_floating_point() else None
 
     def masks(purpose: str) -> torch.Tensor:
-        return torch.tensor(ssast_mask(0, purpose, batch.position.tolist(), GRID, MASKED, SIDES, 8))
+        return torch.tensor(ssast_mask(0, purpose, batch.position.tolist(), grid, masked, SIDES, 8))
 
     def step() -> None:
         network.zero_grad(set_to_none=True)
@@ -131,7 +142,9 @@ def reference_step(size: str, batch: Batch, dtype: torch.dtype) -> Step:
 
 
 def encoder_step(size: str, batch: Batch, dtype: torch.dtype) -> Step:
-    network = Craft(recipe_of(size).model, Streams(spec=True, wav=False)).to(dtype)
+    _, frames, mel_bins = batch.fbank.shape
+    streams = Streams(spec=True, wav=False, mel_bins=mel_bins, frames=frames)
+    network = Craft(recipe_of(size).model, streams).to(batch.fbank.device, dtype)
     fbank = batch.fbank.to(dtype)
 
     def step() -> None:
@@ -144,19 +157,19 @@ def encoder_step(size: str, batch: Batch, dtype: torch.dtype) -> Step:
 def hugging_face_step(size: str, batch: Batch, dtype: torch.dtype) -> Step:
     from transformers import ASTConfig, ASTModel
 
-    shape = SIZES[size]
+    shape, grid = SIZES[size], grid_of(batch)
     config = ASTConfig(
         hidden_size=shape.width, num_hidden_layers=shape.depth, num_attention_heads=shape.heads,
         intermediate_size=4 * shape.width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        frequency_stride=16, time_stride=16, max_length=SHAPE.frames, num_mel_bins=SHAPE.mel_bins,
+        frequency_stride=16, time_stride=16, max_length=16 * grid[1], num_mel_bins=16 * grid[0],
     )  # fmt: skip
-    network = ASTModel(config).train().to(dtype)
+    network = ASTModel(config).train().to(batch.fbank.device, dtype)
     fbank = batch.fbank.to(dtype)
 
     def step() -> None:
         network.zero_grad(set_to_none=True)
         out = network(fbank).last_hidden_state
-        assert out.shape[1] == 2 + GRID[0] * GRID[1]
+        assert out.shape[1] == 2 + grid[0] * grid[1]
         out[:, 2:].float().mean().backward()
 
     return step

@@ -42,10 +42,8 @@ TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 def train(shards: Path, size: str, run_dir: Path, mode: str, kill: int) -> None:
     """A run of pretrain.py, which SIGKILL ends in step `kill`, its gradient computed and not applied."""
     words = [f"run.dir={run_dir}", "train.micro_batch=4", f"train.steps={TOTAL}", f"checkpoint.every={EVERY}",
-             "log.every=1", "eval.clips=8", "optim.lr=1e-4"]  # fmt: skip
-    if mode == "deterministic":
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
+             "log.every=1", "eval.clips=8", "optim.lr=1e-4",
+             f"run.deterministic={str(mode == 'deterministic').lower()}"]  # fmt: skip
     recipe = recipe_of(shards, size, 8, *words)
     assert isinstance(recipe, PretrainRecipe)
     update = loop.update
@@ -56,7 +54,7 @@ def train(shards: Path, size: str, run_dir: Path, mode: str, kill: int) -> None:
         return update(engine, job, batch, progress, loss)
 
     loop.update = fall  # type: ignore[attr-defined]
-    with distributed.session(300, seed=recipe.run.seed) as world:
+    with distributed.session(300, recipe.run.seed, recipe.run.deterministic) as world:
         pretrain(Launch(recipe, read_deepspeed_config("ds.json")), world)
 
 

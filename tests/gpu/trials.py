@@ -21,7 +21,7 @@ from pipeline.command_line import read_deepspeed_config
 from pipeline.config import CheckpointConfig, FinetuneRecipe, PretrainRecipe
 from pipeline.data.loader import Loader
 from pipeline.distributed import World
-from pipeline.engine import checkpoint
+from pipeline.engine import checkpoint, parts
 from pipeline.engine.checkpoint import Checkpoints
 from pipeline.engine.setup import build_engine, reconcile
 from pipeline.engine.step import accumulate, update_teacher
@@ -108,8 +108,7 @@ class Trial:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Weights and moments, float32 on the host."""
-        weights = checkpoint.full_weights(self.engine, keep=True)
-        return weights | checkpoint.full_moments(self.engine, set(weights))
+        return parts.full_weights(self.engine) | parts.full_moments(self.engine, parts.spread(self.engine))
 
     def save(self, run_dir: Path) -> None:
         saver = Checkpoints(run_dir, CheckpointConfig(), self.world)

@@ -33,10 +33,10 @@ def no_room_to_train(error: torch.OutOfMemoryError, job: Job, shape: Shape, worl
     fits = next((size for size in smaller if plan.memory(cost, stage, world.size, size).total <= room), 0)
     remedy = (
         f"give train.micro_batch={fits}, the largest that the plan expects to fit; results do not depend on it"
-        if fits
-        else "no smaller one is expected to fit; try bf16, ZeRO 3 (--deepspeed_config zero3.json), "
+        if fits else
+        "no smaller one is expected to fit; try bf16, ZeRO 3 (--deepspeed_config zero3.json), "
         "model.checkpoint_activations=true or more GPUs"
-    )
+    )  # fmt: skip
     return UserError(f"train.micro_batch = {micro}: {_lack(error, world)}; {remedy}", local=True)
 
 

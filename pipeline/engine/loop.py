@@ -145,6 +145,8 @@ class _Run:
         if twin is not None and math.isfinite(twin):
             progress.train_metric = (progress.train_metric[0] + twin, progress.train_metric[1] + 1)
         values |= {"lr": rate, "grad_norm": float(grad_norm), "skipped_steps": progress.skipped}
+        if scale := checkpoint.loss_scale(self.engine):
+            values["loss_scale"] = scale["cur_scale"]
         self.telemetry.write_step(progress.step, job.total_steps, values)
         job.loader.bad_clips.check(round(values["bad_clips"]))
 

@@ -63,9 +63,10 @@ class Trainer:
         if weights:
             self.task.load_state_dict(weights)
         self.engine = build_engine(self.task, recipe, ds)
-        self.step = 0
+        self.step, self.mean = 0, parts.Mean(self.engine)
         if run_dir and state:
             checkpoint.restore(self.engine, run_dir, state, weights, world)
+            self.mean.restore(checkpoint.stored(run_dir, state, "average"))
             self.step = state["step"]
 
     def train(self, steps: int) -> list[float]:
@@ -74,6 +75,7 @@ class Trainer:
             named = accumulate(self.engine, self.task, self.batch, self.batches)
             self.engine.step()
             update_teacher(self.task, 0.5 + self.step / 10)
+            self.mean.take(lambda mean, weights: mean.lerp_(weights, 0.3))
             self.step += 1
             losses.append(distributed.mean(named, self.world.device)["loss"])
         return losses
@@ -84,13 +86,15 @@ class Trainer:
         assert all(tensor.dtype == torch.float32 for tensor in weights.values())
         assert bool(weights) is self.world.is_main
         state = weights | parts.full_moments(self.engine, dict.fromkeys(parts.spread(self.engine), 0))
+        average = parts.put_together(self.engine, self.mean.parts, dict.fromkeys(self.mean.parts, 0))
+        state |= {f"average/{name}": mean for name, mean in average.items()}
         if self.task.teacher:
             state |= {f"teacher/model.{name}": weight.clone() for name, weight in self.task.teacher.weights.items()}
         return state
 
     def save(self, run_dir: Path) -> None:
         saver = Checkpoints(run_dir, CheckpointConfig(), self.world)
-        saver.save(self.engine, {"step": self.step}, {})
+        saver.save(self.engine, {"step": self.step}, self.mean.parts)
         saver.finish()
 
 
@@ -120,7 +124,8 @@ def begin(chain: str, run_dir: Path, world: World) -> dict[str, Any]:
 def take_over(chain: str, number: int, run_dir: Path, world: World) -> dict[str, Any]:
     trainer = Trainer(chain, number, world, run_dir)
     found = trainer.state()
-    stored = {prefix + name: tensor for files, prefix in (("weights", ""), ("optimizer-*", ""), ("teacher", "teacher/"))
+    kept = (("weights", ""), ("optimizer-*", ""), ("average", "average/"), ("teacher", "teacher/"))
+    stored = {prefix + name: tensor for files, prefix in kept
               for name, tensor in checkpoint.stored(run_dir, {"step": trainer.step}, files)}  # fmt: skip
     report = {"restored": same(found, stored), "losses": trainer.train(2)}
     trainer.save(run_dir)

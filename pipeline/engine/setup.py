@@ -42,6 +42,10 @@ KNOWN_KEYS = frozenset(
 # sum them all after it, and reserve 1 to 4 GB.
 BUCKET = 25_000_000
 
+# Stage 2 sums the gradients over ranks in each micro-batch and not once a step, and DeepSpeed's optimiser for it reads
+# several numbers back from a GPU in every step: on one H200 a step of CRAFT-base took half as long again.
+DEFAULT_STAGE = 1
+
 ALIGNED = 8  # elements: 16 bytes in half precision, 32 in float32
 
 # What else of it changes numbers; batch and clipping are the recipe's, ZeRO, offload and compile keep the arithmetic.
@@ -120,16 +124,6 @@ def eval_batch_size(recipe: Recipe, world: World) -> int:
     return max(1, size // world.size) * world.size
 
 
-def default_stage(batches: Batches) -> int:
-    """ZeRO's stage where ds.json leaves it open: 2, or 1 with several micro-batches.
-
-    Stage 2 sums the gradients over ranks in each micro-batch, stage 1 once a step. With one micro-batch both send the
-    same, and stage 2 holds fewer gradients and sums them beside the backward pass: DeepSpeed's optimiser for bf16 at
-    stage 1 begins when that is over.
-    """
-    return 1 if batches.accumulation > 1 else 2
-
-
 def nearest_batches(total: int, ranks: int) -> tuple[list[int], list[int]]:
     """What would do where `total` clips do not divide by `ranks`: nearest (batches, numbers of ranks)."""
     below = total - total % ranks
@@ -147,7 +141,7 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     | train_micro_batch_size_per_gpu | "auto" or absent: train.micro_batch, or G / R / accumulation |
     | gradient_accumulation_steps | "auto" or absent: G / R / micro-batch |
     | gradient_clipping | "auto" or absent: optim.clip (0: off; DeepSpeed's own default is 1.0) |
-    | zero_optimization.stage | "auto" or absent: 2, or 1 with several micro-batches (`default_stage`) |
+    | zero_optimization.stage | "auto" or absent: 1 (`DEFAULT_STAGE`) |
     | zero_optimization.reduce_bucket_size | absent: 2.5e7 elements, a quarter of CRAFT-base |
     | zero_optimization.overlap_comm | absent: true at ZeRO 1 and 2 without offload; at ZeRO 3 DeepSpeed's is true |
     | zero_optimization.offload_*.device | "nvme": error; "cpu" and "none" are passed on |
@@ -159,6 +153,7 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     | activation_checkpointing | error: model.checkpoint_activations owns it |
     | compile.enabled, compile.backend | torch.compile of each encoder block; at ZeRO 3: error |
     | optimizer, scheduler | error: optim.* owns both |
+    | timers.throughput | absent: off, since it waits for the GPU twice a step; the trainer has its own |
     | steps_per_print | absent: never; the trainer prints its own line |
     | any other known key | passed on; DeepSpeed checks its value |
     | a value of another type than above | error |
@@ -180,7 +175,7 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     _check_values(ds)
     batches = plan_batches(recipe, ds, world.size)
     zero = {"reduce_bucket_size": BUCKET, **ds.get("zero_optimization", {})}
-    zero["stage"] = default_stage(batches) if zero.get("stage", "auto") == "auto" else zero["stage"]
+    zero["stage"] = DEFAULT_STAGE if zero.get("stage", "auto") == "auto" else zero["stage"]
     if zero["stage"] in (1, 2) and not zero.get("offload_optimizer"):
         zero.setdefault("overlap_comm", True)
     for part in ("offload_optimizer", "offload_param"):
@@ -197,6 +192,7 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
         "zero_optimization": zero,
         **_precision(ds, zero["stage"], world),
         "steps_per_print": ds.get("steps_per_print", 10**9),
+        "timers": {"throughput": {"enabled": False}, **ds.get("timers", {})},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -217,7 +213,7 @@ def _check_values(ds: dict[str, Any]) -> None:
     def number(value: Any, *kinds: type) -> bool:
         return isinstance(value, kinds) and not isinstance(value, bool)
 
-    sections = ("zero_optimization", "bf16", "fp16", "compile", "data_types")
+    sections = ("zero_optimization", "bf16", "fp16", "compile", "data_types", "timers")
     for key in sections:
         check(key, ds.get(key), isinstance(ds.get(key, {}), dict), "a JSON object, or leave it out")
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):

@@ -42,7 +42,8 @@ FBANK_LIMIT = 1e-3
 ENCODER_LIMIT = 1e-4
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of outputs and of gradients: activations are rounded, so that near zero the ReLU may take them for the other sign.
-POOLED_LIMITS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 5e-2), torch.float16: (2e-3, 1e-2)}
+# Of the outputs, and of the gradients: rounding moves values across the ReLU. On an H200 4e-5, 3e-2 and 1.2e-2.
+POOLED_LIMITS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 5e-2), torch.float16: (2e-3, 2e-2)}
 ATTENTION_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
 # Tokens: cls and dist with all patches at stride 16; two streams' patches; all patches at stride 10; visible ones.

@@ -1,12 +1,12 @@
 """Steps of the real loop under the product's profiler (`log.profile`): how often the host waits, how long the GPU does.
 
-In: shards. Out: OUT/trace/CONFIG.trace.json.gz for Perfetto, of three steps with each DeepSpeed configuration; lines:
+In: shards. Out: OUT/trace/ds.trace.json.gz for Perfetto, of three steps with ds.json; lines:
 
-    waits_CONFIG    the host's waits for the GPU a step, between the beginning of `accumulate` and the end of `update`,
-                    as CUDA's own calls in the trace have them
-    where_CONFIG    who asked for them in two further steps: file:line of deepspeed or the product
-    idle_CONFIG     gap between a step's last kernel and the next one's first, share of all three steps in which the GPU
-                    does nothing (both under the profiler), and a step's seconds without it
+    waits   the host's waits for the GPU a step, between the beginning of `accumulate` and the end of `update`, as
+            CUDA's own calls in the trace have them
+    where   who asked for them in two further steps: file:line of deepspeed or the product
+    idle    gap between a step's last kernel and the next one's first, share of all three steps in which the GPU does
+            nothing (both under the profiler), and a step's seconds without it
 
 The rehearsal has no waits: it counts numbers that are read out of tensors, as tests/engine/syncs.py does.
 """
@@ -36,7 +36,6 @@ from tests.gpu.report import Check
 from tests.gpu.steps import covered, device_work, events, part, size_of, span
 from tests.ranks import ROOT
 
-CONFIGS = ("ds.json", "zero1.json")
 FIRST, LAST = 4, 6  # steps that are profiled, from 1
 COUNTED = (7, 8)  # steps whose waits are looked up
 STEPS = 12  # the last ones without either
@@ -49,11 +48,8 @@ CALLS = ((torch.cuda, "synchronize"), (torch.cuda.Stream, "synchronize"), (torch
 def run(check: Check) -> None:
     folder = check.out.parent / "trace"
     folder.mkdir(exist_ok=True)
-    with distributed.session(300, seed=0) as world:
-        for config in CONFIGS:
-            name = config.removesuffix(".json")
-            with part(check, f"waits_{name}"), tempfile.TemporaryDirectory() as run_dir:
-                _trace(check, world, config, name, Path(run_dir, "run"), folder / f"{name}.trace.json.gz")
+    with distributed.session(300, seed=0) as world, part(check, "waits"), tempfile.TemporaryDirectory() as run_dir:
+        _trace(check, world, Path(run_dir, "run"), folder / "ds.trace.json.gz")
 
 
 class Watch:
@@ -121,9 +117,9 @@ def _place() -> str:
     return " < ".join(reversed(names))
 
 
-def _trace(check: Check, world: World, config: str, name: str, run_dir: Path, out: Path) -> None:
+def _trace(check: Check, world: World, run_dir: Path, out: Path) -> None:
     clips = 8 if check.small else 24
-    words = ["--deepspeed_config", config, f"data.shards={check.shards}", f"run.dir={run_dir}", "log.mlflow=false",
+    words = ["--deepspeed_config", "ds.json", f"data.shards={check.shards}", f"run.dir={run_dir}", "log.mlflow=false",
              f"model.size={size_of(check)}", f"train.batch_size={clips}", f"train.steps={STEPS}", "log.every=100",
              "log.pictures=0", "log.peak_tflops=null", f"log.profile=[{FIRST},{LAST}]", "eval.clips=8",
              "optim.warmup=2", *(["data.workers=1"] if check.small else [])]  # fmt: skip
@@ -137,11 +133,11 @@ def _trace(check: Check, world: World, config: str, name: str, run_dir: Path, ou
     shutil.copyfile(run_dir / "profile" / "rank-0.trace.json.gz", out)
     found = events(out)
     steps = _windows(found)
-    _waits(check, name, found, steps)
+    _waits(check, found, steps)
     if world.device.type == "cuda":
         counted = ", ".join(f"{count / len(COUNTED):g} x {place}" for place, count in watch.waits.most_common())
-        check.info(f"where_{name}", counted or "none")
-    _idle(check, world, name, found, steps, watch)
+        check.info("where", counted or "none")
+    _idle(check, world, found, steps, watch)
 
 
 def _windows(found: list[dict[str, Any]]) -> list[tuple[float, float]]:
@@ -158,7 +154,7 @@ def _step_of(moment: float, steps: list[tuple[float, float]]) -> int | None:
     return next((number for number, (begin, end) in enumerate(steps) if begin <= moment <= end), None)
 
 
-def _waits(check: Check, name: str, found: list[dict[str, Any]], steps: list[tuple[float, float]]) -> None:
+def _waits(check: Check, found: list[dict[str, Any]], steps: list[tuple[float, float]]) -> None:
     if check.small:  # of torch's own optimisers the step's number is on the CPU, whatever the device
         inside = [span(event) for event in found if event["name"].startswith("Optimizer.step")]
         waits = [event for event in found if event["name"] == "aten::_local_scalar_dense" and
@@ -173,11 +169,11 @@ def _waits(check: Check, name: str, found: list[dict[str, Any]], steps: list[tup
     worst = max(sum(count.values()) for count in counts)
     words = ", ".join(f"{event} {'/'.join(str(count[event]) for count in counts)}" for event in
                       sorted(set().union(*counts)))  # fmt: skip
-    check.test(f"waits_{name}", worst <= LIMIT, f"{worst} a step: {words or 'none'}", f"<= {LIMIT}")
+    check.test("waits", worst <= LIMIT, f"{worst} a step: {words or 'none'}", f"<= {LIMIT}")
 
 
 def _idle(
-    check: Check, world: World, name: str, found: list[dict[str, Any]], steps: list[tuple[float, float]], watch: Watch
+    check: Check, world: World, found: list[dict[str, Any]], steps: list[tuple[float, float]], watch: Watch
 ) -> None:  # fmt: skip
     """A kernel belongs to the step in which the host launched it."""
     launches = {event["args"]["correlation"]: event["ts"] for event in found
@@ -194,5 +190,5 @@ def _idle(
     idle = 1 - covered(one for work in works for one in work) / (max(lasts) - min(firsts))
     profiled, plain = (statistics.median(watch.begun[number + 1] - watch.begun[number] for number in numbers)
                        for numbers in (range(FIRST, LAST - 1), range(COUNTED[-1] + 1, STEPS - 1)))  # fmt: skip
-    check.info(f"idle_{name}", f"gaps {', '.join(f'{gap:.2f}' for gap in gaps)} ms, idle {idle:.1%} of the steps; "
+    check.info("idle", f"gaps {', '.join(f'{gap:.2f}' for gap in gaps)} ms, idle {idle:.1%} of the steps; "
                                f"{1e3 * profiled:.1f} ms a step with the profiler, {1e3 * plain:.1f} ms without")

@@ -244,8 +244,8 @@ class Evidence:
     def _probe(self, frozen: Frozen) -> Right:
         streams = [*frozen.streams, *(["both"] if len(frozen.streams) > 1 else [])]
         with distributed.session(1800.0, 0) as world, tempfile.TemporaryDirectory(dir=self.out) as folder:
-            files = compute(frozen, str(self.shards), "train", [frozen.depth], "time_frequency", Path(folder), world,
-                            workers=0)  # fmt: skip
+            files = compute(frozen.to(world.device), str(self.shards), "train", [frozen.depth], "time_frequency",
+                            Path(folder), world, workers=0)  # fmt: skip
             features = mapped(files)
             return {stream: self._linear(features, stream, frozen.depth) for stream in streams}
 

@@ -61,7 +61,7 @@ class Reader:
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, most recently used last
         self._lost: dict[int, tuple[str, float]] = dict.fromkeys(absent, ("not there", 0.0))
         # Of each member the bytes of its numbers, and the headers that were found right.
-        self._known: dict[str, tuple[int, set[bytes]]] = {member: (array.size, set()) for member, array in arrays.items()}
+        self._known: dict[str, tuple[int, set[bytes]]] = {name: (array.size, set()) for name, array in arrays.items()}
         self._scratch = bytearray(0)
 
     def read(self, member: str, shard: int, place: tuple[int, int, int], out: np.ndarray) -> str | None:

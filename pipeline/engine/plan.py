@@ -248,18 +248,19 @@ def launches(func: Any) -> bool:
     return bool(space != "prim" and not func.is_view and name not in NO_KERNEL)
 
 
-def kernels(cost: Cost, accumulation: int, micro: int = 1) -> float:
+def kernels(cost: Cost, stage: int, accumulation: int, micro: int = 1) -> float:
     """Kernels that a step starts.
 
-    Beside the task's own, an engine starts about one a tensor to accumulate its gradient in each micro-batch, and two
-    in the update (norm, copies, Adam on flat buffers).
+    Beside the task's own, an engine starts about one a tensor to accumulate its gradient in each micro-batch, one more
+    where ZeRO 3 gathers it, and two in the update (norm, copies, Adam on flat buffers).
 
     Args:
         cost: Of the model.
+        stage: Of ZeRO.
         accumulation: Micro-batches of a step.
         micro: Clips of one, where the code loops over them: on a CPU. A GPU starts as many as for one.
     """
-    passes = cost.kernels + (micro - 1) * cost.clip_kernels + cost.tensors
+    passes = cost.kernels + (micro - 1) * cost.clip_kernels + cost.tensors * (2 if stage == 3 else 1)
     if accumulation > 1:
         passes += cost.pooled_kernels + (micro - 1) * cost.pooled_clip_kernels
     return accumulation * passes + 2 * cost.tensors
@@ -310,7 +311,7 @@ def step_time(
     last = sent["gradients"] * min(1.0, BUCKET / cost.parameters) / (accumulation if stage >= 2 else 1)
     hidden = sent["gradients"] - last + sent.get("weights", 0.0)
     waited = sum(sent.values()) - hidden
-    floor = LAUNCH * kernels(cost, accumulation)
+    floor = LAUNCH * kernels(cost, stage, accumulation)
     beside = max(compute, floor) * 2 / 3
     return StepTime(compute, floor, (waited + max(0.0, hidden - beside * link)) / link)
 

@@ -41,7 +41,8 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func._schema.name.split("::")[1]
-            sizes = [sum(leaf.nbytes for leaf in tree_leaves(arg) if isinstance(leaf, torch.Tensor)) for arg in args[:2]]
+            tensors = ([leaf for leaf in tree_leaves(arg) if isinstance(leaf, torch.Tensor)] for arg in args[:2])
+            sizes = [sum(tensor.nbytes for tensor in some) for some in tensors]
             if name in MOVED:  # of gathers and scatters, the whole; of the rest, the only tensors
                 self.sent += MOVED[name] * self.share * max(sizes)
         else:
@@ -72,11 +73,12 @@ def main() -> None:
                             accumulate(engine, engine.module, batch, batches)
                             engine.step()
                     cost = plan.record(recipe, SHAPE, half)
-                    sent = plan.traffic(cost, stage, world.size, CLIPS, int(engine.module.contrasts_batch), accumulation)
+                    contrast = int(engine.module.contrasts_batch)
+                    sent = plan.traffic(cost, stage, world.size, CLIPS, contrast, accumulation)
                     found.append({"stage": stage, "accumulation": accumulation, "half": half,
                                   "kernels": counter.kernels, "sent": counter.sent,
                                   "planned": sum(sent.values()),
-                                  "planned_kernels": plan.kernels(cost, accumulation, micro)})  # fmt: skip
+                                  "planned_kernels": plan.kernels(cost, stage, accumulation, micro)})  # fmt: skip
                     del engine
                     gc.collect()
         if world.is_main:

@@ -161,9 +161,11 @@ def main() -> None:
             scored = score_run(*runs[0], recipe, world, ids)
         else:
             scored = (score_ensemble if args.combine == "scores" else score_averaged_weights)(runs, recipe, world, ids)
+        content = results(
+            scored.scores, scored.spec.labels, scored.spec.single_label, scored.about, world.device
+        )
         if not world.is_main:
             return
-        content = results(scored.scores, scored.spec.labels, scored.spec.single_label, scored.about)
         if args.ids:
             content["ids"] = {"file": str(args.ids)} | content["ids"]
         show(content)

@@ -56,6 +56,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with distributed.session(300, seed=0) as world:
         for half in (word == "bf16" for word in precisions.split(",")):
+            cost = plan.record(load_recipe(PretrainRecipe, [], words), SHAPE, half)
             for stage in map(int, stages.split(",")):
                 for accumulation in map(int, accumulations.split(",")):
                     micro = CLIPS // world.size // accumulation
@@ -72,7 +73,6 @@ def main() -> None:
                         with Counter(world.size) as counter:
                             accumulate(engine, engine.module, batch, batches)
                             engine.step()
-                    cost = plan.record(recipe, SHAPE, half)
                     contrast = int(engine.module.contrasts_batch)
                     sent = plan.traffic(cost, stage, world.size, CLIPS, contrast, accumulation)
                     found.append({"stage": stage, "accumulation": accumulation, "half": half,

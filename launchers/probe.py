@@ -122,7 +122,7 @@ def track(args: argparse.Namespace, frozen: "Frozen", rows: list[dict[str, Any]]
     from pipeline.tracking import open_tracker
 
     options = {name: getattr(args, name) for name in ("shards", "train_split", "split", "folds", "seeds", "probe",
-                                                      "layers", "pool")}  # fmt: skip
+                                                      "layers", "pool", "precision")}  # fmt: skip
     digest = hashlib.sha256(json.dumps([frozen.digest, options]).encode()).hexdigest()[:8]
     home = frozen.source.parent if frozen.source else Path("runs")
     name = frozen.source.name if frozen.source else Path(rows[0]["checkpoint"]).name.replace(":", "-")

@@ -252,7 +252,8 @@ def kernels(cost: Cost, stage: int, accumulation: int, micro: int = 1) -> float:
     """Kernels that a step starts.
 
     Beside the task's own, an engine starts about one a tensor to accumulate its gradient in each micro-batch, one more
-    where ZeRO 3 gathers it, and two in the update (norm, copies, Adam on flat buffers).
+    where ZeRO 3 gathers it, and two in the update (norm, copies, Adam on flat buffers), or
+    eight where ZeRO 2 copies each gradient of half precision.
 
     Args:
         cost: Of the model.
@@ -263,7 +264,7 @@ def kernels(cost: Cost, stage: int, accumulation: int, micro: int = 1) -> float:
     passes = cost.kernels + (micro - 1) * cost.clip_kernels + cost.tensors * (2 if stage == 3 else 1)
     if accumulation > 1:
         passes += cost.pooled_kernels + (micro - 1) * cost.pooled_clip_kernels
-    return accumulation * passes + 2 * cost.tensors
+    return accumulation * passes + (8 if stage == 2 and cost.half else 2) * cost.tensors
 
 
 @dataclass(frozen=True)

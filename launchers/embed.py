@@ -19,7 +19,7 @@ import logging
 import sys
 from typing import Any
 
-from pipeline.command_line import grid_of, new_parser, path_of
+from pipeline.command_line import PRECISIONS, grid_of, new_parser, path_of
 from pipeline.config import DataConfig
 from pipeline.errors import UserError, run_cli
 
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--grid", metavar="F,T", help="patches of weights of others, where they do not say it (default: found)")
     add("--last", action="store_true", help="the last weights, not the averaged ones (default: off)")
     add("--workers", type=int, default=2, metavar="N", help="reader processes per rank (default: 2)")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the network's arithmetic (default: fp32)")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return make
 
@@ -88,12 +89,13 @@ def main() -> int:
         data = DataConfig(shards=args.shards, train_split=splits[0])
         spec = DataSpec.of(load_corpus(data), data)
     with distributed.session(TIMEOUT, 0) as world:
-        frozen = open_frozen(args.checkpoint, spec, grid, average=not args.last).to(world.device)
+        frozen = open_frozen(args.checkpoint, spec, grid, average=not args.last).to(world.device).at(args.precision)
         streams = [args.stream] if args.stream in ("spec", "wav") else (
             ["spec", "wav"] if args.stream else frozen.streams)  # fmt: skip
         embedder = Embedder(frozen, frozen.layers(args.layers), args.pool, streams, args.level == "clip")
         about: dict[str, Any] = {"digest": frozen.digest, "layers": embedder.layers, "streams": streams,
-                                 "pool": args.pool, "level": args.level, "dtype": args.dtype}  # fmt: skip
+                                 "pool": args.pool, "level": args.level, "dtype": args.dtype,
+                                 "precision": args.precision}  # fmt: skip
         options: dict[str, Any] = {"half": args.dtype == "fp16"}
         if spec is not None:
             about |= {"shards_digest": spec.digest}

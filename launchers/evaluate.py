@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.command_line import new_parser, path_of
+from pipeline.command_line import PRECISIONS, new_parser, path_of
 from pipeline.config import FinetuneRecipe
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, check_output_file, write_json
@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add("--last", action="store_true", help="the last weights, not the averaged ones (default: off)")
     add("--batch-size", type=int, default=32, metavar="N", help="clips per forward over all ranks (default: 32)")
     add("--workers", type=int, default=2, metavar="N", help="reader processes per rank (default: 2)")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the network's arithmetic (default: fp32)")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return make
 
@@ -158,12 +159,15 @@ def main() -> None:
         labelled_manifest(args.shards)
         ids = distributed.decide(lambda: read_ids(args.ids) if args.ids else None)
         if len(runs) == 1:
-            scored = score_run(*runs[0], recipe, world, ids)
+            scored = score_run(*runs[0], recipe, world, ids, args.precision)
         else:
-            scored = (score_ensemble if args.combine == "scores" else score_averaged_weights)(runs, recipe, world, ids)
+            several = score_ensemble if args.combine == "scores" else score_averaged_weights
+            scored = several(runs, recipe, world, ids, args.precision)
+        content = results(
+            scored.scores, scored.spec.labels, scored.spec.single_label, scored.about, world.device
+        )
         if not world.is_main:
             return
-        content = results(scored.scores, scored.spec.labels, scored.spec.single_label, scored.about)
         if args.ids:
             content["ids"] = {"file": str(args.ids)} | content["ids"]
         show(content)

@@ -2,8 +2,10 @@
 
     python launchers/plan.py --gpus 64 --gpu-memory 80 [--nodes 8] [--finetune] [key=value ...]
 
-In: the settings of a run. Out: a report. The model is run once on fake tensors, so memory and FLOPs are
-those of the code. Throughput is measured (--clips-per-second, or --run of an earlier run) or assumed.
+In: the settings of a run. Out: a report. The model is run once on fake tensors, so memory, FLOPs and kernels are
+those of the code. A GPU's rate is measured (--clips-per-second, or --run of an earlier run) or assumed. A step takes
+max(compute, launch floor) + exposed traffic: the host needs 5 us to start a kernel, and what the backward passes
+cannot hide is waited for.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from pipeline.recipes import load_recipe
 if TYPE_CHECKING:
     from pipeline.engine.plan import Cost, Shape
 
-GIB, ROOM = 2**30, 0.9  # share of a GPU's memory that a plan may fill: the rest is CUDA, nccl, fragments
+GIB, ROOM = 2**30, 0.95  # share of a GPU's memory that a plan may fill: the rest is fragments
 
 
 def main() -> None:
@@ -52,19 +54,61 @@ def main() -> None:
     per_clip = plan.clip_bytes(shape, wav, spec)
     print(f"\ncompute    {cost.flops / 1e9:.1f} GFLOP a clip, {cost.flops * batch / 1e12:.1f} TFLOP a step of {batch} "
           "clips (forward and backward)")  # fmt: skip
-    total = rate * args.gpus
-    print(f"shards     {total * per_clip / 1e6:.0f} MB/s in all, {total * per_clip / args.nodes / 1e6:.0f} MB/s a node "
-          f"({per_clip / 1e3:.0f} kB a clip)")  # fmt: skip
-    for stage in _stages(cost):
-        sent = plan.traffic(cost, stage, args.gpus, batch, contrast)
-        parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sent.items())
-        size = sum(sent.values())
-        print(f"traffic    ZeRO {stage}: {size / 1e6:.0f} MB a GPU and step, {size * total / batch / 1e9:.2f} GB/s "
-              f"({parts})")  # fmt: skip
     steps = recipe.train.steps or recipe.train.epochs * clips / batch
-    hours = steps * batch / total / 3600
-    print(f"time       {total * 3600:,.0f} clips an hour, {batch / total:.3f} s a step; {steps:,.0f} steps on "
-          f"{clips:,} clips: {hours:.1f} h, {hours * args.gpus:.0f} GPU hours")  # fmt: skip
+    link = _link(args, args.gpus)
+    named = "--link, between nodes" if args.nodes > 1 else "--nvlink, within a node"
+    print(f"link       {link / 1e9:g} GB/s a GPU and direction ({named})")
+    best = 0.0
+    for stage in _stages(cost):
+        accumulation = _accumulation(cost, stage, args.gpus, batch, args.gpu_memory)
+        sent = plan.traffic(cost, stage, args.gpus, batch, contrast, accumulation)
+        took = plan.step_time(cost, stage, args.gpus, batch, contrast, accumulation, rate * cost.flops, link)
+        best = max(best, batch / took.total)
+        parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sent.items())
+        micro = batch // args.gpus // accumulation
+        print(f"\nZeRO {stage}     micro-batch {micro} x {accumulation}: {took.total:.3f} s a step "
+              f"= max(compute {took.compute:.3f}, launch floor {took.floor:.3f}) + exposed traffic "
+              f"{took.exposed:.3f}")  # fmt: skip
+        if accumulation > 1 and contrast:
+            print("           GradCache: another forward pass of each micro-batch, "
+                  f"{cost.pooled_flops / 1e9:.1f} GFLOP a clip, {cost.pooled_flops / cost.flops:.0%} more")  # fmt: skip
+        print(f"traffic    {sum(sent.values()) / 1e6:.0f} MB a GPU and step ({parts})")
+        hours = steps * took.total / 3600
+        print(f"time       {batch / took.total * 3600:,.0f} clips an hour; {steps:,.0f} steps on {clips:,} clips: "
+              f"{hours:.1f} h, {hours * args.gpus:.0f} GPU hours")  # fmt: skip
+        print(f"gain       {_gain(args, cost, stage, batch, contrast, rate * cost.flops)}")
+    print(f"\nshards     {best * per_clip / 1e6:.0f} MB/s in all, {best * per_clip / args.nodes / 1e6:.0f} MB/s a node "
+          f"({per_clip / 1e3:.0f} kB a clip)")  # fmt: skip
+
+
+def _link(args: argparse.Namespace, gpus: int) -> float:
+    """Bytes a second that a GPU sends over the slowest link of a ring of so many."""
+    return float((args.link if gpus > args.gpus // args.nodes else args.nvlink) * 1e9)
+
+
+def _accumulation(cost: "Cost", stage: int, gpus: int, batch: int, gigabytes: float) -> int:
+    """The fewest micro-batches that fit; where none does, of one clip."""
+    from pipeline.engine import plan
+
+    share = batch // gpus
+    fitting = (share // micro for micro in range(share, 0, -1)
+               if share % micro == 0 and plan.memory(cost, stage, gpus, micro).total <= ROOM * gigabytes * 1e9)
+    return next(fitting, share)
+
+
+def _gain(args: argparse.Namespace, cost: "Cost", stage: int, batch: int, contrast: int, sustained: float) -> str:
+    """From how many GPUs on a step of this batch is more launch floor and traffic than computation."""
+    from pipeline.engine import plan
+
+    node = args.gpus // args.nodes
+    for gpus in (gpus for gpus in range(1, batch + 1) if batch % gpus == 0):
+        accumulation = _accumulation(cost, stage, gpus, batch, args.gpu_memory)
+        link = _link(args, gpus)
+        took = plan.step_time(cost, stage, gpus, batch, contrast, accumulation, sustained, link)
+        if took.compute < took.total / 2:
+            return (f"from {gpus} GPUs on ({node} a node), more of a step of {batch} clips is launch floor and traffic "
+                    f"than computation ({took.compute:.3f} of {took.total:.3f} s)")  # fmt: skip
+    return f"computation is the larger part of a step of {batch} clips on any number of GPUs up to {batch}"
 
 
 def _arguments() -> argparse.Namespace:
@@ -79,12 +123,16 @@ def _arguments() -> argparse.Namespace:
     add("--run", type=path_of("--run"), metavar="RUN_DIR", help="take it from this run (default: assumed)")
     add("--tflops", type=float, default=312.0, metavar="X", help="a GPU at its peak (default: 312)")
     add("--mfu", type=float, default=0.3, metavar="X", help="share of it, assumed (default: 0.3)")
+    add("--link", type=float, default=50.0, metavar="GB/S", help="a GPU's share of the network between nodes, one "
+        "direction (default: 50, that is 400 Gb/s)")  # fmt: skip
+    add("--nvlink", type=float, default=300.0, metavar="GB/S", help="of a GPU to others of its node, one direction "
+        "(default: 300, what nccl reaches of NVLink 4's 450)")  # fmt: skip
     add("--config", action="append", default=[], metavar="YAML", help="overrides (default: none)")
     add("settings", nargs="*", metavar="key=value", help="settings of the run (default: none)")
     args = parser.parse_intermixed_args()
     if min(args.gpus, args.nodes) < 1 or args.gpus % args.nodes:
         raise UserError(f"--gpus {args.gpus} --nodes {args.nodes}: give equally many GPUs on each node")
-    for name in ("gpu_memory", "clips_per_second", "tflops", "mfu"):
+    for name in ("gpu_memory", "clips_per_second", "tflops", "mfu", "link", "nvlink"):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number above 0")

@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.command_line import new_parser, path_of
+from pipeline.command_line import PRECISIONS, new_parser, path_of
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, check_output_file, new_file, write_text
 from pipeline.hub import model_of
@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, type=model_of("--checkpoint"), metavar="RUN",
         help="a finetuned run, an hf-craft export of one, or hf://OWNER/NAME (no default)")  # fmt: skip
     add("audio", nargs="+", metavar="AUDIO", help="audio files, folders, or - for standard input")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the network's arithmetic (default: fp32)")
     add("--top", type=int, default=5, metavar="K", help="labels of a recording (default: 5)")
     add("--events", action="store_true", help="what was heard when (default: labels of the whole recording)")
     add("--hop", type=float, metavar="S", help="seconds between windows (default: a clip; --events: half of one)")
@@ -140,7 +141,7 @@ def main() -> int:
         say(line)
     failed, count = len(unread), len(unread) + len(names)
     if names:
-        failed += hear(args, load_scorer(args.checkpoint), names, tracks)
+        failed += hear(args, load_scorer(args.checkpoint, precision=args.precision), names, tracks)
     if failed and count > 1:
         say(f"{failed} of {count} recordings could not be read")
     return 1 if failed else 0

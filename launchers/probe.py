@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.command_line import grid_of, new_parser, numbers_of, path_of
+from pipeline.command_line import PRECISIONS, grid_of, new_parser, numbers_of, path_of
 from pipeline.config import DataConfig, LogConfig
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_file, write_json
@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--last", action="store_true", help="the last weights, not the averaged ones (default: off)")
     add("--no-mlflow", action="store_true", help="track nothing (default: off)")
     add("--workers", type=int, default=2, metavar="N", help="reader processes per rank (default: 2)")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the network's arithmetic (default: fp32)")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return make
 
@@ -95,8 +96,8 @@ def probe(args: argparse.Namespace, name: str, frozen: "Frozen", world: "World")
     for stream in streams:
         for chosen in [layers] if args.probe == "cgp" else [[layer] for layer in layers]:
             result = judge(features, divisions, args.probe, stream, chosen, manifest.single_label, world.device)
-            about = {"checkpoint": name, "digest": frozen.digest, "probe": args.probe, "pool": pool, "stream": stream,
-                     "layer": chosen if args.probe == "cgp" else chosen[0]}  # fmt: skip
+            about = {"checkpoint": name, "digest": frozen.digest, "precision": args.precision, "probe": args.probe,
+                     "pool": pool, "stream": stream, "layer": chosen if args.probe == "cgp" else chosen[0]}  # fmt: skip
             split = {"split": args.train_split, "folds": args.folds} if args.folds else {"split": args.split}
             found.append(about | result | split | {"shards_digest": manifest.digest})
             show(found[-1])
@@ -121,7 +122,7 @@ def track(args: argparse.Namespace, frozen: "Frozen", rows: list[dict[str, Any]]
     from pipeline.tracking import open_tracker
 
     options = {name: getattr(args, name) for name in ("shards", "train_split", "split", "folds", "seeds", "probe",
-                                                      "layers", "pool")}  # fmt: skip
+                                                      "layers", "pool", "precision")}  # fmt: skip
     digest = hashlib.sha256(json.dumps([frozen.digest, options]).encode()).hexdigest()[:8]
     home = frozen.source.parent if frozen.source else Path("runs")
     name = frozen.source.name if frozen.source else Path(rows[0]["checkpoint"]).name.replace(":", "-")
@@ -172,7 +173,7 @@ def main() -> None:
     with distributed.session(TIMEOUT, 0) as world:
         if args.out:
             distributed.decide(lambda: check_output_file(args.out, "--out"))
-        opened = [open_frozen(name, spec, grid, average=not args.last) for name in args.checkpoint]
+        opened = [open_frozen(name, spec, grid, average=not args.last).at(args.precision) for name in args.checkpoint]
         for frozen in opened:
             frozen.layers(layers_named(args))
         found: list[dict[str, Any]] = []

@@ -31,6 +31,7 @@ from pipeline.engine.setup import eval_batch_size
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.hub import local_model
+from pipeline.model.precision import in_precision
 from pipeline.model.weights import load_weights, read_weights, weights_file
 from pipeline.recipes import finetuned_recipe
 from pipeline.tasks import FinetuneTask, PretrainTask
@@ -85,7 +86,9 @@ class Scored:
     about: dict[str, Any]
 
 
-def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World, ids: pa.Array | None = None) -> Scored:
+def score_run(
+    run_dir: Path, file: Path, recipe: Recipe, world: World, ids: pa.Array | None = None, precision: str = "fp32"
+) -> Scored:
     """Scores the evaluation part of `recipe.data` with a finished run's weights; a collective.
 
     Args:
@@ -94,12 +97,14 @@ def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World, ids: pa.A
         recipe: Names the shards.
         world: Ranks.
         ids: string [i], keys: only these clips, as far as they are there; None: all.
+        precision: See `pipeline.model.precision`.
 
     Raises:
         UserError: the shards' audio format or labels are not those of the run; none of the ids is there; too many bad
             clips.
     """
     task, spec = load_finetuned(run_dir, file, world.device)
+    task = in_precision(task, precision)
     made = {"mean": spec.mean, "std": spec.std, "frames": spec.frames, "seconds": spec.seconds}
     data = recipe.data.model_copy(update=made)
     size = eval_batch_size(recipe, world)
@@ -128,6 +133,7 @@ def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World, ids: pa.A
         "split": recipe.data.train_split if recipe.data.fold else recipe.data.eval_split,
         "fold": recipe.data.fold,
         "shards_digest": corpus.digest,
+        "precision": precision,
     }
     if ids is not None:
         there = loader.clips
@@ -136,8 +142,9 @@ def score_run(run_dir: Path, file: Path, recipe: Recipe, world: World, ids: pa.A
 
 
 def score_ensemble(
-    runs: Sequence[tuple[Path, Path]], recipe: Recipe, world: World, ids: pa.Array | None = None
-) -> Scored:
+    runs: Sequence[tuple[Path, Path]], recipe: Recipe, world: World, ids: pa.Array | None = None,
+    precision: str = "fp32",
+) -> Scored:  # fmt: skip
     """Mean probability of several runs: sigmoid of multi-label data, softmax of single-label data.
 
     Args:
@@ -145,15 +152,16 @@ def score_ensemble(
         recipe: Names the shards.
         world: Ranks.
         ids: As of `score_run`.
+        precision: As of `score_run`.
 
     Raises:
         UserError: a run has other labels, or was held out other clips.
     """
     _check_labels(runs)
-    first = score_run(*runs[0], recipe, world, ids)
+    first = score_run(*runs[0], recipe, world, ids, precision)
     logits, pools = [first.scores.logits], [first.about["pool"]]
     for run_dir, file in runs[1:]:
-        other = score_run(run_dir, file, recipe, world, ids)
+        other = score_run(run_dir, file, recipe, world, ids, precision)
         if other.keys != first.keys:
             raise UserError(f"{run_dir}: scored other clips than {runs[0][0]}; name the same --split for both")
         logits.append(other.scores.logits)
@@ -181,8 +189,9 @@ def mean_probability(logits: Sequence[np.ndarray], single_label: bool) -> np.nda
 
 
 def score_averaged_weights(
-    runs: Sequence[tuple[Path, Path]], recipe: Recipe, world: World, ids: pa.Array | None = None
-) -> Scored:
+    runs: Sequence[tuple[Path, Path]], recipe: Recipe, world: World, ids: pa.Array | None = None,
+    precision: str = "fp32",
+) -> Scored:  # fmt: skip
     """The model whose weights are the mean of several runs' weights.
 
     Args:
@@ -190,6 +199,7 @@ def score_averaged_weights(
         recipe: Names the shards.
         world: Ranks.
         ids: As of `score_run`.
+        precision: As of `score_run`.
 
     Raises:
         UserError: a run has other labels, or the weights are not of one architecture.
@@ -206,7 +216,7 @@ def score_averaged_weights(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "mean.safetensors"
         save_file({name: tensor.float().contiguous() for name, tensor in mean.items()}, file)
-        scored = score_run(runs[0][0], file, recipe, world, ids)
+        scored = score_run(runs[0][0], file, recipe, world, ids, precision)
     return replace(scored, about=scored.about | {"averaged": [str(run_dir) for run_dir, _ in runs]})
 
 

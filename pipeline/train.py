@@ -105,7 +105,7 @@ def finetune(launch: Launch[FinetuneRecipe], world: World) -> None:
             assert held_out is not None
             scores = score(forward, held_out.batches())
             held_out.bad_clips.check(held_out.clips - len(scores.rows))
-            metrics = all_metrics(scores.logits, scores.targets, single)
+            metrics = all_metrics(scores.logits, scores.targets, single, world.device)
             return {f"eval_{name}": value for name, value in metrics.items()}
 
         check_publishable(job)
@@ -238,7 +238,8 @@ def _write_results(job: Job, world: World) -> None:
     scored = score_run(job.run_dir, file, job.recipe, world)
     data = job.recipe.data
     sampler = {"sampler": data.sampler, "replacement": data.replacement, "epoch_clips": job.loader.clips}
-    content = results(scored.scores, scored.spec.labels, scored.spec.single_label, scored.about | sampler)
+    about = scored.about | sampler
+    content = results(scored.scores, scored.spec.labels, scored.spec.single_label, about, world.device)
     if world.is_main:
         for row, weights in zip(content["per_class"], _class_weights(job), strict=True):
             row.update(weights)

@@ -155,6 +155,8 @@ def augment_waveform(
         position: int64 [B].
         sample_rate: Hz.
     """
+    if config.roll <= 0 and config.noise_snr is None:
+        return waveform
     index, size = torch.arange(waveform.shape[1], device=waveform.device), length[:, None]
     if config.roll > 0:
         shift = _shift(config, seed, position, sample_rate)[:, None]

@@ -41,15 +41,14 @@ def slot_type(corpus: Corpus, clips: int, frames: int, members: tuple[str, ...],
         raw: Stored bytes.
 
     Returns:
-        A record of them; of what was drawn, `position` and `valid` as in `Batch`, `planned` int64 [B] (index rows),
-        `other` int64 [B] (those of mixup's other clips; -1: none) and `share` float64 [B] (of the clip itself in its
-        mixture); and of what was read, `row`, `targets` and `length` as in `Batch`, and `weight` float32 [B] (`share`,
-        or 1 where the clip is not mixed after all).
+        A record of them; of what was drawn, `position` and `valid` as in `Batch` and `planned` int64 [B] (index rows);
+        and of what was read, `row`, `targets` and `length` as in `Batch`, and `weight` float32 [B] (of the clip itself
+        in its mixture; 1 where it is not mixed).
     """
     audio, fbank = corpus.audio.array, corpus.fbank.array
     fields: dict[str, tuple[str, tuple[int, ...]]] = {
-        "position": ("<i8", ()), "valid": ("?", ()), "planned": ("<i8", ()), "other": ("<i8", ()), "share": ("<f8", ()),
-        "row": ("<i8", ()), "length": ("<i8", ()), "weight": ("<f4", ()), "targets": ("<f4", (len(corpus.labels),)),
+        "position": ("<i8", ()), "valid": ("?", ()), "planned": ("<i8", ()), "row": ("<i8", ()), "length": ("<i8", ()),
+        "weight": ("<f4", ()), "targets": ("<f4", (len(corpus.labels),)),
     }  # fmt: skip
     for member in members:
         array = fbank if member == "fbank" else audio
@@ -83,7 +82,7 @@ class Pool:
         self._last: list[weakref.ref[np.ndarray]] = []  # of each slot, to see whether anybody refers to it
         self._filling: dict[int, np.ndarray] = {}
         self._copying: deque[tuple[torch.cuda.Event, np.ndarray]] = deque()
-        self._mapped: dict[int, np.ndarray] = {}  # in a reader
+        self._mapped: dict[int, Arrays] = {}  # in a reader
 
     def take(self) -> int:
         """A slot to fill that nobody refers to, a new one if need be; from now on it is in use."""
@@ -109,8 +108,8 @@ class Pool:
         if os.getpid() == self._owner:
             return _fields(self._filling[slot])
         if slot not in self._mapped:
-            self._mapped[slot] = np.frombuffer(self._map(slot), self._kind)
-        return _fields(self._mapped[slot])
+            self._mapped[slot] = _fields(np.frombuffer(self._map(slot), self._kind))
+        return self._mapped[slot]
 
     def release(self, slot: int) -> Arrays:
         """A filled slot's fields; the slot is in use as long as one of them, or of their views, is."""

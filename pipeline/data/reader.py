@@ -57,11 +57,11 @@ class Reader:
         absent: frozenset[int] = frozenset(),
     ) -> None:
         self._open_shard, self._arrays, self._mean, self._std = open_shard, arrays, mean, std
-        self._sizes = {member: array.size for member, array in arrays.items()}
         self._limit = open_files
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, most recently used last
         self._lost: dict[int, tuple[str, float]] = dict.fromkeys(absent, ("not there", 0.0))
-        self._headers: dict[str, set[bytes]] = {member: set() for member in arrays}  # that were found right
+        # Of each member the bytes of its numbers, and the headers that were found right.
+        self._known: dict[str, tuple[int, set[bytes]]] = {name: (array.size, set()) for name, array in arrays.items()}
         self._scratch = bytearray(0)
 
     def read(self, member: str, shard: int, place: tuple[int, int, int], out: np.ndarray) -> str | None:
@@ -81,7 +81,7 @@ class Reader:
             UserError: the shard cannot be had for now.
         """
         offset, size, xxh3 = place
-        payload = self._sizes[member]
+        payload, headers = self._known[member]
         header = size - payload
         if header < 0:
             return f"{size} bytes are in the index, its format has {payload}"
@@ -101,12 +101,12 @@ class Reader:
         if xxhash.xxh3_64_intdigest(found) != xxh3:
             return "its hash differs from the index: damaged"
         head = bytes(found[:header])
-        if head not in self._headers[member]:
+        if head not in headers:
             problem = header_problem(head, self._arrays[member])
             if problem is not None:
                 return problem
-            if len(self._headers[member]) < HEADERS_KEPT:
-                self._headers[member].add(head)
+            if len(headers) < HEADERS_KEPT:
+                headers.add(head)
         if not raw and member == "waveform":
             waveform_floats(np.frombuffer(found, np.int16, offset=header), out)
         elif not raw:
@@ -129,7 +129,7 @@ class Reader:
             UserError: it cannot be had for now.
         """
         waits: tuple[float, ...] = WAITS
-        if shard in self._lost:
+        if self._lost and shard in self._lost:
             problem, until = self._lost[shard]
             if time.monotonic() < until:
                 raise OSError(problem)  # a server may take its time to say so
@@ -137,7 +137,7 @@ class Reader:
         tries = 0
         while True:
             try:
-                count = os.preadv(self._descriptor(shard), [memory], offset)
+                count = os.preadv(self._descriptor(shard), (memory,), offset)
             except OSError as error:
                 if shard in self._open:  # a descriptor that went stale stays so
                     os.close(self._open.pop(shard))

@@ -57,7 +57,6 @@ class Workers:
     def start(self, step: int) -> None:
         """Has a step read, by reader step mod n, into a slot that nobody refers to."""
         slot = self._pool.take()
-        self._steps.plan(slot, step)
         self._flight.append((slot, step))
         self._send(slot, step)
 

@@ -7,19 +7,21 @@ The interval is the bootstrap's over clips: metrics of evaluation sets drawn wit
 of the evaluation set; the one of training shows in the spread over seeds.
 
 Memory: n x C scores on each host (20 k clips x 527 classes: 42 MB); everything else is per batch. Cost: a sort of n
-scores a class; for the interval one sort a class, then a cumulative sum over the clips a draw: C * n * draws additions.
+scores a class; for the interval one sort a class, then C * n * draws additions, which are most of it. Each rank does a
+share of the classes, and one small gather puts the classes' numbers together: the same bits for any number of ranks.
 """
 
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from scipy.sparse import csr_array
 from scipy.special import ndtri
 
 from pipeline import distributed
@@ -32,8 +34,8 @@ log = logging.getLogger(__name__)
 
 DRAWS = 1000  # of the bootstrap
 FEWEST_DRAWS = 200  # which 20 k clips of 527 classes get
-BUDGET = 2e9  # additions that the draws are reduced to: a minute
-CHUNK = 50  # draws at a time: bounds the memory to CHUNK * n
+BUDGET = 2e9  # additions that the draws are reduced to: some seconds
+CHUNK = 256  # draws at a time: bounds the memory beside the draws themselves to CHUNK * n
 
 
 @dataclass(slots=True)
@@ -132,20 +134,59 @@ def metric_name(single_label: bool) -> str:
     return "accuracy" if single_label else "mAP"
 
 
-def all_metrics(scores: np.ndarray, targets: np.ndarray, single_label: bool) -> dict[str, float]:
+def all_metrics(
+    scores: np.ndarray, targets: np.ndarray, single_label: bool, device: torch.device | None = None
+) -> dict[str, float]:
     """Metrics by name. Means over classes are unweighted, over those that have positives.
 
     Args:
         scores: [n, C], logits or probabilities: only their order counts.
         targets: [n, C], multi-hot.
         single_label: Top-1 and top-5 accuracy and mAP; else mAP, mAUC and d-prime of mAUC.
+        device: As of `by_class`.
     """
-    mean_ap = _mean(average_precision(scores, targets))
+    return _metrics(scores, targets, single_label, _curves(scores, targets, device))
+
+
+def _curves(scores: np.ndarray, targets: np.ndarray, device: torch.device | None) -> np.ndarray:
+    """Average precision and area under the ROC curve per class: float64 [C, 2]."""
+
+    def of(classes: np.ndarray) -> np.ndarray:
+        some, truth = scores[:, classes], targets[:, classes]
+        return np.stack([average_precision(some, truth), auc(some, truth)], axis=1)
+
+    return by_class(of, scores.shape[1], device)
+
+
+def _metrics(scores: np.ndarray, targets: np.ndarray, single_label: bool, curves: np.ndarray) -> dict[str, float]:
+    mean_ap, area = _mean(curves[:, 0]), _mean(curves[:, 1])
     if single_label:
         return {"accuracy": float(_top(scores, targets, 1).mean()),
                 "top5_accuracy": float(_top(scores, targets, 5).mean()), "mAP": mean_ap}  # fmt: skip
-    area = _mean(auc(scores, targets))
     return {"mAP": mean_ap, "mAUC": area, "d_prime": d_prime(area)}
+
+
+def by_class(of: Callable[[np.ndarray], np.ndarray], classes: int, device: torch.device | None) -> np.ndarray:
+    """Numbers of each class, each worked out by one rank; equal on all ranks, and for any number of them.
+
+    Args:
+        of: Numbers of c classes, int64 [c] -> float64 [c, ...], each class by itself.
+        classes: C.
+        device: Of the collective; None: this process works out all classes, and there is no collective.
+
+    Returns:
+        float64 [C, ...].
+    """
+    ranks = 1 if device is None else distributed.world_size()
+    found = of(np.arange(distributed.rank() if ranks > 1 else 0, classes, ranks))
+    if ranks == 1:
+        return found
+    size = -(-classes // ranks)
+    padded = np.full((size, *found.shape[1:]), np.nan)
+    padded[: len(found)] = found
+    gathered = distributed.gather(torch.from_numpy(padded).to(device)).cpu().numpy()
+    shares = gathered.reshape(ranks, size, *found.shape[1:])
+    return np.ascontiguousarray(shares.swapaxes(0, 1)).reshape(ranks * size, *found.shape[1:])[:classes]
 
 
 def average_precision(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -213,7 +254,9 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-def interval(scores: np.ndarray, targets: np.ndarray, metric: str, seed: int = 0) -> dict[str, float]:
+def interval(
+    scores: np.ndarray, targets: np.ndarray, metric: str, seed: int = 0, device: torch.device | None = None
+) -> dict[str, float]:
     """95 % interval of a metric over evaluation sets drawn from this one: {"low", "high", "draws"}.
 
     Args:
@@ -221,10 +264,11 @@ def interval(scores: np.ndarray, targets: np.ndarray, metric: str, seed: int = 0
         targets: [n, C], multi-hot.
         metric: "mAP" or "accuracy".
         seed: Of the draws.
+        device: As of `by_class`.
     """
     draws = draws_for(scores.size)
     weights = clip_weights(len(scores), draws, np.random.default_rng([seed]))
-    values = weighted_metric(scores, np.asarray(targets) > 0.5, weights, metric)[1:]
+    values = weighted_metric(scores, np.asarray(targets) > 0.5, weights, metric, device)[1:]
     low, high = np.quantile(values, [0.025, 0.975])
     return {"low": float(low), "high": float(high), "draws": draws}
 
@@ -240,7 +284,9 @@ def clip_weights(clips: int, draws: int, rng: np.random.Generator) -> np.ndarray
     return np.concatenate([np.ones((1, clips), np.float32), drawn])
 
 
-def weighted_metric(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray, metric: str) -> np.ndarray:
+def weighted_metric(
+    scores: np.ndarray, targets: np.ndarray, weights: np.ndarray, metric: str, device: torch.device | None = None
+) -> np.ndarray:
     """A metric with clip weights, for all draws at once.
 
     Args:
@@ -248,40 +294,78 @@ def weighted_metric(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray
         targets: bool [n, C].
         weights: float32 [draws, n], of `clip_weights`.
         metric: "mAP" or "accuracy".
+        device: As of `by_class`.
 
     Returns:
         float64 [draws].
     """
     if metric == "accuracy":
         return np.asarray(weights @ _top(scores, targets, 1) / weights.sum(axis=1))
-    chunks = [weights[i : i + CHUNK] for i in range(0, len(weights), CHUNK)]
-    return np.concatenate([np.nanmean(_average_precisions(scores, targets, chunk), axis=0) for chunk in chunks])
+    known = np.flatnonzero(targets.any(axis=0))
+
+    def of(classes: np.ndarray) -> np.ndarray:
+        mine = known[classes]
+        return _average_precisions(scores[:, mine], targets[:, mine], weights)
+
+    return np.asarray(np.nanmean(by_class(of, len(known), device), axis=0))
 
 
 def _average_precisions(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[C', draws] for the classes with a positive; NaN where a draw has none."""
-    rows = []
-    for score, truth in zip(scores.T, targets.T, strict=True):
-        if not truth.any():
-            continue
+    """float64 [C, draws] of classes with a positive; NaN where a draw has none.
+
+    Only the clips at or above each positive are counted: the weights of the clips between two positives are summed for
+    all draws at once. They are whole numbers, so these sums are exact in any order.
+    """
+    found = np.empty((scores.shape[1], len(weights)))
+    ranked = [_Ranking.of(score, truth) for score, truth in zip(scores.T, targets.T, strict=True)]
+    for first in range(0, len(weights), CHUNK):
+        chunk = slice(first, first + CHUNK)
+        drawn = np.ascontiguousarray(weights[chunk].T)  # (n, draws): the draws of a clip lie together
+        for number, ranking in enumerate(ranked):
+            found[number, chunk] = ranking.average_precision(drawn)
+    return found
+
+
+class _Ranking(NamedTuple):
+    """A class's clips by falling score.
+
+    Attributes:
+        between: [k, n], which clips lie between two neighbours of the k ends of groups of equal scores that hold a
+            positive.
+        group: int64 [p], of each positive its end.
+        positive: int64 [p], the positives, by falling score.
+    """
+
+    between: csr_array
+    group: np.ndarray
+    positive: np.ndarray
+
+    @staticmethod
+    def of(score: np.ndarray, truth: np.ndarray) -> "_Ranking":
         order = np.argsort(-score, kind="stable")
-        ranked = score[order]
-        last = np.searchsorted(-ranked, -ranked, side="right") - 1  # of each group of equal scores
+        ranked = -score[order]
         positive = np.flatnonzero(truth[order])
-        drawn = weights[:, order]
-        seen = np.cumsum(drawn, axis=1, dtype=np.float64)[:, last[positive]]
-        weight = drawn[:, positive].astype(np.float64)
+        ends, group = np.unique(np.searchsorted(ranked, ranked[positive], side="right"), return_inverse=True)
+        clips = order[: ends[-1]]
+        between = csr_array((np.ones(len(clips), np.float32), clips, np.append(0, ends)), shape=(len(ends), len(score)))
+        return _Ranking(between, group, order[positive])
+
+    def average_precision(self, drawn: np.ndarray) -> np.ndarray:
+        """float64 [draws] of clip weights float32 [n, draws]."""
+        seen = np.cumsum(self.between @ drawn, axis=0, dtype=np.float64)[self.group].T
+        weight = np.ascontiguousarray(drawn[self.positive].T, dtype=np.float64)
         hits = np.cumsum(weight, axis=1)
         # Hits up to the end of a group of ties: those of its last positive.
-        end = np.searchsorted(last[positive], last[positive], side="right") - 1
+        end = np.searchsorted(self.group, self.group, side="right") - 1
         total = hits[:, -1]
         with np.errstate(invalid="ignore", divide="ignore"):
             precision = np.where(seen > 0, hits[:, end] / seen, 0.0)
-            rows.append(np.where(total > 0, (weight * precision).sum(axis=1) / total, np.nan))
-    return np.array(rows)
+            return np.asarray(np.where(total > 0, (weight * precision).sum(axis=1) / total, np.nan))
 
 
-def results(scores: Scores, labels: list[Label], single_label: bool, about: dict[str, Any]) -> dict[str, Any]:
+def results(
+    scores: Scores, labels: list[Label], single_label: bool, about: dict[str, Any], device: torch.device | None = None
+) -> dict[str, Any]:
     """The content of `results.json`.
 
     Args:
@@ -289,16 +373,16 @@ def results(scores: Scores, labels: list[Label], single_label: bool, about: dict
         labels: Vocabulary.
         single_label: Chooses the metric.
         about: Facts that make the number comparable: weights, split, fold, digest of the shards.
+        device: As of `by_class`; given one, it is a collective of ranks that have the same scores.
     """
-    metrics = all_metrics(scores.logits, scores.targets, single_label)
-    ap = average_precision(scores.logits, scores.targets)
-    area = auc(scores.logits, scores.targets)
+    curves = _curves(scores.logits, scores.targets, device)
+    metrics = _metrics(scores.logits, scores.targets, single_label, curves)
     positives = scores.targets.sum(axis=0).astype(int)
     name = metric_name(single_label)
     return {
         "metric": name,
         "value": metrics[name],
-        "interval": interval(scores.logits, scores.targets, name),
+        "interval": interval(scores.logits, scores.targets, name, device=device),
         "metrics": metrics,
         "clips": len(scores.rows),
         "classes_without_positives": int((positives == 0).sum()),
@@ -311,7 +395,7 @@ def results(scores: Scores, labels: list[Label], single_label: bool, about: dict
                 "average_precision": None if np.isnan(value) else float(value),
                 "auc": None if np.isnan(under) else float(under),
             }
-            for label, count, value, under in zip(labels, positives, ap, area, strict=True)
+            for label, count, value, under in zip(labels, positives, *curves.T, strict=True)
         ],
     }
 

@@ -9,8 +9,11 @@ Memory of a step on one GPU, Psi parameters, R ranks, b clips a micro-batch (byt
     master weights, moments   12 | 8 Psi (fp32 needs no second copy at ZeRO 0), at ZeRO 1 to 3 over R
     gradients                 4 Psi,      at ZeRO 2 and 3 over R
     activations               b x the slope of the recorded peak, + its offset
-    buckets                   ZeRO 1 to 3: what gradients are gathered in before they are summed; reserved whole,
-                              which costs a GPU its memory and a CPU nothing
+    buckets                   ZeRO 1 to 3: what gradients are gathered in before they are summed, and the float32 copy
+                              that is; reserved whole, which costs a GPU its memory and a CPU nothing
+    context                   0.6 GB of CUDA's, and 1 GB of nccl's where there are several ranks: assumed
+
+Time of a step = max(compute, launch floor) + exposed traffic: see `step_time`.
 """
 
 import itertools
@@ -29,6 +32,13 @@ from pipeline.engine.setup import BUCKET
 from pipeline.flow import Batch, Losses
 from pipeline.tasks import FinetuneTask, PretrainTask
 
+PERSISTENT = 100_000  # elements: ZeRO 3's default for tensors that it leaves whole
+LAUNCH = 5e-6  # seconds in which a host starts a kernel
+CONTEXT, NCCL = 0.6e9, 1e9  # bytes of a GPU that are not the run's
+NO_KERNEL = frozenset({
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias",
+    "detach_", "_local_scalar_dense", "lift_fresh", "set_", "resize_", "promote_types",
+})  # fmt: skip
 PROBES = (4, 12)  # micro-batches that are recorded; memory and FLOPs are linear between and beyond
 
 
@@ -61,6 +71,13 @@ class Cost:
         fixed: Bytes at the peak that do not depend on the micro-batch, without weights and gradients.
         half: Weights and activations are in half precision.
         teacher: Weights of a teacher, which each GPU has whole.
+        small: Parameters in tensors of at most `PERSISTENT`, which ZeRO 3 divides between steps alone.
+        tensors: Parameters are so many tensors.
+        kernels: That forward and backward of a micro-batch of one clip start.
+        clip_kernels: Of each further clip: loops over clips, which only a CPU's code has.
+        pooled_flops: Of one clip, in the pass without gradient that a contrast over several micro-batches takes first
+            (GradCache); 0: there is none.
+        pooled_kernels, pooled_clip_kernels: Of that pass.
     """
 
     parameters: int
@@ -70,6 +87,13 @@ class Cost:
     fixed: float
     half: bool
     teacher: int = 0
+    small: int = 0
+    tensors: int = 0
+    kernels: float = 0.0
+    clip_kernels: float = 0.0
+    pooled_flops: float = 0.0
+    pooled_kernels: float = 0.0
+    pooled_clip_kernels: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,11 +105,12 @@ class Memory:
     gradients: float
     activations: float
     buckets: float
+    context: float
 
     @property
     def total(self) -> float:
         """All of them."""
-        return self.weights + self.optimizer + self.gradients + self.activations + self.buckets
+        return self.weights + self.optimizer + self.gradients + self.activations + self.buckets + self.context
 
 
 def record(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape, half: bool) -> Cost:
@@ -96,7 +121,7 @@ def record(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape, half: bool) ->
         shape: Of the clips.
         half: bf16 or fp16, else float32.
     """
-    peaks, flops = [], []
+    peaks, flops, kernels, pooled_flops, pooled_kernels = [], [], [], [0], [0, 0]
     task = _task(recipe, shape).to(torch.bfloat16 if half else torch.float32)
     fake = FakeTensorMode()
     networks: list[torch.nn.Module] = [task]
@@ -116,12 +141,31 @@ def record(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape, half: bool) ->
                 losses.total.backward()  # type: ignore[no-untyped-call]
             peaks.append(live.peak)
             flops.append(counter.get_total_flops())
+            kernels.append(live.kernels)
+        if isinstance(task, PretrainTask) and task.contrasts_batch:
+            pooled_flops, pooled_kernels = [], []
+            for clips in PROBES:
+                live = LiveBytes()
+                with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_attention()) as counter, live:
+                    task(_batch(clips, shape), pooled_only=True)
+                pooled_flops.append(counter.get_total_flops() / clips)
+                pooled_kernels.append(live.kernels)
     parameters, *others = (sum(weight.numel() for weight in network.parameters()) for network in networks)
     span = PROBES[1] - PROBES[0]
     slope = (peaks[1] - peaks[0]) / span
     offset = peaks[0] - PROBES[0] * slope - parameters * (2 if half else 4)  # the gradients
-    return Cost(parameters, task.model.width, (flops[1] - flops[0]) / span, slope, max(0.0, offset), half,
-                sum(others))  # fmt: skip
+    sizes = [weight.numel() for weight in task.parameters()]
+    more, pooled_more = ((counts[1] - counts[0]) / span for counts in (kernels, pooled_kernels))
+    return Cost(
+        parameters, task.model.width, (flops[1] - flops[0]) / span, slope, max(0.0, offset), half, sum(others),
+        small=sum(size for size in sizes if size <= PERSISTENT),
+        tensors=len(sizes),
+        kernels=kernels[0] - (PROBES[0] - 1) * more,
+        clip_kernels=more,
+        pooled_flops=pooled_flops[-1],
+        pooled_kernels=pooled_kernels[0] - (PROBES[0] - 1) * pooled_more,
+        pooled_clip_kernels=pooled_more,
+    )  # fmt: skip
 
 
 def model_flops(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape) -> float:
@@ -151,30 +195,126 @@ def memory(cost: Cost, stage: int, ranks: int, micro: int) -> Memory:
     """Peak of a step; see the module's table."""
     psi, weight = cost.parameters, 2 if cost.half else 4
     masters = 12 if cost.half else 8 if stage == 0 else 12
-    buckets = 0 if stage == 0 else 2 * BUCKET * weight  # two of them where communication overlaps
+    # Two buckets where communication overlaps, of half numbers from stage 2 on; and the float32 copy that is reduced.
+    buckets = 0 if stage == 0 else 2 * BUCKET * (4 if stage == 1 else weight)
+    if stage and cost.half:
+        buckets += 4 * min(BUCKET, psi)
     return Memory(
         weights=psi * weight / (ranks if stage == 3 else 1) + cost.teacher * (6 if cost.half else 4),
         optimizer=psi * masters / (ranks if stage else 1),
         gradients=psi * 4 / (ranks if stage >= 2 else 1),
         activations=cost.per_clip * micro + cost.fixed,
         buckets=buckets,
+        context=CONTEXT + (NCCL if ranks > 1 else 0),
     )
 
 
-def traffic(cost: Cost, stage: int, ranks: int, clips: int, contrast: int) -> dict[str, float]:
-    """Bytes that each GPU sends in one step, by purpose (ring algorithms); `contrast`: its directions, 0 to 2."""
+def traffic(
+    cost: Cost, stage: int, ranks: int, clips: int, contrast: int, accumulation: int = 1
+) -> dict[str, float]:
+    """Bytes that each GPU sends in one step, by purpose (ring algorithms).
+
+    ZeRO 0 and 1 reduce gradients once a step, 2 and 3 in every micro-batch; 0 to 2 reduce them whole to all ranks, each
+    of which keeps its part, 3 scatters them. ZeRO 3 keeps a micro-batch's weights from forward to backward, unless
+    GradCache's other pass upsets the order that it has learned: then each pass gathers them.
+
+    Args:
+        cost: Of the model.
+        stage: Of ZeRO.
+        ranks: R.
+        clips: G.
+        contrast: Its directions, 0 to 2.
+        accumulation: Micro-batches of a step.
+    """
     share = (ranks - 1) / ranks
     weight = 2 if cost.half else 4
-    sent = {"gradients": (2 if stage < 2 else 1) * share * cost.parameters * 4}
+    times = accumulation if stage >= 2 else 1
+    sent = {"gradients": times * (1 if stage == 3 else 2) * share * cost.parameters * 4}
     if stage in (1, 2):
         sent["updated weights"] = share * cost.parameters * weight
     if stage == 3:
-        sent["weights, forward and backward"] = 2 * share * cost.parameters * weight
+        passes = 3 * accumulation if contrast and accumulation > 1 else accumulation
+        sent["weights"] = share * (passes * (cost.parameters - cost.small) + cost.small) * weight
         if cost.teacher:
             sent["weights for the teacher"] = share * cost.teacher * weight
     if contrast:
         sent["contrast"] = contrast * share * clips * (2 * cost.width + 1) * 4
     return sent
+
+
+def launches(func: Any) -> bool:
+    """Whether an operation starts a kernel on a GPU: views, allocations and questions do not."""
+    space, name = func._schema.name.split("::")
+    return bool(space != "prim" and not func.is_view and name not in NO_KERNEL)
+
+
+def kernels(cost: Cost, stage: int, accumulation: int, micro: int = 1) -> float:
+    """Kernels that a step starts.
+
+    Beside the task's own, an engine starts about one a tensor to accumulate its gradient in each micro-batch, one more
+    where ZeRO 3 gathers it, and two in the update (norm, copies, Adam on flat buffers), or
+    eight where ZeRO 2 copies each gradient of half precision.
+
+    Args:
+        cost: Of the model.
+        stage: Of ZeRO.
+        accumulation: Micro-batches of a step.
+        micro: Clips of one, where the code loops over them: on a CPU. A GPU starts as many as for one.
+    """
+    passes = cost.kernels + (micro - 1) * cost.clip_kernels + cost.tensors * (2 if stage == 3 else 1)
+    if accumulation > 1:
+        passes += cost.pooled_kernels + (micro - 1) * cost.pooled_clip_kernels
+    return accumulation * passes + (8 if stage == 2 and cost.half else 2) * cost.tensors
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step on each GPU.
+
+    Attributes:
+        compute: Floating point operations.
+        floor: The host starts the kernels one after the other, however small they are.
+        exposed: Traffic that nothing hides.
+    """
+
+    compute: float
+    floor: float
+    exposed: float
+
+    @property
+    def total(self) -> float:
+        """max(compute, floor) + exposed."""
+        return max(self.compute, self.floor) + self.exposed
+
+
+def step_time(
+    cost: Cost, stage: int, ranks: int, clips: int, contrast: int, accumulation: int, rate: float, link: float
+) -> StepTime:
+    """What a step takes.
+
+    The reduction of all buckets but the last runs beside the backward passes (two thirds of the computation), and so
+    do the weights of ZeRO 3; what does not fit there is exposed, and with it the last bucket, the gathering of updated
+    weights, and the contrast, on whose vectors every rank waits.
+
+    Args:
+        cost: Of the model.
+        stage: Of ZeRO.
+        ranks: R.
+        clips: G.
+        contrast: Its directions.
+        accumulation: Micro-batches of a step.
+        rate: Floating point operations a second that a GPU sustains.
+        link: Bytes a second that a GPU sends over the slowest link of the ring.
+    """
+    flops = cost.flops + (cost.pooled_flops if contrast and accumulation > 1 else 0)
+    compute = clips / ranks * flops / rate
+    sent = traffic(cost, stage, ranks, clips, contrast, accumulation)
+    last = sent["gradients"] * min(1.0, BUCKET / cost.parameters) / (accumulation if stage >= 2 else 1)
+    hidden = sent["gradients"] - last + sent.get("weights", 0.0)
+    waited = sum(sent.values()) - hidden
+    floor = LAUNCH * kernels(cost, stage, accumulation)
+    beside = max(compute, floor) * 2 / 3
+    return StepTime(compute, floor, (waited + max(0.0, hidden - beside * link)) / link)
 
 
 def clip_bytes(shape: Shape, waveform: bool, fbank: bool) -> int:
@@ -222,16 +362,18 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         peak: Most bytes so far.
+        kernels: Operations so far that start one.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
+        self.peak, self.kernels = 0, 0
         self._now = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.kernels += launches(func)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._follow(leaf.untyped_storage())

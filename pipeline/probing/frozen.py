@@ -32,6 +32,7 @@ from pipeline.model.embed import patch_grid
 from pipeline.model.encoder import recorded
 from pipeline.model.foreign import MEL_BINS, translate
 from pipeline.model.heads import row_means
+from pipeline.model.precision import in_precision
 from pipeline.model.weights import load_weights, read_weights, weights_file
 from pipeline.recipes import read_run
 from pipeline.runs import trained_on
@@ -55,7 +56,7 @@ class Frozen(nn.Module):
         streams: "spec", "wav" or both, in this order.
         grids: Patches of each along frequency and time.
         depth: Blocks.
-        digest: sha256 of weights, architecture and normalisation: features of equal digests are equal.
+        digest: sha256 of weights, architecture, normalisation and precision: features of equal digests are equal.
     """
 
     def __init__(self, model: Craft, spec: DataSpec, source: Path | None) -> None:
@@ -71,6 +72,17 @@ class Frozen(nn.Module):
         for name, tensor in sorted(model.state_dict().items()):
             whole.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         self.digest = whole.hexdigest()
+
+    def at(self, precision: str) -> "Frozen":
+        """The encoder itself, which from now on computes in a precision; its digest says so.
+
+        Args:
+            precision: See `pipeline.model.precision`.
+        """
+        in_precision(self.model, precision)
+        if precision != "fp32":
+            self.digest = hashlib.sha256(f"{self.digest} {precision}".encode()).hexdigest()
+        return self
 
     def size(self, pool: Pool, stream: str) -> tuple[int, ...]:
         """Shape of a clip's features of one layer and stream."""

@@ -191,15 +191,18 @@ def windows(
         kept, first = kept[cut:].copy(), first + cut
 
 
-def load_scorer(run_dir: Path, file: Path | None = None) -> Scorer:
+def load_scorer(run_dir: Path, file: Path | None = None, precision: str = "fp32") -> Scorer:
     """The scorer of a finetuned run, on a GPU where there is one.
 
     Args:
         run_dir: Directory with config.yaml and data.json.
         file: Weights; None: those of the newest checkpoint.
+        precision: See `pipeline.model.precision`.
     """
+    from pipeline.model.precision import in_precision
     from pipeline.model.weights import weights_file
     from pipeline.runs import load_finetuned
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Scorer(*load_finetuned(run_dir, file or weights_file(run_dir), device))
+    task, spec = load_finetuned(run_dir, file or weights_file(run_dir), device)
+    return Scorer(in_precision(task, precision), spec)

@@ -6,11 +6,14 @@ In: nothing; an index of each size is generated as the builder would write it (5
 labels), all its shards being links to one real shard of short clips. Out: a table on stdout. Each
 row is a process of its own, rank 0 of 1 or of 256, G = 256. The memory is what the process grew by. A batch costs a
 tenth of a millisecond however small it is: some hundred calls of numpy. So a rank that has one clip of it pays that
-for one clip, and the time per clip is large where the time per batch is smallest.
+for one clip, and the time per clip is large where the time per batch is smallest. The last columns are
+`next()` in a process that trains: 2 readers, some milliseconds of small torch calls a batch, and a pause in which a GPU
+would compute. Its CPU time is what the loader takes of that process; its wall time has the machine's other load in it.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import multiprocessing
 import resource
@@ -29,6 +32,7 @@ from shard_tools.finish import IndexWriter
 from tests.helpers import synth_shards
 
 PER_SHARD, CLASSES, BATCH, BATCHES = 512, 527, 256, 40
+WAITS, PAUSE = 300, 0.03  # batches whose `next()` is timed beside training, and seconds between two of them
 SIZES = (1_000, 100_000, 2_000_000, 10_000_000)
 
 
@@ -100,7 +104,28 @@ def measure(shards: Path, sampler: str, ranks: int, results: Any) -> None:
             next(batches)
             times.append(time.perf_counter() - before)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        results.put((opened - start, first - opened, _memory() - memory, peak - memory, float(np.median(times))))
+        values = opened - start, first - opened, _memory() - memory, peak - memory, float(np.median(times))
+    found = waits(data.model_copy(update={"workers": 2}), ranks)
+    results.put((*values, *np.quantile(found, [0.5, 0.95], axis=0).T.ravel().tolist()))
+
+
+def waits(data: DataConfig, ranks: int) -> list[tuple[float, float]]:
+    """CPU and wall seconds of each `next()` of a process that trains between two of them, beside 2 readers."""
+    from pipeline.data.loader import Loader
+    from tests.benchmarks.bench_loader import training
+
+    found = []
+    with Loader(data, fbank=False, batch_size=BATCH, world_size=ranks) as loader:
+        batches = loader.batches(loader.clips // BATCH // 2)
+        trained = next(training(iter([itertools.repeat(None)])))
+        for number in range(WAITS):
+            cpu, before = time.thread_time(), time.perf_counter()
+            next(batches)
+            if number >= 2 * data.prefetch:
+                found.append((time.thread_time() - cpu, time.perf_counter() - before))
+            next(iter(trained))
+            time.sleep(PAUSE)
+    return found
 
 
 def _memory() -> float:
@@ -118,18 +143,20 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as temporary:
         root = args.dir or Path(temporary)
-        print("clips      sampler   ranks  start s  first batch s  grown MB  peak MB  ms/batch  us/clip")
+        print("clips      sampler   ranks  start s  first batch s  grown MB  peak MB  ms/batch  us/clip  "
+              "next(): CPU ms  p95  wall ms  p95")  # fmt: skip
         for clips in args.clips:
             shards = generate(root / str(clips), root / "source", clips)
             for sampler, ranks in (("shuffle", 1), ("shuffle", 256), ("balanced", 1)):
                 results = context.Queue()
                 process = context.Process(target=measure, args=(shards, sampler, ranks, results))
                 process.start()
-                opened, first, grown, peak, batch = results.get()
+                opened, first, grown, peak, batch, *times = results.get()
                 process.join()
                 print(
                     f"{clips:<10d} {sampler:9s} {ranks:5d}  {opened:7.3f}  {first:13.3f}  {grown:8.1f}  {peak:7.1f}  "
                     f"{1e3 * batch:8.2f}  {1e6 * batch / (BATCH / ranks):7.1f}"
+                    f"  {'  '.join(f'{1e3 * value:6.2f}' for value in times)}"
                 )
                 sys.stdout.flush()
 

@@ -1,8 +1,10 @@
 """Clips per second of loaders, side by side on the same clips: ours, its peers, and what the memory allows.
 
-    python tests/benchmarks/bench_loader.py [--work DIR] [--clips N] [--mds PYTHON] [--litdata PYTHON]
+    python tests/benchmarks/bench_loader.py [--work DIR] [--clips N] [--mds PYTHON] [--litdata PYTHON] [--readers N ...]
 
-In: nothing; the clips (10 s) are generated. Out: a table on stdout, ratios to the best peer and to the memcpy limit.
+In: nothing; the clips (10 s) are generated. Out: a table on stdout, ratios to the best peer and to the memcpy limit; of
+each way the stored megabytes a second, and the CPU microseconds that a clip costs this process and its readers, which
+other load on the machine changes least.
 Every way delivers batches of 32: waveform float32 [160000], normalised fbank float32 [1024, 128], multi-hot labels.
 Each row is a process of its own with one torch thread, the median of three passes over warm files; the start of an
 epoch is not counted. The rows "training" also do some milliseconds of small torch calls for each batch, as a process
@@ -67,13 +69,13 @@ def epochs(dataset: Any, workers: int, batch_size: int | None = BATCH, make: Any
         yield (to_floats(b["waveform"], b["fbank"], b["label"]) for b in loader)
 
 
-def ours(work: Path, workers: int, raw: bool = False) -> Iterator[Iterable[Any]]:
-    """This project's loader; raw: what a GPU is given to convert."""
+def ours(work: Path, workers: int, raw: bool = False, fbank: bool = True) -> Iterator[Iterable[Any]]:
+    """This project's loader; raw: what a GPU is given to convert; without fbank: where the GPU computes it."""
     from pipeline.config import DataConfig
     from pipeline.data.loader import Loader
 
     data = DataConfig(shards=str(work / "shards"), workers=workers, mean=MEAN, std=STD)
-    loader = Loader(data, batch_size=BATCH, raw=raw)
+    loader = Loader(data, batch_size=BATCH, raw=raw, fbank=fbank)
     if raw:
         loader._assemble = lambda arrays: arrays  # type: ignore[method-assign, assignment]
     while True:
@@ -208,9 +210,11 @@ WAYS: dict[str, Callable[..., Iterator[Iterable[Any]]]] = {
     "pread of the stored bytes": pread,
     "ours": ours,
     "ours, raw (for a GPU to convert)": lambda w, n: ours(w, n, raw=True),
+    "ours, raw waveform (fbank on a GPU)": lambda w, n: ours(w, n, raw=True, fbank=False),
     "training, no loader": lambda w, n: training(nothing(w, n)),
     "training, ours": lambda w, n: training(ours(w, n)),
     "training, ours, raw": lambda w, n: training(ours(w, n, raw=True)),
+    "training, ours, raw waveform": lambda w, n: training(ours(w, n, raw=True, fbank=False)),
     "litdata": litdata,
     "webdataset, fast decoder": lambda w, n: webdataset(w, n, fast=True),
     "webdataset, stock": webdataset,
@@ -218,38 +222,54 @@ WAYS: dict[str, Callable[..., Iterator[Iterable[Any]]]] = {
     "SSAST way (wav files, fbank on the fly)": ssast,
 }
 LIMITS = {memcpy, pread}
+WAVEFORM_BYTES, FBANK_BYTES = 320_128, 255_616  # of a clip in the shards
 
 
-def measure(way: str, work: Path, workers: int) -> list[float]:
-    """Clips per second of each pass; each epoch's first two batches are not counted."""
-    rates: list[float] = []
+def cpu_seconds() -> np.ndarray:
+    """CPU seconds of this process, and of its readers, so far."""
+    import psutil
+
+    own = psutil.Process()
+    times = [sum(process.cpu_times()[:2]) for process in (own, *own.children(recursive=True))]
+    return np.array([times[0], sum(times[1:])])
+
+
+def measure(way: str, work: Path, workers: int) -> dict[str, list[float]]:
+    """Of each pass, clips a second, and CPU seconds of this process and of its readers for a clip.
+
+    Each epoch's first two batches are not counted.
+    """
+    found: dict[str, list[float]] = {"rate": [], "own": [], "readers": []}
     run = WAYS[way](work, workers)
     for number in range(PASSES + 1):  # the first one warms up
-        seen, spent = 0, 0.0
+        seen, spent, cpu = 0, 0.0, np.zeros(2)
         while spent < SECONDS:
             batches = iter(next(run))
             for _ in range(2):
                 next(batches)
+            cpu -= cpu_seconds()
             before = time.perf_counter()
             for _ in batches:
                 seen += BATCH
                 if spent + time.perf_counter() - before > SECONDS:
                     break
             spent += time.perf_counter() - before
+            cpu += cpu_seconds()
         if number:
-            rates.append(seen / spent)
-    return rates
+            for name, value in zip(found, (seen / spent, *(cpu / seen)), strict=True):
+                found[name].append(value)
+    return found
 
 
-def row(way: str, python: str, work: Path, workers: int) -> float | None:
-    """The median of a way, in a process of its own."""
+def row(way: str, python: str, work: Path, workers: int) -> dict[str, float] | None:
+    """The medians of a way, in a process of its own."""
     command = [python, __file__, "--work", str(work), "--one", way, "--workers", str(workers)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"{way}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return None
-    return statistics.median(json.loads(done.stdout.splitlines()[-1]))
+    return {name: statistics.median(values) for name, values in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 def prepare(work: Path, count: int) -> None:
@@ -267,6 +287,7 @@ def main() -> None:
     parser.add_argument("--mds", help="Python that has mosaicml-streaming and torch")
     parser.add_argument("--litdata", help="Python that has litdata and torch")
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
+    parser.add_argument("--readers", type=int, nargs="+", default=[0, 2], help="reader processes")
     parser.add_argument("--prepare", action="store_true", help="only make the clips")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=0, help=argparse.SUPPRESS)
@@ -279,26 +300,35 @@ def main() -> None:
     if args.prepare:
         return
     pythons = {"MosaicML streaming": args.mds, "litdata": args.litdata}
-    found: dict[tuple[str, int], float | None] = {}
+    found: dict[tuple[str, int], dict[str, float] | None] = {}
     for way, function in WAYS.items():
         python = pythons.get(way, sys.executable)
         if python and any(part in way for part in args.only):
-            once = way.startswith("training, ours")
-            for workers in (0,) if function in LIMITS or "no loader" in way else (2,) if once else (0, 2):
+            once = function in LIMITS or "no loader" in way
+            for workers in (0,) if once else [count for count in args.readers if count or "training" not in way]:
                 found[way, workers] = row(way, python, args.work, workers)
     show(found)
 
 
-def show(found: dict[tuple[str, int], float | None]) -> None:
+def show(found: dict[tuple[str, int], dict[str, float] | None]) -> None:
     """The table, ratios first."""
-    limit = found.get(("memcpy of the float32 batch", 0))
+    rates = {key: values["rate"] for key, values in found.items() if values}
+    limit = rates.get(("memcpy of the float32 batch", 0))
     own = ("ours", "training")
-    peers = [way for way, function in WAYS.items() if function not in LIMITS and not way.startswith(own)]
-    best = max((rate for (way, _), rate in found.items() if rate and way in peers), default=None)
-    print(f"| {'way':40} | workers | x best peer | x memcpy | clips/s |\n|---|---|---|---|---|")
-    for (way, workers), rate in found.items():
-        ratios = [f"{rate / base:.2f}" if rate and base else "-" for base in (best, limit)]
-        print(f"| {way:40} | {workers} | {ratios[0]} | {ratios[1]} | {f'{rate:,.0f}' if rate else 'failed'} |")
+    best = max((rate for (way, _), rate in rates.items() if WAYS[way] not in LIMITS and not way.startswith(own)),
+               default=None)  # fmt: skip
+    print(f"| {'way':40} | workers | x best peer | x memcpy | clips/s | stored MB/s | CPU us a clip |")
+    print("|---|---|---|---|---|---|---|")
+    for (way, workers), values in found.items():
+        if values is None:
+            print(f"| {way:40} | {workers} | - | - | failed | - | - |")
+            continue
+        rate = values["rate"]
+        ratios = [f"{rate / base:.2f}" if base else "-" for base in (best, limit)]
+        size = WAVEFORM_BYTES + (0 if "raw waveform" in way else FBANK_BYTES)
+        read = f"{rate * size / 1e6:,.0f}" if way != "training, no loader" and WAYS[way] is not memcpy else "-"
+        cost = " + ".join(f"{1e6 * values[name]:.0f}" for name in ("own", "readers"))
+        print(f"| {way:40} | {workers} | {ratios[0]} | {ratios[1]} | {rate:,.0f} | {read} | {cost} |")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def main() -> None:
             measured = resident("VmHWM") - before
             del engine, task, batch
         planned = plan.memory(plan.record(recipe, SHAPE, half=False), stage, 1, clips)
-    touched = planned.total - planned.buckets + (planned.gradients if stage else 0)  # what fills the bucket
+    gpus_alone = planned.buckets + planned.context
+    touched = planned.total - gpus_alone + (planned.gradients if stage else 0)  # what fills the bucket
     out.write_text(json.dumps({"measured": measured, "planned": touched, "parts": str(planned)}))
 
 

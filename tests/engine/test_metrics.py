@@ -1,12 +1,25 @@
-"""Metrics against definitions written out, and where classes have no positives."""
+"""Metrics against definitions written out, where classes have no positives, and split over ranks."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from pipeline.engine.evaluation import all_metrics, auc, average_precision, d_prime, score
+from pipeline.engine.evaluation import (
+    all_metrics,
+    auc,
+    average_precision,
+    clip_weights,
+    d_prime,
+    score,
+    weighted_metric,
+)
 from pipeline.flow import Batch, Losses
+from tests.engine.metrics import CLASSES, evaluated
+from tests.ranks import run_ranks
 from tests.reference import metrics as reference
 
 
@@ -59,3 +72,50 @@ def test_a_clip_without_a_finite_score_is_no_hit(caplog):
     assert "3 of 4 clips" in caplog.text
     assert all_metrics(scores.logits, scores.targets, True)["accuracy"] == (0.25 + 1 + 0 + 0) / 4
     assert all_metrics(scores.logits, scores.targets, False)["mAP"] > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_metrics_do_not_depend_on_the_ranks(tmp_path, ranks):
+    """Each rank works out its classes; all have the same bits as one process."""
+    run_ranks(ranks, Path(__file__).with_name("metrics.py"), tmp_path)
+    expected = json.dumps(evaluated(None))
+    assert [(tmp_path / f"{rank}.json").read_text() for rank in range(ranks)] == [expected] * ranks
+
+
+def test_a_rank_works_out_its_own_classes_alone(monkeypatch):
+    """Three ranks, one after the other, with a gather that collects: each computes a third of the classes."""
+    from pipeline import distributed
+    from pipeline.engine.evaluation import by_class
+
+    asked, gathered = [], []
+
+    def of(classes: np.ndarray) -> np.ndarray:
+        asked.append(classes.tolist())
+        return classes[:, None] * np.array([1.0, 10.0])
+
+    def gather(local: torch.Tensor) -> torch.Tensor:
+        gathered.append(local)
+        return torch.cat([*gathered, *[torch.zeros_like(local)] * (3 - len(gathered))])
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "gather", gather)
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found = by_class(of, CLASSES, torch.device("cpu"))
+    assert sorted(number for numbers in asked for number in numbers) == list(range(CLASSES))
+    assert max(map(len, asked)) == 4
+    assert (found == of(np.arange(CLASSES))).all()
+
+
+def test_weighted_metrics_are_those_of_the_drawn_clips():
+    """scikit-learn's with sample weights, ties and draws without a positive included."""
+    rng = np.random.default_rng(3)
+    scores = rng.normal(size=(60, 5)).astype(np.float32).round(1)
+    targets = rng.random((60, 5)) < 0.1
+    targets[0], targets[:, 4] = True, False
+    weights = clip_weights(60, 300, rng)  # more than are worked out at a time
+    found = weighted_metric(scores, targets, weights, "mAP")
+    for weight, value in zip(weights, found, strict=True):
+        known = [c for c in range(5) if weight @ targets[:, c]]
+        each = [average_precision_score(targets[:, c], scores[:, c], sample_weight=weight) for c in known]
+        assert value == pytest.approx(np.mean(each), abs=1e-12)

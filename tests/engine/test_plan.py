@@ -110,6 +110,47 @@ def test_zero_divides_what_it_says():
     assert plan.traffic(cost, 0, 4, 8, contrast=True) == {"gradients": 6000, "contrast": 0.75 * 8 * 21 * 4}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "stages", "precision", "words"), [
+    (2, "0,1,2", "fp32", ["model.size=micro"]),
+    (3, "1,2", "bf16", ["model.size=micro"]),
+    (2, "3", "fp32", ["model.size=tiny", "pretrain.method=ssast"]),
+])  # fmt: skip
+def test_bytes_and_kernels_are_those_of_a_step(tmp_path, ranks, stages, precision, words):
+    """Counted on CPU ranks, with and without accumulation, whose contrast takes another forward pass."""
+    out, accumulations = tmp_path / "counts.json", "1,2" if ranks == 3 else "1,3"
+    run_ranks(ranks, Path(__file__).with_name("counts.py"), out, stages, accumulations, precision, *words)
+    for found in json.loads(out.read_text()):
+        assert found["sent"] == pytest.approx(found["planned"], rel=1e-4), found
+        # Adam in float32 at ZeRO 0 is a loop over tensors on a CPU, and one call of a kernel for many on a GPU.
+        assert found["stage"] == 0 or found["kernels"] == pytest.approx(found["planned_kernels"], rel=0.2), found
+
+
+def test_the_time_of_a_step_is_what_is_not_hidden():
+    cost = plan.Cost(1_000_000, 10, 1e9, 7.0, 0.0, half=True, tensors=10, kernels=970.0, pooled_flops=3e8)
+    compute = plan.step_time(cost, 1, 1, 100, 0, 1, rate=1e12, link=1e9)
+    assert (compute.compute, compute.exposed) == (0.1, 0)
+    assert compute.floor == pytest.approx(5e-6 * 1000)
+    assert compute.total == 0.1
+    assert plan.step_time(cost, 1, 1, 100, 1, 4, rate=1e12, link=1e9).compute == pytest.approx(0.13)  # GradCache
+    small = plan.step_time(cost, 1, 100, 100, 0, 1, rate=1e12, link=1e9)
+    assert small.total == pytest.approx(small.floor + small.exposed)
+    # One bucket holds all gradients: nothing of their reduction is left to hide.
+    assert small.exposed == pytest.approx(0.99 * (2 * 4e6 + 2e6) / 1e9)
+    again = plan.traffic(cost, 2, 100, 100, 0, accumulation=3)["gradients"]
+    assert again == pytest.approx(3 * plan.traffic(cost, 1, 100, 100, 0, accumulation=3)["gradients"])
+    hidden = plan.step_time(cost, 2, 2, 600, 0, 3, rate=1e12, link=1e9)
+    assert hidden.exposed == pytest.approx(0.5 * (2 * 4e6 + 2e6) / 1e9)
+
+
+def test_memory_beside_the_model():
+    """A context, nccl's buffers, and the float32 copy of a bucket that is reduced."""
+    cost = plan.Cost(1000, 10, 1.0, 7.0, 0.0, half=True)
+    assert [plan.memory(cost, 2, ranks, 1).context for ranks in (1, 2)] == [0.6e9, 1.6e9]
+    buckets = {stage: plan.memory(cost, stage, 2, 1).buckets for stage in (0, 1, 2)}
+    assert buckets == {0: 0, 1: 8 * plan.BUCKET + 4000, 2: 4 * plan.BUCKET + 4000}
+
+
 def test_a_teacher_is_planned():
     """Whole on each GPU, beside weights that ZeRO 3 divides."""
     words = ["model.size=micro", "pretrain.method=craft_latent"]
@@ -129,7 +170,7 @@ def test_the_report_names_batches_that_divide():
     assert "use a batch of 176 or 184" in done.stdout
     assert "180 itself runs on 6 or 9 GPUs" in done.stdout
     assert "*" in done.stdout.split("rate")[0].split("fit")[1]  # 1 GB is too little for 22 clips
-    for word in ("compute", "shards", "traffic", "time"):
+    for word in ("compute", "link", "ZeRO 2", "traffic", "time", "gain", "shards"):
         assert f"\n{word} " in done.stdout
     ((status, said),) = run_ranks(1, *command, "--nodes", "3", check=False)
     assert status == 2

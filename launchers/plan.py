@@ -23,7 +23,7 @@ from pipeline.recipes import load_recipe
 if TYPE_CHECKING:
     from pipeline.engine.plan import Cost, Shape
 
-GIB, ROOM = 2**30, 0.95  # share of a GPU's memory that a plan may fill: the rest is fragments
+GIB = 2**30
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def _accumulation(cost: "Cost", stage: int, gpus: int, batch: int, gigabytes: fl
 
     share = batch // gpus
     fitting = (share // micro for micro in range(share, 0, -1)
-               if share % micro == 0 and plan.memory(cost, stage, gpus, micro).total <= ROOM * gigabytes * 1e9)
+               if share % micro == 0 and plan.memory(cost, stage, gpus, micro).total <= plan.ROOM * gigabytes * 1e9)
     return next(fitting, share)
 
 
@@ -182,7 +182,7 @@ def _print_memory(cost: "Cost", gpus: int, batch: int, gigabytes: float) -> None
         cells = []
         for micro in micros:
             need = plan.memory(cost, stage, gpus, micro)
-            cells.append(f"{need.total / GIB:10.2f}{' ' if need.total <= ROOM * gigabytes * 1e9 else '*'} ")
+            cells.append(f"{need.total / GIB:10.2f}{' ' if need.total <= plan.ROOM * gigabytes * 1e9 else '*'} ")
         states = plan.memory(cost, stage, gpus, 0)
         print(f"           {stage:4d}{states.total / GIB:8.2f} " + "".join(cells))
 

@@ -9,7 +9,7 @@ Memory of a step on one GPU, Psi parameters, R ranks, b clips a micro-batch (byt
     master weights, moments   12 | 8 Psi (fp32 needs no second copy at ZeRO 0), at ZeRO 1 to 3 over R
     gradients                 4 Psi,      at ZeRO 2 and 3 over R
     activations               b x the slope of the recorded peak, + its offset
-    buckets                   ZeRO 1 to 3: what gradients are gathered in before they are summed, and the float32 copy
+    buckets                   ZeRO 1 in float32, 2 and 3: what gradients are gathered in before they are summed, and the float32 copy
                               that is; reserved whole, which costs a GPU its memory and a CPU nothing
     context                   0.6 GB of CUDA's, and 1 GB of nccl's where there are several ranks: assumed
 
@@ -33,6 +33,7 @@ from pipeline.flow import Batch, Losses
 from pipeline.tasks import FinetuneTask, PretrainTask
 
 PERSISTENT = 100_000  # elements: ZeRO 3's default for tensors that it leaves whole
+ROOM = 0.95  # share of a GPU's memory that a plan may fill: the rest is fragments
 LAUNCH = 5e-6  # seconds in which a host starts a kernel
 CONTEXT, NCCL = 0.6e9, 1e9  # bytes of a GPU that are not the run's
 NO_KERNEL = frozenset({
@@ -195,9 +196,10 @@ def memory(cost: Cost, stage: int, ranks: int, micro: int) -> Memory:
     """Peak of a step; see the module's table."""
     psi, weight = cost.parameters, 2 if cost.half else 4
     masters = 12 if cost.half else 8 if stage == 0 else 12
-    # Two buckets where communication overlaps, of half numbers from stage 2 on; and the float32 copy that is reduced.
-    buckets = 0 if stage == 0 else 2 * BUCKET * (4 if stage == 1 else weight)
-    if stage and cost.half:
+    # Two where communication overlaps, and the float32 copy that is reduced. bf16 at stage 1 has none: DeepSpeed's
+    # optimiser for it reduces the summed gradients where they are, after the backward pass.
+    buckets = 0 if stage == 0 or (stage == 1 and cost.half) else 2 * BUCKET * weight
+    if stage >= 2 and cost.half:
         buckets += 4 * min(BUCKET, psi)
     return Memory(
         weights=psi * weight / (ranks if stage == 3 else 1) + cost.teacher * (6 if cost.half else 4),
@@ -294,7 +296,8 @@ def step_time(
 
     The reduction of all buckets but the last runs beside the backward passes (two thirds of the computation), and so
     do the weights of ZeRO 3; what does not fit there is exposed, and with it the last bucket, the gathering of updated
-    weights, and the contrast, on whose vectors every rank waits.
+    weights, and the contrast, on whose vectors every rank waits. bf16 at ZeRO 1 has no buckets: it reduces all
+    gradients after the backward passes.
 
     Args:
         cost: Of the model.
@@ -309,7 +312,9 @@ def step_time(
     flops = cost.flops + (cost.pooled_flops if contrast and accumulation > 1 else 0)
     compute = clips / ranks * flops / rate
     sent = traffic(cost, stage, ranks, clips, contrast, accumulation)
-    last = sent["gradients"] * min(1.0, BUCKET / cost.parameters) / (accumulation if stage >= 2 else 1)
+    whole = stage == 1 and cost.half
+    last = sent["gradients"] * (1.0 if whole else min(1.0, BUCKET / cost.parameters))
+    last /= accumulation if stage >= 2 else 1
     hidden = sent["gradients"] - last + sent.get("weights", 0.0)
     waited = sum(sent.values()) - hidden
     floor = LAUNCH * kernels(cost, stage, accumulation)

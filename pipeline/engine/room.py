@@ -13,8 +13,6 @@ from pipeline.engine.job import Job
 from pipeline.engine.plan import Shape
 from pipeline.errors import UserError
 
-ROOM = 0.9  # share of a device's memory that a plan may fill: the rest is CUDA, nccl, fragments
-
 
 def no_room_to_train(error: torch.OutOfMemoryError, job: Job, shape: Shape, world: World) -> UserError:
     """Names the largest micro-batch that the plan expects to fit, below the one that did not.
@@ -27,7 +25,7 @@ def no_room_to_train(error: torch.OutOfMemoryError, job: Job, shape: Shape, worl
     """
     with distributed.alone():  # the other ranks wait in a collective of the step
         cost = plan.record(job.recipe, shape, job.ds["bf16"]["enabled"] or job.ds["fp16"]["enabled"])
-    stage, room = job.ds["zero_optimization"]["stage"], ROOM * _memory(world)
+    stage, room = job.ds["zero_optimization"]["stage"], plan.ROOM * _memory(world)
     share, micro = job.batches.micro * job.batches.accumulation, job.batches.micro
     smaller = [size for size in range(micro - 1, 0, -1) if share % size == 0]
     fits = next((size for size in smaller if plan.memory(cost, stage, world.size, size).total <= room), 0)

@@ -139,7 +139,8 @@ def patchify(maps: torch.Tensor, patch: int) -> torch.Tensor:
     """The pixels of non-overlapping patches, the targets of masked prediction: [B, M, T] -> [B, N, patch^2]."""
     rows, columns = (size // patch for size in maps.shape[1:])
     cut = maps[:, : rows * patch, : columns * patch]  # `F.unfold` would start a kernel for each clip
-    return cut.unflatten(2, (columns, patch)).unflatten(1, (rows, patch)).transpose(2, 3).flatten(3).flatten(1, 2)
+    blocks = torch.unflatten(torch.unflatten(cut, 2, (columns, patch)), 1, (rows, patch))
+    return blocks.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def patch_grid(mel_bins: int, frames: int, patch: int, stride: int) -> tuple[int, int]:

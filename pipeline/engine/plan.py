@@ -9,8 +9,8 @@ Memory of a step on one GPU, Psi parameters, R ranks, b clips a micro-batch (byt
     master weights, moments   12 | 8 Psi (fp32 needs no second copy at ZeRO 0), at ZeRO 1 to 3 over R
     gradients                 4 Psi,      at ZeRO 2 and 3 over R
     activations               b x the slope of the recorded peak, + its offset
-    buckets                   ZeRO 1 in float32, 2 and 3: what gradients are gathered in before they are summed, and the float32 copy
-                              that is; reserved whole, which costs a GPU its memory and a CPU nothing
+    buckets                   ZeRO 1 in float32, 2 and 3: what gradients are gathered in before they are summed, and
+                              the float32 copy that is; reserved whole, which costs a GPU its memory and a CPU nothing
     context                   0.6 GB of CUDA's, and 1 GB of nccl's where there are several ranks: assumed
 
 Time of a step = max(compute, launch floor) + exposed traffic: see `step_time`.

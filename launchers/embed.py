@@ -19,8 +19,8 @@ import logging
 import sys
 from typing import Any
 
-from pipeline.command_line import PRECISIONS, grid_of, new_parser, path_of
-from pipeline.config import DataConfig
+from pipeline.command_line import grid_of, new_parser, path_of
+from pipeline.config import PRECISIONS, DataConfig
 from pipeline.errors import UserError, run_cli
 
 TIMEOUT = 1800.0  # seconds a collective may take: a rank's share of the work between two

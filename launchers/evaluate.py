@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.command_line import PRECISIONS, new_parser, path_of
-from pipeline.config import FinetuneRecipe
+from pipeline.command_line import new_parser, path_of
+from pipeline.config import PRECISIONS, FinetuneRecipe
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, check_output_file, write_json
 from pipeline.hub import model_of

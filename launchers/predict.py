@@ -33,7 +33,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.command_line import PRECISIONS, new_parser, path_of
+from pipeline.command_line import new_parser, path_of
+from pipeline.config import PRECISIONS
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, check_output_file, new_file, write_text
 from pipeline.hub import model_of

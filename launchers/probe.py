@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.command_line import PRECISIONS, grid_of, new_parser, numbers_of, path_of
-from pipeline.config import DataConfig, LogConfig
+from pipeline.command_line import grid_of, new_parser, numbers_of, path_of
+from pipeline.config import PRECISIONS, DataConfig, LogConfig
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_file, write_json
 

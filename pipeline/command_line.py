@@ -16,8 +16,6 @@ from pipeline.errors import UserError
 from pipeline.files import config_path, shipped, user_path
 from pipeline.recipes import RecipeT, describe, dump_recipe, load_recipe
 
-PRECISIONS = ("fp32", "tf32", "bf16")  # of networks that only compute: see `pipeline.model.precision`
-
 
 def new_parser(description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
     """A parser whose `--help` shows the module's docstring as it is written."""

@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 Effect = Literal["result", "course", "neutral"]
+PRECISIONS = ("fp32", "tf32", "bf16")  # of networks that only compute: see `pipeline.model.precision`
 
 
 def result(default: Any, **about: Any) -> Any:

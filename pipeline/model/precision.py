@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from pipeline.command_line import PRECISIONS
+from pipeline.config import PRECISIONS
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

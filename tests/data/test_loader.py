@@ -52,6 +52,25 @@ def global_batches(shards, ranks, first, count, **options):
 AUGMENT = AugmentConfig(mixup=0.5, freq_mask=24, time_mask=16, noise=0.1, roll=0.05)
 
 
+def test_readers_draw_for_themselves(shards, monkeypatch):
+    """Nothing of the order is asked for in the training process: `next()` waits for no window, whatever its size."""
+    with loader(shards, workers=2) as quiet:
+        batches = quiet.batches()
+        first = next(batches)
+
+        def never(*_):
+            raise AssertionError("a draw in the training process")
+
+        monkeypatch.setattr(quiet._steps, "draw", never)
+        monkeypatch.setattr(quiet._order, "rows", never)
+        later = [next(batches).row for _ in range(6)]
+    with loader(shards, workers=0) as own:
+        again = own.batches()
+        assert torch.equal(next(again).row, first.row)
+        assert all(torch.equal(next(again).row, row) for row in later)
+
+
+
 @pytest.mark.parametrize("augment", [None, AugmentConfig(freq_mask=24, time_mask=16), AUGMENT])
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (3, 0)])
 def test_numbers_converted_by_readers_are_those_converted_on_the_device(shards, ranks, workers, augment):

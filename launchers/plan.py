@@ -4,7 +4,7 @@
 
 In: the settings of a run. Out: a report. The model is run once on fake tensors, so memory, FLOPs and kernels are
 those of the code. A GPU's rate is measured (--clips-per-second, or --run of an earlier run) or assumed. A step takes
-max(compute, launch floor) + exposed traffic: the host needs 5 us to start a kernel, and what the backward passes
+max(compute, launch floor) + exposed traffic: the host needs 34 us for each kernel, and what the backward passes
 cannot hide is waited for.
 """
 

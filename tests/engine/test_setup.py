@@ -1,6 +1,7 @@
 """Batch arithmetic, ds.json against the recipe, and the learning rate."""
 
 import logging
+import math
 import re
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.distributed import World
 from pipeline.engine.job import Plateau
 from pipeline.engine.loop import _say_beginning
-from pipeline.engine.setup import Batches, reconcile
+from pipeline.engine.setup import Batches, _mark_not_finite, reconcile
 from pipeline.engine.step import learning_rate
 from pipeline.errors import UserError
 from pipeline.recipes import load_recipe
@@ -153,3 +154,10 @@ def test_stage_2_with_several_micro_batches_says_what_it_costs(caplog, monkeypat
         caplog.clear()
         _say_beginning(job, world(ranks), 0)
         assert (f"summed over ranks {batches.accumulation} times a step; stage 1" in caplog.text) is said
+
+
+@pytest.mark.parametrize(("norm", "marked"), [(math.nan, -1), (math.inf, -1), (-math.inf, -1), (0.0, 0.0), (1.5, 1.5)])
+def test_norms_that_are_not_finite_are_marked_as_deepspeed_marks_them(norm, marked):
+    value = torch.tensor(norm)
+    _mark_not_finite(value)
+    assert value == marked

@@ -26,4 +26,5 @@ def test_at_most_two_waits_a_step(shards, tmp_path, ds, words):
     for rank in range(2):
         reads = json.loads((tmp_path / f"reads.{rank}").read_text())
         assert len(reads) == 4
-        assert max(reads[2:]) <= 2, reads  # in the first two ZeRO 3 learns in which order modules come
+        # In the first two ZeRO 3 learns in which order modules come.
+        assert max(reads[2:]) <= (2 if ds == "zero2.json" else 1), reads

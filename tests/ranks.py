@@ -25,10 +25,10 @@ def free_port() -> int:
 class Fork:
     """A fork of one process that has imported torch and DeepSpeed; what `Rank` uses of subprocess.Popen."""
 
-    def __init__(self, words: list[str], env: dict[str, str], log: str) -> None:
+    def __init__(self, words: list[str], env: dict[str, str], output: str, errors: str) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.preloaded"])
-        self._process = context.Process(target=_become, args=(words, env, log))
+        self._process = context.Process(target=_become, args=(words, env, output, errors))
         self._process.start()
         assert self._process.pid
         self.pid = self._process.pid
@@ -61,7 +61,7 @@ class Rank:
         self.log = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115 - closed with the object
         self.process: Fork | subprocess.Popen[bytes]
         if forked:
-            self.process = Fork(command[1:], os.environ | env, self.log.name)
+            self.process = Fork(command[1:], os.environ | env, self.log.name, self.log.name)
         else:
             self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=self.log, stderr=self.log)
 
@@ -122,14 +122,38 @@ def run_ranks(
     return ended
 
 
-def _become(words: list[str], env: dict[str, str], log: str) -> None:
+def run_script(script: str | Path, *args: object, timeout: float = RANK_TIMEOUT) -> subprocess.CompletedProcess[str]:
+    """What `python script *args` does and says, without the imports, as a rank of `fork_ranks`; "-m" names a module.
+
+    Not for what a start itself shows: Ctrl-C, imports, an environment.
+    """
+    words = [str(script), *map(str, args)]
+    if Path("/dev/nvidiactl").exists():
+        return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                              check=False)  # fmt: skip
+    with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:
+        process = Fork(words, dict(os.environ), output.name, errors.name)
+        try:
+            process.wait(timeout)
+        finally:
+            process.kill()
+        assert process.returncode is not None
+        return subprocess.CompletedProcess(words, process.returncode, output.read(), errors.read())
+
+
+def _become(words: list[str], env: dict[str, str], output: str, errors: str) -> None:
     """In the fork: what `python *words` does."""
-    with open(log, "w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+    for stream, name in ((1, output), (2, errors)):
+        file = os.open(name, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, stream)
+        os.close(file)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        return
     sys.argv = words
     sys.path.insert(0, str(Path(words[0]).parent))
     runpy.run_path(words[0], run_name="__main__")

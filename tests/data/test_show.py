@@ -3,7 +3,6 @@
 import hashlib
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from matplotlib.image import imread
 
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data.loader import Loader
-from tests.conftest import ROOT
+from tests.ranks import run_script
 from tests.stores import gcs_server, hub_server
 
 SETTINGS = ["augment.mixup=0.5", "augment.roll=0.05", "augment.noise=0.1", "augment.noise_snr=[10,20]"]
@@ -20,8 +19,7 @@ SETTINGS += ["augment.freq_mask=24", "augment.time_mask=9", "data.sampler=balanc
 
 
 def show(shards, *words: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline.data.show", "--shards", str(shards), *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = run_script("-m", "pipeline.data.show", "--shards", shards, *words)
     assert done.returncode == status, done.stderr
     return done
 

@@ -1,8 +1,6 @@
 """The plan against what a step really takes, and its arithmetic."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from pipeline.engine import plan
 from pipeline.recipes import load_recipe
 from pipeline.tasks import PretrainTask
 from tests.engine.memory import SHAPE
-from tests.ranks import ROOT, run_ranks, start_ranks
+from tests.ranks import ROOT, run_ranks, run_script, start_ranks
 
 # Small blocks through mmap as well, so that freed memory leaves the process at once.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -125,7 +123,8 @@ def test_a_teacher_is_planned():
 
 def test_the_report_names_batches_that_divide():
     command = ["launchers/plan.py", "--gpus", "8", "--gpu-memory", "1", "model.size=small", "pretrain.method=ssast"]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_script(*command)
+    assert done.returncode == 0, done.stderr
     assert "use a batch of 176 or 184" in done.stdout
     assert "180 itself runs on 6 or 9 GPUs" in done.stdout
     assert "*" in done.stdout.split("rate")[0].split("fit")[1]  # 1 GB is too little for 22 clips

@@ -31,7 +31,7 @@ def alone(shards) -> str:
 
 def test_the_text_is_the_same_for_any_ranks_and_workers_and_there_is_a_picture(shards, alone, tmp_path):
     picture = tmp_path / "batch.png"
-    place = ("--ranks", 3, "--workers", 1)
+    place = ("--ranks", 2, "--workers", 1)
     assert show(shards, "--batch", 4, "--batch-size", 12, "--json", "--png", picture, *place, *SETTINGS).stdout == alone
     pixels = imread(picture)
     assert pixels.shape[0] > 500

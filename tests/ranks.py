@@ -82,15 +82,15 @@ def start_ranks(ranks: int, script: str | Path, *args: object, **env: str) -> li
     return [Rank(command, place | env) for place in _places(ranks)]
 
 
-def fork_ranks(ranks: int, script: str | Path, *args: object) -> list[Rank]:
+def fork_ranks(ranks: int, script: str | Path, *args: object, **env: str) -> list[Rank]:
     """Starts `script` on each rank as `start_ranks` does, without the imports of torch and DeepSpeed.
 
     They take a rank longer than most scripts do. The ranks are forks of one process that has imported them.
     """
     if Path("/dev/nvidiactl").exists():  # a GPU's runtime survives no fork
-        return start_ranks(ranks, script, *args)
+        return start_ranks(ranks, script, *args, **env)
     command = [sys.executable, str(script), *map(str, args)]
-    return [Rank(command, place, forked=True) for place in _places(ranks)]
+    return [Rank(command, place | env, forked=True) for place in _places(ranks)]
 
 
 def _places(ranks: int) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests import lab, system_packages
-from tests.ranks import ROOT, free_port
+from tests.ranks import ROOT, free_port, run_script
 from tests.slurm import SLURM_PROGRAMS, Slurm, slurm_cluster
 
 # A shell starts what it puts in the background (a CI runner, nohup) with SIGINT ignored, and children inherit
@@ -154,9 +154,8 @@ def unlabelled(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / split).mkdir()
         for name in some:
             (folder / split / name.name).symlink_to(name)
-        command = [sys.executable, "shard_tools/build_shards.py", "--root", folder / split, "--split", split, "--out",
-                   out, "--seconds", "0.5", "--clips-per-shard", "6", "--workers", "1"]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        done = run_script("shard_tools/build_shards.py", "--root", folder / split, "--split", split, "--out", out,
+                          "--seconds", 0.5, "--clips-per-shard", 6, "--workers", 1)  # fmt: skip
         assert done.returncode == 0, done.stderr
     return out
 

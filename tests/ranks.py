@@ -1,5 +1,6 @@
 """Ranks without a launcher, for tests."""
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,12 +22,48 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class Fork:
+    """A fork of one process that has imported torch and DeepSpeed; what `Rank` uses of subprocess.Popen."""
+
+    def __init__(self, words: list[str], env: dict[str, str], output: str, errors: str) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.preloaded"])
+        self._process = context.Process(target=_become, args=(words, env, output, errors))
+        self._process.start()
+        assert self._process.pid
+        self.pid = self._process.pid
+        atexit.register(self.kill)  # before multiprocessing would wait for it
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> None:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("rank", timeout or 0.0)
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
 class Rank:
     """A started rank; its output goes to a file, so that no full pipe can stop it."""
 
-    def __init__(self, command: list[str], env: dict[str, str]) -> None:
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the object
-        self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=self.log, stderr=self.log)
+    def __init__(self, command: list[str], env: dict[str, str], forked: bool = False) -> None:
+        self.log = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115 - closed with the object
+        self.process: Fork | subprocess.Popen[bytes]
+        if forked:
+            self.process = Fork(command[1:], os.environ | env, self.log.name, self.log.name)
+        else:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=self.log, stderr=self.log)
 
     def end(self, timeout: float = RANK_TIMEOUT) -> tuple[int, str]:
         """Waits; (exit status, output)."""
@@ -34,6 +72,7 @@ class Rank:
         finally:
             self.process.kill()
         self.log.seek(0)
+        assert self.process.returncode is not None
         return self.process.returncode, self.log.read()
 
 
@@ -41,6 +80,17 @@ def start_ranks(ranks: int, script: str | Path, *args: object, **env: str) -> li
     """Starts `script` on each rank with the environment that torchrun gives, and no launcher to wait for."""
     command = [sys.executable, str(script), *map(str, args)]
     return [Rank(command, place | env) for place in _places(ranks)]
+
+
+def fork_ranks(ranks: int, script: str | Path, *args: object, **env: str) -> list[Rank]:
+    """Starts `script` on each rank as `start_ranks` does, without the imports of torch and DeepSpeed.
+
+    They take a rank longer than most scripts do. The ranks are forks of one process that has imported them.
+    """
+    if Path("/dev/nvidiactl").exists():  # a GPU's runtime survives no fork
+        return start_ranks(ranks, script, *args, **env)
+    command = [sys.executable, str(script), *map(str, args)]
+    return [Rank(command, place | env, forked=True) for place in _places(ranks)]
 
 
 def _places(ranks: int) -> list[dict[str, str]]:
@@ -54,48 +104,56 @@ def _places(ranks: int) -> list[dict[str, str]]:
 def run_ranks(
     ranks: int, script: str | Path, *args: object, check: bool = True, timeout: float = RANK_TIMEOUT
 ) -> list[tuple[int, str]]:
-    """Runs `script` on each rank as `start_ranks` does; (exit status, output) of each.
+    """Runs `script` on each rank as `fork_ranks` starts it; (exit status, output) of each.
 
-    The ranks are forks of one process that has imported torch and DeepSpeed, which takes a rank longer than most
-    scripts do. A failure shows the failing rank's output; whoever has not ended after `timeout` seconds is killed.
+    A failure shows the failing rank's output; whoever has not ended after `timeout` seconds is killed.
     """
-    if Path("/dev/nvidiactl").exists():  # a GPU's runtime survives no fork
-        end = time.monotonic() + timeout
-        ended = [rank.end(max(0.0, end - time.monotonic())) for rank in start_ranks(ranks, script, *args)]
-    else:
-        ended = _fork([str(script), *map(str, args)], _places(ranks), timeout)
-    for rank, (status, output) in enumerate(ended):
-        assert not (check and status), f"rank {rank} of {script}: exit {status}\n{output[-8000:]}"
+    started, end = fork_ranks(ranks, script, *args), time.monotonic() + timeout
+    try:
+        for rank in started:
+            with suppress(subprocess.TimeoutExpired):
+                rank.process.wait(max(0.0, end - time.monotonic()))
+    finally:
+        for rank in started:
+            rank.process.kill()
+    ended = [rank.end() for rank in started]
+    for number, (status, output) in enumerate(ended):
+        assert not (check and status), f"rank {number} of {script}: exit {status}\n{output[-8000:]}"
     return ended
 
 
-def _fork(words: list[str], places: list[dict[str, str]], timeout: float) -> list[tuple[int, str]]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
-    with tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder, place["RANK"]) for place in places]
-        started, end = [], time.monotonic() + timeout
+def run_script(script: str | Path, *args: object, timeout: float = RANK_TIMEOUT) -> subprocess.CompletedProcess[str]:
+    """What `python script *args` does and says, without the imports, as a rank of `fork_ranks`; "-m" names a module.
+
+    Not for what a start itself shows: Ctrl-C, imports, an environment.
+    """
+    words = [str(script), *map(str, args)]
+    if Path("/dev/nvidiactl").exists():
+        return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                              check=False)  # fmt: skip
+    with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:
+        process = Fork(words, dict(os.environ), output.name, errors.name)
         try:
-            for place, log in zip(places, logs, strict=True):
-                started.append(context.Process(target=_become, args=(words, os.environ | place, log)))
-                started[-1].start()
-            for process in started:
-                process.join(max(0.0, end - time.monotonic()))
+            process.wait(timeout)
         finally:
-            for process in started:
-                process.kill()
-                process.join()
-        return [(process.exitcode, log.read_text()) for process, log in zip(started, logs, strict=True)]
+            process.kill()
+        assert process.returncode is not None
+        return subprocess.CompletedProcess(words, process.returncode, output.read(), errors.read())
 
 
-def _become(words: list[str], env: dict[str, str], log: Path) -> None:
+def _become(words: list[str], env: dict[str, str], output: str, errors: str) -> None:
     """In the fork: what `python *words` does."""
-    with log.open("w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+    for stream, name in ((1, output), (2, errors)):
+        file = os.open(name, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, stream)
+        os.close(file)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        return
     sys.argv = words
     sys.path.insert(0, str(Path(words[0]).parent))
     runpy.run_path(words[0], run_name="__main__")

@@ -19,6 +19,7 @@ from pipeline.ablation.grid import Grid
 from pipeline.errors import UserError
 from pipeline.recipes import flatten
 from tests.conftest import ROOT
+from tests.ranks import run_script
 
 BEYOND = ROOT / "configs" / "ablation" / "beyond.yaml"
 TABLES = sorted(set((ROOT / "configs" / "ablation").glob("*.yaml")) - {BEYOND})  # the paper's
@@ -51,8 +52,7 @@ if "finetune" in recipe:
 
 
 def ablate(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launchers/ablate.py", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return run_script("launchers/ablate.py", *words)
 
 
 @pytest.fixture

@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,7 +26,7 @@ from pipeline.files import write_json
 from pipeline.recipes import load_recipe
 from pipeline.run_directory import write_record
 from tests.conftest import ROOT
-from tests.ranks import free_port, run_ranks
+from tests.ranks import Rank, fork_ranks, run_ranks
 
 WORDS = ["model.size=micro", "train.batch_size=8", "train.epochs=2", "log.every=1", "log.peak_tflops=null",
          "optim.warmup=2", "data.workers=1", "checkpoint.average=[0,0]", "log.model=false"]  # fmt: skip
@@ -117,37 +114,33 @@ def crossed(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("folds")
     run_dir = folder / "runs" / "cv"
     words = [f"data.shards={shards}", *WORDS]
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port"]
-    rest = ["launchers/finetune.py", f"run.dir={run_dir}", "finetune.folds=[1,2]", *words]
-    with (folder / "first.log").open("w") as log:
-        first = subprocess.Popen([*command, str(free_port()), *rest], cwd=ROOT, stdout=log, stderr=log,
-                                 start_new_session=True)  # fmt: skip
-        wait_for(run_dir / "fold-2" / "checkpoints" / "latest", first)
-        os.killpg(first.pid, signal.SIGKILL)
-        first.wait()
+    command = ["launchers/finetune.py", f"run.dir={run_dir}", "finetune.folds=[1,2]", *words]
+    first = fork_ranks(2, *command)
+    wait_for(run_dir / "fold-2" / "checkpoints" / "latest", first[0])
+    for rank in first:
+        rank.process.kill()
+    assert [rank.end()[0] for rank in first] == [-signal.SIGKILL] * 2
     kept = {path: path.stat().st_mtime_ns for path in (run_dir / "fold-1").rglob("*")}
     assert not (run_dir / "results.json").exists()
-    second = subprocess.run([*command, str(free_port()), *rest], cwd=ROOT, capture_output=True, text=True,
-                            timeout=600, check=False)  # fmt: skip
-    assert second.returncode == 0, second.stderr[-6000:]
-    return run_dir, second, kept, words
+    ((_, said), _) = run_ranks(2, *command)
+    return run_dir, said, kept, words
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def wait_for(path: Path, rank: Rank) -> None:
     end = time.monotonic() + 300
     while not path.exists():
-        assert process.poll() is None, f"ended with {process.returncode}, {path} is not there"
+        assert rank.process.poll() is None, f"ended with {rank.end()}, {path} is not there"
         assert time.monotonic() < end, f"{path} does not come"
         time.sleep(0.02)
 
 
 @pytest.mark.slow
 def test_a_finished_fold_is_kept_and_the_interrupted_one_goes_on(crossed):
-    run_dir, second, kept, _ = crossed
+    run_dir, said, kept, _ = crossed
     assert {path: path.stat().st_mtime_ns for path in (run_dir / "fold-1").rglob("*")} == kept
-    assert "Traceback" not in second.stderr, second.stderr
-    assert "fold 1 is done (1 of 2)" in second.stderr
-    assert ", from step 0" not in second.stderr
+    assert "Traceback" not in said, said
+    assert "fold 1 is done (1 of 2)" in said
+    assert ", from step 0" not in said
     content = json.loads((run_dir / "results.json").read_text())
     parts = [json.loads((run_dir / f"fold-{k}" / "results.json").read_text()) for k in (1, 2)]
     assert [part["fold"] for part in parts] == [1, 2]
@@ -159,7 +152,7 @@ def test_a_finished_fold_is_kept_and_the_interrupted_one_goes_on(crossed):
         assert part["epochs"] == json.loads((run_dir / f"fold-{number}" / "fold.json").read_text())["epochs"]
         assert part["epochs"]["2"] == pytest.approx(part["value"], abs=1e-5)
     assert {result["pool"] for result in (content, *parts)} == {"mean"}
-    assert f"mean       {content['value']:10.4f}" in second.stdout
+    assert f"mean       {content['value']:10.4f}" in said
     logged = (run_dir / "fold-2" / "logs" / "rank-1.log").read_text()
     for line in set(logged.splitlines()):  # a fold's handlers end with it: no line twice
         assert logged.splitlines().count(line) == 1, line

@@ -95,9 +95,9 @@ def test_every_number_is_scikit_learns_on_the_written_predictions(single, shards
 
 
 @pytest.mark.slow
-def test_two_ranks_score_what_one_scores(deepspeed_run, runs, shards, single, tmp_path):
-    deepspeed_run(2, "launchers/evaluate.py", "--checkpoint", runs[0], "--shards", shards, "--batch-size", 6,
-                  "--predictions", tmp_path / "p.parquet", "--out", tmp_path / "r.json")  # fmt: skip
+def test_two_ranks_score_what_one_scores(runs, shards, single, tmp_path):
+    run_ranks(2, "launchers/evaluate.py", "--checkpoint", runs[0], "--shards", shards, "--batch-size", 6,
+              "--predictions", tmp_path / "p.parquet", "--out", tmp_path / "r.json")  # fmt: skip
     found = read(tmp_path / "p.parquet")
     assert found.keys == single[1].keys
     np.testing.assert_array_equal(found.targets, single[1].targets)

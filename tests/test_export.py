@@ -2,7 +2,6 @@
 
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from pipeline.model.weights import load_weights
 from pipeline.recipes import dump_recipe, load_recipe
 from pipeline.serving.scorer import load_scorer
 from pipeline.tasks import FinetuneTask, PretrainTask
-from tests.conftest import ROOT
+from tests.ranks import run_script
 
 MICRO = ["model.size=micro"]
 SAMPLES = 12000
@@ -171,8 +170,7 @@ def test_onnxruntime_hears_samples(tmp_path, method):
 
 
 def export(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launchers/export.py", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_script("launchers/export.py", *words)
 
 
 def test_an_export_replaces_nothing_but_an_export(tmp_path):

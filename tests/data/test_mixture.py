@@ -3,8 +3,6 @@
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,9 +14,9 @@ from pipeline.data.loader import Loader
 from pipeline.data.mixture import ROUNDS, MixedOrder
 from pipeline.data.order import Part, TrainOrder
 from pipeline.errors import UserError
-from tests.conftest import ROOT
 from tests.data.test_equality import AUGMENT, BATCH, global_batches
 from tests.helpers import edit_manifest, synth_shards
+from tests.ranks import run_script
 
 LANES = 8
 COUNT = 9  # of 12 clips, 131 an epoch
@@ -291,8 +289,7 @@ def test_a_batch_of_a_mixture_is_shown_by_the_run_s_settings_or_a_list(sets, tmp
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({"data": {"shards": entries(sets), "schedule": SCHEDULE}}))
     shown = [
-        subprocess.run([sys.executable, "-m", "pipeline.data.show", "--batch", "2", "--batch-size", "6", *words],
-                       cwd=ROOT, capture_output=True, text=True, check=False)
+        run_script("-m", "pipeline.data.show", "--batch", 2, "--batch-size", 6, *words)
         for words in (["--config", str(config)], ["--shards", json.dumps(entries(sets)), "data.schedule="
                                                   + json.dumps(SCHEDULE)], [])
     ]  # fmt: skip

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import run_ranks
+
 MICRO = ["model.size=micro", "train.batch_size=8", "log.every=1", "log.peak_tflops=null", "optim.warmup=2",
          "data.workers=1"]  # fmt: skip
 STEPS = 40
@@ -39,9 +41,9 @@ def pretrained(
 
 
 @pytest.fixture(scope="session")
-def finetuned(deepspeed_run: Callable[..., object], shards: Path, pretrained: Path) -> Path:
+def finetuned(shards: Path, pretrained: Path) -> Path:
     run_dir = pretrained.parent / "finetune"
-    deepspeed_run(2, "launchers/finetune.py", "--deepspeed_config", "zero3.json", f"data.shards={shards}",
-                  f"run.dir={run_dir}", f"model.init={pretrained}", "train.epochs=2", "checkpoint.average=[1,2]",
-                  *MICRO)  # fmt: skip
+    run_ranks(2, "launchers/finetune.py", "--deepspeed_config", "zero3.json", f"data.shards={shards}",
+              f"run.dir={run_dir}", f"model.init={pretrained}", "train.epochs=2", "checkpoint.average=[1,2]",
+              *MICRO)  # fmt: skip
     return run_dir

@@ -64,7 +64,7 @@ def main() -> None:
     draw = random.Random(0)
     steps, partial = [], 0
     with distributed.session(300, seed=0) as world:
-        trainer = Trainer("d", 0, world, None)
+        trainer = Trainer("plain too", 0, world, None)
         trainer.train(1)
         saver = Checkpoints(run_dir, CheckpointConfig(), world)
         fill(trainer, 1)

@@ -28,15 +28,13 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 DIVIDED = {"stage3_param_persistence_threshold": 0}  # ZeRO 3 keeps no small weight whole: a teacher gathers them
 # Per round: ZeRO stage, bf16, offload.
 CHAINS: dict[str, list[tuple[int, bool, bool]]] = {
-    "a": [(2, False, False), (0, False, False), (3, False, False), (1, False, False)],
-    "b": [(3, False, False), (2, False, True), (0, False, False), (3, False, False)],
-    "c": [(1, False, False), (3, False, False), (2, False, False), (0, False, False)],
-    "d": [(0, False, False), (1, False, False), (1, False, False), (2, False, False)],
+    "strided": [(2, False, False), (0, False, False), (3, False, False), (1, False, False)],
+    "plain": [(3, False, False), (2, False, True), (0, False, False), (3, False, False)],
+    "sinc": [(1, False, False), (3, False, False), (2, False, False), (0, False, False)],
+    "plain too": [(0, False, False), (1, False, False), (1, False, False), (2, False, False)],
     "bf16": [(2, True, False), (1, True, False), (3, True, False), (1, True, False)],
     "bf16 too": [(1, True, False), (3, True, True), (2, True, False), (3, True, False)],
     "offload": [(3, False, True), (1, False, True), (2, False, True), (3, False, True)],
-    "strided": [(2, False, False), (3, False, False), (1, False, False), (3, False, False)],
-    "sinc": [(3, False, False), (1, False, False), (2, False, False), (0, False, False)],
     "latent": [(2, False, False), (3, False, False), (1, False, False), (0, False, False)],
     "latent, bf16": [(3, True, False), (2, True, True), (3, True, False), (1, True, False)],
 }

@@ -2,8 +2,8 @@
 
 A loss comparison alone is blind to a gather without gradient: the loss is right and the gradient 1/R
 too small. So gradients are compared, parameter by parameter, with one rank, one micro-batch, ZeRO 0:
-{1, 2, 4 ranks} x {1, 2, 3 accumulation steps} x ZeRO {0, 1, 2, 3} x every method, half of them: any three of these
-four in every combination.
+{1, 2, 4 ranks} x {1, 2, 3 accumulation steps} x ZeRO {0, 1, 2, 3} x every method, a third of them: any three of
+these four in every combination.
 """
 
 import itertools

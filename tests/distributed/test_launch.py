@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 
 import numpy as np
 import onnxruntime
@@ -16,9 +14,8 @@ from pipeline.data.loader import Loader
 from pipeline.engine.checkpoint import complete_checkpoints
 from pipeline.engine.evaluation import read_predictions
 from pipeline.recipes import load_recipe
-from tests.conftest import ROOT
 from tests.distributed.conftest import STEPS, lines
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, run_script
 
 
 def refusal(script: str, *words: object) -> str:
@@ -27,11 +24,6 @@ def refusal(script: str, *words: object) -> str:
     assert status == 2, said
     assert "Traceback" not in said
     return said
-
-
-def python(script: str, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, script, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.slow
@@ -76,7 +68,7 @@ def test_finetuning_writes_results_that_evaluate_reproduces(finetuned, shards, t
     assert all(row["train_drawn"] == row["train_clips"] > 0 and row["pos_weight"] == 1 for row in results["per_class"])
     assert results["metrics"].keys() == {"mAP", "mAUC", "d_prime"}
     out = tmp_path / "again.json"
-    done = python("launchers/evaluate.py", "--checkpoint", finetuned, "--shards", shards, "--out", out)
+    done = run_script("launchers/evaluate.py", "--checkpoint", finetuned, "--shards", shards, "--out", out)
     assert done.returncode == 0, done.stderr
     assert json.loads(out.read_text())["value"] == pytest.approx(results["value"], abs=1e-6)
     other = refusal("launchers/evaluate.py", "--checkpoint", finetuned, "--shards", shards, "--split", "nope")
@@ -87,8 +79,8 @@ def test_finetuning_writes_results_that_evaluate_reproduces(finetuned, shards, t
 def test_predict_labels_files_and_names_those_it_cannot_read(finetuned, shards, tmp_path):
     audio = sorted((shards / "source" / "audio").glob("*.flac"))[:2]
     (tmp_path / "text.wav").write_text("no audio")
-    done = python("launchers/predict.py", "--checkpoint", finetuned, audio[0], tmp_path / "text.wav", audio[1],
-                  "--top", 3, "--json")  # fmt: skip
+    done = run_script("launchers/predict.py", "--checkpoint", finetuned, audio[0], tmp_path / "text.wav", audio[1],
+                      "--top", 3, "--json")  # fmt: skip
     assert done.returncode == 1
     assert "text.wav: undecodable" in done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
@@ -102,7 +94,7 @@ def test_predict_labels_files_and_names_those_it_cannot_read(finetuned, shards, 
 @pytest.mark.slow
 def test_a_zero3_run_as_onnx_scores_the_held_out_clips_the_same(finetuned, shards):
     """From the launcher's checkpoint through export.py into onnxruntime, on what the trainer scored."""
-    done = python("launchers/export.py", "--checkpoint", finetuned, "--format", "onnx")
+    done = run_script("launchers/export.py", "--checkpoint", finetuned, "--format", "onnx")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("fbank, waveform, length -> logits, embedding, any batch\n")
     session = onnxruntime.InferenceSession(str(finetuned / "export" / "model.onnx"))
@@ -147,9 +139,9 @@ def test_a_batch_that_does_not_divide_is_one_clear_line(deepspeed_run, shards):
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
 def test_print_config_and_help(script):
-    printed = python(f"launchers/{script}.py", "--print-config", "train.steps=3")
+    printed = run_script(f"launchers/{script}.py", "--print-config", "train.steps=3")
     assert yaml.safe_load(printed.stdout)["train"]["steps"] == 3
-    helped = python(f"launchers/{script}.py", "--help")
+    helped = run_script(f"launchers/{script}.py", "--help")
     assert helped.returncode == 0
     assert "train.batch_size = " in helped.stdout
 

@@ -12,7 +12,7 @@ from shard_tools.forms.entries import Asked
 from tests.distributed.conftest import MICRO, losses
 from tests.distributed.test_faults import reached, wait_for
 from tests.helpers import options, synth_shards
-from tests.ranks import run_ranks, start_ranks
+from tests.ranks import fork_ranks, run_ranks
 
 STEPS = 16
 
@@ -29,7 +29,7 @@ def test_a_mixture_is_killed_on_two_ranks_and_goes_on_on_one(shards, tmp_path):
              "checkpoint.every=1"]  # fmt: skip
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run_ranks(2, "launchers/pretrain.py", *words, f"run.dir={straight}")
-    ranks = start_ranks(2, "launchers/pretrain.py", *words, f"run.dir={killed}")
+    ranks = fork_ranks(2, "launchers/pretrain.py", *words, f"run.dir={killed}")
     wait_for(reached(killed, 6), ranks, "step 6")
     for rank in ranks:
         os.kill(rank.process.pid, signal.SIGKILL)

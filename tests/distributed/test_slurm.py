@@ -12,6 +12,7 @@ import pytest
 from pipeline.engine.checkpoint import read_state
 from tests.conftest import ROOT
 from tests.distributed.conftest import STEPS, losses
+from tests.ranks import run_script
 from tests.slurm import Slurm
 
 PATIENCE = 300.0
@@ -58,7 +59,7 @@ BUILD = ["--dataset", "synth", "--seconds", "0.25", "--limit", "24", "--clips-pe
 def test_an_array_of_slices_and_the_job_after_it_build_what_one_process_builds(slurm, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
     alone, out, logs = tmp_path / "alone", tmp_path / "out", f"--output={tmp_path}/%A_%a.log"
-    subprocess.run([sys.executable, "shard_tools/build_shards.py", *BUILD, alone], cwd=ROOT, check=True)
+    assert run_script("shard_tools/build_shards.py", *BUILD, alone).returncode == 0
     job = ["sbatch", "--parsable", "--cpus-per-task=1", f"--chdir={ROOT}", logs]
     slices = slurm.run(*job, "--array=1-3", "launchers/slurm_shards.sbatch", *BUILD, out)
     merge = slurm.run(*job, f"--dependency=afterok:{slices}", "--kill-on-invalid-dep=yes",

@@ -10,23 +10,28 @@ from pipeline.data.manifest import load_manifest
 from pipeline.engine.checkpoint import read_state
 from tests.distributed.conftest import MICRO, lines, losses
 from tests.distributed.test_faults import reached, wait_for
-from tests.ranks import run_ranks, start_ranks
+from tests.ranks import fork_ranks, run_ranks
 
 STEPS = 12
 
 
 @pytest.mark.slow
 def test_pretraining_goes_on_as_if_it_had_not_stopped(unlabelled, tmp_path):
-    """On 2 ranks, with held-out losses; SIGTERM, then the same command again."""
+    """On 2 ranks, with held-out losses; SIGTERM at one of them, then the same command again."""
     assert load_manifest(unlabelled).unlabelled
-    words = [f"data.shards={unlabelled}", f"train.steps={STEPS}", "eval.every=6", "eval.batch_size=8", *MICRO]
+    words = [f"data.shards={unlabelled}", f"train.steps={STEPS}", "eval.every=6", "eval.batch_size=8", *MICRO,
+             "log.mlflow=false"]  # fmt: skip
     run_ranks(2, "launchers/pretrain.py", *words, f"run.dir={tmp_path}/straight")
     stopped = tmp_path / "stopped"
-    ranks = start_ranks(2, "launchers/pretrain.py", *words, f"run.dir={stopped}")
+    ranks = fork_ranks(2, "launchers/pretrain.py", *words, f"run.dir={stopped}")
     wait_for(reached(stopped, 3), ranks, "step 3")
-    ranks[0].process.send_signal(signal.SIGTERM)
-    assert [rank.end()[0] for rank in ranks] == [128 + signal.SIGTERM] * 2
-    assert 3 <= read_state(stopped)["step"] < STEPS
+    ranks[1].process.send_signal(signal.SIGTERM)
+    ended = [rank.end() for rank in ranks]
+    assert [status for status, _ in ended] == [128 + signal.SIGTERM] * 2
+    step = read_state(stopped)["step"]
+    assert 3 <= step < STEPS
+    assert f"SIGTERM: left after step {step}" in ended[0][1]
+    assert losses(stopped)[-1]["step"] == step  # nothing was lost
     run_ranks(2, "launchers/pretrain.py", *words, f"run.dir={stopped}")
     assert losses(stopped) == losses(tmp_path / "straight")
     assert [line["step"] for line in losses(stopped)] == list(range(1, STEPS + 1))

@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.gpu.parts import attempt
 from tests.gpu.report import Check
-from tests.ranks import Rank, start_ranks
+from tests.ranks import Rank, fork_ranks
 
 ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 CONTRAST_LIMIT = 1e-5
@@ -67,7 +67,7 @@ def _contrast(check: Check, name: str, said: dict[str, Any]) -> None:
 def _together(check: Check, name: str, ranks: int, env: dict[str, str], kind: str) -> list[dict[str, Any]]:
     """What each rank wrote; raises RuntimeError with the end of the first failing rank's output."""
     out = _folder(check, name)
-    started = start_ranks(ranks, "-m", "tests.gpu.collective_rank", kind, out, **env)
+    started = fork_ranks(ranks, "-m", "tests.gpu.collective_rank", kind, out, **env)
     try:
         for number, rank in enumerate(started):
             status, output = rank.end(START_SECONDS)
@@ -110,7 +110,7 @@ def _until_all_ended(check: Check, name: str, ranks: int, env: dict[str, str], k
         float, list[tuple[int, str]]]:  # fmt: skip
     """Seconds between the fault and the end of the last rank, and each rank's status and output."""
     out = _folder(check, name)
-    started = start_ranks(ranks, "-m", "tests.gpu.collective_rank", kind, out, *words, **env)
+    started = fork_ranks(ranks, "-m", "tests.gpu.collective_rank", kind, out, *words, **env)
     try:
         _wait_until(started, START_SECONDS)
         ended = time.time()

@@ -60,7 +60,7 @@ def train(shards: Path, size: str, run_dir: Path, mode: str, kill: int) -> None:
 
 def pass_on(shards: Path, size: str, folder: Path, precision: str, world: World) -> dict[str, Any]:
     """One precision's chain: three steps, a checkpoint, two more in the next stage, and so on."""
-    recipe = recipe_of(shards, size, 4)
+    recipe = recipe_of(shards, size, 4 if world.device.type == "cuda" else 2)  # fp16 is slow on a CPU
     with batch_of(recipe, world) as (loader, batch):
         straight = Trial(recipe, ds_of("ds.json", CHAIN[0], **SECTIONS[precision]), world, loader, batch)
         expected = straight.train(3 + 2 * (len(CHAIN) - 1))

@@ -16,13 +16,12 @@ from pipeline.errors import UserError
 from shard_tools import build_shards, write
 from shard_tools.plan import SplitPlan
 from shard_tools.verify_shards import verify
-from tests.conftest import ROOT
 from tests.helpers import digests, options, synth_catalog, synth_shards
+from tests.ranks import run_script
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "shard_tools/build_shards.py", *map(str, words)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return run_script("shard_tools/build_shards.py", *words)
 
 
 def test_stock_webdataset_reads_the_shards(shards):

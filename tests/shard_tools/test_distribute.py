@@ -15,6 +15,7 @@ from shard_tools.distribute import run
 from shard_tools.plan import Slice, SplitPlan
 from tests.conftest import ROOT
 from tests.helpers import digests, options, synth_catalog
+from tests.ranks import run_script
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +125,7 @@ def test_slices_of_the_command_line(catalog, wanted, tmp_path):
 
 def test_a_slice_that_is_none_is_refused():
     for words in (["--slice", "4/3"], ["--slice", "1/2", "--merge"]):
-        done = subprocess.run(
-            [sys.executable, "shard_tools/build_shards.py", "--dataset", "synth", "--out", "/tmp/never", *words],
-            cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+        done = run_script("shard_tools/build_shards.py", "--dataset", "synth", "--out", "/tmp/never", *words)
         assert done.returncode == 2
         assert "slice" in done.stderr
 

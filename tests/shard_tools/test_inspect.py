@@ -24,8 +24,8 @@ from shard_tools import catalogs, inspect_shards
 from shard_tools.build import build
 from shard_tools.inspect_shards import page, parser, report
 from shard_tools.survey import find, survey
-from tests.conftest import ROOT
 from tests.helpers import options, write_index
+from tests.ranks import run_script
 from tests.stores import upload
 
 RATE, SECONDS = 16000, 0.5
@@ -55,8 +55,7 @@ def shards(tmp_path_factory):
 
 
 def inspect(*words: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "shard_tools/inspect_shards.py", *map(str, words)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return run_script("shard_tools/inspect_shards.py", *words)
 
 
 def embedded(page: str, kind: str) -> list[bytes]:

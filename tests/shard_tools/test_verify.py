@@ -3,8 +3,7 @@
 import json
 import random
 import shutil
-import subprocess
-import sys
+from functools import partial
 
 import boto3
 import numpy as np
@@ -20,8 +19,8 @@ from shard_tools.build import build
 from shard_tools.finish import render
 from shard_tools.repair import compare, repair
 from shard_tools.verify_shards import examine, verify
-from tests.conftest import ROOT
 from tests.helpers import digests, options, synth_catalog
+from tests.ranks import run_script
 from tests.stores import upload
 
 
@@ -156,15 +155,11 @@ def test_repair_of_the_command_line(whole, copy):
     flip(copy / "train-000001.tar", 5000)
     (copy / "train-000002.tar").write_bytes(b"")
     (copy / "eval-000000.tar").unlink()
-
-    def command(*words: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "shard_tools/verify_shards.py", str(copy), *words]
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-
-    done = command("--workers", "2")
+    command = partial(run_script, "shard_tools/verify_shards.py", copy, "--workers", 2)
+    done = command()
     assert done.returncode == 1, done.stderr
     assert all(name in done.stdout for name in ("train-000001.tar", "train-000002.tar", "eval-000000.tar"))
-    done = command("--workers", "2", "--repair")
+    done = command("--repair")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("built again, as it was") == 3
     assert digests(copy) == digests(whole)
@@ -250,8 +245,7 @@ def test_sources_that_have_changed_since_are_named(copy):
     samples, rate = soundfile.read(source)
     soundfile.write(source, samples[::-1], rate)
     (copy / "source" / gone["source"]).unlink()
-    line = [sys.executable, "shard_tools/verify_shards.py", str(copy), "--sources", "--workers", "2"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = run_script("shard_tools/verify_shards.py", copy, "--sources", "--workers", 2)
     assert done.returncode == 1, done.stderr
     first, second, last = done.stdout.splitlines()
     assert first == f"{changed['shard']}: {changed['key']}: its source {changed['source']} gives another waveform now"

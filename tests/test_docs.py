@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)")
 OTHERS = {"cat", "codespell", "git", "mlflow", "mypy", "pip", "pre-commit", "pytest", "ruff"}  # not ours to parse
-PROGRAMS = {"craft", "deepspeed", "docker", "kubectl", "make", "python", "sbatch", "torchrun"} | OTHERS
+PROGRAMS = {"craft", "deepspeed", "docker", "kubectl", "make", "python", "sbatch", "srun", "torchrun"} | OTHERS
 RECIPES = {"launchers.pretrain": PretrainRecipe, "launchers.finetune": FinetuneRecipe}
 STUB = """#!/bin/bash
 printf '%s\\0' "$#" "${0##*/}" "$@" >> "$CALLS"
@@ -122,14 +122,16 @@ def check_call(call: list[str], monkeypatch) -> None:
         assert (ROOT / script).is_file(), script
         check_script(["shard_tools/build_shards.py", *rest] if "shards" in script else rest, monkeypatch)
     elif program == "make":
-        goals = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        goals = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in words if "=" not in word} <= set(goals), words
     elif program in ("docker", "kubectl"):
         files = [words[i + 1] for i, word in enumerate(words) if word == "-f"]
-        assert files, words
+        assert files or words[0] == "run", words
         assert all((ROOT / file).is_file() for file in files), words
-        if "deepspeed" in words:
-            check_call(words[words.index("deepspeed") :], monkeypatch)
+        for inner in {"deepspeed", "python"} & set(words):
+            check_call(words[words.index(inner) :], monkeypatch)
+    elif program == "srun":
+        check_call(words[words.index("python") :], monkeypatch)
     elif program == "pip":
         extras = re.findall(r"\[([\w,]+)\]", " ".join(words))
         known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)

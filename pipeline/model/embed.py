@@ -140,7 +140,7 @@ def patchify(maps: torch.Tensor, patch: int) -> torch.Tensor:
     rows, columns = (size // patch for size in maps.shape[1:])
     cut = maps[:, : rows * patch, : columns * patch]  # `F.unfold` would start a kernel for each clip
     blocks = torch.unflatten(torch.unflatten(cut, 2, (columns, patch)), 1, (rows, patch))
-    return blocks.transpose(2, 3).flatten(3).flatten(1, 2)
+    return blocks.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2).transpose(1, 2)  # laid out as `F.unfold` does
 
 
 def patch_grid(mel_bins: int, frames: int, patch: int, stride: int) -> tuple[int, int]:

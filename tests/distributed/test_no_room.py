@@ -65,7 +65,7 @@ def test_the_plan_chooses_among_the_micro_batches_that_divide(monkeypatch, ds):
 
     def said(size: float) -> str:
         """Of a device with room for so many bytes."""
-        monkeypatch.setattr(room, "_memory", lambda _: int(size / room.ROOM) + 1)
+        monkeypatch.setattr(room, "_memory", lambda _: int(size / plan.ROOM) + 1)
         return str(room.no_room_to_train(torch.OutOfMemoryError("full"), job, shape, world))
 
     assert said(1e12).startswith("train.micro_batch = 24: ")

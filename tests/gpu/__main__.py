@@ -22,7 +22,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -100,11 +99,8 @@ def start(check: Check, name: str) -> float:
 
 def run(check: Check) -> int:
     """In the process of a check."""
-    try:
+    with check.part("end"):
         importlib.import_module(f"tests.gpu.{check.name}").run(check)
-    except Exception as error:  # noqa: BLE001 - is a result
-        traceback.print_exc()
-        check.test("end", False, f"{type(error).__name__}: {error}"[:300].replace("\n", " "), "no exception")
     return 0
 
 

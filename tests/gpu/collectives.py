@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.parts import attempt
 from tests.gpu.report import Check
 from tests.ranks import Rank, fork_ranks
 
@@ -24,17 +23,17 @@ FAULT_STATUS = 70
 def run(check: Check) -> None:
     own = ON_CPU if check.small else {}
     backend = "gloo" if check.small else "nccl"
-    attempt(check, f"{backend}_1", session, check, f"{backend}_1", 1, own)
-    attempt(check, "shared_gpu", shared, check, own)
+    check.attempt(f"{backend}_1", session, f"{backend}_1", 1, own)
+    check.attempt("shared_gpu", shared, own)
     # The words go through a store beside the group: on the CPU, too, they must end the ranks.
-    attempt(check, "exception_cpu", exception, check, "exception_cpu", 2, ON_CPU)
-    attempt(check, "killed_cpu", killed, check, "killed_cpu", 2, ON_CPU)
+    check.attempt("exception_cpu", exception, "exception_cpu", 2, ON_CPU)
+    check.attempt("killed_cpu", killed, "killed_cpu", 2, ON_CPU)
     if check.gpus >= 2 and not check.small:
-        attempt(check, "nccl_all", session, check, "nccl_all", check.gpus, {})
-        attempt(check, "exception_nccl", exception, check, "exception_nccl", check.gpus, {})
-        attempt(check, "killed_nccl", killed, check, "killed_nccl", check.gpus, {})
+        check.attempt("nccl_all", session, "nccl_all", check.gpus, {})
+        check.attempt("exception_nccl", exception, "exception_nccl", check.gpus, {})
+        check.attempt("killed_nccl", killed, "killed_nccl", check.gpus, {})
     elif check.small:
-        attempt(check, "gloo_2", session, check, "gloo_2", 2, own)
+        check.attempt("gloo_2", session, "gloo_2", 2, own)
 
 
 def session(check: Check, name: str, ranks: int, env: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from pipeline.engine import evaluation
 from pipeline.tasks import FinetuneTask
 from tests.benchmarks.bench_step import batch_of
 from tests.gpu.report import Check
-from tests.gpu.steps import finetuning, part, shape_of
+from tests.gpu.steps import finetuning, shape_of
 
 LABELS = 2.7  # of a clip, as AudioSet has them
 LIMIT = 1e-9
@@ -30,11 +30,11 @@ def run(check: Check) -> None:
     targets = (rng.random((clips, classes)) < LABELS / classes).astype(np.float32)
     # Scores that know something; rounded, as those of bf16 are, so that some are equal.
     scores = np.round(rng.normal(size=targets.shape) + targets, 3).astype(np.float32)
-    with part(check, "metrics"):
+    with check.part("metrics"):
         _metrics(check, scores, targets)
-    with part(check, "interval"):
+    with check.part("interval"):
         _interval(check, scores, targets)
-    with distributed.session(300, seed=0), part(check, "forward"):
+    with distributed.session(300, seed=0), check.part("forward"):
         _forward(check)
 
 

@@ -9,7 +9,6 @@ it runs uncompiled, and says so in a warning alone.
 """
 
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,14 +40,10 @@ def run(check: Check) -> None:
 
 
 def _part(check: Check, name: str, work: Callable[[], None]) -> None:
-    """What breaks is a result, and hides no other."""
     torch._dynamo.reset()
     counters.clear()
-    try:
+    with check.part(name):
         work()
-    except Exception as error:  # noqa: BLE001
-        traceback.print_exc()
-        check.test(name, False, f"{type(error).__name__}: {error}"[:300].replace("\n", " "), "no exception")
 
 
 def _ds(check: Check, compiled: bool) -> dict[str, Any]:

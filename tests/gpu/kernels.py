@@ -31,8 +31,8 @@ from pipeline.recipes import load_recipe
 from pipeline.rng import uniform
 from pipeline.tasks import FinetuneTask, PretrainTask
 from tests.distributed.gradients import METHODS
+from tests.gpu.compare import differing, largest, relative, tf32, together
 from tests.gpu.environment import median_seconds
-from tests.gpu.parts import attempt, differing, largest, relative, tf32, together
 from tests.gpu.report import Check
 
 MELS, CLASSES = 128, 5
@@ -55,7 +55,7 @@ def run(check: Check) -> None:
     with tf32(False):
         for part in (draws, masks, batches, fbanks, pooled, objectives, encoders, attention):
             begun = time.monotonic()
-            attempt(check, part.__name__, part, check)
+            check.attempt(part.__name__, part)
             print(f"{part.__name__}: {time.monotonic() - begun:.1f} s", flush=True)
 
 
@@ -82,7 +82,7 @@ def masks(check: Check) -> None:
         for kind in ("random", "cluster", "time", "frequency"):
             kinds[f"split_{kind}"] = lambda at, g=grid, k=kind: split_patches(3, "drop.spec", at, g, k, 0.6, SIDES)
         for kind, draw in kinds.items():
-            attempt(check, f"masks.{kind}", _mask, check, f"masks.{kind}.{title.replace(' ', '_')}", draw, position)
+            check.attempt(f"masks.{kind}", _mask, f"masks.{kind}.{title.replace(' ', '_')}", draw, position)
 
 
 def _mask(check: Check, name: str, draw: Callable[[torch.Tensor], Sequence[torch.Tensor]],
@@ -102,7 +102,7 @@ def batches(check: Check) -> None:
         "online": (AugmentConfig(mixup=0.5), True),
     }
     for form, (augment, with_fbank) in forms.items():
-        attempt(check, f"batches.{form}", _batches, check, form, augment, with_fbank)
+        check.attempt(f"batches.{form}", _batches, form, augment, with_fbank)
 
 
 def _batches(check: Check, form: str, augment: AugmentConfig, with_fbank: bool) -> None:
@@ -235,7 +235,7 @@ def objectives(check: Check) -> None:
         "latent": (_latent, [*tokens, tokens[0].roll(1, 0)]),
     }
     for name, (loss, inputs) in cases.items():
-        attempt(check, f"objectives.{name}", _objective, check, name, loss, inputs)
+        check.attempt(f"objectives.{name}", _objective, name, loss, inputs)
 
 
 def _masked(predicted: torch.Tensor, rebuilt: torch.Tensor, target: torch.Tensor, softmax: str) -> torch.Tensor:
@@ -277,7 +277,7 @@ def encoders(check: Check) -> None:
     # The rehearsal shows that the check works, for which one method of each kind does.
     chosen = ("pswacl+", "craft_latent", "audio_mosaic", "swab+") if check.small else tuple(METHODS)
     for method in chosen:
-        attempt(check, f"encoder.{method}", _encoder, check, method, batch, frames)
+        check.attempt(f"encoder.{method}", _encoder, method, batch, frames)
 
 
 def _encoder(check: Check, method: str, batch: Batch, frames: int) -> None:
@@ -347,7 +347,7 @@ def attention(check: Check) -> None:
     for length in (LENGTHS[-1:] if check.small else LENGTHS):
         for kind in TYPES:
             name = f"attention.{length}.{str(kind).removeprefix('torch.')}"
-            attempt(check, name, _attention, check, name, length, kind)
+            check.attempt(name, _attention, name, length, kind)
 
 
 def _attention(check: Check, name: str, length: int, kind: torch.dtype) -> None:

@@ -22,7 +22,6 @@ from pipeline.data.loader import Loader
 from pipeline.data.pool import Arrays
 from pipeline.flow import Batch
 from tests.gpu.environment import median_seconds
-from tests.gpu.parts import attempt
 from tests.gpu.report import Check
 
 CLIPS = 16
@@ -36,11 +35,11 @@ CONSUMER_SECONDS = 0.02
 
 def run(check: Check) -> None:
     batches, mixed = (40, 10) if check.small else (500, 100)
-    attempt(check, "late", late, check, "late", AugmentConfig(), True, batches)
-    attempt(check, "late_mixed", late, check, "late_mixed", AugmentConfig(mixup=0.5, roll=0.1), False, mixed)
-    attempt(check, "copy", copy, check)
-    attempt(check, "hidden", hidden, check)
-    attempt(check, "rates", rates, check)
+    check.attempt("late", late, "late", AugmentConfig(), True, batches)
+    check.attempt("late_mixed", late, "late_mixed", AugmentConfig(mixup=0.5, roll=0.1), False, mixed)
+    check.attempt("copy", copy)
+    check.attempt("hidden", hidden)
+    check.attempt("rates", rates)
 
 
 def late(check: Check, name: str, augment: AugmentConfig, fbank: bool, count: int) -> None:

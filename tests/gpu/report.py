@@ -4,9 +4,14 @@ In: the arguments of `python -m tests.gpu`. Out: a line `PASS|FAIL|INFO check.na
 and the same in OUT/CHECK/results.jsonl.
 """
 
+import gc
 import json
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,6 +54,24 @@ class Check:
     def below(self, name: str, value: float, limit: float) -> None:
         """A number that must be at most `limit`; NaN is not."""
         self.test(name, value <= limit, f"{value:.3g}", f"<= {limit:.3g}")
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What breaks inside is the result `name`, and the check's other parts go on."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - is a result
+            traceback.print_exc()
+            self.test(name, False, f"{type(error).__name__}: {error}"[:300].replace("\n", " "), "no exception")
+        finally:
+            gc.collect()  # engines hold cycles of references; their memory is to be the next part's
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+
+    def attempt(self, name: str, function: Callable[..., object], *args: Any) -> None:
+        """Runs `function(check, *args)` as a part."""
+        with self.part(name):
+            function(self, *args)
 
     def _write(self, status: str, name: str, values: object, limit: str) -> None:
         print(f"{status} {self.name}.{name} {values}{f' ({limit})' if limit else ''}", flush=True)

@@ -34,7 +34,6 @@ from tests.gpu.steps import (
     device_work,
     events,
     finetuning,
-    part,
     peak,
     reset_peak,
     shape_of,
@@ -60,17 +59,17 @@ def run(check: Check) -> None:
         batch = bench_step.batch_of(clips[-1], shape, world.device)
         milliseconds: dict[str, float] = {}
         for method in REHEARSED if check.small else METHODS:
-            with part(check, method):
+            with check.part(method):
                 milliseconds[method] = _method(check, world, method, batch, clips, ceilings["bfloat16"])
         for method, goal in GOALS.items():
             if method in milliseconds and "pswacl180" in milliseconds:
                 ours, paper = milliseconds[method], milliseconds["pswacl180"]
                 check.info(f"step_{method}", f"{ours / paper:.2f} of PSWaCL's step at {middle} clips: {ours:.1f} / "
                                              f"{paper:.1f} ms (goal <= {goal})")  # fmt: skip
-        with part(check, "finetuning"):
+        with check.part("finetuning"):
             _finetuning(check, world, batch[slice(middle)], ceilings["bfloat16"])
         _ratios(check, batch[slice(middle)])
-        with part(check, "inference"):
+        with check.part("inference"):
             _inference(check, batch[slice(middle)])
 
 
@@ -166,7 +165,7 @@ def _ratios(check: Check, batch: Batch) -> None:
 def _ratio(check: Check, name: str, ways: dict[str, Callable[[], bench_step.Step]], rounds: int = 0) -> None:
     """Seconds of each over those of the first."""
     rounds = rounds or (1 if check.small else 5)
-    with part(check, f"ratio_{name}"):
+    with check.part(f"ratio_{name}"):
         seconds = side_by_side({way: make() for way, make in ways.items()}, check.device, rounds)
         first = next(iter(seconds.values()))
         words = [f"{way} {value / first:.2f} ({1e3 * value:.1f} ms)" for way, value in seconds.items()]

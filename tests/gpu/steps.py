@@ -3,13 +3,11 @@
 In: a recipe and a world. Out: a `Training`; seconds, bytes, and what a trace says of the device.
 """
 
-import gc
 import gzip
 import itertools
 import json
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,25 +39,6 @@ def shape_of(check: Check) -> Shape:
 
 def size_of(check: Check) -> str:
     return "micro" if check.small else "base"
-
-
-@contextmanager
-def part(check: Check, name: str) -> Iterator[None]:
-    """What goes wrong inside is a result, and the other parts of the check go on."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - is a result
-        traceback.print_exc()
-        check.test(name, False, f"{type(error).__name__}: {error}"[:300].replace("\n", " "), "no exception")
-    finally:
-        free()
-
-
-def free() -> None:
-    """Engines hold cycles of references; their memory is to be the next one's."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from pipeline.distributed import World
 from pipeline.engine import loop
 from pipeline.train import pretrain
 from tests.gpu.report import Check
-from tests.gpu.steps import covered, device_work, events, part, size_of, span
+from tests.gpu.steps import covered, device_work, events, size_of, span
 from tests.ranks import ROOT
 
 FIRST, LAST = 4, 6  # steps that are profiled, from 1
@@ -48,7 +48,7 @@ CALLS = ((torch.cuda, "synchronize"), (torch.cuda.Stream, "synchronize"), (torch
 def run(check: Check) -> None:
     folder = check.out.parent / "trace"
     folder.mkdir(exist_ok=True)
-    with distributed.session(300, seed=0) as world, part(check, "waits"), tempfile.TemporaryDirectory() as run_dir:
+    with distributed.session(300, seed=0) as world, check.part("waits"), tempfile.TemporaryDirectory() as run_dir:
         _trace(check, world, Path(run_dir, "run"), folder / "ds.trace.json.gz")
 
 

@@ -1,24 +1,11 @@
-"""Parts of a check, each of which runs whatever became of the others, and numbers that say how far results differ."""
+"""How far results differ, and TF32 on and off."""
 
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
-from tests.gpu.report import Check
-
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-
-
-def attempt(check: Check, name: str, part: Callable[..., object], *args: Any) -> None:
-    """Runs `part(*args)`; where it breaks, the result `name` fails and says why."""
-    try:
-        part(*args)
-    except Exception as error:  # noqa: BLE001 - is a result
-        traceback.print_exc()
-        check.test(name, False, f"{type(error).__name__}: {error}"[:300].replace("\n", " "), "no exception")
 
 
 @contextmanager

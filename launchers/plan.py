@@ -42,7 +42,7 @@ def main() -> None:
         label, wav, spec = method.label, method.wav, method.spec
         both_ways = recipe.pretrain.symmetric or recipe.pretrain.negatives == "both"
         contrast = method.contrast * (2 if both_ways else 1)
-    cost = plan.record(recipe, shape, args.precision != "fp32")
+    cost = plan.record(recipe, shape, args.precision)
     batch = _batch(recipe, args.gpus)
     teacher = f" and a teacher's {cost.teacher / 1e6:.2f}" if cost.teacher else ""
     print(f"{label}, {recipe.model.size}: {cost.parameters / 1e6:.2f} M parameters{teacher}, {args.precision}; "

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.loader import Loader
+from pipeline.engine.plan import Shape
 from pipeline.engine.setup import Batches
 from pipeline.flow import Losses
 from pipeline.tasks import FinetuneTask, PretrainTask
@@ -74,6 +75,13 @@ class Job:
     metric: str
     run_dir: Path
     tracker: Tracker
+
+    @property
+    def shapes(self) -> list[tuple[Shape, float]]:
+        """Of the inputs of each length, and its share of the clips."""
+        data = self.loader.spec
+        return [(Shape(samples, data.mel_bins, data.frames_of(samples), len(data.labels)), share)
+                for samples, share in self.loader.length_shares.items()]  # fmt: skip
 
     @property
     def kept_steps(self) -> frozenset[int]:

@@ -23,8 +23,7 @@ from pipeline.engine import checkpoint
 from pipeline.engine.checkpoint import Checkpoints
 from pipeline.engine.job import Job, Progress
 from pipeline.engine.parts import Mean
-from pipeline.engine.plan import Shape
-from pipeline.engine.room import no_room_to_evaluate, no_room_to_train
+from pipeline.engine.room import no_room_to_begin, no_room_to_evaluate, no_room_to_train
 from pipeline.engine.setup import build_engine, eval_batch_size
 from pipeline.engine.step import accumulate, learning_rate, update
 from pipeline.engine.telemetry import Telemetry, clips_per_second_at_peak
@@ -44,10 +43,13 @@ def train(job: Job, world: World) -> None:
 
     Raises:
         UserError: a checkpoint cannot be read, the last one not written, too many steps in a row were
-            not finite, or the device has no room for a micro-batch.
+            not finite, or the device has no room for the weights and optimiser states, or a micro-batch.
         SystemExit: a signal ended the run after a checkpoint; 128 + its number, as shells have it.
     """
-    run = _Run(job, world)
+    try:
+        run = _Run(job, world)
+    except torch.OutOfMemoryError as error:
+        raise no_room_to_begin(error, job, world) from error
     progress, engine, telemetry, total = run.progress, run.engine, run.telemetry, job.total_steps
     _say_beginning(job, world, progress.step)
     world.faults.at(progress.step, "data")
@@ -92,7 +94,7 @@ def train(job: Job, world: World) -> None:
         except torch.OutOfMemoryError as error:
             if progress.evaluate:
                 raise no_room_to_evaluate(error, eval_batch_size(job.recipe, world), world) from error
-            raise no_room_to_train(error, job, run.longest, world) from error
+            raise no_room_to_train(error, job, world) from error
         job.tracker.metrics(run.checkpoints.finish(), progress.step)
 
 
@@ -120,11 +122,7 @@ class _Run:
             checkpoint.restore(engine, job.run_dir, state, weights, world)
             self.progress = Progress.of(state)
             self.mean.restore(checkpoint.stored(job.run_dir, state, "average"))
-        data = job.loader.spec
-        shapes = [(Shape(samples, data.mel_bins, data.frames_of(samples), len(data.labels)), share)
-                  for samples, share in job.loader.length_shares.items()]  # fmt: skip
-        self.longest = max((shape for shape, _ in shapes), key=lambda shape: shape.samples)
-        at_peak = clips_per_second_at_peak(job.recipe, shapes, job.ds, world)
+        at_peak = clips_per_second_at_peak(job.recipe, job.shapes, job.ds, world)
         self.telemetry = Telemetry(job.run_dir, job.tracker, world, job.recipe.log, job.task.model, job.batches.total,
                                    self.progress.step, at_peak)  # fmt: skip
         self.checkpoints = Checkpoints(job.run_dir, job.recipe.checkpoint, world, job.kept_steps)

@@ -9,8 +9,9 @@ Memory of a step on one GPU, Psi parameters, R ranks, b clips a micro-batch (byt
     master weights, moments   12 | 8 Psi (fp32 needs no second copy at ZeRO 0), at ZeRO 1 to 3 over R
     gradients                 4 Psi,      at ZeRO 2 and 3 over R
     activations               b x the slope of the recorded peak, + its offset
-    buckets                   ZeRO 1 in float32, 2 and 3: what gradients are gathered in before they are summed, and
-                              the float32 copy that is; reserved whole, which costs a GPU its memory and a CPU nothing
+    buckets                   ZeRO 1 to 3, but bf16 at ZeRO 1: what gradients are gathered in before they are summed,
+                              and the float32 copy that is; reserved whole, which costs a GPU its memory and a CPU
+                              nothing
     context                   0.6 GB of CUDA's, and 1 GB of nccl's where there are several ranks: assumed
 
 Time of a step = max(compute, launch floor) + exposed traffic: see `step_time`.
@@ -70,7 +71,7 @@ class Cost:
         flops: Of one clip, forward and backward.
         per_clip: Bytes of activations at the peak, per clip of a micro-batch.
         fixed: Bytes at the peak that do not depend on the micro-batch, without weights and gradients.
-        half: Weights and activations are in half precision.
+        precision: "fp32", "bf16" or "fp16".
         teacher: Weights of a teacher, which each GPU has whole.
         small: Parameters in tensors of at most `PERSISTENT`, which ZeRO 3 divides between steps alone.
         tensors: Parameters are so many tensors.
@@ -86,7 +87,7 @@ class Cost:
     flops: float
     per_clip: float
     fixed: float
-    half: bool
+    precision: str
     teacher: int = 0
     small: int = 0
     tensors: int = 0
@@ -95,6 +96,18 @@ class Cost:
     pooled_flops: float = 0.0
     pooled_kernels: float = 0.0
     pooled_clip_kernels: float = 0.0
+
+    @property
+    def half(self) -> bool:
+        """Weights and activations are in half precision."""
+        return self.precision != "fp32"
+
+    def has_buckets(self, stage: int) -> bool:
+        """Whether gradients are reduced in buckets.
+
+        DeepSpeed's optimiser for bf16 at stage 1 reduces the summed gradients where they are, after the backward pass.
+        """
+        return stage >= 2 or (stage == 1 and self.precision != "bf16")
 
 
 @dataclass(frozen=True)
@@ -114,14 +127,15 @@ class Memory:
         return self.weights + self.optimizer + self.gradients + self.activations + self.buckets + self.context
 
 
-def record(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape, half: bool) -> Cost:
+def record(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape, precision: str) -> Cost:
     """Runs forward and backward at two micro-batches on fake tensors.
 
     Args:
         recipe: Settings of the model and its objectives.
         shape: Of the clips.
-        half: bf16 or fp16, else float32.
+        precision: "fp32", "bf16" or "fp16".
     """
+    half = precision != "fp32"
     peaks, flops, kernels, pooled_flops, pooled_kernels = [], [], [], [0], [0, 0]
     task = _task(recipe, shape).to(torch.bfloat16 if half else torch.float32)
     fake = FakeTensorMode()
@@ -158,7 +172,7 @@ def record(recipe: PretrainRecipe | FinetuneRecipe, shape: Shape, half: bool) ->
     sizes = [weight.numel() for weight in task.parameters()]
     more, pooled_more = ((counts[1] - counts[0]) / span for counts in (kernels, pooled_kernels))
     return Cost(
-        parameters, task.model.width, (flops[1] - flops[0]) / span, slope, max(0.0, offset), half, sum(others),
+        parameters, task.model.width, (flops[1] - flops[0]) / span, slope, max(0.0, offset), precision, sum(others),
         small=sum(size for size in sizes if size <= PERSISTENT),
         tensors=len(sizes),
         kernels=kernels[0] - (PROBES[0] - 1) * more,
@@ -196,11 +210,9 @@ def memory(cost: Cost, stage: int, ranks: int, micro: int) -> Memory:
     """Peak of a step; see the module's table."""
     psi, weight = cost.parameters, 2 if cost.half else 4
     masters = 12 if cost.half else 8 if stage == 0 else 12
-    # Two where communication overlaps, and the float32 copy that is reduced. bf16 at stage 1 has none: DeepSpeed's
-    # optimiser for it reduces the summed gradients where they are, after the backward pass.
-    buckets = 0 if stage == 0 or (stage == 1 and cost.half) else 2 * BUCKET * weight
-    if stage >= 2 and cost.half:
-        buckets += 4 * min(BUCKET, psi)
+    buckets = 0
+    if cost.has_buckets(stage):  # two where communication overlaps, and the float32 copy that is reduced
+        buckets = 2 * BUCKET * weight + (4 * min(BUCKET, psi) if cost.half else 0)
     return Memory(
         weights=psi * weight / (ranks if stage == 3 else 1) + cost.teacher * (6 if cost.half else 4),
         optimizer=psi * masters / (ranks if stage else 1),
@@ -255,7 +267,7 @@ def kernels(cost: Cost, stage: int, accumulation: int, micro: int = 1) -> float:
 
     Beside the task's own, an engine starts about one a tensor to accumulate its gradient in each micro-batch, one more
     where ZeRO 3 gathers it, and two in the update (norm, copies, Adam on flat buffers), or
-    eight where ZeRO 2 copies each gradient of half precision.
+    eight where each gradient of half precision is copied into a bucket, or ten where fp16 also looks for an overflow.
 
     Args:
         cost: Of the model.
@@ -266,7 +278,9 @@ def kernels(cost: Cost, stage: int, accumulation: int, micro: int = 1) -> float:
     passes = cost.kernels + (micro - 1) * cost.clip_kernels + cost.tensors * (2 if stage == 3 else 1)
     if accumulation > 1:
         passes += cost.pooled_kernels + (micro - 1) * cost.pooled_clip_kernels
-    return accumulation * passes + (8 if stage == 2 and cost.half else 2) * cost.tensors
+    copied = cost.half and stage < 3 and cost.has_buckets(stage)
+    each = 2 if not copied else 10 if cost.precision == "fp16" else 8
+    return accumulation * passes + each * cost.tensors
 
 
 @dataclass(frozen=True)
@@ -312,8 +326,7 @@ def step_time(
     flops = cost.flops + (cost.pooled_flops if contrast and accumulation > 1 else 0)
     compute = clips / ranks * flops / rate
     sent = traffic(cost, stage, ranks, clips, contrast, accumulation)
-    whole = stage == 1 and cost.half
-    last = sent["gradients"] * (1.0 if whole else min(1.0, BUCKET / cost.parameters))
+    last = sent["gradients"] * (min(1.0, BUCKET / cost.parameters) if cost.has_buckets(stage) else 1.0)
     last /= accumulation if stage >= 2 else 1
     hidden = sent["gradients"] - last + sent.get("weights", 0.0)
     waited = sum(sent.values()) - hidden

@@ -155,10 +155,12 @@ def batch_of(waveforms: Sequence[np.ndarray], spec: DataSpec, device: torch.devi
     stored = [encode_waveform(Decoded(w, 0.0, spec.sample_rate, 1), samples)[0] for w in waveforms]
     waveform = torch.from_numpy(np.stack(stored)).to(device).float() / 32768
     features = pad_frames(fbank(waveform, spec.sample_rate, spec.mel_bins), frames)
+    # On the device: a GPU would multiply by a number's reciprocal, and be one bit off what a CPU makes.
+    divisor = torch.tensor(2 * spec.std, device=device)
     zero = torch.zeros(len(stored), dtype=torch.int64, device=device)
     targets = torch.zeros(len(stored), len(spec.labels), device=device)
     length = torch.tensor([min(len(w), samples) for w in waveforms], device=device)
-    return Batch(zero, zero, zero == 0, waveform, (features - spec.mean) / (2 * spec.std), targets, length, frames)
+    return Batch(zero, zero, zero == 0, waveform, (features - spec.mean) / divisor, targets, length, frames)
 
 
 def windows(

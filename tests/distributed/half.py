@@ -45,10 +45,8 @@ def train(shards: str, run_dir: str, stage: int, steps: int, world: World) -> No
     gc.collect()
 
 
-def main() -> None:
-    shards, folder = sys.argv[1:]
-    craft.SIZES["micro"] = craft.Size(width=32, depth=2, heads=2)
-    figures.curves = lambda *_: False
+def fp16_on_cpus() -> None:
+    """Lets this process train in fp16 on a CPU."""
     type(get_accelerator()).is_fp16_supported = lambda _: True
     precision = setup._precision
 
@@ -56,6 +54,13 @@ def main() -> None:
         return precision(ds, stage, replace(world, device=torch.device("cuda", 0)))
 
     setup._precision = on_a_gpu
+
+
+def main() -> None:
+    shards, folder = sys.argv[1:]
+    craft.SIZES["micro"] = craft.Size(width=32, depth=2, heads=2)
+    figures.curves = lambda *_: False
+    fp16_on_cpus()
     torch.cuda.is_bf16_supported = lambda including_emulation=True: False
     with distributed.session(300, seed=0) as world:
         for stage in STAGES:

@@ -53,20 +53,36 @@ def test_an_evaluation_that_does_not_fit_names_its_batch(shards, tmp_path):
     assert line.endswith("give eval.batch_size=4")
 
 
+@pytest.mark.slow
+def test_weights_that_do_not_fit_end_in_one_line(shards, tmp_path):
+    words = [f"data.shards={shards}", f"run.dir={tmp_path / 'run'}", "train.steps=2", "log.mlflow=false", *MICRO]
+    ends = run_ranks(2, SCRIPT, "begin", 1, *words, check=False)
+    assert [status for status, _ in ends] == [2, 2], ends[1][1][-3000:]
+    (line,) = errors(ends[1][1])
+    assert line.startswith("error: weights and optimiser at ZeRO 1: this host, ")
+    assert TORCH in line
+    assert "on each of 2 ranks: where the device has that, end what else runs on it, else try bf16, ZeRO 3" in line
+
+
 @pytest.mark.parametrize("ds", [{}, {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}])
 def test_the_plan_chooses_among_the_micro_batches_that_divide(monkeypatch, ds):
     recipe = load_recipe(PretrainRecipe, [], ["model.size=micro", "train.batch_size=48"])
     world = World(0, 2)
     resolved, batches = reconcile(ds, recipe, world)
-    job = SimpleNamespace(recipe=recipe, ds=resolved, batches=batches)
-
     shape = Shape(samples=16_000, mel_bins=128, frames=128)
-    cost = plan.record(recipe, shape, bool(ds))
+    job = SimpleNamespace(recipe=recipe, ds=resolved, batches=batches, shapes=[(shape, 1.0)])
+    cost = plan.record(recipe, shape, "bf16" if ds else "fp32")
+
+    def recorded(*asked: object) -> plan.Cost:
+        assert asked == (recipe, shape, cost.precision)
+        return cost
+
+    monkeypatch.setattr(plan, "record", recorded)
 
     def said(size: float) -> str:
         """Of a device with room for so many bytes."""
         monkeypatch.setattr(room, "_memory", lambda _: int(size / plan.ROOM) + 1)
-        return str(room.no_room_to_train(torch.OutOfMemoryError("full"), job, shape, world))
+        return str(room.no_room_to_train(torch.OutOfMemoryError("full"), job, world))
 
     assert said(1e12).startswith("train.micro_batch = 24: ")
     assert "give train.micro_batch=12, " in said(1e12)  # the next one below what did not fit

@@ -2,8 +2,8 @@
 
     counts.py OUT STAGES ACCUMULATIONS PRECISIONS [key=value ...]
 
-Each but the last is a list with commas. Rank 0 writes a list of {stage, accumulation, half, kernels, sent, planned,
-planned_kernels}.
+Each but the last is a list with commas. Rank 0 writes a list of {stage, accumulation, precision, kernels, sent,
+planned, planned_kernels}.
 """
 
 import gc
@@ -24,6 +24,7 @@ from pipeline.engine.step import accumulate
 from pipeline.flow import Batch
 from pipeline.recipes import load_recipe
 from pipeline.tasks import PretrainTask
+from tests.distributed.half import fp16_on_cpus
 from tests.engine.memory import SHAPE
 
 CLIPS = 12
@@ -54,14 +55,16 @@ def main() -> None:
     out, stages, accumulations, precisions, *words = sys.argv[1:]
     found = []
     torch.set_num_threads(1)
+    fp16_on_cpus()
     with distributed.session(300, seed=0) as world:
-        for half in (word == "bf16" for word in precisions.split(",")):
-            cost = plan.record(load_recipe(PretrainRecipe, [], words), SHAPE, half)
+        for precision in precisions.split(","):
+            cost = plan.record(load_recipe(PretrainRecipe, [], words), SHAPE, precision)
             for stage in map(int, stages.split(",")):
                 for accumulation in map(int, accumulations.split(",")):
                     micro = CLIPS // world.size // accumulation
                     recipe = load_recipe(PretrainRecipe, [], [f"train.batch_size={CLIPS}", *words])
-                    ds = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": half},
+                    ds = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": precision == "bf16"},
+                          "fp16": {"enabled": precision == "fp16", "initial_scale_power": 4},
                           "train_micro_batch_size_per_gpu": micro}  # fmt: skip
                     ds, batches = reconcile(ds, recipe, world)
                     engine = build_engine(PretrainTask(recipe, SHAPE.mel_bins, SHAPE.frames), recipe, ds)
@@ -75,7 +78,7 @@ def main() -> None:
                             engine.step()
                     contrast = int(engine.module.contrasts_batch)
                     sent = plan.traffic(cost, stage, world.size, CLIPS, contrast, accumulation)
-                    found.append({"stage": stage, "accumulation": accumulation, "half": half,
+                    found.append({"stage": stage, "accumulation": accumulation, "precision": precision,
                                   "kernels": counter.kernels, "sent": counter.sent,
                                   "planned": sum(sent.values()),
                                   "planned_kernels": plan.kernels(cost, stage, accumulation, micro)})  # fmt: skip

@@ -56,7 +56,7 @@ def main() -> None:
                 engine.step()
             measured = resident("VmHWM") - before
             del engine, task, batch
-        planned = plan.memory(plan.record(recipe, SHAPE, half=False), stage, 1, clips)
+        planned = plan.memory(plan.record(recipe, SHAPE, "fp32"), stage, 1, clips)
     gpus_alone = planned.buckets + planned.context
     touched = planned.total - gpus_alone + (planned.gradients if stage else 0)  # what fills the bucket
     out.write_text(json.dumps({"measured": measured, "planned": touched, "parts": str(planned)}))

@@ -69,12 +69,12 @@ def test_flops_are_those_of_visible_patches():
 def test_flops_are_those_of_the_transformer():
     """6 FLOPs a weight and token, plus attention; the MSAE and heads are small."""
     recipe = load_recipe(PretrainRecipe, [], ["model.size=base"])
-    cost = plan.record(recipe, SHAPE, half=True)
+    cost = plan.record(recipe, SHAPE, "bf16")
     tokens, blocks = 2 * TOKENS, 12 * 12 * 768**2
     attention = 12 * 12 * TOKENS * 768 * tokens
     assert cost.flops == pytest.approx(6 * blocks * tokens + attention, rel=0.06)
     assert cost.parameters == pytest.approx(87.8e6, rel=0.01)
-    halved = plan.record(load_recipe(PretrainRecipe, [], ["pretrain.method=ssast"]), SHAPE, half=True)
+    halved = plan.record(load_recipe(PretrainRecipe, [], ["pretrain.method=ssast"]), SHAPE, "bf16")
     assert halved.flops == pytest.approx(cost.flops / 2, rel=0.05)
     assert halved.per_clip == pytest.approx(cost.per_clip / 2, rel=0.2)
 
@@ -92,15 +92,15 @@ def test_large_is_vit_large():
 
 def test_recomputing_activations_is_seen():
     words = ["model.size=tiny"]
-    plain = plan.record(load_recipe(FinetuneRecipe, [], words), SHAPE, half=True)
+    plain = plan.record(load_recipe(FinetuneRecipe, [], words), SHAPE, "bf16")
     words += ["model.checkpoint_activations=true"]
-    less = plan.record(load_recipe(FinetuneRecipe, [], words), SHAPE, half=True)
+    less = plan.record(load_recipe(FinetuneRecipe, [], words), SHAPE, "bf16")
     assert less.per_clip < 0.7 * plain.per_clip  # what is left is the MSAE's own backward
     assert less.flops > 1.2 * plain.flops
 
 
 def test_zero_divides_what_it_says():
-    cost = plan.Cost(1000, 10, 1.0, 7.0, 0.0, half=True)
+    cost = plan.Cost(1000, 10, 1.0, 7.0, 0.0, "bf16")
     whole, states, gradients, all_of_it = (plan.memory(cost, stage, 4, 2) for stage in range(4))
     assert (whole.optimizer, states.optimizer, all_of_it.optimizer) == (12000, 3000, 3000)
     assert (states.gradients, gradients.gradients) == (4000, 1000)
@@ -113,6 +113,7 @@ def test_zero_divides_what_it_says():
 @pytest.mark.parametrize(("ranks", "stages", "precision", "words"), [
     (2, "0,1,2", "fp32", ["model.size=micro"]),
     (3, "1,2", "bf16", ["model.size=micro"]),
+    (2, "1", "fp16", ["model.size=micro", "pretrain.method=ssast"]),
     (2, "3", "fp32", ["model.size=tiny", "pretrain.method=ssast"]),
 ])  # fmt: skip
 def test_bytes_and_kernels_are_those_of_a_step(tmp_path, ranks, stages, precision, words):
@@ -126,7 +127,7 @@ def test_bytes_and_kernels_are_those_of_a_step(tmp_path, ranks, stages, precisio
 
 
 def test_the_time_of_a_step_is_what_is_not_hidden():
-    cost = plan.Cost(1_000_000, 10, 1e9, 7.0, 0.0, half=True, tensors=10, kernels=970.0, pooled_flops=3e8)
+    cost = plan.Cost(1_000_000, 10, 1e9, 7.0, 0.0, "bf16", tensors=10, kernels=970.0, pooled_flops=3e8)
     compute = plan.step_time(cost, 1, 1, 100, 0, 1, rate=1e12, link=1e9)
     assert (compute.compute, compute.exposed) == (0.1, 0)
     assert compute.floor == pytest.approx(3.4e-5 * 1000)
@@ -144,18 +145,19 @@ def test_the_time_of_a_step_is_what_is_not_hidden():
 
 def test_memory_beside_the_model():
     """A context, nccl's buffers, and the float32 copy of a bucket that is reduced."""
-    cost = plan.Cost(1000, 10, 1.0, 7.0, 0.0, half=True)
+    cost = plan.Cost(1000, 10, 1.0, 7.0, 0.0, "bf16")
     assert [plan.memory(cost, 2, ranks, 1).context for ranks in (1, 2)] == [0.6e9, 1.6e9]
     buckets = {stage: plan.memory(cost, stage, 2, 1).buckets for stage in (0, 1, 2)}
     assert buckets == {0: 0, 1: 0, 2: 4 * plan.BUCKET + 4000}
-    assert plan.memory(replace(cost, half=False), 1, 2, 1).buckets == 8 * plan.BUCKET
+    assert plan.memory(replace(cost, precision="fp32"), 1, 2, 1).buckets == 8 * plan.BUCKET
+    assert plan.memory(replace(cost, precision="fp16"), 1, 2, 1).buckets == 4 * plan.BUCKET + 4000
 
 
 def test_a_teacher_is_planned():
     """Whole on each GPU, beside weights that ZeRO 3 divides."""
     words = ["model.size=micro", "pretrain.method=craft_latent"]
     recipe = load_recipe(PretrainRecipe, [], words)
-    cost, task = plan.record(recipe, SHAPE, half=True), PretrainTask(recipe, SHAPE.mel_bins, SHAPE.frames)
+    cost, task = plan.record(recipe, SHAPE, "bf16"), PretrainTask(recipe, SHAPE.mel_bins, SHAPE.frames)
     network = sum(weight.numel() for weight in task.model.parameters())
     assert (cost.teacher, cost.parameters) == (network, sum(weight.numel() for weight in task.parameters()))
     whole, divided = (plan.memory(cost, stage, 4, 0).weights for stage in (1, 3))
@@ -184,7 +186,7 @@ def test_flops_for_the_mfu_count_nothing_twice():
     plain = plan.model_flops(recipe, SHAPE)
     again = load_recipe(PretrainRecipe, [], [*words, "model.checkpoint_activations=true"])
     assert plan.model_flops(again, SHAPE) == plain
-    assert plain == pytest.approx(plan.record(recipe, SHAPE, half=False).flops, rel=0.06)
+    assert plain == pytest.approx(plan.record(recipe, SHAPE, "fp32").flops, rel=0.06)
     finetuned = load_recipe(FinetuneRecipe, [], ["model.size=base", "model.stride=16", "finetune.method=ast"])
     expected = 6 * 12 * 12 * 768**2 * TOKENS + 12 * 12 * TOKENS**2 * 768
     assert plan.model_flops(finetuned, SHAPE) == pytest.approx(expected, rel=0.02)

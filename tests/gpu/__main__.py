@@ -28,9 +28,9 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import UserError, run_cli
-from tests.gpu.report import Check
+from tests.gpu.report import Check, line_of
 from tests.helpers import synth_shards
-from tests.ranks import ROOT
+from tests.ranks import ROOT, Fork
 
 # Check -> seconds it may take on a GPU.
 PROVING = {"environment": 60, "kernels": 180, "loader": 180, "collectives": 240, "modes": 420, "resume": 420,
@@ -64,7 +64,7 @@ def main() -> None:
               "seconds": seconds | {"all": round(time.monotonic() - begun, 1)}, "results": lines}  # fmt: skip
     (args.out / "report.json").write_text(json.dumps(report, indent=1))
     for line in failed:
-        print(f"FAIL {line['check']}.{line['name']} {line['values']} ({line['limit']})")
+        print(line_of(line))
     counts = {status: sum(line["status"] == status for line in lines) for status in ("PASS", "FAIL", "INFO")}
     print(", ".join(f"{count} {status}" for status, count in counts.items()), f"in {report['seconds']['all']} s")
     sys.exit(1 if failed else 0)
@@ -74,22 +74,27 @@ def start(check: Check, name: str) -> float:
     """Runs one check in a process; returns its seconds."""
     folder = check.out / name
     folder.mkdir(exist_ok=True)
-    (folder / "results.jsonl").unlink(missing_ok=True)
+    results = folder / "results.jsonl"
+    results.unlink(missing_ok=True)
     limit = CHECKS[name] * (3 if check.small else 1)
-    command = [sys.executable, "-m", "tests.gpu", "--out", str(check.out), "--check", name, "--gpus", str(check.gpus)]
+    words = ["-m", "tests.gpu", "--out", str(check.out), "--check", name, "--gpus", str(check.gpus)]
     begun = time.monotonic()
     with (folder / "output.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
-                                   text=True)  # fmt: skip
+        process: Fork | subprocess.Popen[bytes]
+        if check.small:
+            process = Fork(words, dict(os.environ), log.name, log.name)
+        else:
+            process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=log,
+                                       start_new_session=True)  # fmt: skip
         try:
-            output, _ = process.communicate(timeout=limit)
-            reason = f"exit {process.returncode}; see {folder}/output.log" if process.returncode else ""
+            process.wait(limit)
+            reason = f"exit {process.returncode}; see {log.name}" if process.returncode else ""
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            reason = f"more than {limit} s; see {folder}/output.log"
-        log.write(output)
-    print("".join(line + "\n" for line in output.splitlines() if line[:5] in ("PASS ", "FAIL ", "INFO ")), end="")
+            reason = f"more than {limit} s; see {log.name}"
+            process.kill() if check.small else os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if results.exists():
+        print("".join(line_of(json.loads(line)) + "\n" for line in results.open()), end="")
     if reason:
         Check(name, folder, check.shards, check.small, check.gpus).test("end", False, reason, "exit 0")
     seconds = round(time.monotonic() - begun, 1)

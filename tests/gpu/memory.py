@@ -28,7 +28,7 @@ from tests.gpu.steps import finetuning, shape_of, size_of, training
 from tests.ranks import ROOT
 
 STAGES = (1, 2)
-PRECISIONS = {"bf16": True, "fp32": False}
+PRECISIONS = ("bf16", "fp32")
 REHEARSED = (("pswacl", 2, "bf16"), ("craft_mae", 1, "fp32"), ("finetuning", 1, "fp32"))
 LIMIT, LOOSE = 0.15, 0.5  # of what is measured; on the GPU and in the rehearsal
 
@@ -40,8 +40,8 @@ def run(check: Check) -> None:
     with ProcessPoolExecutor(len(recipes) * 2, multiprocessing.get_context("spawn")) as pool:
         costs: dict[tuple[str, str], Callable[[], Cost]] = {}
         for name, recipe in recipes.items():
-            for precision, half in PRECISIONS.items():
-                record = partial(plan.record, recipe, shape_of(check), half)
+            for precision in PRECISIONS:
+                record = partial(plan.record, recipe, shape_of(check), precision)
                 costs[name, precision] = record if check.small else pool.submit(record).result
         cells = itertools.product(recipes, STAGES, PRECISIONS)
         with distributed.session(300, seed=0) as world:
@@ -49,7 +49,7 @@ def run(check: Check) -> None:
                 if check.small and (name, stage, precision) not in REHEARSED:
                     continue
                 with check.part(f"{name}_zero{stage}_{precision}"):
-                    measured = _measure(check, world, recipes[name], stage, PRECISIONS[precision], micro_batches)
+                    measured = _measure(check, world, recipes[name], stage, precision, micro_batches)
                     _compare(check, f"{name}_zero{stage}_{precision}", costs[name, precision](), stage, measured)
 
 
@@ -62,14 +62,14 @@ def _recipes(check: Check, clips: int) -> dict[str, PretrainRecipe | FinetuneRec
 
 
 def _measure(
-    check: Check, world: World, recipe: PretrainRecipe | FinetuneRecipe, stage: int, half: bool, sizes: list[int]
+    check: Check, world: World, recipe: PretrainRecipe | FinetuneRecipe, stage: int, precision: str, sizes: list[int]
 ) -> dict[int, tuple[float, float, float] | None]:
     """Micro-batch -> bytes at most of tensors, reserved, and missing on the card; None: more than the card has."""
     shape, device = shape_of(check), world.device
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     found: dict[int, tuple[float, float, float] | None] = {}
     live = LiveBytes() if device.type == "cpu" else None
-    with live or nullcontext(), training(recipe, shape, world, stage, half) as run:
+    with live or nullcontext(), training(recipe, shape, world, stage, precision == "bf16") as run:
         for clips in sizes:
             batch = batch_of(clips, shape, device)
             if device.type == "cuda":

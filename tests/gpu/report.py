@@ -16,6 +16,12 @@ from typing import Any
 import torch
 
 
+def line_of(result: dict[str, str]) -> str:
+    """A result as it is shown."""
+    limit = f" ({result['limit']})" if result["limit"] else ""
+    return f"{result['status']} {result['check']}.{result['name']} {result['values']}{limit}"
+
+
 @dataclass(frozen=True)
 class Check:
     """One check under way, in a process of its own.
@@ -74,7 +80,7 @@ class Check:
             function(self, *args)
 
     def _write(self, status: str, name: str, values: object, limit: str) -> None:
-        print(f"{status} {self.name}.{name} {values}{f' ({limit})' if limit else ''}", flush=True)
         line = {"check": self.name, "name": name, "status": status, "values": str(values), "limit": limit}
+        print(line_of(line), flush=True)
         with (self.out / "results.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -266,8 +266,9 @@ def kernels(cost: Cost, stage: int, accumulation: int, micro: int = 1) -> float:
     """Kernels that a step starts.
 
     Beside the task's own, an engine starts about one a tensor to accumulate its gradient in each micro-batch, one more
-    where ZeRO 3 gathers it, and two in the update (norm, copies, Adam on flat buffers), or
-    eight where each gradient of half precision is copied into a bucket, or ten where fp16 also looks for an overflow.
+    where ZeRO 3 gathers it, and two in the update (norm, copies, Adam on flat buffers), or eight where each gradient of
+    half precision is copied into a bucket, or ten where fp16 also looks for an overflow. bf16 at ZeRO 1, without
+    buckets, takes two more a tensor to add each micro-batch but the first to the sum in float32.
 
     Args:
         cost: Of the model.
@@ -280,6 +281,8 @@ def kernels(cost: Cost, stage: int, accumulation: int, micro: int = 1) -> float:
         passes += cost.pooled_kernels + (micro - 1) * cost.pooled_clip_kernels
     copied = cost.half and stage < 3 and cost.has_buckets(stage)
     each = 2 if not copied else 10 if cost.precision == "fp16" else 8
+    if cost.half and stage == 1 and not copied:
+        each += 2 * (accumulation - 1)
     return accumulation * passes + each * cost.tensors
 
 

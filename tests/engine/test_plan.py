@@ -112,7 +112,7 @@ def test_zero_divides_what_it_says():
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "stages", "precision", "words"), [
     (2, "0,1,2", "fp32", ["model.size=micro"]),
-    (3, "1,2", "bf16", ["model.size=micro"]),
+    (3, "1,2", "bf16", ["model.size=micro", "pretrain.method=ssast"]),
     (2, "1", "fp16", ["model.size=micro", "pretrain.method=ssast"]),
     (2, "3", "fp32", ["model.size=tiny", "pretrain.method=ssast"]),
 ])  # fmt: skip

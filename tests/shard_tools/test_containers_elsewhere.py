@@ -54,7 +54,7 @@ def listed(root: object) -> Catalog:
 def test_ray_workers_read_members(places, tmp_path):
     import ray
 
-    ray.init(num_cpus=2, log_to_driver=False)
+    ray.init("local", num_cpus=2, log_to_driver=False)
     try:
         for kind, (*roots, out) in places.items():
             for number, root in enumerate(roots):

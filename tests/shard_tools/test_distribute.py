@@ -62,7 +62,7 @@ def test_killed_ray_workers_change_nothing(catalog, wanted, tmp_path):
     """Three are killed, one after another, with what they have half written."""
     import ray
 
-    ray.init(num_cpus=1, log_to_driver=False)
+    ray.init("local", num_cpus=1, log_to_driver=False)
     out, killed = tmp_path / "out", []
     ended = threading.Event()
 

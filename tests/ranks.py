@@ -82,12 +82,17 @@ def start_ranks(ranks: int, script: str | Path, *args: object, **env: str) -> li
     return [Rank(command, place | env) for place in _places(ranks)]
 
 
+def can_fork() -> bool:
+    """Whether processes may be forks: a GPU's runtime survives none."""
+    return not Path("/dev/nvidiactl").exists()
+
+
 def fork_ranks(ranks: int, script: str | Path, *args: object, **env: str) -> list[Rank]:
     """Starts `script` on each rank as `start_ranks` does, without the imports of torch and DeepSpeed.
 
     They take a rank longer than most scripts do. The ranks are forks of one process that has imported them.
     """
-    if Path("/dev/nvidiactl").exists():  # a GPU's runtime survives no fork
+    if not can_fork():
         return start_ranks(ranks, script, *args, **env)
     command = [sys.executable, str(script), *map(str, args)]
     return [Rank(command, place | env, forked=True) for place in _places(ranks)]
@@ -128,7 +133,7 @@ def run_script(script: str | Path, *args: object, timeout: float = RANK_TIMEOUT)
     Not for what a start itself shows: Ctrl-C, imports, an environment.
     """
     words = [str(script), *map(str, args)]
-    if Path("/dev/nvidiactl").exists():
+    if not can_fork():
         return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
                               check=False)  # fmt: skip
     with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:

@@ -30,7 +30,7 @@ import torch
 from pipeline.errors import UserError, run_cli
 from tests.gpu.report import Check, line_of
 from tests.helpers import synth_shards
-from tests.ranks import ROOT, Fork
+from tests.ranks import ROOT, Fork, can_fork
 
 # Check -> seconds it may take on a GPU.
 PROVING = {"environment": 60, "kernels": 180, "loader": 180, "collectives": 240, "modes": 420, "resume": 420,
@@ -81,7 +81,7 @@ def start(check: Check, name: str) -> float:
     begun = time.monotonic()
     with (folder / "output.log").open("w") as log:
         process: Fork | subprocess.Popen[bytes]
-        if check.small:
+        if check.small and can_fork():
             process = Fork(words, dict(os.environ), log.name, log.name)
         else:
             process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=log,
@@ -91,7 +91,7 @@ def start(check: Check, name: str) -> float:
             reason = f"exit {process.returncode}; see {log.name}" if process.returncode else ""
         except subprocess.TimeoutExpired:
             reason = f"more than {limit} s; see {log.name}"
-            process.kill() if check.small else os.killpg(process.pid, signal.SIGKILL)
+            process.kill() if isinstance(process, Fork) else os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if results.exists():
         print("".join(line_of(json.loads(line)) + "\n" for line in results.open()), end="")

@@ -281,7 +281,7 @@ def kernels(cost: Cost, stage: int, accumulation: int, micro: int = 1) -> float:
         passes += cost.pooled_kernels + (micro - 1) * cost.pooled_clip_kernels
     copied = cost.half and stage < 3 and cost.has_buckets(stage)
     each = 2 if not copied else 10 if cost.precision == "fp16" else 8
-    if cost.half and stage == 1 and not copied:
+    if stage == 1 and cost.precision == "bf16":
         each += 2 * (accumulation - 1)
     return accumulation * passes + each * cost.tensors
 

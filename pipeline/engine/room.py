@@ -12,14 +12,11 @@ from pipeline.engine import plan
 from pipeline.engine.job import Job
 from pipeline.errors import UserError
 
-BIGGER = (
-    "bf16, ZeRO 3 (--deepspeed_config zero3.json), its offload (offload3.json), "
-    "model.checkpoint_activations=true or more GPUs"
-)
+LESS = "bf16, ZeRO 3 (--deepspeed_config zero3.json), its offload (offload3.json)"
 
 
 def no_room_to_begin(error: torch.OutOfMemoryError, job: Job, world: World) -> UserError:
-    """Says what the plan expects of weights, gradients and optimiser.
+    """Says what the plan expects a rank to hold before its first clip.
 
     Args:
         error: Of building the engine or of loading a checkpoint.
@@ -29,8 +26,8 @@ def no_room_to_begin(error: torch.OutOfMemoryError, job: Job, world: World) -> U
     stage = job.ds["zero_optimization"]["stage"]
     states = plan.memory(_cost(job), stage, world.size, 0).total
     return UserError(
-        f"weights and optimiser at ZeRO {stage}: {_lack(error, world)}; the plan expects {states / 1e9:.1f} GB of them "
-        f"on each of {world.size} ranks: where the device has that, end what else runs on it, else try {BIGGER}",
+        f"weights and optimiser at ZeRO {stage}: {_lack(error, world)}; the plan expects {states / 1e9:.1f} GB a rank "
+        f"before the first clip: where the device has that, end what else runs on it, else try {LESS} or more GPUs",
         local=True,
     )
 
@@ -51,7 +48,7 @@ def no_room_to_train(error: torch.OutOfMemoryError, job: Job, world: World) -> U
     remedy = (
         f"give train.micro_batch={fits}, the largest that the plan expects to fit; results do not depend on it"
         if fits else
-        f"no smaller one is expected to fit; try {BIGGER}"
+        f"no smaller one is expected to fit; try {LESS}, model.checkpoint_activations=true or more GPUs"
     )  # fmt: skip
     return UserError(f"train.micro_batch = {micro}: {_lack(error, world)}; {remedy}", local=True)
 

@@ -1,4 +1,4 @@
-"""Everything that a CPU cannot prove of this product, proved on a machine with GPUs in about ten minutes.
+"""Everything that a CPU cannot prove of this product, checked on a machine with GPUs; meant to take ten minutes.
 
     python -m tests.gpu --out DIR [--only CHECK ...] [--gpus N] [--jobs N]
 

@@ -274,7 +274,8 @@ def _same_bits(wanted: bool) -> None:
     `warn_only` alone; an operation that has none raises an error with its name. cuBLAS reads the variable when CUDA
     starts.
     """
-    torch.use_deterministic_algorithms(wanted)
+    if wanted or torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler: 1.6 s
+        torch.use_deterministic_algorithms(wanted)
     torch.backends.cudnn.deterministic = wanted
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

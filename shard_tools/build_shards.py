@@ -39,7 +39,6 @@ from shard_tools.esc50_archive import SHA256, URL, fetch_esc50
 from shard_tools.forms import look
 from shard_tools.forms.entries import Asked
 from shard_tools.plan import BuildOptions, Slice, write_plan
-from shard_tools.synth import write_synth
 from shard_tools.write import AudioOptions
 
 log = logging.getLogger(__name__)
@@ -187,6 +186,8 @@ def read_catalog(args: argparse.Namespace) -> Catalog:
     elif args.dataset in look.FORMS:
         catalog = look.read(args.dataset, _asked(args))
     else:
+        from shard_tools.synth import write_synth  # SciPy's filters, which each worker would import at its start
+
         root = local(args.audio_root or join(args.out, "source"))
         table = write_synth(root, args.limit or 800, args.seconds, args.sample_rate, args.seed)
         catalog = catalogs.table(root, table, None, args.split)

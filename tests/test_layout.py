@@ -98,8 +98,14 @@ def test_training_needs_no_scikit_learn():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_shard_tools_need_no_deepspeed():
-    code = "import sys, shard_tools.build_shards; assert 'deepspeed' not in sys.modules"
+def test_shard_tools_need_no_deepspeed_and_their_workers_no_signal_processing():
+    code = "import sys, shard_tools.build_shards; assert not {'deepspeed', 'scipy.signal'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_process_group_does_not_import_the_compiler():
+    code = "import sys\nfrom pipeline.distributed import session\nwith session(60, 0): pass\n"
+    code += "assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

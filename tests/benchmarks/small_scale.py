@@ -21,9 +21,9 @@ Where torch finds a GPU, curve and few train on it, in bf16, and probe on it. Ev
 OUT. Killed at any moment, the same command goes on; more steps, seeds or rows of the table add runs. The learning rate
 is constant after its warm-up, so one run of a method has all points of its curve, and none of them was annealed.
 
-On one core, at five seconds a clip, 1,000 steps of 32 clips take 9 minutes (SSAST, AudioMosaic) to 32 (PSWaCL, SWaPT),
-of all methods about 2.5 hours; a probe takes 1 to 3 minutes. A finetuning takes 3 minutes (AST, 4 clips a class) to 46
-(SWaB, 32), all of one seed about 12 hours.
+On one core, at five seconds a clip, 1,000 steps of 32 clips take 8 minutes (AudioMosaic) to 52 (CRAFT-Latent), of all
+methods about 4 hours; a probe takes 1 to 5 minutes. A finetuning takes 3 to 6 minutes (AST, 4 clips a class) to 46
+(SWaB, 32), all of one seed about 12 hours or more.
 """
 
 import argparse

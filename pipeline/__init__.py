@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipeline.api import task as task
     from pipeline.data.fbank import fbank as fbank
     from pipeline.data.loader import Loader as Loader
+    from pipeline.engine.step import update_teacher as update_teacher
     from pipeline.errors import UserError as UserError
     from pipeline.flow import Batch as Batch
 
@@ -33,6 +34,7 @@ _HOMES = {
     "fbank": "pipeline.data.fbank",
     "load": "pipeline.api",
     "task": "pipeline.api",
+    "update_teacher": "pipeline.engine.step",
 }
 __all__ = list(_HOMES)
 

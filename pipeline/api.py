@@ -137,7 +137,8 @@ class Model:
     def _tokens(self, stream: str, audio: Audio, layer: int | str, sample_rate: float | None) -> torch.Tensor:
         heard = self._hear(self._embedder(layer, "tokens", [stream]), audio, sample_rate)
         tokens = torch.from_numpy(heard.embeddings[:, :, 0])  # [n, layers, N, D]
-        return _chosen(torch.unflatten(tokens, 2, self.frozen.grids[stream]), layer, 1)
+        rows = self.frozen.grids[stream][0]
+        return _chosen(torch.unflatten(tokens, 2, (rows, tokens.shape[2] // rows)), layer, 1)
 
     def _embedder(self, layer: int | str, pool: Pool, streams: Sequence[str]) -> Embedder:
         return Embedder(self.frozen, self.frozen.layers(str(layer)), pool, streams, over_time=True)
@@ -233,7 +234,8 @@ def task(config: str | os.PathLike[str], loader: Loader, *settings: str) -> Pret
     """The network, heads and losses of a recipe, as a module for any training loop: `task(batch).total.backward()`.
 
     Its forward takes a `Batch` of the loader and returns `Losses`: `total` to call backward on, and `named`, detached
-    scalars. Weights are drawn by torch's generator, or are those of the setting model.init.
+    scalars. Weights are drawn by torch's generator, or are those of the setting model.init. A method with a teacher
+    (craft_latent) needs `craft.update_teacher(task, decay)` after each optimiser step.
 
     >>> loader = craft.Loader(shards, batch_size=8)
     >>> losses = craft.task("pretrain/craft_mae", loader, "model.size=micro")(next(iter(loader)))

@@ -134,8 +134,10 @@ def export_safetensors(run: Exported, out: Path) -> str:
 def export_hf(run: Exported, out: Path) -> str:
     """Writes a directory of `HF_FILES`, in place of one that this made before; returns what they hold.
 
-    The output agrees to 1e-5 with ours. HF has one LayerNorm epsilon; AST's heads have another one than its blocks,
-    which moves logits by a few millionths.
+    The output agrees to 1e-5 with ours, for samples of a clip's length. HF has one LayerNorm epsilon; AST's heads have
+    another one than its blocks, which moves logits by a few millionths. Its feature extractor pads short clips behind
+    the logarithm with 0, where silence is -16, and fills the last frames from longer ones: only samples that are cut or
+    zero-padded to a clip before are heard as the run hears them.
 
     Raises:
         UserError: the run has no spectrogram side, or `out` holds something else or cannot be written.
@@ -179,7 +181,10 @@ def export_hf(run: Exported, out: Path) -> str:
     left = [] if head or isinstance(task, PretrainTask) else ["classifier (HF pools cls and dist of one spectrogram)"]
     left += ["waveform side"] if task.method.wav else []
     left += ["pretraining heads"] if isinstance(task, PretrainTask) else []
-    return f"{config['architectures'][0]}{'; left out: ' + ', '.join(left) if left else ''}"
+    return (
+        f"{config['architectures'][0]}{'; left out: ' + ', '.join(left) if left else ''}; cut or zero-pad recordings to "
+        f"{spec.samples} samples before its feature extractor, which pads otherwise than training did"
+    )
 
 
 class _Graph(nn.Module):

@@ -32,6 +32,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.hub import local_model
 from pipeline.model.precision import in_precision
+from pipeline.model.teacher import Teacher
 from pipeline.model.weights import load_weights, read_weights, weights_file
 from pipeline.recipes import finetuned_recipe
 from pipeline.tasks import FinetuneTask, PretrainTask
@@ -251,6 +252,8 @@ def initialise(task: PretrainTask | FinetuneTask, recipe: Recipe, spec: DataSpec
         reason = ""
     report = load_weights(task, file, ("classifier.",) if reason else (), recipe.model.init_grid)
     log.info("%s: %s", file, report)
+    if isinstance(task, PretrainTask) and task.teacher is not None:  # it begins where its student does
+        task.teacher = Teacher(task.model, task.teacher.blocks)
     if recipe.model.init_classifier == "keep" and any(name.startswith("classifier.") for name in report.fresh):
         raise UserError(
             f"model.init_classifier = keep, but {file} has none of {len(spec.labels)} classes; leave it at auto"

@@ -94,10 +94,6 @@ def test_every_clip_has_equally_many_visible_patches(kind):
         ("pretrain.method=craft_mae pretrain.mask_waveform=true", r"pretrain\.mask_waveform = True .* visible patches"),
         ("pretrain.method=craft_mae pretrain.level=token", r"pretrain\.level = token says nothing"),
         ("pretrain.method=craft_mae pretrain.mask_patches=300", r"pretrain\.mask_patches = 300 says nothing"),
-        (
-            "pretrain.method=craft_mae pretrain.drop_ratio=[0.8,0.01]",
-            "drop_ratio = .*: 0.01 of 8 patches are 0",
-        ),
         ("pretrain.method=craft_mae pretrain.drop=[time,random] pretrain.drop_ratio=[.9,.8]", "0.9 of 4 columns are 4"),
         ("pretrain.drop_ratio=[0.5,0.5]", r"pretrain\.drop_ratio = \(0\.5, 0\.5\) .*pswacl, which encodes every patch"),
         ("pretrain.method=craft_mosaic pretrain.decoder=separate", "craft_mosaic, which has no decoder"),
@@ -143,5 +139,5 @@ def test_the_decoder_is_light():
     assert (len(decoder.blocks.blocks), decoder.narrow.out_features, decoder.pixels.out_features) == (2, 256, 768)
     tiny = pretrain_task("pretrain.method=craft_mae")
     rebuilt = tiny(batch(), rebuild=True)
-    assert rebuilt.predicted.shape == (4, 6, 256)
-    assert rebuilt.mask.shape == (4, 6)
+    assert rebuilt.predicted.shape == (4, 7, 256)
+    assert rebuilt.mask.shape == (4, 7)

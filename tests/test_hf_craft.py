@@ -145,6 +145,10 @@ def test_the_card_says_what_the_run_knows_and_what_it_does_not(tmp_path):
     make_run(run, FinetuneRecipe, "optim.lr=0.003")
     export_hf_craft(open_exported(run), tmp_path / "bare")
     bare = (tmp_path / "bare" / "README.md").read_text()
+    make_run(tmp_path / "several", PretrainRecipe, "data.shards=[{path: /home/me/a}, {path: /home/me/b}]",
+             "data.temperature=2")  # fmt: skip
+    export_hf_craft(open_exported(tmp_path / "several"), tmp_path / "of several")
+    assert "/home/me" not in (tmp_path / "of several" / "config.yaml").read_text()
     for missing in ("Coverage (the share of the listed clips that was there): not recorded", "Not recorded.",
                     "Finetuned: not evaluated.", "Frozen encoder: not probed.", "# license: fill in"):  # fmt: skip
         assert missing in bare

@@ -7,13 +7,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.config import PretrainConfig
+from pipeline.config import PretrainConfig, PretrainRecipe
 from pipeline.engine.job import Progress
 from pipeline.engine.step import teacher_decay, update, update_teacher
 from pipeline.model.weights import load_weights
+from pipeline.recipes import load_recipe
+from pipeline.runs import initialise
 from tests.engine.test_loop import BATCH, Engine, job
 from tests.reference import latent, masks, visible
 from tests.test_dropping import double, equal
+from tests.test_export import SPEC
 from tests.test_methods import batch, finetune_task, pretrain_task
 
 LATENT = "pretrain.method=craft_latent"
@@ -86,7 +89,7 @@ def test_all_views_share_one_pass_of_the_teacher():
         (teachers, recorded), (students, _) = seen
         assert not recorded
         assert [stream.shape[1] for stream in teachers] == [2 + 8] * 2
-        assert [stream.shape[1] for stream in students] == [2 + 2] * 2 * views
+        assert [stream.shape[1] for stream in students] == [2 + 1] * 2 * views
         for splits in task.hidden.splits(torch.arange(4), task.model.grids()).values():
             assert len({str(split.visible.tolist()) for split in splits}) == views
 
@@ -112,6 +115,14 @@ def test_a_stream_that_leaves_early_is_heard_where_it_was():
     heard = task.teacher(batch().fbank, batch().waveform, None)
     assert {name: len(outputs) for name, outputs in heard.items()} == {"spec": 3, "wav": 2}
     assert torch.isfinite(task(batch()).total)
+
+
+def test_the_teacher_begins_with_the_weights_that_its_student_was_given(tmp_path):
+    given, task = pretrain_task(LATENT), pretrain_task(LATENT)
+    move(given)
+    save_file(given.state_dict(), tmp_path / "first.safetensors")
+    initialise(task, load_recipe(PretrainRecipe, [], [LATENT, f"model.init={tmp_path / 'first.safetensors'}"]), SPEC)
+    assert all(torch.equal(weight, task.teacher.weights[name]) for name, weight in task.model.named_parameters())
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])

@@ -18,7 +18,6 @@ from torch import nn
 from pipeline.config import OptimConfig, Recipe
 from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.model.teacher import Teacher
 from pipeline.tasks import FinetuneTask, PretrainTask
 
 # Top-level keys that DeepSpeed reads; it ignores any other silently, a typo such as "zero_optimisation" too.
@@ -283,8 +282,6 @@ def build_engine(task: PretrainTask | FinetuneTask, recipe: Recipe, ds: dict[str
         betas=recipe.optim.betas,
         weight_decay=recipe.optim.weight_decay,
     )
-    if isinstance(task, PretrainTask) and task.teacher is not None:  # of the first weights, before they are divided
-        task.teacher = Teacher(task.model, task.teacher.blocks)
     compiling = {**ds.get("compile", {})}
     if compiling.pop("enabled", False):
         # Block by block: equal blocks share one graph, and the objectives' collectives stay outside.

@@ -35,6 +35,7 @@ HF_CRAFT_FILES = frozenset({
     "README.md", "config.json", "config.yaml", "curves.png", "data.json", "model.safetensors", PREPROCESSOR,
     *(f"{name}_craft.py" for name in CODE),
 })  # fmt: skip
+OF_SEVERAL = ("data.temperature", "data.schedule")  # sets of shards
 TRAINING = {"drop_path": 0.0, "checkpoint_activations": False}  # model settings of no use to who has the weights
 
 
@@ -115,9 +116,13 @@ def _code(stem: str, wanted: list[str]) -> str:
 
 
 def _without_places(recipe: PretrainRecipe | FinetuneRecipe) -> PretrainRecipe | FinetuneRecipe:
-    """The settings that change numbers; all others, which name places of whoever trained it, as by default."""
+    """The settings that change numbers; all others, which name places of whoever trained it, as by default.
+
+    So is how several of these places were mixed.
+    """
     sections = {}
     for section, values in recipe:
-        kept = {key for key in type(values).model_fields if effect(f"{section}.{key}") != "neutral"}
+        names = {key: f"{section}.{key}" for key in type(values).model_fields}
+        kept = {key for key, name in names.items() if effect(name) != "neutral" and name not in OF_SEVERAL}
         sections[section] = type(values)(**{key: getattr(values, key) for key in kept})
     return recipe.model_copy(update=sections)

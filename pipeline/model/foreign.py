@@ -52,6 +52,7 @@ Tensors = dict[str, torch.Tensor]
 HF_PREFIX = "audio_spectrogram_transformer."
 WRAPPERS = ("module.", "model.", "net.", "ar.runtime.backbone.")  # the last one: EVAR, which finetunes M2D
 EAT_PREFIX = "modality_encoders.IMAGE."
+EAT = "EAT or SSLAM"  # a table of 2 minutes of positions, of which any input takes the first
 KNOWN = ("model.special.", "model.encoder.blocks.", "v.cls_token", "embeddings.cls_token", HF_PREFIX, EAT_PREFIX,
          "patch_embed.proj.", "post_extract_proj.", "patch_embedding.")  # of each format  # fmt: skip
 MEL_BINS, M2D_BINS = 128, 80  # of every published SSAST, AST, Audio-MAE, EAT and SSLAM model; of M2D's
@@ -107,7 +108,7 @@ def translate(tensors: Tensors, file: Path, grid: tuple[int, int] | None) -> tup
         if name in tensors:
             raise UserError(f"model.init: {file}: {reason}, which this encoder has not: it would be another model")
     if f"{EAT_PREFIX}local_encoder.proj.weight" in tensors:
-        return _from_eat(tensors, file, grid), "EAT or SSLAM"
+        return _from_eat(tensors, file, grid), EAT
     if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= tensors.keys():
         return _from_vit(tensors, file, grid)
     if "v.cls_token" in tensors:
@@ -321,12 +322,16 @@ def _positions(positions: torch.Tensor, grid: tuple[int, int]) -> Tensors:
     return {"model.spec_tokens.positions": torch.unflatten(positions[0, 2:], 0, grid)}
 
 
-def _hf_grid(file: Path) -> tuple[int, int] | None:
-    """From the config.json beside the file."""
+def hf_config(file: Path) -> dict[str, Any]:
+    """The config.json beside a file of weights; empty where there is none."""
     path = file.parent / "config.json"
-    if not path.is_file():
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _hf_grid(file: Path) -> tuple[int, int] | None:
+    config = hf_config(file)
+    if not config:
         return None
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     high = (config.get("num_mel_bins", 128) - config.get("patch_size", 16)) // config.get("frequency_stride", 10) + 1
     wide = (config.get("max_length", 1024) - config.get("patch_size", 16)) // config.get("time_stride", 10) + 1
     return high, wide

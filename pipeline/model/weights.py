@@ -20,7 +20,7 @@ from pipeline.files import check_name, read_json
 from pipeline.methods import mismatch
 from pipeline.model.craft import Craft
 from pipeline.model.embed import resize_positions
-from pipeline.model.foreign import translate
+from pipeline.model.foreign import EAT, translate
 
 AVERAGE = "average.safetensors"
 SHARDED = ".index.json"  # Hugging Face's list of the files that a large model is split into
@@ -185,6 +185,8 @@ def load_weights(
             report.fresh.append(name)
             continue
         value = source[name]
+        if origin == EAT and name == "model.spec_tokens.positions":
+            value = value[:, : target.shape[1]]
         gridded = name.endswith(".positions") and value.dim() == target.dim() == 3  # a decoder's are, too
         if gridded and value.shape[-1] == target.shape[-1] and value.shape != target.shape:
             if (value.shape[1] == 1) != (target.shape[1] == 1):

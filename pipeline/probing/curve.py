@@ -6,8 +6,9 @@ on the spectrogram's tokens, the waveform's and both, "time_frequency", last lay
 Rank r encodes the r-th run of neighbouring batches, always of `BATCH` clips and equally many on each rank (the last one
 again where there are fewer: under ZeRO-3 a forward pass is a collective), and all gather them, in the order of the
 index. So for equal weights the numbers are the same on any ranks. Rank 0 trains the probes while the others wait.
-Clips are cut or zero-padded to the run's length. Cost, at a probe: a forward pass of n clips over R ranks, one gather
-of n / R vectors a rank, n x 2 f D x 4 bytes on each host (200 MB for 2,000 clips of base), six fits a probe and stream.
+Clips are cut or zero-padded to the run's length, or to that of `data.seconds` which holds them. Cost, at a probe: a
+forward pass of n clips over R ranks, one gather of n / R vectors a rank, n x 2 f D x 4 bytes on each host (200 MB for
+2,000 clips of base), six fits a probe and stream.
 """
 
 from collections.abc import Callable
@@ -66,9 +67,11 @@ class Curve:
             self._folds = load_index(shards, columns=["fold"])["fold"].to_numpy()
             by_folds(self._folds, [], 0)  # says that there are none
         self._single, self._limit, self._every = manifest.single_label, config.probe_clips, config.probe_every
+        longest, whole = spec.samples / spec.sample_rate, manifest.audio.seconds
+        seconds = tuple(length for length in spec.seconds if length < whole <= longest)
         self._data = recipe.data.model_copy(
-            update={"shards": shards, "fold": 0, "mean": spec.mean, "std": spec.std, "frames": spec.frames,
-                    "seconds": (), "train_split": "train", "eval_split": "train"}
+            update={"shards": shards, "fold": 0, "mean": spec.mean, "std": spec.std, "seconds": seconds,
+                    "frames": 0 if seconds else spec.frames, "train_split": "train", "eval_split": "train"}
         )  # fmt: skip
         self._reads, self._world = reads, world
 

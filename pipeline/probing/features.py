@@ -70,12 +70,21 @@ def read_pieces(
 
 
 def data_of(frozen: Frozen, shards: str, split: str, workers: int) -> DataConfig:
-    """One split, normalised as the encoder wants it."""
+    """One split, normalised and at the lengths that the encoder wants."""
     spec = frozen.spec
     return DataConfig(
-        shards=shards, train_split=split, eval_split=split, mean=spec.mean, std=spec.std, frames=spec.frames,
-        workers=workers,
+        shards=shards, train_split=split, eval_split=split, mean=spec.mean, std=spec.std, seconds=spec.seconds,
+        frames=0 if spec.seconds else spec.frames, workers=workers,
     )  # fmt: skip
+
+
+def batches_of(frozen: Frozen, data: DataConfig, clips: int) -> int:
+    """Batches of a split of so many clips; each length of inputs ends with one of its own."""
+    if not data.seconds:
+        return -(-clips // BATCH)
+    with Loader(data, "eval", waveform=frozen.model.streams.wav, fbank=frozen.model.streams.spec,
+                batch_size=BATCH) as loader:  # fmt: skip
+        return len(loader)
 
 
 def check_bad(data: DataConfig, manifest: Manifest, kept: int) -> None:
@@ -106,15 +115,23 @@ def compute(
         most_gb: Of disk, for this split.
 
     Raises:
-        UserError: more features than `most_gb` or than the disk has room for; too many bad clips.
+        UserError: tokens of clips of several lengths; more features than `most_gb` or than the disk has room for; too
+            many bad clips.
     """
+    if pool == "tokens" and frozen.spec.seconds:
+        raise UserError(
+            f"--pool tokens: {frozen.source} was trained on inputs of several lengths (data.seconds), whose numbers of "
+            "tokens differ; take --probe linear, knn or cgp"
+        )
     manifest = load_manifest(shards)
     clip = sum(math.prod(frozen.size(pool, stream)) for stream in frozen.streams) * len(layers)
     clip *= 2 if pool == "tokens" else 4
     batches = min(MOST_BATCHES, max(1, PIECE_BYTES // (BATCH * clip)))
     clips = manifest.splits[split].clips
     home = folder / frozen.digest[:16] / f"{manifest.digest[:16]}-{pool}-{'_'.join(map(str, layers))}"
-    files = [home / f"{split}-{piece:06d}.safetensors" for piece in range(-(-clips // (BATCH * batches)))]
+    data = data_of(frozen, shards, split, workers)
+    pieces = -(-batches_of(frozen, data, clips) // batches)
+    files = [home / f"{split}-{piece:06d}.safetensors" for piece in range(pieces)]
 
     def find() -> list[int]:
         missing = [piece for piece, file in enumerate(files) if not file.exists()]
@@ -132,14 +149,14 @@ def compute(
         return missing
 
     missing = distributed.decide(find)
-    data = data_of(frozen, shards, split, workers)
     kind = torch.float16 if pool == "tokens" else torch.float32
     for piece, _, coming in read_pieces(frozen, data, layers, batches, missing, world):
         parts: dict[str, list[torch.Tensor]] = {}
         for batch, tokens in coming:
             made = {"rows": batch.row, "targets": (batch.targets > 0.5).to(torch.uint8)}
+            grids = frozen.grids_of(batch)
             for (stream, layer), sequence in tokens.items():
-                made[f"{stream}.{layer}"] = pooled(sequence, pool, frozen.grids[stream]).to(kind)
+                made[f"{stream}.{layer}"] = pooled(sequence, pool, grids[stream]).to(kind)
             for name, values in made.items():
                 parts.setdefault(name, []).append(values[batch.valid].cpu())
         with new_file(files[piece]) as temporary:

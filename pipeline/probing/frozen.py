@@ -5,7 +5,9 @@ of the Hugging Face hub, hf://OWNER/NAME; `random:SIZE` or `random:RUN`, the sam
 whose forward gives pooled features.
 
 Nothing is masked and nothing is trained. Layer l is the output of block l, from 1; the last one is taken behind the
-encoder's LayerNorm, as heads see it. Positions are fitted to the length of the clips as in finetuning.
+encoder's LayerNorm, as heads see it. A stream that leaves the encoder early (`model.wav_depth`) stays behind that block
+what it was. Positions are fitted to the length of the clips as in finetuning; weights of a run with `data.seconds` hear
+each clip at the length that it had there.
 """
 
 import hashlib
@@ -30,7 +32,7 @@ from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.model.craft import SIZES, Craft, Streams
 from pipeline.model.embed import patch_grid
 from pipeline.model.encoder import recorded
-from pipeline.model.foreign import MEL_BINS, translate
+from pipeline.model.foreign import MEL_BINS, hf_config, translate
 from pipeline.model.heads import row_means
 from pipeline.model.precision import in_precision
 from pipeline.model.weights import load_weights, read_weights, weights_file
@@ -54,7 +56,7 @@ class Frozen(nn.Module):
 
     Attributes:
         streams: "spec", "wav" or both, in this order.
-        grids: Patches of each along frequency and time.
+        grids: Patches of each along frequency and time, of the longest input.
         depth: Blocks.
         digest: sha256 of weights, architecture, normalisation and precision: features of equal digests are equal.
     """
@@ -68,6 +70,7 @@ class Frozen(nn.Module):
         self.streams = list(self.grids)
         self.depth = len(model.encoder.blocks)
         about = [model.config.model_dump(mode="json"), asdict(model.streams), spec.mean, spec.std]
+        about += [spec.seconds] if spec.seconds else []
         whole = hashlib.sha256(json.dumps(about).encode())
         for name, tensor in sorted(model.state_dict().items()):
             whole.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -101,6 +104,10 @@ class Frozen(nn.Module):
             raise UserError(f"--layers {text}: the encoder has {self.depth} blocks")
         return layers
 
+    def grids_of(self, batch: Batch) -> dict[str, tuple[int, int]]:
+        """`grids` of the clips of a batch."""
+        return {name: grid for name, grid in self.model.grids(batch.frames).items() if name in self.grids}
+
     @torch.no_grad()
     def forward(self, batch: Batch, layers: Sequence[int]) -> dict[tuple[str, int], torch.Tensor]:
         """Tokens [B, 2 + N, D] of each (stream, layer): cls, dist (or cls alone), then the patches, frequency-major.
@@ -111,13 +118,16 @@ class Frozen(nn.Module):
         model, found = self.model, {}
         if (model.streams.spec and batch.fbank is None) or (model.streams.wav and batch.waveform is None):
             raise ValueError("the batch lacks a representation that the encoder reads; see Loader")
-        wav_map = model.waveform_map(batch.waveform, batch.length) if model.streams.wav else None  # type: ignore[arg-type]
-        fbank = batch.fbank if model.streams.spec else None
+        wav_map = None
+        if model.streams.wav:
+            wav_map = model.waveform_map(batch.waveform, batch.length, batch.frames)  # type: ignore[arg-type]
+        fbank, grids = batch.fbank if model.streams.spec else None, self.grids_of(batch)
         modules = [model.encoder.last if layer == self.depth else model.encoder.blocks[layer - 1] for layer in layers]
-        taken = recorded(modules, len(batch), lambda: model(fbank, wav_map))
+        leaving = model.encoder.blocks[(model.config.wav_depth or self.depth) - 1]  # the waveform's last one
+        *taken, left = recorded([*modules, leaving], len(batch), lambda: model(fbank, wav_map))
         for layer, apart in zip(layers, taken, strict=True):
-            for stream, tokens in zip(self.streams, apart, strict=True):
-                rows, columns = self.grids[stream]
+            for stream, tokens in zip(self.streams, [*apart, *left[len(apart) :]], strict=True):
+                rows, columns = grids[stream]
                 kept = model.config.class_tokens + rows * columns  # behind them stand bottlenecks
                 found[stream, layer] = tokens[:, :kept].float()
         return found
@@ -198,6 +208,9 @@ def _of_weights(
         if fallback.mel_bins != MEL_BINS:
             raise UserError(f"{source}: was made for {MEL_BINS} mel bins, the shards have {fallback.mel_bins}")
         spec = fallback.model_copy(update={"mean": mean, "std": std})
+        frames = hf_config(file).get("max_length")
+        if data is None and isinstance(frames, int):
+            spec = spec.model_copy(update={"samples": round(frames / 102.4 * SAMPLE_RATE), "frames": frames})
     model = _build(config, streams, spec, seed)
     report = load_weights(nn.ModuleDict({"model": model}), file, grid=grid)
     if report.fresh:
@@ -250,7 +263,8 @@ def _spec_for(made: DataSpec, data: DataSpec | None, name: str) -> DataSpec:
             f"{name}: was trained on {made.sample_rate} Hz and {made.mel_bins} mel bins, the shards have "
             f"{data.sample_rate} and {data.mel_bins}; rebuild the shards with that format"
         )
-    return data.model_copy(update={"mean": made.mean, "std": made.std})
+    seconds = tuple(length for length in made.seconds if length < data.samples / data.sample_rate)
+    return data.model_copy(update={"mean": made.mean, "std": made.std, "seconds": seconds})
 
 
 def _foreign(file: Path, grid: tuple[int, int] | None) -> ModelConfig:

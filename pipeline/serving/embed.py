@@ -28,10 +28,11 @@ from pipeline.data.manifest import load_manifest
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.files import check_output_directory, new_file, read_json, write_json, write_text
-from pipeline.probing.features import BATCH, MOST_BATCHES, Tokens, check_bad, data_of, read_pieces
+from pipeline.flow import Batch
+from pipeline.probing.features import MOST_BATCHES, Tokens, batches_of, check_bad, data_of, read_pieces
 from pipeline.probing.frozen import Frozen, Pool, pooled
 from pipeline.serving.listen import listen
-from pipeline.serving.scorer import batch_of
+from pipeline.serving.scorer import batch_of, by_length
 
 log = logging.getLogger(__name__)
 
@@ -73,21 +74,30 @@ class Embedder:
         self.width = sum(frozen.size(pool, stream)[0] for stream in streams)
         self.hop = 0.0 if over_time else frozen.model.config.stride * FRAME_SECONDS
 
-    def vectors(self, tokens: Tokens) -> torch.Tensor:
-        """float32 [n, layers, columns or 1, width] of `Frozen`'s tokens."""
-        found = []
+    def vectors(self, batch: Batch, tokens: Tokens) -> torch.Tensor:
+        """float32 [n, layers, columns or 1, width] of `Frozen`'s tokens of a batch."""
+        found, grids = [], self.frozen.grids_of(batch)
         for layer in self.layers:
-            parts = [pooled(tokens[stream, layer], self.pool, self.frozen.grids[stream], self.over_time)
+            parts = [pooled(tokens[stream, layer], self.pool, grids[stream], self.over_time)
                      for stream in self.streams]  # fmt: skip
             whole = torch.cat(parts, dim=-1)
             found.append(whole[:, None] if self.over_time else whole)
         return torch.stack(found, dim=1)
 
     def hear(self, waveforms: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Of clips [n] of at most a clip's length, at the spec's rate: no scores, and `vectors`."""
-        device = next(self.frozen.parameters()).device
-        batch = batch_of(waveforms, self.spec, device)
-        return np.zeros((len(waveforms), 0), np.float32), self.vectors(self.frozen(batch, self.layers)).cpu().numpy()
+        """Of clips [n] of at most a clip's length, at the spec's rate: no scores, and `vectors`.
+
+        Behind the last column of an input that is shorter than others stand zeros.
+        """
+        device, found = next(self.frozen.parameters()).device, []
+        order, groups = by_length(waveforms, self.spec)
+        for samples, some in groups:
+            batch = batch_of(some, self.spec, device, samples)
+            found.append(self.vectors(batch, self.frozen(batch, self.layers)).cpu().numpy())
+        columns = max(part.shape[2] for part in found)
+        whole = [np.pad(part, [(0, columns - part.shape[axis] if axis == 2 else 0) for axis in range(part.ndim)])
+                 for part in found]  # fmt: skip
+        return np.zeros((len(waveforms), 0), np.float32), np.concatenate(whole)[order]
 
 
 @contextmanager
@@ -147,9 +157,9 @@ def embed_split(
         UserError: too many bad clips.
     """
     manifest = load_manifest(shards)
-    clips, size = manifest.splits[split].clips, BATCH * MOST_BATCHES
-    files = [out / f"{split}-{piece:06d}.parquet" for piece in range(-(-clips // size))]
     data = data_of(embedder.frozen, shards, split, workers)
+    pieces = -(-batches_of(embedder.frozen, data, manifest.splits[split].clips) // MOST_BATCHES)
+    files = [out / f"{split}-{piece:06d}.parquet" for piece in range(pieces)]
     missing = distributed.decide(lambda: [piece for piece, file in enumerate(files) if not file.exists()])
     for piece, loader, coming in read_pieces(embedder.frozen, data, embedder.layers, MOST_BATCHES, missing, world):
         with _parts(files[piece], embedder, half) as write:
@@ -159,7 +169,7 @@ def embed_split(
                 seconds = np.full(len(rows), embedder.spec.samples / embedder.spec.sample_rate)
                 if batch.length is not None:
                     seconds = batch.length.cpu().numpy()[valid] / embedder.spec.sample_rate
-                vectors = embedder.vectors(tokens)[batch.valid].cpu().numpy()
+                vectors = embedder.vectors(batch, tokens)[batch.valid].cpu().numpy()
                 write(loader.keys(rows.tolist()), np.zeros(len(rows)), seconds, vectors)
         log.info("embeddings of %s: piece %d of %d", split, piece + 1, len(files))
     distributed.barrier()

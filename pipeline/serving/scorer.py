@@ -109,10 +109,9 @@ class Scorer:
             Probabilities [n, C]; embeddings [n, streams x D], the mean token of each stream, the spectrogram's
             first. Both float32.
         """
-        lengths = np.array([self.spec.length_of(len(waveform)) for waveform in waveforms])
+        order, groups = by_length(waveforms, self.spec)
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        for samples in np.unique(lengths).tolist():
-            some = [waveforms[i] for i in np.flatnonzero(lengths == samples)]
+        for samples, some in groups:
             batch = batch_of(some, self.spec, next(self.task.parameters()).device, samples)
             with torch.no_grad():
                 encoded = self.task.encode(batch)
@@ -120,7 +119,6 @@ class Scorer:
                 embedding = torch.cat(stream_means(encoded), dim=1)
             scores = logits.softmax(dim=1) if self.spec.single_label else logits.sigmoid()
             found.append((scores.float().cpu().numpy(), embedding.float().cpu().numpy()))
-        order = np.argsort(np.argsort(lengths, kind="stable"))
         scores_of, embeddings = (np.concatenate(parts)[order] for parts in zip(*found, strict=True))
         return scores_of, embeddings
 
@@ -129,7 +127,8 @@ def resample(samples: Any, rate: float, to: int) -> np.ndarray:
     """Samples [n] or [n, channels] in [-1, 1] at `rate` Hz -> float32 [m], mono at `to` Hz.
 
     Raises:
-        UserError: nothing in them, or not finite, or no rate of audio.
+        UserError: nothing in them, not finite, numbers of a file of integers, more channels than samples, or no rate of
+            audio.
     """
     if not MIN_RATE <= rate <= MAX_RATE:
         raise UserError(f"samples at {rate} Hz: give a rate from {MIN_RATE} to {MAX_RATE}")
@@ -139,6 +138,11 @@ def resample(samples: Any, rate: float, to: int) -> np.ndarray:
         raise UserError(f"samples: {error}; give finite floats [n] or [n, channels]") from error
     if array.ndim not in (1, 2) or not array.size or not np.isfinite(array).all():
         raise UserError(f"samples of shape {array.shape}: give finite floats [n] or [n, channels]")
+    if array.ndim == 2 and array.shape[0] < array.shape[1]:
+        raise UserError(f"samples of shape {array.shape}: more channels than samples; transpose them to [n, channels]")
+    kind = getattr(samples, "dtype", None)
+    if kind is not None and np.issubdtype(kind, np.integer):
+        raise UserError(f"samples of type {kind}: give floats in [-1, 1]; divide int16 by 32768, int32 by 2147483648")
     mono = down_mix(array) if array.ndim == 2 else array
     return mono if rate == to else np.asarray(soxr.resample(mono, rate, to, quality="HQ"), dtype=np.float32)
 
@@ -146,6 +150,18 @@ def resample(samples: Any, rate: float, to: int) -> np.ndarray:
 def step_of(spec: DataSpec, hop: float) -> int:
     """Samples between windows that are `hop` seconds apart."""
     return max(1, round(hop * spec.sample_rate))
+
+
+def by_length(waveforms: list[np.ndarray], spec: DataSpec) -> tuple[np.ndarray, list[tuple[int, list[np.ndarray]]]]:
+    """Clips by the length of input that they have.
+
+    Returns:
+        Where each clip is found in the groups one behind the other: int64 [n]; samples and clips of each group.
+    """
+    lengths = np.array([spec.length_of(len(waveform)) for waveform in waveforms])
+    groups = [(samples, [waveforms[i] for i in np.flatnonzero(lengths == samples)])
+              for samples in np.unique(lengths).tolist()]  # fmt: skip
+    return np.argsort(np.argsort(lengths, kind="stable")), groups
 
 
 def batch_of(waveforms: Sequence[np.ndarray], spec: DataSpec, device: torch.device, samples: int = 0) -> Batch:

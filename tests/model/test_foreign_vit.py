@@ -98,7 +98,7 @@ def test_audio_mosaic_gives_its_own_tokens(tmp_path):
 
 @torch.no_grad()
 def test_eat_and_sslam_give_their_own_tokens(tmp_path):
-    theirs = Eat((64, 8)).eval()
+    theirs = Eat((768, 8)).eval()
     torch.save(theirs.checkpoint(), tmp_path / "EAT.pt")
     for words, remedy in ((ONE, r"model\.block=post; set that"), (["model.block=post"], "model.class_tokens=1")):
         with pytest.raises(UserError, match=remedy):
@@ -119,6 +119,9 @@ def test_eat_and_sslam_give_their_own_tokens(tmp_path):
     tokens = frozen(batch, [4])["spec", 4]
     torch.testing.assert_close(pooled(tokens, "mean", (8, 64)), expected.mean(dim=1), **EXACT)
     torch.testing.assert_close(pooled(tokens, "cls", (8, 64)), theirs(fbanks(1024))[:, 0], **EXACT)
+    shorter = finetune_task(512, *ONE, "model.block=post", "model.positions=interpolated")
+    assert load_weights(shorter, tmp_path / "EAT.pt").resized == []
+    torch.testing.assert_close(shorter.model(fbanks(512), None).spec[0], by_frequency(theirs(fbanks(512)), 32), **EXACT)
 
 
 @torch.no_grad()

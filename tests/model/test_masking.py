@@ -95,6 +95,14 @@ def test_no_position_is_favoured(grid, sides, share):
     assert (rate - nominal).abs().max() < 5 * (nominal * (1 - nominal) / 1500) ** 0.5 + 1e-6
 
 
+def test_what_is_kept_is_rounded_down():
+    """As in MAE and AudioMosaic, whose int(n (1 - ratio)) counts what stays; but not where floats fall short of it."""
+    kept = {(kind, ratio): units - dropped for kind, ratio in (("time", 0.6), ("frequency", 0.4), ("random", 0.8))
+            for units, dropped in [dropped_count(kind, ratio, (8, 64))]}  # fmt: skip
+    assert kept == {("time", 0.6): 25, ("frequency", 0.4): 4, ("random", 0.8): 102}
+    assert dropped_count("time", 0.8, (8, 10)) == (10, 8)  # 10 (1 - .8) is 1.9999999999999996
+
+
 @given(grid=GRIDS, kind=st.sampled_from(DROPS), share=st.floats(0.05, 0.95), seed=st.integers(0, 999))
 @settings(max_examples=60, deadline=None)
 def test_splits_equal_their_twin(grid, kind, share, seed):

@@ -143,12 +143,30 @@ def train(shards, recipe, epochs):
                 losses.total.backward()
                 optimizer.step()
                 optimizer.zero_grad()
+                if recipe.startswith("pretrain"):
+                    craft.update_teacher(task, 0.9)
                 print(float(losses.named["loss"]))
 
 for recipe in sys.argv[2:]:
     train(sys.argv[1], recipe, 2)
 assert "deepspeed" not in sys.modules
 """
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [
+        (np.zeros((1, 8000), np.float32), "more channels than samples; transpose them"),
+        (torch.zeros(2, 8000), "more channels than samples; transpose them"),
+        (np.zeros(8000, np.int16), "samples of type int16: .* divide int16 by 32768"),
+        (torch.zeros(8000, 2, dtype=torch.int32), "samples of type int32"),
+    ],
+)
+def test_samples_of_another_layout_or_scale_are_refused(finetuned, samples, said):
+    model = craft.load(finetuned, device="cpu")
+    for hear in (model.predict, model.embed):
+        with pytest.raises(craft.UserError, match=said):
+            hear(samples)
 
 
 def test_a_plain_loop_trains_without_deepspeed(shards):

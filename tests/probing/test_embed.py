@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,15 +11,18 @@ import soundfile
 import torch
 
 from launchers.embed import main
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, FinetuneRecipe
 from pipeline.data.corpus import load_corpus
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import load_index, load_manifest
 from pipeline.data.spec import DataSpec
+from pipeline.distributed import World
 from pipeline.errors import UserError
+from pipeline.probing.features import compute, mapped
 from pipeline.probing.frozen import open_frozen, pooled
 from pipeline.serving.scorer import load_scorer
 from tests.conftest import ROOT
+from tests.helpers import shards_of_lengths
 from tests.ranks import run_ranks
 
 SMALL = ROOT / "tests" / "probing" / "small_pieces.py"
@@ -113,6 +117,33 @@ def test_vectors_of_recordings_are_those_that_predict_gives_and_bad_ones_are_sai
     (line,) = (tmp_path / "out" / "files-000000.failed.jsonl").read_text().splitlines()
     assert json.loads(line)["path"] == str(recordings / "2x.wav")
     assert "1 recordings could not be read" in capsys.readouterr().err
+
+
+def test_a_run_of_several_lengths_hears_each_clip_at_its_own(make_run, tmp_path, monkeypatch):
+    """The vectors of shards, of files and of the scores are the same ones; features of a probe, too."""
+    shards = shards_of_lengths(tmp_path / "audio", {0.15: 36, 0.4: 3, 0.6: 2})
+    run = make_run(FinetuneRecipe, f"data.shards={shards}", "data.seconds=[0.2, 0.4]")
+    words, found = ["--checkpoint", run, "--layers", "4"], {}
+    for name, inputs in (("shards", ["--shards", shards, "--split", "train"]), ("files", [tmp_path / "audio"])):
+        assert embed(monkeypatch, *words, *inputs, "--out", tmp_path / name) == 0
+        (file,) = (tmp_path / name).glob("*.parquet")
+        table = pq.read_table(file)
+        keys = (Path(key).stem for key in table["key"].to_pylist())
+        found[name] = dict(zip(keys, np.array(table["embedding"].to_pylist(), np.float32), strict=True))
+    scorer = load_scorer(run)
+    assert len(found["shards"]) == 41
+    for key, vector in found["shards"].items():
+        _, (expected,) = scorer.hear([scorer.read(str(tmp_path / "audio" / f"{key}.wav"))])
+        np.testing.assert_allclose(vector, expected, rtol=1e-3, atol=2e-3)
+        np.testing.assert_allclose(found["files"][key], expected, rtol=1e-4, atol=1e-5)
+    assert embed(monkeypatch, *words, tmp_path / "audio", "--level", "time", "--out", tmp_path / "time") == 0
+    data = DataConfig(shards=str(shards))
+    frozen = open_frozen(str(run), DataSpec.of(load_corpus(data), data))
+    files = compute(frozen, str(shards), "train", [4], "mean", tmp_path / "features", World(), workers=0)
+    features = mapped(files)
+    assert sorted(features.rows) == list(range(41))
+    with pytest.raises(UserError, match=r"several lengths .* take --probe linear"):
+        compute(frozen, str(shards), "train", [4], "tokens", tmp_path / "features", World(), workers=0)
 
 
 def test_mistakes_are_one_line_before_anything_is_written(pretrained, shards, recordings, tmp_path, monkeypatch):

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import ASTConfig, ASTModel
 
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, PretrainRecipe
 from pipeline.data.corpus import load_corpus
+from pipeline.data.fbank import padded_frames
 from pipeline.data.loader import Loader
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
@@ -77,6 +78,16 @@ def test_a_pretrained_run_its_checkpoint_and_its_export_are_one_encoder(pretrain
 
 
 @torch.no_grad()
+def test_behind_the_block_where_it_leaves_the_waveform_stays_what_it_was(make_run, spec, batch):
+    frozen = open_frozen(str(make_run(PretrainRecipe, "pretrain.method=swapt", "model.wav_depth=2")), spec)
+    found = frozen(batch, frozen.layers("all"))
+    assert list(found) == [(stream, layer) for layer in (1, 2, 3, 4) for stream in ("spec", "wav")]
+    assert torch.equal(found["wav", 3], found["wav", 2])
+    assert not torch.equal(found["spec", 3], found["spec", 2])
+    torch.testing.assert_close(found["wav", 4], frozen.model.encoder.norm(found["wav", 2]))
+
+
+@torch.no_grad()
 def test_ssast_and_hugging_face_weights_give_their_own_tokens(tmp_path, spec):
     theirs = Ssast(frames=128)
     torch.save(theirs.checkpoint(), tmp_path / "SSAST.pth")
@@ -92,6 +103,9 @@ def test_ssast_and_hugging_face_weights_give_their_own_tokens(tmp_path, spec):
     found = frozen(batch, [2, 4])
     torch.testing.assert_close(found["spec", 4], expected.last_hidden_state, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["spec", 2], expected.hidden_states[2], rtol=1e-4, atol=1e-5)
+    alone = open_frozen(str(tmp_path / "hf"))  # of its own length, 1.28 s in frames, and not of 10 s
+    assert (alone.spec.samples, alone.spec.frames, alone.grids["spec"]) == (20000, 128, (12, 12))
+    assert padded_frames(alone.spec.samples / 16000) == 128
 
 
 def test_pooling_is_what_it_says():

@@ -49,7 +49,7 @@ def split(seed, purpose, position, grid, kind, ratio, sides) -> list[tuple[list[
     height, width = grid
     total = height * width
     units = {"time": width, "frequency": height}.get(kind, total)
-    count = round(ratio * units)
+    count = units - int(units * (1 - ratio) + 1e-9)  # AudioMosaic: len_keep = int(F * (1 - mask_ratio))
     splits = []
     for clip, row in zip(position, uniform(seed, purpose, torch.tensor(position), units).tolist(), strict=True):
         dropped = set(sorted(range(units), key=lambda unit: (row[unit], unit), reverse=True)[:count])

@@ -100,7 +100,7 @@ class Eat(nn.Module):
         """[B, T, M] -> [B, 1 + N, D], patches of one time side by side."""
         image = self.modality_encoders["IMAGE"]
         x = image.local_encoder["proj"](images[:, None]).flatten(2).transpose(1, 2)
-        x = x + image.fixed_positional_encoder.positions
+        x = x + image.fixed_positional_encoder.positions[:, : x.shape[1]]  # models/base.py: of 768 x 8, the first
         x = torch.cat([image.extra_tokens.expand(len(x), -1, -1), x], dim=1)
         x = image.context_encoder["norm"](x)
         for block in self.blocks:

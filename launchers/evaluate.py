@@ -150,7 +150,8 @@ def main() -> None:
     from pipeline.runs import score_averaged_weights, score_ensemble, score_run
 
     runs = [(run_dir, weights_file(run_dir, average=not args.last)) for run_dir in args.checkpoint]
-    words = [f"data.shards={args.shards}", f"eval.batch_size={args.batch_size}", f"data.workers={args.workers}"]
+    words = [f"data.shards={args.shards}", "data.schedule=[]", "data.temperature=1",
+             f"eval.batch_size={args.batch_size}", f"data.workers={args.workers}"]  # fmt: skip
     if args.split:
         words += [f"data.eval_split={args.split}", "data.fold=0"]
     recipe = load_recipe(FinetuneRecipe, [args.checkpoint[0] / "config.yaml"], words)

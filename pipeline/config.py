@@ -459,7 +459,9 @@ class PretrainConfig(Section):
         description="craft_*, audio_mosaic: what the encoder never sees of spectrogram and waveform map, or of two "
         "views of the spectrogram: patches at random or in clusters, whole columns (time) or rows (frequency)",
     )
-    drop_ratio: tuple[Share, Share] = result((0.8, 0.8), description="the shares of them that are dropped; what stays is rounded down")
+    drop_ratio: tuple[Share, Share] = result(
+        (0.8, 0.8), description="the shares of them that are dropped; what stays is rounded down"
+    )
     decoder: Literal["shared", "separate"] = result(
         "shared", description="craft_mae, craft_latent: one decoder for both representations, or one each"
     )

@@ -308,6 +308,15 @@ def mean(values: Mapping[str, torch.Tensor | float], device: torch.device) -> di
     return dict(zip(names, packed.tolist(), strict=True))
 
 
+def mean_on_device(value: torch.Tensor) -> torch.Tensor:
+    """Mean over ranks of a scalar: float64, and nobody waits for the device."""
+    found = value.detach().to(torch.float64, copy=True)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(found)
+        found /= dist.get_world_size()
+    return found
+
+
 class Agreement:
     """Small numbers that all ranks agree on once a step, without waiting for each other.
 

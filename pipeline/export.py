@@ -182,8 +182,8 @@ def export_hf(run: Exported, out: Path) -> str:
     left += ["waveform side"] if task.method.wav else []
     left += ["pretraining heads"] if isinstance(task, PretrainTask) else []
     return (
-        f"{config['architectures'][0]}{'; left out: ' + ', '.join(left) if left else ''}; cut or zero-pad recordings to "
-        f"{spec.samples} samples before its feature extractor, which pads otherwise than training did"
+        f"{config['architectures'][0]}{'; left out: ' + ', '.join(left) if left else ''}; cut or zero-pad recordings "
+        f"to {spec.samples} samples before its feature extractor, which pads otherwise than training did"
     )
 
 

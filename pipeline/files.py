@@ -280,12 +280,27 @@ def lock(descriptor: int, wait: bool = True) -> bool:
     return True
 
 
+def unlock(descriptor: int) -> None:
+    """Gives up a lock, also for the processes that inherited it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process, and one thread of it, at a time; the file is made where it is missing, and stays."""
+    """One process, and one thread of it, at a time; the file is made where it is missing, and stays.
+
+    Unlocked, not only closed: a process that another thread forked inside has the file open as long as it lives.
+    """
     with path.open("ab") as file:
         lock(file.fileno())
-        yield
+        try:
+            yield
+        finally:
+            unlock(file.fileno())
 
 
 def sha256(file: IO[bytes]) -> str:

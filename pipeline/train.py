@@ -223,8 +223,11 @@ def tracked(
         status = "KILLED"
         raise
     finally:
-        if world.is_main and figures.curves(run_dir / "metrics.jsonl", run_dir / "curves.png"):
-            tracker.artifact(run_dir / "curves.png")
+        try:
+            if world.is_main and figures.curves(run_dir / "metrics.jsonl", run_dir / "curves.png"):
+                tracker.artifact(run_dir / "curves.png")
+        except OSError as error:
+            log.warning("%s: %s; there is no picture of the curves", run_dir / "curves.png", error.strerror)
         tracker.finish(status)
 
 

@@ -17,6 +17,8 @@ from pipeline.files import (
     check_output_file,
     check_replaced_directory,
     config_path,
+    lock,
+    locked,
     new_directory,
     shipped,
     user_path,
@@ -156,3 +158,19 @@ def test_a_configuration_goes_by_its_path_or_its_name_in_configs(tmp_path, monke
     (tmp_path / "configs" / "pretrain" / "demo.yaml").touch()
     assert config_path("configs/pretrain/demo.yaml", "--config") == Path("configs/pretrain/demo.yaml")
     assert config_path("pretrain/demo", "--config").samefile(demo)
+
+
+def test_a_lock_ends_with_its_block_whoever_was_forked_inside(tmp_path):
+    """A thread delivers to MLflow while the main one forks its readers, which live as long as the training."""
+    told, tell = os.pipe()
+    with locked(tmp_path / "lock"):
+        child = os.fork()
+        if not child:
+            os.close(tell)
+            os.read(told, 1)  # ends with this test
+            os._exit(0)
+    with (tmp_path / "lock").open("ab") as file:
+        free = lock(file.fileno(), wait=False)
+    os.close(tell)
+    os.waitpid(child, 0)
+    assert free

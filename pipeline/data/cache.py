@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 from pipeline.data.manifest import ShardRecord
 from pipeline.data.storage import LongerError, fetch, file_system
 from pipeline.errors import UserError
-from pipeline.files import sync
+from pipeline.files import sync, unlock
 
 log = logging.getLogger(__name__)
 
@@ -392,6 +392,7 @@ def _locked(path: Path) -> Iterator[int]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:
+        unlock(descriptor)
         os.close(descriptor)
 
 
@@ -400,6 +401,7 @@ def _is_free(name: Path, folder: Path) -> bool:
     descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unlock(descriptor)
     except BlockingIOError:
         return False
     finally:

@@ -102,12 +102,13 @@ class Corpus:
                 }  # fmt: skip
 
 
-def load_corpus(data: DataConfig, labelled: bool = False) -> Corpus:
+def load_corpus(data: DataConfig, labelled: bool = False, trains: bool = True) -> Corpus:
     """Reads the manifests that `data.shards` names.
 
     Args:
         data: Settings.
         labelled: Clips without labels are refused: their classes are learned or scored.
+        trains: Training splits must be there. Not for an evaluation of a split of its own.
 
     Raises:
         UserError: no manifest, a split that is not there, sets of different formats, or no labels.
@@ -119,7 +120,7 @@ def load_corpus(data: DataConfig, labelled: bool = False) -> Corpus:
         manifest = labelled_manifest(one.path) if labelled else load_manifest(one.path)
         train = (one.split or data.train_split).split(",")
         for name in train:
-            if name not in manifest.splits:
+            if trains and name not in manifest.splits:
                 key = f"data.shards[{number}].split = '{one.split}'" if one.split else (
                     f"data.train_split = '{data.train_split}'")  # fmt: skip
                 raise UserError(
@@ -149,6 +150,7 @@ def load_corpus(data: DataConfig, labelled: bool = False) -> Corpus:
         else:
             classes, said = np.arange(len(manifest.labels)) if twin.classes is None else twin.classes, ", the same set"
         same = np.array_equal(classes, np.arange(len(classes)))
+        train = [name for name in train if name in manifest.splits]
         member = Member(one.path, manifest, train, held_out, one.weight, None if same else classes)
         found.append(member)
         report.append(f"{one.path} ({','.join(train)}): {member.clips} clips, {len(manifest.labels)} classes{said}")

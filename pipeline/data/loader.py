@@ -115,7 +115,7 @@ class Loader(IterableDataset[Batch]):
                 "data.fbank = stored: the stored fbank is not that of a waveform changed by augment.mixup, noise_snr "
                 "or roll; use data.fbank=auto"
             )
-        self.corpus = load_corpus(data)
+        self.corpus = load_corpus(data, trains=self._train or data.fold > 0)
         self.spec = DataSpec.of(self.corpus, data)
         online = fbank and (data.fbank == "online" or (data.fbank == "auto" and changed))
         read = {"waveform": waveform or online, "fbank": fbank and not online}

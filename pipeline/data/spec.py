@@ -82,7 +82,8 @@ class DataSpec(BaseModel):
                 f"data.seconds = {list(data.seconds)}: the clips of {data.shown} have {whole:g} s, a length "
                 f"of their own; give shorter ones, from {SHORTEST} s on"
             )
-        splits = [member.manifest.splits[name] for member in corpus.members for name in member.train]
+        splits = [member.manifest.splits[name] for member in corpus.members
+                  for name in member.train or member.manifest.splits]  # fmt: skip
         # Clips have equally many values: weights are shares of clips. hypot of one number is that number, to the bit.
         shares = [split.clips / max(1, sum(other.clips for other in splits)) for split in splits]
         mean = math.fsum(share * split.fbank_mean for share, split in zip(shares, splits, strict=True))

@@ -234,9 +234,16 @@ def delete_old(run_dir: Path, config: CheckpointConfig, kept_steps: frozenset[in
 
 
 def _remove(folder: Path) -> None:
-    """Deletes a checkpoint; it stops counting before its first file goes."""
-    (folder / "complete").unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    """Deletes a checkpoint; it stops counting before its first file goes.
+
+    What cannot be deleted (NFS keeps files that somebody has open; somebody protected it) is said and stays: no reason
+    to lose the next one.
+    """
+    try:
+        (folder / "complete").unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("%s: cannot be deleted: %s; the run goes on, delete it yourself", folder, error)
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:

@@ -75,6 +75,7 @@ def train(job: Job, world: World) -> None:
                     world.faults.at(step, "step")
                     grad_norm = update(engine, job, batch, progress, named["loss"])
                 progress.step, progress.metric = step + 1, None
+                run.watch(named)
                 if progress.step % job.recipe.log.every == 0 or progress.step == total:
                     run.log(named, rate, grad_norm)
                 run.average()
@@ -126,12 +127,27 @@ class _Run:
         self.telemetry = Telemetry(job.run_dir, job.tracker, world, job.recipe.log, job.task.model, job.batches.total,
                                    self.progress.step, at_peak)  # fmt: skip
         self.checkpoints = Checkpoints(job.run_dir, job.recipe.checkpoint, world, job.kept_steps)
+        self.twin = torch.tensor(self.progress.train_metric, dtype=torch.float64, device=world.device)
         self.told: list[int] = []  # signals that came to this rank
         self.signum = 0  # agreed on
         self._agreement = Agreement()
 
+    def watch(self, named: dict[str, torch.Tensor]) -> None:
+        """Where nothing is held out: adds the training twin of the metric to its mean, of each step, logged or not."""
+        if self.job.evaluate is not None:
+            return
+        twin = named.get(self.job.metric.removeprefix("eval_"))
+        if twin is None:
+            if self.job.recipe.optim.schedule == "plateau" and self.progress.step == 1:
+                log.warning("optim.schedule = plateau: nothing is held out, and %s is not known in training: the rate "
+                            "stays as it is; hold clips out, or take another schedule", self.job.metric)  # fmt: skip
+            return
+        value = distributed.mean_on_device(twin)
+        finite = value.isfinite()
+        self.twin += torch.stack([torch.where(finite, value, 0.0), finite.double()])
+
     def log(self, named: dict[str, torch.Tensor], rate: float, grad_norm: torch.Tensor | float) -> None:
-        """Logs the step that was taken, with what all ranks replaced; remembers the training twin of the metric.
+        """Logs the step that was taken, with what all ranks replaced.
 
         Raises:
             UserError: more bad clips than `data.max_bad` or `data.max_bad_share` allow.
@@ -139,9 +155,6 @@ class _Run:
         job, progress = self.job, self.progress
         bad = float(job.loader.replaced(progress.step - 1) * self.world.size)  # its mean over ranks is their sum
         values = distributed.mean(named | {"bad_clips": torch.tensor(bad, device=self.world.device)}, self.world.device)
-        twin = values.get(job.metric.removeprefix("eval_"))  # of the held-out metric, for runs with nothing held out
-        if twin is not None and math.isfinite(twin):
-            progress.train_metric = (progress.train_metric[0] + twin, progress.train_metric[1] + 1)
         values |= {"lr": rate, "grad_norm": float(grad_norm), "skipped_steps": progress.skipped}
         if scale := checkpoint.loss_scale(self.engine):
             values["loss_scale"] = scale["cur_scale"]
@@ -178,7 +191,8 @@ class _Run:
             return engine(batch, **options)
 
         if job.evaluate is None:
-            total, count = progress.train_metric
+            total, count = self.twin.tolist()
+            self.twin.zero_()
             metrics = {job.metric.replace("eval_", "mean_train_"): total / count} if count else {}
         else:
             engine.eval()
@@ -190,7 +204,7 @@ class _Run:
             progress.metric = watched
             if progress.step > job.recipe.optim.warmup:
                 progress.plateau.observe(watched, job.recipe.optim.patience, job.recipe.optim.threshold)
-        progress.train_metric, progress.evaluate = (0.0, 0), False
+        progress.evaluate = False
 
     def average(self) -> None:
         """Takes the weights into their mean, where it is due: with `checkpoint.ema`, or at the end of an epoch."""
@@ -209,6 +223,8 @@ class _Run:
     def save(self) -> None:
         """Begins to write a checkpoint."""
         progress = self.progress
+        total, count = self.twin.tolist()
+        progress.train_metric = total, round(count)
         self.world.faults.at(progress.step, "checkpoint")
         state = asdict(progress) | {
             "position": progress.step * self.job.batches.total,

@@ -4,6 +4,7 @@ In: batches, arrays, `metrics.jsonl`, `results.json`'s content, predictions. Out
 not at all. Drawing takes a second or less and happens at evaluations and at the end only, on rank 0.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
@@ -17,6 +18,8 @@ from pipeline.files import new_file, write_csv, write_json
 from pipeline.flow import Batch
 from pipeline.tracking.spool import Feed
 from pipeline.tracking.tracker import Tracker
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +84,11 @@ class Reconstructions:
         path = self._folder / f"step-{step:08d}.png"
         target, predicted = (tensor.float().cpu().numpy() for tensor in (rebuilt.target, rebuilt.predicted))
         title = f"{rebuilt.of}, step {step}"
-        reconstructions(target, rebuilt.mask.cpu().numpy(), predicted, rebuilt.grid, path, title)
+        try:
+            reconstructions(target, rebuilt.mask.cpu().numpy(), predicted, rebuilt.grid, path, title)
+        except OSError as error:
+            log.warning("%s: %s; the run goes on without it", path, error.strerror)
+            return
         self._tracker.artifact(path, "pictures")
 
 

@@ -14,8 +14,10 @@ What MLflow refuses for good, such as a name, is set aside in `tracking.refused.
 go on. Where it refuses the run itself (deleted, or its experiment is), all lines wait.
 """
 
+import errno
 import json
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -59,10 +61,17 @@ class Feed:
         self.offset = lines.with_suffix(".offset")
 
     def append(self, content: Mapping[str, Any]) -> None:
-        """Adds one line, with its time; handed to the system, so it survives the death of the process."""
-        line = json.dumps({**content, "time": int(time.time() * 1000)}, ensure_ascii=False)
-        with self.lines.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        """Adds one line, with its time; handed to the system, so it survives the death of the process.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        line = json.dumps({**content, "time": int(time.time() * 1000)}, ensure_ascii=False).encode() + b"\n"
+        with self.lines.open("ab+", buffering=0) as file:
+            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                line = b"\n" + line  # a full disk cut the last one
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.lines))
 
     def read(self) -> list[Line]:
         """All whole lines; what a crash of the machine left of others is passed over."""

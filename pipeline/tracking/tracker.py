@@ -51,6 +51,7 @@ class Tracker:
         self._monitor, self._patience = monitor, patience
         self._stop, self._fresh = threading.Event(), threading.Event()
         self._warned = ""  # what was said last
+        self._lost = 0  # lines since the disk took one
         self._told: dict[str, int] = {}  # metric -> its last step in the spool: a resumed run says it once
         for line in self._spool.main.read() if self._spool else ():
             if line["kind"] == "metrics":
@@ -72,12 +73,18 @@ class Tracker:
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Numbers of a step, as a line of metrics.jsonl; those that are not finite are left out: JSON has none.
 
-        Raises:
-            OSError: the disk does not take it.
+        A line that the disk does not take is lost, and the run goes on: its next checkpoint is worth more.
         """
         if self._files and values:
             finite = {name: value for name, value in values.items() if math.isfinite(value)}
-            self._files.metrics.append({"step": step, **finite})
+            try:
+                self._files.metrics.append({"step": step, **finite})
+                self._lost = 0
+            except OSError as error:
+                if not self._lost:
+                    log.warning("%s: %s; the run goes on without its lines from step %d on, until there is room",
+                                self._files.metrics.lines, error.strerror, step)  # fmt: skip
+                self._lost += 1
             self._fresh.set()
 
     def summary(self, values: Mapping[str, float], step: int) -> None:

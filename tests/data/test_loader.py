@@ -317,7 +317,7 @@ def test_only_what_is_needed_is_read(shards):
 )
 def test_wrong_parts_are_named(shards, data, said):
     with pytest.raises(UserError, match=said):
-        loader(shards, part="eval", **data)
+        loader(shards, part="train" if "train_split" in data else "eval", **data)
 
 
 def test_a_missing_shard_larger_than_any_search_is_replaced(tmp_path):
@@ -413,3 +413,12 @@ def test_balanced_sampling_without_labels_is_one_line(shards, tmp_path, vocabula
     with pytest.raises(UserError, match=r"data.sampler = balanced: .* set data.sampler=shuffle"):
         loader(copy, sampler="balanced", workers=0)
     loader(copy, workers=0).close()
+
+
+def test_a_split_of_its_own_is_evaluated_without_a_training_split(shards):
+    data = DataConfig(shards=str(shards), train_split="unbalanced", workers=0)
+    with Loader(data, "eval", batch_size=BATCH) as own, loader(shards, part="eval") as usual:
+        assert own.clips == usual.clips
+    for words in ({"part": "train"}, {"part": "eval", "fold": 1}):
+        with pytest.raises(UserError, match=r"data\.train_split = 'unbalanced': there is no split"):
+            loader(shards, **words, train_split="unbalanced")

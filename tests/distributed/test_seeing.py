@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.conftest import STEPS, lines, losses
+from tests.distributed.conftest import MICRO, STEPS, lines, losses
 from tests.ranks import run_ranks
 
 
@@ -70,3 +70,19 @@ def test_profiles_of_the_named_steps(watched):
     assert "Craft" in report
     files = {f"rank-{rank}.{kind}" for rank in (0, 1) for kind in ("trace.json.gz", "operators.txt")}
     assert {path.name for path in folder.iterdir()} == {"flops.txt", *files}
+
+
+@pytest.mark.slow
+def test_where_nothing_is_held_out_the_rate_falls_by_every_step_logged_or_not(shards, tmp_path):
+    words = ["--deepspeed_config", "zero0.json", "--config", "pretrain/demo", f"data.shards={shards}", *MICRO,
+             "data.eval_split=", "train.steps=24", "eval.every=4", "optim.schedule=plateau", "optim.patience=0",
+             "optim.lr=1e-3", "log.mlflow=false"]  # fmt: skip
+    found = {}
+    for ranks, every in ((1, 1), (1, 4), (2, 2)):
+        run_dir = tmp_path / f"{ranks}-{every}"
+        run_ranks(ranks, "launchers/pretrain.py", *words, f"log.every={every}", f"run.dir={run_dir}")
+        rates = {line["step"]: line["lr"] for line in lines(run_dir) if "lr" in line}
+        found[ranks, every] = {step: rate for step, rate in rates.items() if step % 4 == 0}
+    assert len(set(found[1, 1].values())) > 1
+    assert found[1, 4] == found[1, 1]
+    assert found[2, 2] == found[1, 1]

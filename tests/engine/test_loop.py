@@ -1,8 +1,10 @@
 """Steps that are not finite, and what is written of them."""
 
+import errno
 import json
 import logging
 import math
+import os
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -10,8 +12,9 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-from pipeline.config import LogConfig, PretrainRecipe, TrainConfig
+from pipeline.config import CheckpointConfig, LogConfig, PretrainRecipe, TrainConfig
 from pipeline.distributed import World
+from pipeline.engine.checkpoint import complete_checkpoints, delete_old
 from pipeline.engine.job import Progress
 from pipeline.engine.step import update
 from pipeline.engine.telemetry import Telemetry
@@ -19,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.flow import Batch
 from pipeline.tracking import Tracker
+from pipeline.tracking.spool import Feed
 
 ROWS = torch.arange(2)
 BATCH = Batch(ROWS, ROWS, torch.ones(2, dtype=torch.bool), None, None, torch.zeros(2, 3))
@@ -101,3 +105,37 @@ def test_a_run_without_an_evaluation_so_far_goes_on(tmp_path):
     write_json(tmp_path / "state.json", asdict(Progress(step=3)))
     progress = Progress.of(read_json(tmp_path / "state.json", "x"))
     assert progress == Progress(step=3)
+
+
+def test_lines_that_a_full_disk_does_not_take_are_lost_and_said_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)
+    lines = tmp_path / "metrics.jsonl"
+    lines.symlink_to("/dev/full")
+    tracker = Tracker(tmp_path)
+    for step in (1, 2):
+        tracker.metrics({"loss": 1.0}, step)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{lines}: No space left on device; the run goes on without its lines from step 1 on, until there is room"]
+    lines.unlink()
+    lines.write_text('{"step": 1, "lo')  # what there was room for
+    tracker.metrics({"loss": 3.0}, 3)
+    assert [line["step"] for line in Feed(lines).read()] == [3]
+    assert lines.read_text().count("\n") == 2
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_costs_no_new_one(tmp_path, caplog, monkeypatch):
+    """NFS leaves a file behind that somebody has open, and its directory is not empty."""
+    monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)
+    for step in (1, 2, 3):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        write_json(folder / "state.json", {"step": step})
+        write_json(folder / "complete", {"state.json": (folder / "state.json").stat().st_size})
+
+    def rmtree(folder, **_):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
+
+    monkeypatch.setattr("pipeline.engine.checkpoint.shutil.rmtree", rmtree)
+    delete_old(tmp_path, CheckpointConfig(keep=2, keep_best=0), frozenset())
+    assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert "step-00000001: cannot be deleted: [Errno 39] Directory not empty" in caplog.text

@@ -78,6 +78,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with _alone(out):
         try:
+            campaign.check_deepspeed(args.deepspeed_config)
             _build_shards(campaign)
             campaign.check_data()
             about = {"scale": args.scale, "shards": _pairs(args.shards, "--shards"), "seeds": args.seeds}

@@ -140,21 +140,25 @@ def _arguments() -> argparse.Namespace:
 
 
 def _data(recipe: PretrainRecipe | FinetuneRecipe) -> tuple["Shape", int]:
-    """Audio format and training clips: of the shards, else AudioSet's."""
+    """Audio format and training clips of an epoch: of the shards, else AudioSet's."""
     from pipeline.data.corpus import load_corpus
     from pipeline.data.spec import DataSpec
     from pipeline.engine.plan import Shape
 
     if not recipe.data.shards:
-        return Shape(), 20_000 if isinstance(recipe, FinetuneRecipe) else 2_000_000
+        return Shape(), recipe.data.epoch_clips or (20_000 if isinstance(recipe, FinetuneRecipe) else 2_000_000)
     corpus = load_corpus(recipe.data)
     spec = DataSpec.of(corpus, recipe.data)
     return (Shape(spec.samples, spec.mel_bins, spec.frames, len(spec.labels)),
-            sum(member.clips for member in corpus.members))  # fmt: skip
+            recipe.data.epoch_clips or sum(member.clips for member in corpus.members))  # fmt: skip
 
 
 def _batch(recipe: PretrainRecipe | FinetuneRecipe, gpus: int) -> int:
-    """The recipe's batch, or the nearest that divides, with a word on it."""
+    """The recipe's batch, or the nearest that divides, with a word on it.
+
+    Raises:
+        UserError: it divides, but not into the recipe's micro-batches.
+    """
     from pipeline.engine.setup import nearest_batches, plan_batches
 
     total = recipe.train.batch_size
@@ -163,6 +167,8 @@ def _batch(recipe: PretrainRecipe | FinetuneRecipe, gpus: int) -> int:
         print(f"batch      {total} clips: {total // gpus} a GPU")
         return total
     except UserError as error:
+        if total % gpus == 0:
+            raise
         sizes, ranks = nearest_batches(total, gpus)
         print(f"batch      {error}")
         print(f"           planned with {sizes[0]}: {sizes[0] // gpus} a GPU; {total} itself runs on "

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -149,8 +149,18 @@ def describe(kind: type[Recipe]) -> str:
         values: Section = getattr(base, section)
         for key, field in type(values).model_fields.items():
             default = yaml.safe_dump(values.model_dump(mode="json")[key], default_flow_style=True).split("\n")[0]
-            lines.append(f"  {section}.{key} = {default}\n      {field.description}")
+            words = ", ".join(_choices(field.annotation))
+            choices = f"   {{{words}}}" if words else ""
+            lines.append(f"  {section}.{key} = {default}{choices}\n      {field.description}")
     return "\n".join(lines)
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The words that a setting may be, itself or each of its entries; none where it may be other things."""
+    if get_origin(annotation) is Literal:
+        return [str(word) for word in get_args(annotation)]
+    inner = [part for part in get_args(annotation) if get_origin(part) is Literal]
+    return [str(word) for word in get_args(inner[0])] if get_origin(annotation) is tuple and inner else []
 
 
 def _read_value(text: str) -> Any:
@@ -242,7 +252,8 @@ def _explain(kind: type[Recipe], error: ValidationError) -> str:
     field = _field(kind, where)
     if field is None:
         known = [f"{s}.{k}" for s, v in kind().model_dump().items() for k in v]
-        near = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
+        ending = [name for name in known if name.split(".")[1] == where.split(".")[-1]]
+        near = ending[:1] or difflib.get_close_matches(where, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; --help lists all keys"
         return f"unknown setting {where:.100} = {first['input']!r:.100}{hint}"
     inner = [f".{part}" if isinstance(part, str) else f"[{part}]" for part in first["loc"][2:] if part != "list"]

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from launchers.ablate import main
-from pipeline.ablation import campaign
+from pipeline.ablation import campaign, executors
 from pipeline.ablation.campaign import Campaign
 from pipeline.ablation.executors import LocalExecutor, SlurmExecutor
 from pipeline.ablation.grid import Grid
@@ -246,6 +246,23 @@ def test_other_data_is_refused(world, shards):
         campaign.check_data()
 
 
+def test_another_precision_than_that_of_finished_runs_is_refused(world):
+    for ds in ("ds.json", "bf16.json"):
+        world.campaign.check_deepspeed(ds)
+    world.run({"SWaPT-SWAST": "fail"})  # with ds.json: bf16 where the GPU has it
+    for ds, said in (("bf16.json", r'bf16 = {"enabled": "auto"}, .*bf16\.json gives {"enabled": true}; give'),
+                     ("fp16.json", r"bf16 = .*fp16\.json gives none"),
+                     ("zero0.json", r"bf16 = .*zero0\.json gives none")):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            world.campaign.check_deepspeed(ds)
+    for ds in ("ds.json", "zero3.json", "compile.json"):
+        world.campaign.check_deepspeed(ds)
+    for file in world.campaign.out.glob("*/done.json"):  # of an earlier release
+        file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items()
+                                    if key != "deepspeed"}))  # fmt: skip
+    world.campaign.check_deepspeed("bf16.json")
+
+
 def test_data_without_labels_is_refused_before_a_run_begins(world, unlabelled):
     grid = Grid([ROOT / "configs/ablation/table3.yaml"], "micro", {"synth": str(unlabelled)})
     with pytest.raises(UserError, match=f"{unlabelled}: its clips have no labels"):
@@ -369,11 +386,42 @@ def test_only_a_leading_out_stands_for_the_directory(tmp_path, monkeypatch):
         assert campaign.shards("synth") == meant
 
 
-def test_gpus_are_split_between_the_jobs():
+def test_gpus_are_split_between_the_jobs(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     executor = LocalExecutor(2, 0, 8)
-    assert (executor.ranks, executor._free) == (4, [[0, 1, 2, 3], [4, 5, 6, 7]])
-    with pytest.raises(UserError, match="--jobs 4"):
-        LocalExecutor(4, 3, 8)
+    assert (executor.ranks, executor._free) == (4, [list("0123"), list("4567")])
+    for jobs, ranks, gpus in ((4, 3, 8), (4, 0, 2)):
+        with pytest.raises(UserError, match=f"--jobs 4 leaves {gpus // 4} of {gpus} GPUs a run"):
+            LocalExecutor(jobs, ranks, gpus)
+    assert LocalExecutor(4, 0, 0)._free == [[]] * 4
+
+
+def test_runs_get_only_the_gpus_that_are_visible(tmp_path, monkeypatch):
+    """Several ranks: deepspeed is told the machine's numbers, and gets no variable that would renumber its GPUs."""
+    started: list[tuple[list[str], dict[str, str]]] = []
+
+    def popen(command, env, **rest):
+        started.append((command, env))
+
+    monkeypatch.setattr(executors, "subprocess", SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL))
+
+    def start(visible: str, jobs: int, ranks: int, gpus: int) -> list[tuple[list[str], dict[str, str]]]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        executor = LocalExecutor(jobs, ranks, gpus, tmp_path)
+        started.clear()
+        for job in range(jobs):
+            (tmp_path / f"{visible}-{job}").mkdir()
+            assert executor.start(tmp_path / f"{visible}-{job}", "pretrain.py", [])
+        return started
+
+    assert [env["CUDA_VISIBLE_DEVICES"] for _, env in start("4,5", 2, 0, 2)] == ["5", "4"]
+    assert [env["CUDA_VISIBLE_DEVICES"] for _, env in start("GPU-a, GPU-b", 2, 1, 2)] == ["GPU-b", "GPU-a"]
+    pairs = start("2,3,6,7", 2, 0, 4)
+    assert [command[1:3] for command, _ in pairs] == [["--include", f"localhost:{two}"] for two in ("6,7", "2,3")]
+    assert not any("CUDA_VISIBLE_DEVICES" in env for _, env in pairs)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
+    with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES=MIG-a,MIG-b: .*--ranks 1"):
+        LocalExecutor(1, 2, 2)
 
 
 @pytest.mark.parametrize("scale", ["paper", "micro"])

@@ -59,6 +59,7 @@ def test_every_shipped_recipe_loads_and_only_overrides(file):
     ("words", "said"),
     [
         (["train.stesp=3"], "did you mean train.steps?"),
+        (["train.lr=1"], "unknown setting train.lr = 1; did you mean optim.lr?"),
         (["train.steps=many"], "train.steps = 'many'"),
         (["pretrain.method=clap"], "pretrain.method = 'clap'"),
         (["steps"], "'steps' is not key=value"),
@@ -217,3 +218,6 @@ def test_a_config_of_another_version_or_damaged_is_one_line(tmp_path, content, s
 def test_help_describes_every_key():
     text = describe(FinetuneRecipe)
     assert all(f"{key} = " in text for key in flatten(FinetuneRecipe()))
+    for line in ("optim.schedule = plateau   {plateau, step, cosine, constant}\n",
+                 "pretrain.drop = [random, random]   {random, cluster, time, frequency}\n"):  # fmt: skip
+        assert line in describe(PretrainRecipe)

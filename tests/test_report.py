@@ -159,6 +159,29 @@ def test_numbers_spread_differences_and_empty_cells(campaign, shards, tmp_path):
     assert "<code>--scale micro</code>" in page
 
 
+def test_cells_of_other_precisions_are_said_to_not_compare(tmp_path):
+    """Of finetunings and of pretrainings alike; what keeps the arithmetic, such as ZeRO's stage, is no difference."""
+    campaign = Campaign(Grid([ROOT / "configs/ablation/table3.yaml"], "micro", {}, seeds=[0]), tmp_path)
+    runs = [run for run in campaign.grid.runs if run.init]
+    for number, run in enumerate(runs):
+        leave(campaign.run_dir(run), predictions(number, 1.0), "mAP")
+        write_json(campaign.run_dir(run) / "ds.json", {"zero_optimization": {"stage": number % 3}})
+
+    def said() -> list[str]:
+        return [note for note in Collected("table3", campaign).caption if "DeepSpeed" in note]
+
+    assert said() == []
+    write_json(campaign.run_dir(runs[1]) / "ds.json", {"bf16": {"enabled": True}, "communication_data_type": "fp32"})
+    cells = ("AudioSet-bal: its cells' finetunings differ in DeepSpeed's bf16, communication_data_type, so they do not "
+             "compare.")  # fmt: skip
+    assert said() == [cells]
+    for run, precision in zip({run.init for run in runs}, ({"enabled": True}, {"enabled": False}), strict=False):
+        campaign.run_dir(run).mkdir(parents=True, exist_ok=True)
+        write_json(campaign.run_dir(run) / "ds.json", {"fp16": precision})
+    assert said() == [cells, "AudioSet-bal: its cells' pretrainings differ in DeepSpeed's fp16, so they do not "
+                      "compare."]  # fmt: skip
+
+
 def test_without_any_run_the_paper_stands_alone(tmp_path):
     def report(*words: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pipeline.report", ROOT / "configs/ablation/table1.yaml", *words]

@@ -10,6 +10,7 @@ In: a `Grid`, a directory, an executor. Out: finished run directories, each with
 again, and the launcher goes on from its newest checkpoint; so a crash at any moment loses nothing.
 """
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,10 @@ import yaml
 
 from pipeline.ablation.executors import Executor
 from pipeline.ablation.grid import Grid, Run
+from pipeline.command_line import read_deepspeed_config
 from pipeline.data.manifest import labelled_manifest, load_manifest
 from pipeline.engine.checkpoint import complete_checkpoints
+from pipeline.engine.setup import numeric_differences
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json, write_text
 
@@ -81,6 +84,28 @@ class Campaign:
                         f"{digests[run.data][:12]}; give another --out, or delete that run"
                     )
 
+    def check_deepspeed(self, ds: str) -> None:
+        """A finished run must be of the precision that the others will have.
+
+        Compared is what was given. What "auto" became depends on the machine of a run; the report compares that.
+
+        Args:
+            ds: DeepSpeed configuration.
+
+        Raises:
+            UserError: a section that changes numbers was another one.
+        """
+        now = read_deepspeed_config(ds)
+        for run in self.grid.runs:
+            file = self.run_dir(run) / "done.json"
+            was = read_json(file, DAMAGED).get("deepspeed", now) if file.exists() else now  # earlier releases: unknown
+            for key, pair in numeric_differences(_settled(was), _settled(now)).items():
+                before, given = (json.dumps(value) if value else "none" for value in pair)
+                raise UserError(
+                    f"{file}: its DeepSpeed configuration gave {key} = {before}, --deepspeed_config {ds} gives "
+                    f"{given}; give the former one or another --out, or delete that run"
+                )
+
     def execute(self, executor: Executor, ds: str, retries: int, say: Callable[[str], None]) -> Outcome:
         """Runs what is not done; a finetuning starts when its pretraining is done.
 
@@ -96,6 +121,7 @@ class Campaign:
         Raises:
             KeyboardInterrupt: after the running ones were told to save and end.
         """
+        content = read_deepspeed_config(ds)
         todo = [run for run in self.grid.runs if self.state(run) != "done"]
         outcome: Outcome = {"done": [], "failed": [], "blocked": []}
         outcome["done"] += [run.folder for run in self.grid.runs if run not in todo]
@@ -112,7 +138,7 @@ class Campaign:
                     del running[run]
                     seconds = time.monotonic() - begun
                     if status == 0:
-                        say(f"[{len(outcome['done']) + 1}/{total}] done    {self._finish(run, seconds)}")
+                        say(f"[{len(outcome['done']) + 1}/{total}] done    {self._finish(run, seconds, content)}")
                         outcome["done"].append(run.folder)
                         continue
                     attempts[run.folder] = attempts.get(run.folder, 0) + 1
@@ -187,12 +213,13 @@ class Campaign:
             )
         return steps[nearest]
 
-    def _finish(self, run: Run, seconds: float) -> str:
+    def _finish(self, run: Run, seconds: float, ds: dict[str, Any]) -> str:
         """Writes `done.json`; returns a line for people."""
         folder = self.run_dir(run)
         note: dict[str, Any] = {
             "digest": run.digest,
             "manifest_digest": read_json(folder / "data.json", DAMAGED)["digest"],
+            "deepspeed": ds,
             "seconds": round(seconds, 1),
         }
         said = f"{run.folder} ({run.about}) in {seconds:.0f} s"
@@ -210,3 +237,10 @@ class Campaign:
         file = self.run_dir(run) / "output.log"
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()[-8:] if file.exists() else []
         return "\n".join(f"    {line[:200]}" for line in [*lines, f"whole output: {file}"])
+
+
+def _settled(ds: dict[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed configuration without a bf16 section that is off on any machine: "auto" at ZeRO 0."""
+    zero, bf16 = ds.get("zero_optimization"), ds.get("bf16")
+    automatic = isinstance(bf16, dict) and bf16.get("enabled", "auto") == "auto"
+    return {**ds, "bf16": None} if automatic and isinstance(zero, dict) and zero.get("stage") == 0 else ds

@@ -37,21 +37,33 @@ class LocalExecutor:
     Args:
         jobs: Runs at a time.
         ranks: Of each run; 0: its share of the GPUs, or 1.
-        gpus: GPUs of this machine.
+        gpus: GPUs that torch sees: those of CUDA_VISIBLE_DEVICES, or without it of this machine.
         launchers: Directory of pretrain.py and finetune.py.
 
     Attributes:
         jobs: Runs at a time.
         ranks: Of each run.
+
+    Raises:
+        UserError: too few GPUs; or they have names that deepspeed does not take.
     """
 
     def __init__(self, jobs: int, ranks: int, gpus: int, launchers: Path = ROOT / "launchers") -> None:
         share = gpus // jobs
-        if gpus and ranks > share:
-            raise UserError(f"--jobs {jobs} leaves {share} of {gpus} GPUs a run, --ranks is {ranks}; lower one of them")
         self.jobs, self.ranks, self._launchers = jobs, ranks or max(1, share), launchers
-        self._free = [list(range(job * share, job * share + self.ranks)) if gpus else [] for job in range(jobs)]
-        self._running: dict[Path, tuple[subprocess.Popen[bytes], BinaryIO, list[int]]] = {}
+        if gpus and self.ranks > share:
+            raise UserError(
+                f"--jobs {jobs} leaves {share} of {gpus} GPUs a run, which has {self.ranks} ranks; lower --jobs or "
+                "--ranks"
+            )
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = [name.strip() for name in visible.split(",")] if visible else [str(number) for number in range(gpus)]
+        if self.ranks > 1 and not all(name.isdecimal() for name in names[:gpus]):
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES={visible}: deepspeed takes GPUs by number alone; name them so, or give --ranks 1"
+            )
+        self._free = [names[:gpus][job * share : job * share + self.ranks] for job in range(jobs)]
+        self._running: dict[Path, tuple[subprocess.Popen[bytes], BinaryIO, list[str]]] = {}
 
     def start(self, run_dir: Path, script: str, words: list[str]) -> bool:
         """Starts `launchers/SCRIPT words`, output in RUN_DIR/output.log; False: another process holds the directory."""
@@ -62,16 +74,18 @@ class LocalExecutor:
         devices = self._free.pop()
         command = [str(self._launchers / script), *words]
         if self.ranks > 1:
-            where = ["--include", f"localhost:{','.join(map(str, devices))}"] if devices else [
+            where = ["--include", f"localhost:{','.join(devices)}"] if devices else [
                 "--num_gpus", str(self.ranks)]  # fmt: skip
             launcher = str(Path(sys.executable).with_name("deepspeed"))
             command = [launcher, *where, "--master_port", str(_free_port()), *command]
         else:
             command.insert(0, sys.executable)
         env = dict(os.environ)
-        if devices and self.ranks == 1:
-            env["CUDA_VISIBLE_DEVICES"] = str(devices[0])
-        if not devices:
+        if devices and self.ranks > 1:
+            env.pop("CUDA_VISIBLE_DEVICES", None)  # --include numbers the machine's GPUs, not those of the variable
+        elif devices:
+            env["CUDA_VISIBLE_DEVICES"] = devices[0]
+        else:
             env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (self.jobs * self.ranks))))
         with (run_dir / "output.log").open("ab") as output:
             process = subprocess.Popen(

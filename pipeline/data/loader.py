@@ -126,7 +126,7 @@ class Loader(IterableDataset[Batch]):
         if self._train and batch_size > self.clips:
             raise UserError(
                 f"train.batch_size = {batch_size}: an epoch has {self.clips} clips, so every batch would hold a clip "
-                f"twice, and a contrast of clips would push one away from itself; use at most {self.clips}"
+                f"twice, which spoils any contrast of clips; use at most {self.clips}"
             )
         self.bad_clips = BadClips(data, self._index.name, self.clips)
         numbers = [self._index.shards_of(part.at(part.starts[:-1])) for part in parts]
@@ -278,7 +278,8 @@ class Loader(IterableDataset[Batch]):
             if not held_out:
                 raise UserError(
                     f"data.eval_split = '{data.eval_split}' is not in {data.shown}, which has "
-                    f"{', '.join(self.corpus.splits)}; name one"
+                    f"{', '.join(self.corpus.splits)}; build a split of clips that are held out (docs/data.md), or name "
+                    "one of these (evaluate.py: --split)"
                 )
             trained, digests = [held_out], [self.corpus.digest]
         kind = "train" if self._train else "eval"

@@ -81,6 +81,10 @@ def weights_file(source: str | Path, average: bool = True) -> Path:
     for name in (AVERAGE, *WEIGHTS) if average else WEIGHTS:
         if (path / name).is_file():
             return path / name
+    if not path.exists():
+        beside = [found.parent.name for found in sorted(path.parent.glob("*/checkpoints"))][:5]
+        there = f"; {path.parent} holds the runs {', '.join(beside)}" if beside else ""
+        raise UserError(f"{source}: there is no such file or directory{there}")
     raise UserError(
         f"{source}: no complete checkpoint in it; give a run directory with checkpoints/, the directory of a Hugging "
         "Face model, or a .safetensors, .pth or .bin file"

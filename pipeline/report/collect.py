@@ -22,6 +22,7 @@ from pipeline.engine.evaluation import (
     read_predictions,
     weighted_metric,
 )
+from pipeline.engine.setup import numeric_differences
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.runs import mean_probability
@@ -148,6 +149,7 @@ class Collected:
         self.caption = [grid.scale.about if grid.scale.about.endswith(".") else f"{grid.scale.about}."]
         self.caption += [f"The paper's settings are run as: {', '.join(pairs)}."] if pairs else []
         self.caption += [sentence for column in columns for sentence in self._data_notes(column)]
+        self.caption += [sentence for column in columns for sentence in self._deepspeed_notes(column)]
         self.caption += [f"{self.titles[column]}: {PROTOCOL}" for column in columns if column in self.folded]
         self.caption += [note for note in (self.table.note, grid.scale.note) if note]
 
@@ -252,6 +254,20 @@ class Collected:
         missing = content["classes_without_positives"]
         if missing:
             notes.append(f"{title}: {missing} classes have no evaluation clip and are left out of the mean.")
+        return notes
+
+    def _deepspeed_notes(self, column: str) -> list[str]:
+        """Where the cells, or the pretrainings below them, were not all made in the same precision."""
+        cells = [run for row in self.table.rows for run in self._cell(row.name, column) if self._content(run)]
+        title = self._campaign.grid.scale.tasks[column].title
+        notes = []
+        for kind, runs in (("finetunings", cells), ("pretrainings", [run.init for run in cells if run.init])):
+            files = {self._campaign.run_dir(run) / "ds.json": None for run in runs}
+            found = [read_json(file, DAMAGED) for file in files if file.exists()]
+            differing = sorted({key for ds in found[1:] for key in numeric_differences(found[0], ds)})
+            if differing:
+                notes.append(f"{title}: its cells' {kind} differ in DeepSpeed's {', '.join(differing)}, so they do not "
+                             "compare.")  # fmt: skip
         return notes
 
     def _ensemble(self, runs: list[Run], metric: str) -> float:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from launchers import plan as launcher
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.engine import plan
+from pipeline.errors import UserError
 from pipeline.recipes import load_recipe
 from pipeline.tasks import PretrainTask
 from tests.engine.memory import SHAPE
@@ -44,7 +46,7 @@ def test_memory_is_flat_in_a_global_batch_of_thousands(tmp_path):
 
 
 def test_flops_are_those_of_visible_patches():
-    """104 tokens of each representation and a decoder of 512; the mosaic's 210 and 322 tokens; four views of 104 each,
+    """104 tokens of each representation and a decoder of 512; the mosaic's 202 and 258 tokens; four views of 104 each,
     and a teacher.
     """
     shape = plan.Shape()
@@ -60,7 +62,7 @@ def test_flops_are_those_of_visible_patches():
     teacher = 2 * blocks(514, 768, 12) / 3  # forward alone
     assert flops["craft_latent"] == pytest.approx(8 * (blocks(104, 768, 12) + decoder) + teacher, rel=0.05)
     assert flops["craft_latent"] < 1.2 * flops["pswacl180"]
-    assert flops["craft_mosaic"] == pytest.approx(blocks(210, 768, 12) + blocks(322, 768, 12), rel=0.05)
+    assert flops["craft_mosaic"] == pytest.approx(blocks(202, 768, 12) + blocks(258, 768, 12), rel=0.05)
     assert flops["audio_mosaic"] == pytest.approx(flops["craft_mosaic"], rel=0.05)
     assert flops["craft_mae"] < 0.35 * flops["pswacl180"]
     assert flops["craft_mosaic"] < 0.5 * flops["pswacl180"]
@@ -178,6 +180,22 @@ def test_the_report_names_batches_that_divide():
     ((status, said),) = run_ranks(1, *command, "--nodes", "3", check=False)
     assert status == 2
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("gpus", "words", "share"), [
+    (1, ["train.micro_batch=7"], "1 ranks is 180"),
+    (8, ["train.batch_size=176", "train.micro_batch=5"], "8 ranks is 22"),
+])  # fmt: skip
+def test_micro_batches_that_do_not_divide_are_refused(gpus, words, share):
+    with pytest.raises(UserError, match=f"on {share} clips a rank, which is not micro-batch"):
+        launcher._batch(load_recipe(PretrainRecipe, [], words), gpus)
+
+
+def test_an_epoch_is_as_long_as_the_recipe_says(shards):
+    for kind, words in ((PretrainRecipe, []), (FinetuneRecipe, []), (PretrainRecipe, [f"data.shards={shards}"])):
+        whole = launcher._data(load_recipe(kind, [], words))[1]
+        drawn = launcher._data(load_recipe(kind, [], [*words, "data.sampler=balanced", "data.epoch_clips=50"]))[1]
+        assert whole > 50 == drawn
 
 
 def test_flops_for_the_mfu_count_nothing_twice():

@@ -105,7 +105,7 @@ def test_wrong_calls_say_the_line_that_the_commands_say(folder, finetuned, pretr
     model, loader = craft.load(finetuned, device="cpu"), craft.Loader(shards, batch_size=8)
     (folder / "no.wav").write_bytes(b"RIFF nothing")
     for call, said in (
-        (lambda: craft.load(tmp_path / "nothing"), "no complete checkpoint in it"),
+        (lambda: craft.load(tmp_path / "nothing"), "nothing: there is no such file or directory$"),
         (lambda: craft.load(pretrained).predict(folder / "dog.wav"), "has no classifier; load a run of finetune.py"),
         (lambda: model.predict(folder / "gone.wav"), "gone.wav: "),
         (lambda: model.predict(folder / "no.wav"), "no.wav: "),

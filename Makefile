@@ -37,7 +37,7 @@ HELD_OUT :=
 CHANCE := the mean share of a class, about 0.10
 endif
 
-.PHONY: help install demo test gpu-check lint docs clean compiler programs
+.PHONY: help install demo test test-all pytest gpu-check lint docs clean compiler programs
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -93,9 +93,14 @@ lint: $(TESTED)  ## ruff, codespell and mypy
 docs: $(TESTED)  ## The documentation, into site/; links are strict
 	mkdocs build --strict
 
-test: programs  ## Everything a developer must pass: ruff, codespell, mypy --strict, pytest with real 2-rank launches
+test: MARKED := -m "not slow"
+test: pytest  ## What each change must pass: ruff, codespell, mypy --strict, and pytest without the slow tests
+
+test-all: pytest  ## What a change must pass before it lands: the same with all tests, JOBS processes of them at a time
+
+pytest: programs
 	@$(MAKE) --no-print-directory lint
-	pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
+	pytest $(MARKED) --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 gpu-check: install  ## Checks that need GPUs, ten minutes on one: kernels, loader, nccl, resume, speed. OUT: report.json
 	python -m tests.gpu --out "$(OUT)"

@@ -194,6 +194,12 @@ def test_the_jobs_of_a_build_are_its_slices_and_its_merge(tmp_path):
     last = slices["spec"]["completions"] - 1
     assert [words(slices, index).slice.number for index in (0, last)] == [1, words(slices, 0).slice.count]
     assert words(merge, 0).merge
+    assert words(merge, 0).segments, "AudioSet as files is not read right without"
+    claims = {volume["persistentVolumeClaim"]["claimName"] for job in (slices, merge)
+              for volume in job["spec"]["template"]["spec"]["volumes"]}  # fmt: skip
+    made = {document["metadata"]["name"] for document in documents("volumes.yaml")}
+    head, page = (ROOT / "docker/k8s/shards.yaml").read_text(), (ROOT / "docs/multi-node.md").read_text()
+    assert all(claim in head.partition("apiVersion")[0] and claim in page for claim in claims - made)
 
 
 def test_the_words_of_the_training_job_are_those_of_torchrun_and_pretrain():
@@ -209,6 +215,11 @@ def test_the_words_of_the_training_job_are_those_of_torchrun_and_pretrain():
     assert int(options["shutdown-timeout"]) < spec["template"]["spec"]["terminationGracePeriodSeconds"]
     help_text = subprocess.run([BIN / "torchrun", "--help"], capture_output=True, text=True, check=True).stdout
     assert all(f"--{option}" in help_text for option in options)
+    for entry in container["env"]:  # without the Secret the pods do not start
+        if secret := entry.get("valueFrom", {}).get("secretKeyRef"):
+            assert f"Secret {secret['name']}" in (DOCKER / "k8s/train.yaml").read_text().partition("apiVersion")[0]
+            page = (ROOT / "docs/multi-node.md").read_text()
+            assert 0 < page.find(f"kubectl create secret generic {secret['name']}") < page.find("k8s/train.yaml")
     script, *words = container["args"]
     batch = next(int(word.split("=")[1]) for word in words if word.startswith("train.batch_size="))
     assert batch % (int(options["nnodes"]) * int(options["nproc-per-node"])) == 0

@@ -26,6 +26,7 @@ from pipeline.errors import UserError
 from tests.ranks import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+HEADS = [ROOT / "docker/compose.yaml", ROOT / "docker/Dockerfile", ROOT / "launchers/slurm.sbatch"]  # with examples
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)")
 OTHERS = {"cat", "codespell", "git", "mlflow", "mypy", "pip", "pre-commit", "pytest", "ruff"}  # not ours to parse
@@ -126,8 +127,10 @@ def check_call(call: list[str], monkeypatch) -> None:
         assert {word for word in words if "=" not in word} <= set(goals), words
     elif program in ("docker", "kubectl"):
         files = [words[i + 1] for i, word in enumerate(words) if word == "-f"]
-        assert files or words[0] == "run", words
+        assert files or words[0] in ("create", "run"), words
         assert all((ROOT / file).is_file() for file in files), words
+        if "tests.gpu" in words:
+            assert any(word.endswith("/tests:/opt/craft/tests:ro") for word in words), "the image has no tests/"
         for inner in {"deepspeed", "python"} & set(words):
             check_call(words[words.index(inner) :], monkeypatch)
     elif program == "srun":
@@ -151,6 +154,35 @@ def test_every_command_is_one_that_its_program_takes(page, called, monkeypatch):
         except (SystemExit, UserError) as end:
             if not isinstance(end, SystemExit) or end.code:  # --help and --print-config end well
                 pytest.fail(f"{shlex.join(call)}: {end}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_builds_of_audioset_as_files_name_its_tables(page, called):
+    calls = [call for block in blocks(page, "bash", "sh") for call in called(block)]
+    for call in (call for call in calls if "/data/audioset" in call):
+        assert {"--segments", "--class-labels"} <= set(call), shlex.join(call)
+
+
+@pytest.mark.parametrize("path", [*PAGES, *HEADS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_pretraining_on_audioset_names_the_unbalanced_split(path):
+    """What is left out is taken as `train`: a hundredth of the clips."""
+    text = re.sub(r"\\\n#?\s*", "", path.read_text(encoding="utf-8"))
+    for line in text.splitlines():
+        if "launchers/pretrain.py" in line and re.search(r"data\.shards=\S*audioset\b", line):
+            assert "data.train_split=unbalanced,train" in line, line
+        assert not re.search(r"data\.shards=/data(\s|$)", line), f"{line}: /data holds the sets"
+
+
+def test_the_page_of_training_lists_every_recipe_and_precision():
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for kind in ("pretrain", "finetune"):
+        table = page.split(f"| file of `configs/{kind}/` |")[1].split("\n\n")[0]
+        assert sorted(re.findall(r"^\| `(\S+)` \|", table, re.MULTILINE)) == sorted(
+            path.name for path in (ROOT / "configs" / kind).iterdir()
+        )
+    table = page.split("| file of `configs/deepspeed/` |")[1].split("\n\n")[0]
+    for path in (ROOT / "configs" / "deepspeed").iterdir():
+        assert f"`{path.name}`" in table, path.name
 
 
 def test_the_front_page_is_short():

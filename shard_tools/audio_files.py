@@ -193,7 +193,7 @@ def audio_paths(paths: Iterable[str], places: dict[str, Place]) -> Iterator[str]
 
 
 def walk(root: Location) -> Iterator[str]:
-    """Paths of all files below `root` but hidden ones.
+    """Paths of all files below `root` but hidden ones: by name, a folder's files before its folders.
 
     Links to folders are followed, each folder is read once. What is left out is said when the last path was taken.
 
@@ -317,8 +317,7 @@ def _walk_store(root: Location) -> Iterator[str]:
     except OSError as error:
         raise UserError(f"--audio-root {root}: {error}; give the directory that holds the audio") from error
     hidden = []
-    for name in found:
-        inside = name[len(path) :].lstrip("/")
+    for inside in sorted((name[len(path) :].lstrip("/") for name in found), key=_disk_order):
         if "/." in f"/{inside}":
             hidden += [join(root, inside)] if kind(split_name(inside)[1]) == 0 else []
         elif inside and not inside.endswith("/"):  # some stores hold an empty object for a directory
@@ -326,6 +325,15 @@ def _walk_store(root: Location) -> Iterator[str]:
     _say(root, "hidden audio files are left out", hidden)
     _say(root, UNFINISHED_SAID, [join(root, name[len(path) :].lstrip("/")) for name in found
                                  if name.endswith(UNFINISHED)])  # fmt: skip
+
+
+def _disk_order(name: str) -> str:
+    """Sorts paths as `walk` finds them on a disk, where a folder's files come before its folders.
+
+    NUL, which no name has, ends each part.
+    """
+    folder, _, file = f"/{name}".rpartition("/")
+    return folder.replace("/", "\0\1") + "\0\0" + file
 
 
 def _say(root: Location, what: str, paths: list[str]) -> None:

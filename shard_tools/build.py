@@ -15,9 +15,11 @@ Of other splits nothing changes, and no file that no build made is touched.
 import io
 import json
 import logging
+import math
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -26,26 +28,29 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from pipeline.data.manifest import Manifest, ShardRecord, load_manifest
-from pipeline.data.storage import Location, is_remote, join, local
+from pipeline.data.storage import Location, file_system, is_remote, join, local
 from pipeline.errors import UserError
 from pipeline.files import check_name, check_output_directory, sha256
 from shard_tools.catalogs import Catalog
+from shard_tools.columns import TEXT
 from shard_tools.distribute import each, run
 from shard_tools.ffmpeg_codecs import identity
 from shard_tools.finish import PRODUCTS, SWITCH, damage, finish, reasons, rows_by_shard, settle
 from shard_tools.lock import owner, slice_owner
+from shard_tools.names import BETWEEN, INSIDE
 from shard_tools.plan import BuildOptions, Slice, SplitPlan
 from shard_tools.stamps import Change, Stamp, comparison, stamp
 from shard_tools.store import Store, local_copies, seal, unseal
-from shard_tools.write import ShardPlan, moments, read_record, record_name, shard_number, write_record
+from shard_tools.write import ShardPlan, moments, read_record, record_name, shard_name, shard_number, write_record
 
 log = logging.getLogger(__name__)
 
 RECORD_THREADS = 16  # records are small; from an object store the waiting is what costs
-TAR = re.compile(r"(.+)-\d{6,}\.tar")
+RECORD = re.compile(r"(\d{6,})\.record")
 # A finished shard that stays, its index rows, and its lines of failures.jsonl.
 Compared = Callable[[Sequence[str], Sequence[Stamp]], list[Change]]  # `comparison`
 Adoption = tuple[ShardPlan, ShardRecord, pa.Table, list[dict[str, Any]]]
@@ -90,7 +95,7 @@ def build(
         out: Where to.
         options: How.
         workers: Processes.
-        overwrite: The catalog's splits are built anew; others stay.
+        overwrite: The catalog's splits are built anew; others stay, and so do files that no build made.
         engine: See `distribute.run`.
         retry: Shards in which clips failed are written again, of finished splits too; those keep their shards until
             the new ones are all there. That reads the split's other shards once.
@@ -103,7 +108,7 @@ def build(
     plans = [SplitPlan(catalog, split, out, options) for split in catalog.splits]
     with _held(catalog, out, options, plans, overwrite, retry) as store:
         if overwrite:
-            _erase(catalog, store, options)
+            _erase(catalog, store, options, plans)
         earlier, new = _begin(catalog, store, options, plans, retry)
         store.clean({*PRODUCTS, *(plan.name(number) for plan in plans for number in range(len(plan)))})
         if earlier is not None:
@@ -205,7 +210,10 @@ def _held(
             if (local(out) / ".build" / split).is_symlink():
                 raise UserError(f"{local(out) / '.build' / split}: is a link to elsewhere; move it away")
         if not (local(out) / ".build").exists():  # nobody is at work here
-            _replaced(catalog, store, options) if overwrite else _compared(catalog, store, options, plans, retry)
+            if overwrite:
+                _replaced(catalog, store, options, plans)
+            else:
+                _compared(catalog, store, options, plans, retry)
     with owner(out, shared):
         if not shared:
             settle(store)
@@ -235,7 +243,6 @@ def _compared(
         UserError: what is there is of another build, of none, or damaged.
     """
     earlier = _earlier(catalog, store, options)
-    there = store.sizes()
     new = []
     for plan in plans:
         if earlier is not None and plan.split in earlier.splits:
@@ -243,6 +250,7 @@ def _compared(
             clips = {shard.name: shard.clips for shard in earlier.shards}
             lacking = [n for n in range(len(plan)) if clips.get(plan.name(n), 0) != len(plan.rows(n))]
             if retry and lacking:
+                _refuse_foreign(store, {plan.name(number) for number in lacking} - clips.keys())
                 plan.staged, plan.mine = frozenset(lacking), lacking
                 new.append(plan)
             continue
@@ -252,13 +260,19 @@ def _compared(
             _compare(store, plan.split, begun["identity"], plan.identity)
         elif begun is None:
             names = {plan.name(number) for number in range(len(plan))} | set(PRODUCTS if earlier is None else ())
-            foreign = sorted(names & there.keys())
-            if foreign:
-                raise UserError(
-                    f"{store.location}: holds {foreign[0]}, of which no manifest and no unfinished build knows; use "
-                    "another --out, move it away, or --overwrite"
-                )
+            _refuse_foreign(store, names)
     return earlier, new
+
+
+def _refuse_foreign(store: Store, names: Collection[str]) -> None:
+    """Raises UserError: a file that no build made has one of these names, which are needed."""
+    foreign = sorted(store.sizes().keys() & names)
+    if foreign:
+        more, them = (f" and {len(foreign) - 1} more files", "them") if len(foreign) > 1 else ("", "it")
+        raise UserError(
+            f"{store.location}: holds {foreign[0]}{more}, of which no manifest and no unfinished build knows; move "
+            f"{them} away, or use another --out"
+        )
 
 
 def _begun(store: Store, split: str) -> dict[str, Any] | None:
@@ -271,6 +285,16 @@ def _begun(store: Store, split: str) -> dict[str, Any] | None:
     except ValueError:
         return {}
     return content
+
+
+def _unfinished(store: Store, split: str) -> set[str]:
+    """Names of the shards that an unfinished build of a split has, or was going to write: no file had them before."""
+    begun = _begun(store, split)
+    if begun:
+        identity = begun["identity"]
+        return {shard_name(split, n) for n in range(math.ceil(identity["clips found"] / identity["clips_per_shard"]))}
+    records = map(RECORD.fullmatch, store.sizes(f".build/{split}"))
+    return {shard_name(split, int(found[1])) for found in records if found}
 
 
 def _open(store: Store, plan: SplitPlan) -> None:
@@ -549,32 +573,49 @@ def _compare(store: Store, split: str, old: dict[str, Any], new: dict[str, Any])
             )
 
 
-def _replaced(catalog: Catalog, store: Store, options: BuildOptions) -> tuple[Manifest | None, list[str]]:
+def _replaced(
+    catalog: Catalog, store: Store, options: BuildOptions, plans: Sequence[SplitPlan]
+) -> tuple[Manifest | None, set[str]]:
     """What of the finished splits stays when the catalog's are built anew (None: none), and which files go.
 
+    A name alone does not make a file ours: others write train-000000.tar too. The manifest does, or `.build`.
+
     Raises:
-        UserError: other splits would be lost.
+        UserError: other splits would be lost, or files that no build made, or the catalog's own sources.
     """
-    there, mine = store.sizes(), set(catalog.splits)
-    found = {name: tar[1] for name in there if (tar := TAR.fullmatch(name))}
-    if "manifest.json" not in there:
-        return None, [name for name, split in found.items() if split in mine]
-    try:
-        manifest = load_manifest(store.location)
-    except UserError as error:
-        others = sorted(set(found.values()) - mine)
-        if others:
+    manifest, stays = None, None
+    if "manifest.json" in store.sizes():
+        try:
+            manifest = load_manifest(store.location)
+        except UserError as error:
             raise UserError(
-                f"{error}; --overwrite would lose its split '{others[0]}', which this command does not build; use "
-                "another --out"
+                f"{error}; --overwrite removes only what a manifest lists, and this one cannot be read: use another "
+                "--out, or move manifest.json and the files that it listed away"
             ) from error
-        return None, [*PRODUCTS, *(name for name, split in found.items() if split in mine)]
-    # Of a split that is not finished, what an unfinished build wrote; of a finished one, what is listed.
-    names = [name for name, split in found.items() if split in mine and split not in manifest.splits]
-    names += [shard.name for shard in manifest.shards if shard.split in mine]
+    names = {name for split in catalog.splits for name in _unfinished(store, split)}
+    if manifest is not None:
+        names |= {shard.name for shard in manifest.shards if shard.split in catalog.splits}
+        stays = _others(catalog, store, options, manifest)
+    needed = {plan.name(number) for plan in plans for number in range(len(plan))}
+    if stays is None:
+        needed |= set(PRODUCTS)
+        names |= set(PRODUCTS if manifest is not None or names else ())
+    _refuse_foreign(store, needed - names)
+    names &= store.sizes().keys()
+    _refuse_sources(catalog, store, names)
+    return stays, names
+
+
+def _others(catalog: Catalog, store: Store, options: BuildOptions, manifest: Manifest) -> Manifest | None:
+    """The manifest without the catalog's splits; None: it has no others.
+
+    Raises:
+        UserError: the others are damaged, or the catalog's shards cannot lie beside theirs.
+    """
+    mine = set(catalog.splits)
     others = [split for split in manifest.splits if split not in mine]
     if not others:
-        return None, [*PRODUCTS, *names]
+        return None
     other = _other_format(catalog, manifest, options)
     if other is not None:
         raise UserError(
@@ -588,16 +629,38 @@ def _replaced(catalog: Catalog, store: Store, options: BuildOptions) -> tuple[Ma
     }
     rest = manifest.model_copy(update=stays)
     _refuse_damage(store, rest)
-    return rest, names
+    return rest
 
 
-def _erase(catalog: Catalog, store: Store, options: BuildOptions) -> None:
-    """Takes the catalog's splits out of the manifest, or the manifest away, before their shards: none is missed."""
-    stays, names = _replaced(catalog, store, options)
+def _refuse_sources(catalog: Catalog, store: Store, names: Collection[str]) -> None:
+    """Raises UserError: one of these files holds clips of the catalog."""
+
+    def place(where: str) -> str:
+        return file_system(where)[1] if is_remote(where) else os.path.realpath(local(where))
+
+    going = {place(join(store.location, name)): name for name in sorted(names)}
+    table = catalog.clips.table
+    further = pc.struct_field(pc.list_flatten(table["others"]), "path")
+    paths = pa.chunked_array([*table["path"].chunks, *further.chunks], TEXT)
+    inside = pc.replace_substring_regex(paths.filter(pc.match_substring(paths, BETWEEN)), rf"(?is)^{INSIDE.pattern}$",
+                                        r"\1")  # fmt: skip
+    for content in pc.unique(inside).to_pylist():
+        container = content.decode("utf-8", "surrogateescape")
+        where = container if container.startswith("/") or is_remote(container) else join(catalog.root, container)
+        if place(where) in going:
+            raise UserError(
+                f"{store.location}: --overwrite would remove {going[place(where)]}, which holds clips that are to be "
+                "built; use another --out, or move it away"
+            )
+
+
+def _erase(catalog: Catalog, store: Store, options: BuildOptions, plans: Sequence[SplitPlan]) -> None:
+    """Removes the catalog's splits; what says that their shards are ours goes last, so a kill leaves none unknown."""
+    stays, names = _replaced(catalog, store, options, plans)
+    store.remove(sorted(names.difference(PRODUCTS)))
     if stays is not None:
         finish(catalog, store, options, [], stays)
         store.remove_tree(SWITCH)
-    store.remove(name for name in reversed(PRODUCTS) if name in names)
-    store.remove(name for name in names if name not in PRODUCTS)
+    store.remove(name for name in PRODUCTS if name in names)
     for split in catalog.splits:
         store.remove_tree(f".build/{split}")

@@ -64,7 +64,7 @@ OPTIONS_OF = {
     "segments": ("audioset",),
     "class_labels": ("audioset", "csv", *sorted(look.FORMS.keys() - {"csv", *look.OWN_CLASSES})),
     "label_overrides": ("audioset",),
-    "label_separator": ("audioset", "csv", "ast_json", "audiofolder", "kaldi", "nemo"),
+    "label_separator": ("audioset", "csv", "ast_json", "audiofolder", "kaldi", "nemo", "parquet", "wds"),
     "ontology": ("audioset",),
     "source_rate": ("audioset", "hdf5", "unlabelled"),
     "table": ("csv", "ast_json", "audiofolder", "dcase", "nemo", "unlabelled", "vggsound"),

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,7 @@ log = logging.getLogger(__name__)
 
 KEY_LIMIT = 60  # a tar member name of at most 100 bytes fits one header
 MOST_FOLDS = 32767  # int16 in the index
+HASH = (1 << 64) - 1
 LOOK_AROUND = 100_000  # files looked at to say what is there instead of what is missing
 SEGMENT_ID = re.compile(r"[A-Za-z0-9_-]{1,50}")  # part of a sample's key
 NOISE_FOLDER = "_background_noise_"  # Speech Commands' recordings for mixing
@@ -260,7 +262,7 @@ def table(
     if not is_remote(root) and not local(root).is_dir():
         raise UserError(f"--audio-root {root}: is no directory; give the directory that the paths of {path} begin in")
     there, place = set(walk(root)) if is_remote(root) else None, joiner(root)
-    seen: dict[str, int] = {}  # split and key: hash of what the row says
+    seen: dict[str, int] = {}  # as `claim` keeps it
     # Split and segment: hash of labels and fold. Without a column of keys the key is the segment's.
     segments: dict[str, int] | None = {} if "key" in source.columns(("path", "labels")) else None
     doubles: list[int] = []
@@ -272,12 +274,12 @@ def table(
     def rows() -> Iterator[TableRow]:
         return _table_rows(source, separator, index, split, Names(root, path))
 
-    for line, own, key, name, facts in rows():
-        count, digest = len(seen), hash(facts)
-        if seen.setdefault(f"{own}\0{key}", digest) != digest:
-            first = next(row for row in rows() if (row[1], row[2]) == (own, key))
-            raise _contradiction(source, line, key, facts, first, separator)
-        if len(seen) == count:
+    for line, own, called, name, facts in rows():
+        key, same = claim(seen, own, clean_key(called), called, hash(facts))
+        if same is False:
+            first = next(row for row in rows() if (row[1], row[2]) == (own, called))
+            raise _contradiction(source, line, called, facts, first, separator, segments is not None)
+        if same:
             doubles.append(line)
             continue
         location, start, end, picked, fold = facts
@@ -287,17 +289,16 @@ def table(
             segment, digest, count = f"\0{location}\0{start}\0{end}", hash((picked, fold)), len(segments)
             if segments.setdefault(own + segment, digest) != digest:
                 first = next(row for row in rows() if (row[1], *row[4][:3]) == (own, location, start, end))
-                raise _contradiction(source, line, key, facts, first, separator)
+                raise _contradiction(source, line, called, facts, first, separator, True)
             if len(segments) == count:
                 again.append(line)
         if any(other + segment in (seen if segments is None else segments) for other in in_splits if other != own):
             shared.append(line)
-        file = location if is_remote(location) else place(location)
+        file = located(location if is_remote(location) else place(location), there)
         unlabelled += not picked
         folds[own, min(fold, 1)] += 1
         first_of_fold.setdefault((own, min(fold, 1)), line)
-        holder = split_source(file)[0]
-        if holder not in there if there is not None else not os.path.isfile(holder):
+        if not file:
             catalog.miss(Failure(name, name, MISSING, own, key, line, start, end), picked)
             first_missing = first_missing or location
             continue
@@ -393,12 +394,65 @@ def folder(root: Location, split: str | None = None) -> Catalog:
 
 
 def clean_key(name: str) -> str:
-    """A sample key out of any name: [A-Za-z0-9_-], no dot, short; a changed name gets a hash to stay unique."""
-    stem = name.rsplit(".", 1)[0] if "." in name else name
-    key = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_")[:KEY_LIMIT]
+    """A sample key out of any name: [A-Za-z0-9_-], no dot, short; a changed name gets a hash to stay unique.
+
+    A short ending is left out: two names that differ by it alone have one key, which `claim` tells apart.
+    """
+    stem, key = _letters(name)
     if key and (key == name or (key == stem and "/" not in name and len(name) - len(stem) <= 5)):
         return key
-    return f"{key}-{hashlib.blake2b(name.encode('utf-8', 'surrogateescape'), digest_size=5).hexdigest()}"
+    return _hashed_key(name)
+
+
+def _hashed_key(name: str) -> str:
+    return f"{_letters(name)[1]}-{hashlib.blake2b(name.encode('utf-8', 'surrogateescape'), digest_size=5).hexdigest()}"
+
+
+def _letters(name: str) -> tuple[str, str]:
+    """A name without its ending, and what of that a key can hold."""
+    stem = name.rsplit(".", 1)[0] if "." in name else name
+    return stem, re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_")[:KEY_LIMIT]
+
+
+def claim(seen: dict[str, int], split: str, key: str, name: str, facts: int) -> tuple[str, bool | None]:
+    """The key of a clip, which no other name of its split has.
+
+    Args:
+        seen: By split and key, the hashes of the name that has it and of what was said of it, in one number.
+        split: Of the clip.
+        key: That it gets where no other name has it; else one with a hash.
+        name: Of which the key was made.
+        facts: Hash of what is said of the clip.
+
+    Returns:
+        The key; and None where the name is new, else whether the same was said of it before.
+    """
+    named, said = hash(name) & HASH, facts & HASH
+    for hashed in (False, True):
+        key, count = _hashed_key(name) if hashed else key, len(seen)
+        before = seen.setdefault(f"{split}\0{key}", named << 64 | said)
+        if len(seen) > count:
+            return key, None
+        if before >> 64 == named:
+            return key, before & HASH == said
+    return key, False
+
+
+def located(path: str, there: set[str] | None) -> str:
+    """A file as it is spelled where it lies, or a member of one; "": there is none.
+
+    Some systems write an accented letter of a file's name as one sign and some as two, and tables come from others.
+
+    Args:
+        path: As it is listed, from the root of the file system on, or a URL.
+        there: All files of a store; None: the disk is asked.
+    """
+    forms = [] if path.isascii() else [unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)]
+    for spelled in dict.fromkeys([path, *forms]):
+        holder = split_source(spelled)[0]
+        if holder in there if there is not None else os.path.isfile(holder):
+            return spelled
+    return ""
 
 
 def _segments(source: Table) -> Iterator[tuple[int, str, float, float, list[str]]]:
@@ -475,9 +529,9 @@ def _prefixes(folder: Location) -> list[str]:
 def _table_rows(
     source: Table, separator: str | None, index: dict[str, int], split: str | None, called: Names
 ) -> Iterator[TableRow]:
-    """(line, split, key, name of the file, (path, start, end, labels, fold)) of a table.
+    """(line, split, name of the clip, name of the file, (path, start, end, labels, fold)) of a table.
 
-    A fold is -1 where the cell is empty.
+    A clip's name is its cell of keys, or else its file's and its start. A fold is -1 where the cell is empty.
     """
     names: set[str] = set()
     columns = (("path", "labels"), ("start", "end", "split", "fold", "key"))
@@ -496,14 +550,14 @@ def _table_rows(
         fold = source.integer(line, "fold", fold_cell, 0, MOST_FOLDS) if fold_cell.strip() else -1
         picked = tuple(sorted({index[name] for name in source.labels(line, labels, separator, index)}))
         location, name = called.of(path)
-        key = clean_key(key_cell or name + (f"-{start:g}" if start else ""))
-        yield line, own, key, name, (location, start, end, picked, fold)
+        clip = key_cell or name + (f"-{start:g}" if start else "")
+        yield line, own, clip, name, (location, start, end, picked, fold)
 
 
 def _contradiction(
-    source: Table, line: int, key: str, facts: tuple[Any, ...], first: TableRow, separator: str | None
+    source: Table, line: int, key: str, facts: tuple[Any, ...], first: TableRow, separator: str | None, keys: bool
 ) -> UserError:
-    """How a row differs from the first one of its key, or of its segment under another key."""
+    """How a row differs from the first one of its key, or of its segment under another key; `keys`: they are given."""
     names = ("path", "start", "end", "labels", "fold")
     differs = next((name for name, old, new in zip(names, first[4], facts, strict=True) if old != new), "row")
     if differs == "path":
@@ -516,7 +570,8 @@ def _contradiction(
         "labels": f"write all labels of a clip in one row, such as dog{separator or SEPARATOR}bark",
         "fold": "keep one of the rows",
     }
-    return source.problem(line, what, remedies.get(differs, "tell them apart by a column key"))
+    apart = "give each its own key" if keys else "tell them apart by a column key"
+    return source.problem(line, what, remedies.get(differs, apart))
 
 
 def _check_folds(source: Table, folds: Counter[tuple[str, int]], lines: dict[tuple[str, int], int]) -> None:

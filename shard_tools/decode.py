@@ -233,7 +233,8 @@ def _wav_overlay(handle: int, head: bytes) -> Sequence[tuple[int, bytes]] | None
     """What a WAV's sizes should say where they are wrong, or its codec is not libsndfile's; None: read it as it is.
 
     A recorder that was switched off leaves a size of 0, others half of the true one or what 32 bits hold of it. The
-    size is right if the data chunk ends with the file, or another chunk follows.
+    size is right if the data chunk ends with the file, or another chunk follows: some writers leave out the byte that
+    should come between the two where the size is odd.
     """
     if head[:4] not in (b"RIFF", b"RF64", b"BW64") or head[8:12] != b"WAVE":
         return None
@@ -251,7 +252,8 @@ def _wav_overlay(handle: int, head: bytes) -> Sequence[tuple[int, bytes]] | None
     if tag not in PCM_TAGS:
         return ()
     rest = size - at - 8 - length
-    if head[:4] != b"RIFF" or rest < 8 or _is_chunk(handle, at + 8 + length + length % 2, size):
+    follows = any(_is_chunk(handle, at + 8 + end, size) for end in {length, length + length % 2})
+    if head[:4] != b"RIFF" or rest < 8 or follows:
         return None
     consistent = length and abs(int.from_bytes(head[4:8], "little") - length - at) <= 1
     if consistent and rest < length / 10:

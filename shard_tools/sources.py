@@ -13,13 +13,14 @@ container; or a `SourceError`, whose text is the reason for `failures.jsonl`.
 Sizes that a container declares are compared with its own before anything is read. Behind a URL all reads are ranges.
 The index of a tar takes a pass over its headers, so it is kept in CRAFT_CACHE (default: ~/.cache/craft), by path and
 stamp.
-Memory: the index of one container; of Parquet two row groups, of at most GROUP_BYTES each.
+Memory: the index of one container; of Parquet two row groups, of at most GROUP_BYTES each; of HDF5 a row, or a chunk.
 """
 
 import hashlib
 import io
 import json
 import logging
+import math
 import os
 import struct
 import tarfile
@@ -43,7 +44,7 @@ import soundfile
 from pipeline.data import storage
 from pipeline.data.storage import attempt, is_remote
 from pipeline.errors import UserError
-from pipeline.files import new_file
+from pipeline.files import new_file, open_regular
 from shard_tools.names import BETWEEN, plain, split_source
 from shard_tools.segment import MACHINE_ERRNOS, POINTER, MachineError, reason_of
 from shard_tools.stamps import Stamp, stamp
@@ -60,7 +61,7 @@ TEXT_BYTES = 1 << 20  # of a text beside a recording in a tar, which is kept wit
 TEXT_ENDINGS = (".json", ".cls", ".txt")
 GROUP_BYTES = 1 << 31  # of a row group
 GROUPS_KEPT = 2  # reading ahead crosses from one to the next
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 INDEX = pa.schema([("name", pa.large_binary()), ("offset", pa.int64()), ("size", pa.int64()), ("text", pa.binary())])
 LISTED_AT_ONCE = 16  # containers behind URLs, whose listing is waiting
 RATES = ("sample_rate", "sampling_rate", "samplerate", "sr", "fs")  # an HDF5 file's attributes
@@ -150,9 +151,9 @@ def open_container(path: str) -> BinaryIO:
 
     Raises:
         UserError: it is a pointer of Git-LFS.
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is no regular file.
     """
-    raw = _Remote(path) if is_remote(path) else io.FileIO(path)
+    raw = _Remote(path) if is_remote(path) else io.FileIO(path, opener=lambda name, _: open_regular(name))
     file = cast(BinaryIO, io.BufferedReader(raw, AHEAD))
     pointer = file.read(len(POINTER)) == POINTER
     file.seek(0)
@@ -171,6 +172,7 @@ class ParquetSource:
     Attributes:
         file: As pyarrow has it.
         audio: Path of the column with the recordings' bytes; "": there is none.
+        size: Bytes of the file.
 
     Raises:
         UserError: it is no Parquet file, or cut.
@@ -181,13 +183,14 @@ class ParquetSource:
         self.path = path
         self._handle = open_container(path)
         try:
+            self.size = self._handle.seek(0, io.SEEK_END)
             self.file = pq.ParquetFile(self._handle)
             self.schema: pa.Schema = self.file.schema_arrow
         except (OSError, ValueError, pa.ArrowException) as error:
             self._handle.close()
             if isinstance(error, OSError) and (error.errno in MACHINE_ERRNOS or is_remote(path)):
                 raise
-            reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+            reason = _first_line(error)
             raise UserError(f"{path}: no Parquet file, or a truncated one ({reason}); get it again") from error
         self.audio = self._audio()
 
@@ -217,7 +220,7 @@ class ParquetSource:
 def _listing(container: str) -> tuple[list[Member], list[str]]:
     """Members of a tar or zip, and what is to be said of it."""
     kind = container.lower().rpartition(".")[2]
-    listed, problems, unsafe, doubles = dict[str, Member](), list[str](), list[str](), 0
+    listed, problems, unsafe, doubles, forks = dict[str, Member](), list[str](), list[str](), 0, 0
     try:
         found, problems = _tar_index(container) if kind == "tar" else _zip_index(container)
     except OSError as error:
@@ -227,10 +230,15 @@ def _listing(container: str) -> tuple[list[Member], list[str]]:
         if name is None:
             unsafe.append(raw)
             continue
+        if name.rpartition("/")[2].startswith("._"):
+            forks += 1
+            continue
         doubles += name in listed
         listed[name] = Member(f"{container}{BETWEEN}{name}", at, size, text)
     if unsafe:
         problems.append(f"{len(unsafe)} members are left out, as their names lead elsewhere, such as {unsafe[0]!r:.80}")
+    if forks:
+        problems.append(f"{forks} members are left out, as macOS put them beside files of the same name (._NAME)")
     if doubles:
         problems.append(f"{doubles} members have the name of an earlier one, and take its place")
     return list(listed.values()), [f"{container}: {problem}" for problem in problems]
@@ -305,6 +313,9 @@ def _tar_headers(container: str, file: BinaryIO) -> tuple[list[Entry], list[str]
                     problems.append(f"damaged: no header at byte {tar.offset}; what comes after it is not read")
                 elif not rest:
                     problems.append(f"has no end of archive: perhaps cut after {len(found)} members; get it again")
+                elif after := _after_zeros(file):
+                    problems.append(f"{after} bytes after the end of the archive are not read: several tars in one? "
+                                    "unpack it with 'tar -x -i', and pack one tar")  # fmt: skip
             except tarfile.ReadError:
                 last = found[-1][0] if found else "its first header"
                 problems.append(f"truncated: it ends within {last} ({whole} bytes); get it again")
@@ -313,6 +324,15 @@ def _tar_headers(container: str, file: BinaryIO) -> tuple[list[Entry], list[str]
     if left_out:
         problems.append(f"{left_out} links, devices or sparse files are left out")
     return found, problems
+
+
+def _after_zeros(file: BinaryIO) -> int:
+    """How many bytes are left from the first one on that is not 0."""
+    while piece := file.read(PIECE):
+        if rest := piece.lstrip(b"\0"):
+            place = file.tell()
+            return len(rest) + file.seek(0, io.SEEK_END) - place
+    return 0
 
 
 def _zip_index(container: str) -> tuple[list[Entry], list[str]]:
@@ -337,7 +357,9 @@ def _zip_index(container: str) -> tuple[list[Entry], list[str]]:
 
 
 def _tar_member(file: "_Descriptor | _Remote", name: str, offset: int, size: int, target: IO[bytes]) -> None:
-    if offset < tarfile.BLOCKSIZE or not 0 <= size <= MEMBER_BYTES or offset + size > file.size:
+    if size > MEMBER_BYTES:
+        raise SourceError(f"unreadable: {size} bytes, and a recording in a tar may have {MEMBER_BYTES}; cut it")
+    if offset < tarfile.BLOCKSIZE or size < 0 or offset + size > file.size:
         raise SourceError(f"truncated: its tar ends within it ({size} bytes were to come)")
     block = file.range(offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE, size + tarfile.BLOCKSIZE)
     try:
@@ -418,14 +440,20 @@ def _row_of_parquet(container: str, now: tuple[int | str, ...], name: str, at: P
         column = _groups[group]
     if at[1] >= len(column):
         raise SourceError("vanished: its Parquet file has no such row")
-    content = column[at[1]].as_py()
+    content = column[at[1]][0].as_py()
     content = next(iter(content.values())) if isinstance(content, dict) else content
     if not content:
         raise SourceError("empty: the row holds no bytes of audio")
     return bytes(content)
 
 
-def _group(container: str, number: int) -> pa.ChunkedArray:
+def _group(container: str, number: int) -> list[pa.Array]:
+    """The rows of a row group, each an array of its own.
+
+    A value that comes again and again costs a few bytes in the file, and all of its bytes in each row. So rows are
+    read one by one (which takes less time and memory than all at once), and equal ones that follow one another, such
+    as segments of one recording, share theirs.
+    """
     with ParquetSource(container) as source:
         if not source.audio:
             raise SourceError("vanished: its Parquet file has no column of audio")
@@ -437,12 +465,26 @@ def _group(container: str, number: int) -> pa.ChunkedArray:
                 f"unreadable: row group {number} holds {size / 1e9:.1f} GB, and one is read at a time; write the file "
                 "anew with row groups of some hundred rows"
             )
+        most, rows, came = min(GROUP_BYTES, max(BOMB_BYTES, BOMB_RATIO * source.size)), list[pa.Array](), 0
         try:
-            return source.file.read_row_group(number, [source.audio], use_threads=False).column(0)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            if isinstance(error, OSError) and (error.errno in MACHINE_ERRNOS or is_remote(container)):
+            for batch in source.file.iter_batches(1, [number], [source.audio], use_threads=False):
+                row = batch.column(0)
+                if rows and row.equals(rows[-1]):
+                    row = rows[-1]
+                else:
+                    came += row.get_total_buffer_size()
+                if came > most:
+                    raise SourceError(
+                        f"unreadable: row group {number} would be more than {most} bytes in memory, out of a file of "
+                        f"{source.size}; write the file anew with smaller row groups"
+                    )
+                rows.append(row)
+        except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+            trouble = isinstance(error, OSError) and (error.errno in MACHINE_ERRNOS or is_remote(container))
+            if trouble or isinstance(error, SourceError):
                 raise
-            raise SourceError(f"damaged: row group {number}: {str(error).splitlines()[0]:.160}") from error
+            raise SourceError(f"damaged: row group {number}: {_first_line(error)}") from error
+        return rows
 
 
 def _row_group(container: str, name: str) -> tuple[int, int]:
@@ -458,11 +500,28 @@ def _row_group(container: str, name: str) -> tuple[int, int]:
 
 
 def waveforms(file: Any) -> Any:
-    """The dataset of an HDF5 file that holds a recording a row; None: there is none."""
-    found: list[Any] = [value for value in file.values() if getattr(value, "ndim", 0) == 2
-             and value.dtype.kind + str(value.dtype.itemsize) in ("i2", "f4", "f8")]  # fmt: skip
+    """The dataset of an HDF5 file that holds a recording a row; None: there is none.
+
+    Raises:
+        SourceError: the file takes something from other files, which a stranger's could be any of this machine; or a
+            row of its recordings, or a chunk of rows, would be more than it may be.
+    """
+    import h5py  # see `_hdf5`
+
+    found: list[Any] = []
+    for name in file:
+        value: Any = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+        if value is None or (isinstance(value, h5py.Dataset) and (value.external or value.is_virtual)):
+            raise SourceError(f"unreadable: '{name:.40}' is a link, or lies in other files; copy all into one file")
+        if getattr(value, "ndim", 0) == 2 and value.dtype.kind + str(value.dtype.itemsize) in ("i2", "f4", "f8"):
+            found.append(value)
     named = [value for value in found if value.name.rpartition("/")[2] in ("waveform", "waveforms", "audio")]
-    return next(iter(named or (found if len(found) == 1 else [])), None)
+    rows = next(iter(named or (found if len(found) == 1 else [])), None)
+    if rows is not None:
+        size = rows.dtype.itemsize * max(rows.shape[1], math.prod(rows.chunks or ()))
+        if size > min(MEMBER_BYTES, max(BOMB_BYTES, BOMB_RATIO * rows.id.get_storage_size())):
+            raise SourceError(f"unreadable: a row or chunk would be {size} bytes, more than a recording may have")
+    return rows
 
 
 def rate_of(file: Any) -> int | None:
@@ -485,15 +544,20 @@ def _row_of_hdf5(container: str, now: tuple[int | str, ...], name: str, target: 
         if rate is None or not 0 < rate < 1 << 24:
             raise SourceError("sample rate: its HDF5 file does not say it; build with --source-rate")
         row = rows[int(number)]
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py's kinds of damage
+        subtype, kind = ("PCM_16", np.int16) if row.dtype.kind == "i" else ("FLOAT", np.float32)
+        wav = io.BytesIO()
+        soundfile.write(wav, row.astype(kind), rate, format="WAV", subtype=subtype)
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:  # h5py's kinds of damage
         machine = isinstance(error, OSError) and (error.errno in MACHINE_ERRNOS or is_remote(container))
         if machine or isinstance(error, (SourceError, MachineError)):
             raise
-        raise SourceError(f"damaged: {str(error).splitlines()[0]:.160}") from error
-    subtype, kind = ("PCM_16", np.int16) if row.dtype.kind == "i" else ("FLOAT", np.float32)
-    wav = io.BytesIO()
-    soundfile.write(wav, row.astype(kind), rate, format="WAV", subtype=subtype)
+        raise SourceError(f"damaged: {_first_line(error)}") from error
     target.write(wav.getbuffer())
+
+
+def _first_line(error: BaseException) -> str:
+    """Of what a library says, which may be nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:160]
 
 
 @lru_cache(maxsize=2)

@@ -10,11 +10,11 @@ import csv
 import io
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from operator import itemgetter
-from typing import TextIO
+from typing import Any, TextIO
 
 from pipeline.data.storage import Location, is_remote, local, read_bytes
 from pipeline.errors import UserError
@@ -26,6 +26,7 @@ MOST_SECONDS = 1e8  # three years of recording
 MOST_INTEGER = 2**31 - 1
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons"}
 SEPARATOR = ";"  # of several labels in one cell
+MARKS = ",;|\t\n"  # that separate labels in some table or other
 NOT_TEXT = {b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file or a workbook", b"PAR1": "a Parquet file"}
 INTEGER = re.compile(r"[+-]?[0-9]+(\.0*)?")
 CSV_ERRORS = (
@@ -166,36 +167,7 @@ class Table:
         Raises:
             UserError: a label is not in the vocabulary, or it cannot be told whether it is one or several.
         """
-        names = [name for part in text.split(separator or SEPARATOR) if (name := part.strip())]
-        whole = text.strip()
-        if index is not None:
-            unknown = next((name for name in names if name not in index), None)
-            if whole in index and (unknown is not None or len(names) < 2):
-                return [whole]
-            if whole in index:
-                what = f"'{whole[:80]}' is a label of the vocabulary and so is each of its parts"
-                raise self.problem(line, what, "give another --label-separator")
-            if unknown is not None:
-                several = separator is None and all(part.strip() in index for part in unknown.split(","))
-                raise self.problem(
-                    line,
-                    f"label '{unknown[:80]}' is not in the vocabulary" + ", but each of its parts is" * several,
-                    "give --label-separator ','" if several else "see --class-labels, or correct it",
-                )
-            return names
-        for name in names:
-            mark = next((mark for mark in ",|\t\n" if mark in name), None)
-            if separator is None and mark is not None:
-                raise self.problem(
-                    line,
-                    f"label '{name[:80]}' holds {mark!r}",
-                    f"give --label-separator {mark!r} where it is several labels, '{SEPARATOR}' where it is one name",
-                )
-            if name[0] + name[-1] in ("[]", "{}", "()", '""', "''"):
-                raise self.problem(
-                    line, f"label '{name[:80]}' stands in brackets or quotation marks", "write labels bare, as dog;bark"
-                )
-        return names
+        return cell_labels(text, separator, index, partial(self.problem, line))
 
     def _open(self, errors: str) -> TextIO:
         """The text; the mark at its beginning tells the encoding."""
@@ -267,3 +239,55 @@ class Table:
                 if begins in str(error):
                     raise self.problem(first, what, remedy) from error
             raise self.problem(first, str(error), "correct the line") from error
+
+
+def cell_labels(
+    text: str,
+    separator: str | None,
+    index: Mapping[Any, int] | None,
+    problem: Callable[[str, str], UserError],
+    usual: str = SEPARATOR,
+) -> list[str]:
+    """The labels that a cell of text names.
+
+    Args:
+        text: The cell.
+        separator: Of several labels, as the user gives it; None: `usual`, and a label that looks like several is
+            refused.
+        index: The vocabulary, by every spelling; a whole cell that it holds is one label. None: not known yet.
+        problem: Makes an error of what is wrong and what to do.
+        usual: Separator where the user gives none; "": nothing separates labels.
+
+    Raises:
+        UserError: a label is not in the vocabulary, or it cannot be told whether it is one or several.
+    """
+    sign, whole = separator or usual, text.strip()
+    names = [name for part in (text.split(sign) if sign else [text]) if (name := part.strip())]
+    if index is not None:
+        unknown = next((name for name in names if name not in index), None)
+        if whole in index and (unknown is not None or len(names) < 2):
+            return [whole]
+        if whole in index:
+            what = f"'{whole[:80]}' is a label of the vocabulary and so is each of its parts"
+            raise problem(what, "give another --label-separator")
+        if unknown is not None:
+            marks = (mark for mark in MARKS if mark in unknown) if separator is None else ()
+            found = next((mark for mark in marks if all(p.strip() in index for p in unknown.split(mark))), None)
+            raise problem(
+                f"label '{unknown[:80]}' is not in the vocabulary" + ", but each of its parts is" * (found is not None),
+                f"give --label-separator {found!r}" if found else "see --class-labels, or correct it",
+            )
+        return names
+    for name in names:
+        mark = next((mark for mark in MARKS if mark in name), None)
+        if separator is None and mark is not None:
+            other = SEPARATOR if mark != SEPARATOR else ","
+            raise problem(
+                f"label '{name[:80]}' holds {mark!r}",
+                f"give --label-separator {mark!r} where it is several labels, '{other}' where it is one name",
+            )
+        if name[0] + name[-1] in ("[]", "{}", "()", '""', "''"):
+            raise problem(
+                f"label '{name[:80]}' stands in brackets or quotation marks", "write labels bare, as dog;bark"
+            )
+    return names

@@ -4,10 +4,12 @@
 |---|---|
 | --table, or every .json in the root | {"data": [{"wav": path, "labels": "mid,mid"}, ...]}; its name tells the split |
 
-Paths are absolute, or relative to the root. Without --class-labels the classes are the mids that occur.
+Paths are absolute, or relative to the root. Without --class-labels the classes are the mids that occur. Lists of one
+split whose names differ only by a number are folds, which overlap, and are refused.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +27,14 @@ def read(asked: Asked, tables: list[str] | None = None) -> Catalog:
     """
     paths: list[Location] = [asked.table] if asked.table else [join(asked.root, name) for name in tables or []]
     files = Files(asked.root)
+    alike: dict[tuple[str, str], Location] = {}
+    for path in paths:
+        name = str(path).rpartition("/")[2]
+        other = alike.setdefault((split_of(name), re.sub("[0-9]+", "0", name)), path)
+        if other is not path:
+            raise UserError(f"{other} and {path} are lists of one split, whose names differ by a number: folds, which "
+                            "overlap; give one by --table and an --out of its own, or write a csv of "
+                            "path,labels,fold")  # fmt: skip
 
     def entries() -> Iterator[Entry]:
         for path in paths:
@@ -34,10 +44,11 @@ def read(asked: Asked, tables: list[str] | None = None) -> Catalog:
                     raise UserError(f"{path}: item {number} of data has no 'wav'; write {{\"wav\": PATH, \"labels\": "
                                     '"MID,MID"}')  # fmt: skip
                 where, name = called.of(row["wav"])
-                labels = names_of(row.get("labels"), asked.separator or ",")
-                yield Entry(name, files.at(where), labels, split_of(str(path).rpartition("/")[2]), number)
+                labels = names_of(row.get("labels"), f"{path}: item {number}")
+                yield Entry(name, files.at(where), labels, split_of(str(path).rpartition("/")[2]), number,
+                            table=path)  # fmt: skip
 
-    return assemble("ast_json", asked, entries, None, files.report, paths[0] if paths else asked.root)
+    return assemble("ast_json", asked, entries, None, files.report, paths[0] if paths else asked.root, ",")
 
 
 def rows(path: Location) -> list[Any]:

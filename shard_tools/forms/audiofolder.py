@@ -5,7 +5,8 @@
 | metadata.csv, .tsv, .jsonl in any folder | `file_name` from there on, `label` or `labels`; folders tell the split |
 | SPLIT/CLASS/... | without metadata: folders named train, test, val, ... and in them one folder a class |
 
-Several labels of a clip are a list in .jsonl; in .csv they need --label-separator.
+Several labels of a clip are a list in .jsonl; in .csv they need --label-separator. Metadata of which only a part has
+labels is refused; without any, the clips have none.
 """
 
 from collections.abc import Iterator
@@ -16,8 +17,7 @@ from shard_tools.audio_files import kind, split_name, walk
 from shard_tools.catalogs import NOISE_FOLDER, Catalog
 from shard_tools.columns import relative
 from shard_tools.forms.entries import Asked, Entry, Files, assemble, names_of, split_of
-from shard_tools.forms.records import LABELS, records_of
-from shard_tools.tables import SEPARATOR
+from shard_tools.forms.records import label_column, records_of
 
 MARKS = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 
@@ -34,19 +34,24 @@ def read(asked: Asked) -> Catalog:
     if asked.table is not None or tables:
 
         def listed() -> Iterator[Entry]:
+            labelled, without = False, ""
             for name in tables or [""]:
                 folder = f"{name.rpartition('/')[0]}/".lstrip("/")
                 path: Location = join(root, name) if name else asked.table or ""
                 for line, row in records_of(path, ("file_name",)):
-                    found = next((row[column] for column in LABELS if column in row), None)
-                    labels = names_of(found, asked.separator)
-                    if asked.separator is None and any(SEPARATOR in str(label) for label in labels):
-                        raise UserError(f"{path}:{line}: label {labels[0]!r} holds '{SEPARATOR}'; give "
-                                        f"--label-separator '{SEPARATOR}' where it is several")  # fmt: skip
+                    column = label_column(row)
+                    labelled = labelled or column is not None
+                    if column is None:
+                        without = without or f"{path}:{line}: no label (it has {', '.join(row)})"
+                    if labelled and without:
+                        raise UserError(f"{without}, where other rows have one; add 'label' (empty where there is "
+                                        "none), or build without labels: --dataset unlabelled")  # fmt: skip
+                    labels = names_of(None if column is None else row[column], f"{path}:{line}")
                     place = f"{folder}{row['file_name']}"
-                    yield Entry(place, files.at(place), labels, str(row.get("split") or "") or split_of(folder), line)
+                    yield Entry(place, files.at(place), labels, str(row.get("split") or "") or split_of(folder), line,
+                                table=path)  # fmt: skip
 
-        return assemble("audiofolder", asked, listed, None, files.report, tables[0] if tables else asked.table)
+        return assemble("audiofolder", asked, listed, None, files.report, asked.table or root)
 
     def nested() -> Iterator[Entry]:
         for name in inside:

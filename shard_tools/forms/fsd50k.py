@@ -40,6 +40,6 @@ def read(asked: Asked) -> Catalog:
             for line, (name, mids, split) in source.records(("fname", "mids"), ("split",)):
                 own = EVAL if part == "eval" else split.strip() or TRAIN
                 picked = [mid for mid in mids.split(",") if mid]
-                yield Entry(name, labels=picked, split=own, line=line, **files.named(name))
+                yield Entry(name, labels=picked, split=own, line=line, table=source.path, **files.named(name))
 
     return assemble("fsd50k", asked, entries, [labels[number] for number in sorted(labels)], audio["dev"].report)

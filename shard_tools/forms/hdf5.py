@@ -4,7 +4,7 @@
 |---|---|
 | waveform | int16 or float32 [clips, samples] |
 | audio_name | YYTID.wav, a clip; without it the rows' numbers are its name |
-| target | bool [clips, classes]: the classes of --class-labels, in their order |
+| target | bool, or 0 and 1, [clips, classes]: the classes of --class-labels, in their order |
 
 The sample rate is the attribute `sample_rate` (or `sr`, `fs`), else --source-rate. A file's name tells the split:
 balanced_train.h5, unbalanced_train_part00.h5, eval.h5.
@@ -107,6 +107,11 @@ def _entries(path: str, inside: str, file: Any, given: int | None, classes: int 
         last = min(first + ROWS, len(rows))
         called = names[first:last] if names is not None else [b""] * (last - first)
         truth = np.zeros((last - first, 0)) if classes is None or target is None else np.asarray(target[first:last])
+        soft = np.argwhere((truth != 0) & (truth != 1))
+        if len(soft):
+            row, column = soft[0]
+            raise UserError(f"{path}: target of clip {first + row} is {truth[row, column]} for class {column}, neither "
+                            "0 nor 1; write 0 or 1, such as target > 0.5")  # fmt: skip
         for row, name, one in zip(range(first, last), called, truth, strict=True):
             text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name)
             youtube = YOUTUBE.fullmatch(text)

@@ -3,7 +3,7 @@
 | file in the root | what |
 |---|---|
 | wav.scp | recording and path; commands (`... |`) are refused |
-| text | utterance and its labels, separated by spaces |
+| text | utterance and its labels, separated by spaces, or as --label-separator says |
 | segments | if it is there: utterance, recording, start and end in seconds |
 """
 
@@ -28,11 +28,11 @@ def read(asked: Asked) -> Catalog:
     scp, text = Table(join(root, MARK)), Table(join(root, "text"))
     called, paths = Names(root, scp.path), dict[str, str]()
     for line, words in lines_of(scp.lines()):
-        name, _, path = words.partition(" ")
-        if not path or path.rstrip().endswith("|"):
+        name, *path = words.split(None, 1)
+        if not path or path[0].endswith("|"):
             what = "a command, not a path" if path else "a recording without a path"
             raise scp.problem(line, f"'{words[:80]}' is {what}", "write RECORDING PATH, of audio that is there")
-        paths[name] = path.strip()
+        paths[name] = path[0]
     segments: dict[str, tuple[str, float, float]] = {}
     if "segments" in files_in(root):
         cuts = Table(join(root, "segments"))
@@ -45,7 +45,9 @@ def read(asked: Asked) -> Catalog:
 
     def entries() -> Iterator[Entry]:
         for line, words in lines_of(text.lines()):
-            name, *labels = words.split(asked.separator) if asked.separator else words.split()
+            name, *rest = words.split(None, 1)
+            cell = "".join(rest)
+            labels = cell if asked.separator else cell.split()
             recording, start, end = segments.get(name, (name, 0.0, None))
             if recording not in paths:
                 what = f"utterance '{name[:60]}' has no recording in {MARK}"

@@ -18,6 +18,7 @@ In: what the command line asks. Out: the name of one form, or a refusal that nam
 | .h5, .hdf5 | hdf5 |
 | .parquet with a column of audio | parquet |
 | .tar with .json or .cls beside the audio | wds |
+| audio, and AudioSet's tables or folders of their names | none alone: --dataset audioset needs --segments |
 | none of these: folders named as splits, with class folders | audiofolder |
 | none of these: class folders of audio | folder |
 | none of these: audio in one folder | unlabelled |
@@ -60,6 +61,8 @@ from shard_tools.tables import Table
 log = logging.getLogger(__name__)
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
+# AudioSet's tables, and the folders that downloads of it have: no classes, and no audio without labels.
+AUDIOSET = re.compile(r"(?i)(^|/)((un)?balanced_train|eval)_segments[^/]*(/|\.csv$)|(^|/)class_labels_indices\.csv$")
 HEAD_BYTES = 1000  # of a list in JSON
 Reader = Callable[[Asked, list[str]], Catalog]
 
@@ -246,7 +249,11 @@ def _of_root(asked: Asked, names: list[str]) -> dict[str, str]:
             if source.audio:
                 found["parquet"] = f"{first} with a column {source.audio.partition('.')[0]}"
     audio = [name for name in names if kind(split_name(name)[1]) == 0]
-    return found | (_of_audio(audio) if audio else _of_archives(asked, names))
+    if not audio:
+        return found | _of_archives(asked, names)
+    marks = list(filter(AUDIOSET.search, names))
+    own = {"audioset": f"{marks[0]}; with --segments CSV and --class-labels CSV"} if marks else {}
+    return found | own | _of_audio(audio)
 
 
 def _of_archives(asked: Asked, names: list[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@
 |---|---|
 | audio {bytes, path}, or one of bytes | a whole file of audio a row |
 | video_id, id, key, filename, ... | the clip's name where each has its own; else the file's name and the row's number |
-| labels, label, tags, ... | mids, names, numbers or classes of the hub's; a list where they are several |
+| labels, label, tags, ... | mids, names, numbers or classes of the hub's; a list, or a text with --label-separator |
 | human_labels | names of the mids in `labels`, in their order |
 | fold | if it is there |
 
@@ -30,6 +30,7 @@ from shard_tools.forms.entries import Asked, Entry, assemble, names_of, split_of
 from shard_tools.forms.records import BATCH, LABELS, parquet_source
 from shard_tools.names import BETWEEN
 from shard_tools.sources import ParquetSource
+from shard_tools.tables import cell_labels
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +60,13 @@ def read(asked: Asked, labelled: bool = True) -> Catalog:
                                 f"{', '.join(LABELS[:4])}, or build without: --dataset unlabelled")  # fmt: skip
             if "video_id" in columns and "labels" in columns:
                 dataset = "audioset"
+            if labelled:
+                _check_kind(source, path, column)
             if labelled and asked.class_labels is None:
-                numbered |= _collect(source, column, names)
+                numbered |= _collect(source, path, column, names, asked.separator)
     if labelled and numbered and not names:
         raise UserError(f"{paths[0]}: its labels are numbers, and nothing says of which classes; give --class-labels")
-    labels = [Label(id=name, name=names[name] or name) for name in sorted(names)] if labelled else []
+    labels = [Label(id=name, name=names[name] or name) for name in sorted(names)] if names or not labelled else None
 
     def entries() -> Iterator[Entry]:
         for path in paths:
@@ -92,25 +95,49 @@ def _classes(source: ParquetSource, column: str) -> list[str]:
         return []
 
 
-def _collect(source: ParquetSource, column: str, names: dict[str, str]) -> bool:
+def _is_list(kind: pa.DataType) -> bool:
+    return any(is_kind(kind) for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
+
+
+def _check_kind(source: ParquetSource, path: str, column: str) -> None:
+    kind = source.schema.field(column).type
+    inner = kind.value_type if _is_list(kind) else kind
+    inner = inner.value_type if pa.types.is_dictionary(inner) else inner
+    fits = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_null)
+    if not any(is_kind(inner) for is_kind in fits):
+        raise UserError(f"{path}: column '{column}' holds {kind!s:.80}, not names or numbers of classes; make it "
+                        "texts, integers or lists of them, or build without labels: --dataset unlabelled")  # fmt: skip
+
+
+def _collect(source: ParquetSource, path: str, column: str, names: dict[str, str], separator: str | None) -> bool:
     """Adds the classes of a file, with their names; whether they are numbers without names."""
+
+    def problem(what: str, remedy: str) -> UserError:
+        return UserError(f"{path}: column '{column}': {what}; {remedy}")
+
     classes = _classes(source, column)
     if classes:
         names |= {name: "" for name in classes if name not in names}
         return False
-    wanted = [column] + (["human_labels"] if "human_labels" in source.schema.names and column == "labels" else [])
+    listed = _is_list(source.schema.field(column).type)
+    spoken = listed and column == "labels" and "human_labels" in source.schema.names \
+        and _is_list(source.schema.field("human_labels").type)  # fmt: skip
+    wanted = [column] + (["human_labels"] if spoken else [])
     for batch in source.file.iter_batches(BATCH, columns=wanted, use_threads=False):
-        ids, spoken = batch.column(0), batch.column(1) if len(wanted) > 1 else None
-        if spoken is not None and not pc.all(pc.equal(pc.list_value_length(ids), pc.list_value_length(spoken))).as_py():
-            spoken = None
-        ids = pc.list_flatten(ids) if pa.types.is_list(ids.type) or pa.types.is_large_list(ids.type) else ids
-        if pa.types.is_integer(ids.type):
+        ids = batch.column(column)
+        flat = pc.list_flatten(ids) if listed else ids
+        if pa.types.is_integer(flat.type):
             return True
-        flat = ids.to_pylist()
-        called = pc.list_flatten(spoken).to_pylist() if spoken is not None else [""] * len(flat)
-        for name, word in dict(zip(flat, called, strict=True)).items():
-            if name is not None and not names.get(name):
-                names[name] = word or ""
+        for cell in pc.unique(flat).to_pylist():
+            for name in [cell.strip()] if listed and cell else cell_labels(cell or "", separator, None, problem, ""):
+                names.setdefault(name, "")
+        if spoken:
+            words = batch.column("human_labels")
+            same = pc.fill_null(pc.equal(pc.list_value_length(ids), pc.list_value_length(words)), False)
+            pairs = zip(*(pc.list_flatten(one.filter(same)).to_pylist() for one in (ids, words)), strict=True)
+            for name, word in dict(pairs).items():
+                if name and not names[name.strip()]:
+                    names[name.strip()] = str(word or "")
     return False
 
 
@@ -136,9 +163,10 @@ def _entries(source: ParquetSource, path: str, inside: str, split: str, labelled
         for cells in rows:
             while row >= first[group + 1]:
                 group += 1
-            picked: list[Any] = names_of(cells[column]) if column else []
-            picked = [classes[label] if isinstance(label, int) and 0 <= label < len(classes) else label
-                      for label in picked]  # fmt: skip
+            picked = names_of(cells[column], f"{path}{BETWEEN}{row}") if column else []
+            if classes and not isinstance(picked, str):
+                picked = [classes[label] if isinstance(label, int) and 0 <= label < len(classes) else label
+                          for label in picked]  # fmt: skip
             yield Entry(cells.get(id_) or f"{inside}{BETWEEN}{row}", f"{path}{BETWEEN}{row}", picked, split,
                         at=(group, int(row - first[group])), fold=int(cells.get(fold) or 0))  # fmt: skip
             row += 1

@@ -19,6 +19,12 @@ LABELS = ("labels", "label", "tags", "tag", "category", "class", "classes", "eve
 BATCH = 1 << 14  # rows
 
 
+def label_column(row: dict[str, Any], names: Sequence[str] = LABELS) -> str | None:
+    """The first column of labels in which a row has some, else the first that it has; None: it has none."""
+    there = [name for name in names if name in row]
+    return next((name for name in there if row[name] not in (None, "")), there[0] if there else None)
+
+
 @contextmanager
 def parquet_source(path: str) -> Iterator[ParquetSource]:
     """A Parquet file whose trouble is the user's.

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from pipeline.data.storage import Location
 from pipeline.errors import UserError
-from shard_tools.catalogs import MOST_FOLDS, Catalog, Names
+from shard_tools.catalogs import Catalog, Names
 from shard_tools.forms.entries import Asked, Entry, Files, assemble, names_of
 from shard_tools.forms.records import records_of
 from shard_tools.tables import SEPARATOR
@@ -30,13 +30,13 @@ def read(asked: Asked, table: Location) -> Catalog:
             try:
                 start, end = float(row.get("start") or 0.0), None if row.get("end") is None else float(row["end"])
                 fold = int(row.get("fold") or 0)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise UserError(f"{table}:{line}: start, end or fold is no number; correct it") from error
-            if start < 0 or (end is not None and not end > start) or not 0 <= fold <= MOST_FOLDS:
-                raise UserError(f"{table}:{line}: start {start:g}, end {end} or fold {fold} cannot be; correct it")
+            if isinstance(row.get("fold"), float) and fold != row["fold"]:
+                raise UserError(f"{table}:{line}: fold {row['fold']} is no whole number; correct it")
             where, name = called.of(str(row["path"]))
             yield Entry(str(row.get("key") or name + (f"-{start:g}" if start else "")), files.at(where),
-                        names_of(row["labels"], asked.separator or SEPARATOR), str(row.get("split") or ""), line,
+                        names_of(row["labels"], f"{table}:{line}"), str(row.get("split") or ""), line,
                         start=start, end=end, fold=fold, trimmed=False if start else None)  # fmt: skip
 
-    return assemble("csv", asked, entries, None, files.report, table)
+    return assemble("csv", asked, entries, None, files.report, table, SEPARATOR)

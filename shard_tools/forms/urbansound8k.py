@@ -32,8 +32,9 @@ def read(asked: Asked) -> Catalog:
 
     def entries() -> Iterator[Entry]:
         for line, (name, fold, _, label) in source.records(columns):
-            yield Entry(name.rpartition(".")[0] or name, labels=[label], line=line, **files.named(name),
-                        fold=source.integer(line, "fold", fold, 1, MOST_FOLDS))  # fmt: skip
+            number = source.integer(line, "fold", fold, 1, MOST_FOLDS)
+            yield Entry(name.rpartition(".")[0] or name, labels=[label], line=line, fold=number,
+                        **files.named(f"fold{number}/{name}"))  # fmt: skip
 
     labels = [Label(id=names[number], name=names[number].replace("_", " ")) for number in sorted(names)]
     return assemble("urbansound8k", asked, entries, labels, files.report, source.path)

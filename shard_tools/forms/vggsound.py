@@ -33,9 +33,11 @@ def read(asked: Asked) -> Catalog:
             name, start = row[0], source.seconds(line, "start", row[1])
             found = files.find(segment_names(name, start, start + SECONDS))
             stem, path, at = found[0] if found else ("", "", None)
-            whole = stem in (plain_times(name), plain_times(f"Y{name}"))
+            video = (plain_times(name), plain_times(f"Y{name}"))
+            whole = stem in video
             first = start if whole else 0.0
+            others = tuple((path, at) for stem, path, at in found[1:] if (stem in video) == whole)
             yield Entry(f"{name}_{int(start):06d}", path, [row[2].strip()], row[3].strip(), line, at, first,
-                        first + SECONDS, trimmed=None if whole else True)  # fmt: skip
+                        first + SECONDS, trimmed=None if whole else True, others=others)  # fmt: skip
 
     return assemble("vggsound", asked, entries, None, files.report, source.path)

@@ -403,6 +403,21 @@ def test_a_decoder_ends_with_its_worker(patched):
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL  # the alarm that ends an orphan
 
 
+@pytest.mark.parametrize("pad", [b"", b"\0"])
+@pytest.mark.parametrize(("bits", "sample"), [(24, b"\xe8\x03\0"), (8, b"\x90")])
+def test_what_follows_an_odd_data_chunk_is_no_audio(tmp_path, bits, sample, pad):
+    """Also where its writer left out the byte that fills it up."""
+    width, data = bits // 8, sample * 8001
+    form = struct.pack("<IHHIIHH", 16, 1, 1, RATE, RATE * width, width, bits)
+    after = b"LIST" + struct.pack("<I", 400) + b"INFOISFT" + struct.pack("<I", 388) + bytes(range(97)) * 4
+    body = b"WAVEfmt " + form + b"data" + struct.pack("<I", len(data)) + data + pad + after
+    (tmp_path / "a.wav").write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
+    decoded = decode(str(tmp_path / "a.wav"), 0.0, None, rate=RATE, seconds=1)
+    assert decoded.decoder == "soundfile"
+    assert len(decoded.waveform) == 8001
+    assert np.ptp(decoded.waveform) == 0
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other limits")
 def test_a_clip_costs_the_decoder_process_no_new_pages(tmp_path):
     """Else each one costs 900 page faults, a seventh of what a WAV takes."""

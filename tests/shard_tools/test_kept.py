@@ -24,7 +24,7 @@ from shard_tools import catalogs, distribute, store
 from shard_tools.build import build, build_slice, merge
 from shard_tools.finish import damage, render
 from shard_tools.lock import owner
-from shard_tools.plan import BuildOptions, Slice
+from shard_tools.plan import BuildOptions, Slice, SplitPlan
 from shard_tools.repair import repair
 from shard_tools.store import Store
 from shard_tools.verify_shards import examine, verify
@@ -125,8 +125,9 @@ def test_overwrite_replaces_its_own_splits_only(audio, whole, tmp_path):
     manifest = load_manifest(out)
     assert manifest.options["eval"]["seed"] == 5
     assert manifest.splits["train"] == load_manifest(alone).splits["train"]
-    # Taken out of the manifest first: what is left is as if the other had never been there.
-    build_module._erase(of(audio, "eval"), Store(out), options(SECONDS, PER_SHARD))
+    # What is left is as if the other had never been there.
+    catalog, how = of(audio, "eval"), options(SECONDS, PER_SHARD)
+    build_module._erase(catalog, Store(out), how, [SplitPlan(catalog, "eval", out, how)])
     shutil.rmtree(out / ".build", ignore_errors=True)
     assert digests(out) == digests(alone)
 
@@ -138,16 +139,15 @@ def test_overwrite_refuses_what_would_lose_other_splits(audio, whole, tmp_path):
     with pytest.raises(UserError, match=r"holds split 'train', which this command does not build, with --seconds"):
         build(of(audio, "eval"), out, options(0.2), 1, engine="inline", overwrite=True)
     (out / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"--overwrite would lose its split 'train'"):
+    with pytest.raises(UserError, match=r"manifest\.json: not JSON.*; --overwrite removes only what a manifest lists"):
         run(audio, out, "eval", overwrite=True)
     (out / "manifest.json").write_bytes((whole / "manifest.json").read_bytes())
     assert digests(out) == before
-    for path in out.glob("train-*.tar"):
-        path.unlink()
-    (out / "manifest.json").write_text("{")
-    run(audio, out, "eval", overwrite=True)
-    assert verify(out, 1) == []
-    assert list(load_manifest(out).splits) == ["eval"]
+    (out / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"holds eval-000000\.tar and \d more files, of which no manifest"):
+        run(audio, out, "eval", overwrite=True)
+    (out / "manifest.json").write_bytes((whole / "manifest.json").read_bytes())
+    assert digests(out) == before
 
 
 @pytest.mark.parametrize("name", ["train-000001.tar", "eval-000000.tar", "index.parquet", "failures.jsonl"])

@@ -278,7 +278,7 @@ class Loader(IterableDataset[Batch]):
             if not held_out:
                 raise UserError(
                     f"data.eval_split = '{data.eval_split}' is not in {data.shown}, which has "
-                    f"{', '.join(self.corpus.splits)}; build a split of clips that are held out (docs/data.md), or name "
+                    f"{', '.join(self.corpus.splits)}; build a split of held-out clips (docs/data.md), or name "
                     "one of these (evaluate.py: --split)"
                 )
             trained, digests = [held_out], [self.corpus.digest]

@@ -25,6 +25,7 @@ no conversion: every layout reads its own part of them, with the same bits. Each
 collective, so a save moves three times the float32 weights; CRAFT-base: 1 GB, a few optimiser steps' traffic.
 """
 
+import fnmatch
 import json
 import logging
 import random
@@ -100,7 +101,8 @@ class Checkpoints:
         weights = parts.full_weights(engine)
         averaged = parts.put_together(engine, average, dict.fromkeys(average, 0)) if average else {}
         moments = parts.full_moments(engine, parts.spread(engine))
-        mine = {_part("optimizer", world): moments, _part("random", world): _random_state()}
+        mine = {_part("optimizer", world.rank, world.size): moments,
+                _part("random", world.rank, world.size): _random_state()}  # fmt: skip
         if world.is_main:
             mine = {"weights": weights, **mine}
             if averaged:
@@ -186,7 +188,12 @@ class Checkpoints:
         try:
             if failed:
                 raise self._writing.exception() or OSError("another rank could not write; see logs/")
-            write_json(folder / "complete", {file.name: file.stat().st_size for file in sorted(folder.iterdir())})
+            # By their names, too: on NFS this host may not list yet what others wrote.
+            names = {file.name for file in folder.iterdir()} | {
+                f"{_part(what, rank, self._world.size)}.safetensors"
+                for what in ("optimizer", "random") for rank in range(self._world.size)
+            }  # fmt: skip
+            write_json(folder / "complete", {name: (folder / name).stat().st_size for name in sorted(names)})
             write_text(self._root / "latest", folder.name)
         except (OSError, SafetensorError) as error:
             return self._give_up(folder, error)
@@ -252,7 +259,7 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def read_state(run_dir: Path) -> dict[str, Any] | None:
-    """`state.json` of the newest checkpoint whose files have their sizes; None where there is none."""
+    """`state.json` of the newest checkpoint whose files have their sizes, with their names as `files`; None: none."""
     for folder in reversed(complete_checkpoints(run_dir)):
         state, wrong = _read(folder)
         if not wrong:
@@ -262,7 +269,7 @@ def read_state(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], str]:
-    """`state.json` of a checkpoint, and which of its files is not as it was written; empty: none."""
+    """`state.json` of a checkpoint with the names of its `files`, and which of them is not as it was written."""
     try:
         sizes = json.loads((folder / "complete").read_text(encoding="utf-8"))
         for name, size in sizes.items():
@@ -270,6 +277,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], str]:
                 return {}, name
         state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         whole = state.get("step") == int(folder.name.removeprefix("step-"))
+        state["files"] = sorted(sizes)
     except (OSError, ValueError, AttributeError, RecursionError):
         return {}, "complete or state.json"
     return state, "" if whole else "state.json"
@@ -286,7 +294,9 @@ def stored(run_dir: Path, state: dict[str, Any], files: str) -> Iterator[tuple[s
     Raises:
         UserError: a file cannot be read.
     """
-    for file in sorted((run_dir / "checkpoints" / f"step-{state['step']:08d}").glob(f"{files}.safetensors")):
+    folder = run_dir / "checkpoints" / f"step-{state['step']:08d}"
+    # Not those that this host lists: on NFS it may not see new ones yet, and would go on with moments of 0.
+    for file in (folder / name for name in fnmatch.filter(state["files"], f"{files}.safetensors")):
         try:
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - the file is no mapping
@@ -338,7 +348,7 @@ def restore(engine: Any, run_dir: Path, state: dict[str, Any], weights: dict[str
     if was != now:
         log.info("checkpoint of ZeRO %d on %d ranks taken over by ZeRO %d on %d", *was, *now)
     if was[1] == world.size:
-        _set_random_state(dict(stored(run_dir, state, _part("random", world))))
+        _set_random_state(dict(stored(run_dir, state, _part("random", world.rank, world.size))))
 
 
 def loss_scale(engine: Any) -> dict[str, float]:
@@ -347,8 +357,8 @@ def loss_scale(engine: Any) -> dict[str, float]:
     return {name: getattr(scaler, name) for name in SCALER} if getattr(scaler, "dynamic", False) else {}
 
 
-def _part(what: str, world: World) -> str:
-    return f"{what}-{world.rank + 1:05d}-of-{world.size:05d}"
+def _part(what: str, rank: int, ranks: int) -> str:
+    return f"{what}-{rank + 1:05d}-of-{ranks:05d}"
 
 
 def _random_state() -> dict[str, torch.Tensor]:

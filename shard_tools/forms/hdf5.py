@@ -27,7 +27,7 @@ from shard_tools.columns import relative
 from shard_tools.forms.entries import Asked, Entry, assemble, split_of
 from shard_tools.labels import read_vocabulary
 from shard_tools.names import BETWEEN
-from shard_tools.sources import open_container, rate_of, waveforms
+from shard_tools.sources import SourceError, open_container, rate_of, waveforms
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def opened(path: str) -> Iterator[Any]:
     """An HDF5 file.
 
     Raises:
-        UserError: it is none, or cut.
+        UserError: it is none, cut, or takes something from other files.
     """
     import h5py  # see sources.py
 
@@ -84,7 +84,9 @@ def opened(path: str) -> Iterator[Any]:
         handle = open_container(path)
         with handle, h5py.File(handle if is_remote(path) else path, "r") as file:
             yield file
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py's kinds of damage
+    except SourceError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:  # h5py's kinds of damage
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: no HDF5 file, or a truncated one ({reason:.120}); get it again") from error
 

@@ -27,11 +27,12 @@ What could be several is refused. At most LOOK_AROUND files are looked at, and t
 """
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from pipeline.data.storage import join
+from pipeline.data.storage import is_remote, join, local
 from pipeline.errors import UserError
 from shard_tools import catalogs
 from shard_tools.audio_files import HELD_OUT, SPLIT_NAMES, UNFINISHED, endings_of, kind, split_name, walk, what_is_there
@@ -208,9 +209,12 @@ def _tables(asked: Asked, names: list[str]) -> Iterator[tuple[str, str]]:
     """(form, name) of the tables that say which form they are of: in the root, and those of DCASE anywhere."""
     for name in names:
         ending = split_name(name)[1].lower()
+        path = join(asked.root, name)
         if ending in TABLES and ("/" not in name or ending == ".tsv"):
+            if not is_remote(path) and not os.path.isfile(local(path)):
+                continue  # a pipe that nobody writes into would be waited for
             try:
-                form = _table_form(join(asked.root, name))
+                form = _table_form(path)
             except UserError:
                 continue  # no table
             if form and ("/" not in name or form == "dcase"):

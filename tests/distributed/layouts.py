@@ -124,7 +124,7 @@ def take_over(chain: str, number: int, run_dir: Path, world: World) -> dict[str,
     found = trainer.state()
     kept = (("weights", ""), ("optimizer-*", ""), ("average", "average/"), ("teacher", "teacher/"))
     stored = {prefix + name: tensor for files, prefix in kept
-              for name, tensor in checkpoint.stored(run_dir, {"step": trainer.step}, files)}  # fmt: skip
+              for name, tensor in checkpoint.stored(run_dir, checkpoint.read_state(run_dir), files)}  # fmt: skip
     report = {"restored": same(found, stored), "losses": trainer.train(2)}
     trainer.save(run_dir)
     return report

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from safetensors.torch import save_file
 
 from pipeline.config import CheckpointConfig, LogConfig, PretrainRecipe, TrainConfig
 from pipeline.distributed import World
-from pipeline.engine.checkpoint import complete_checkpoints, delete_old
+from pipeline.engine.checkpoint import complete_checkpoints, delete_old, read_state, stored
 from pipeline.engine.job import Progress
 from pipeline.engine.step import update
 from pipeline.engine.telemetry import Telemetry
@@ -121,6 +122,22 @@ def test_lines_that_a_full_disk_does_not_take_are_lost_and_said_once(tmp_path, c
     tracker.metrics({"loss": 3.0}, 3)
     assert [line["step"] for line in Feed(lines).read()] == [3]
     assert lines.read_text().count("\n") == 2
+
+
+def test_a_file_of_a_checkpoint_that_a_host_does_not_see_yet_is_no_moment_of_zero(tmp_path):
+    """NFS caches the list of a directory; what `complete` names is opened, and missed by name."""
+    folder = tmp_path / "checkpoints" / "step-00000004"
+    folder.mkdir(parents=True)
+    names = [f"optimizer-0000{rank}-of-00002.safetensors" for rank in (1, 2)]
+    for name in names:
+        save_file({name: torch.ones(1)}, folder / name)
+    write_json(folder / "state.json", {"step": 4})
+    write_json(folder / "complete", {path.name: path.stat().st_size for path in sorted(folder.iterdir())})
+    state = read_state(tmp_path)
+    assert [name for name, _ in stored(tmp_path, state, "optimizer-*")] == names
+    (folder / names[1]).unlink()
+    with pytest.raises(UserError, match=r"optimizer-00002-of-00002\.safetensors: No such file"):
+        list(stored(tmp_path, state, "optimizer-*"))
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_costs_no_new_one(tmp_path, caplog, monkeypatch):

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -357,3 +358,10 @@ def test_audioset_as_files_is_neither_classes_nor_audio_without_labels(tmp_path)
     for folder, other in (("flat", "unlabelled"), ("apart", "folder")):
         refused(rf"could be read as --dataset audioset \(.*; with --segments CSV .*--dataset {other} ", "--root",
                 tmp_path / folder)  # fmt: skip
+
+
+def test_a_pipe_in_the_root_is_no_table(tmp_path):
+    """Nobody writes into it, so opening it would never end."""
+    write(tmp_path, {"dog/a.wav": WAV, "cat/b.wav": WAV})
+    os.mkfifo(tmp_path / "notes.txt")
+    assert labels(catalog("--root", tmp_path)) == [["cat"], ["dog"]]

@@ -410,6 +410,9 @@ def _report(summary: Summary, out: Location, seconds: float) -> int:
 
 def _needed(args: argparse.Namespace, name: str) -> Any:
     value = getattr(args, name)
+    if value is None and args.dataset == "auto":
+        raise UserError("nothing says what to build; give --root DIR (a data set, or audio), --table FILE or "
+                        "--segments CSV")  # fmt: skip
     if value is None:
         raise UserError(f"--dataset {args.dataset} needs --{name.replace('_', '-')}; see --help")
     return value

@@ -236,11 +236,11 @@ def load_manifest(directory: Location) -> Manifest:
         content = json.loads(read_bytes(path, MANIFEST_BYTES).decode("utf-8"), parse_constant=_no_number)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{path}: {reason}; point data.shards at a finished build_shards.py --out") from error
+        raise UserError(f"{path}: {reason}; name the --out of a finished build_shards.py") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); rebuild it with build_shards.py") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: format is not '{FORMAT}'; point data.shards at shards of build_shards.py")
+        raise UserError(f"{path}: format is not '{FORMAT}'; name shards of build_shards.py")
     if content.get("version") != VERSION:
         raise UserError(
             f"{path}: format version {content.get('version')!r:.40}, this release reads {VERSION}; rebuild the shards"

@@ -252,6 +252,9 @@ def _say_beginning(job: Job, world: World, step: int) -> None:
     """What begins, and settings that make little sense in so short a run."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     total, warmup = job.total_steps, job.recipe.optim.warmup
+    if step == total:
+        log.info("%s is done: step %d of %d; a larger train.steps or train.epochs goes on", job.run_dir, step, total)
+        return
     log.info("%d steps of %d clips, from step %d, on %d x %s", total, job.batches.total, step, world.size, device)
     if warmup > total / 5:
         log.warning("optim.warmup = %d steps, of a run of %d: %s", warmup, total,

@@ -146,7 +146,7 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path):
     ("words", "said"),
     [
         ("--dataset esc50", "--audio-root"),
-        ("", "needs --audio-root"),
+        ("", "nothing says what to build; give --root DIR"),
         ("--root /no/such", "--audio-root /no/such: No such file"),
         ("--table T --source-rate 8000", "--source-rate is of --dataset audioset, hdf5 and unlabelled, not csv"),
         ("--dataset folder --audio-root /no/such", "/no/such"),

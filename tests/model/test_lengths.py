@@ -35,7 +35,7 @@ def as_short(task, words, folder):
     report = load_weights(other, folder / "w.safetensors")
     assert not report.fresh
     assert not report.dropped
-    if isinstance(other, PretrainTask) and other.teacher:  # as where an engine is built
+    if isinstance(other, PretrainTask) and other.teacher:  # as runs.initialise does
         other.teacher = Teacher(other.model, other.teacher.blocks)
     return other
 

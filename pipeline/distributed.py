@@ -12,28 +12,33 @@ import os
 import random
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.errors import UserError
-from pipeline.faults import VERDICT, Faults
+from pipeline.faults import ATTEMPT, VERDICT, Faults
 
 log = logging.getLogger(__name__)
 
 DEVICES = Path("/dev")
 JOIN_SECONDS = 300.0  # between the first rank and the last one at the start
 STORE_SECONDS = 10.0  # to wait for an answer of the key-value store
+RETRY_SECONDS = 2.0  # between two tries to join, of a run that restarts itself
+RUN = "run"  # key of the name by which a run's ranks know their store
 _alone = False
 ValueT = TypeVar("ValueT")
 _gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # older name
@@ -136,13 +141,58 @@ def session(timeout: float, seed: int, deterministic: bool = False) -> Iterator[
 def _join(device: torch.device, patience: timedelta) -> None:
     """Meets the other ranks at MASTER_ADDR:MASTER_PORT, for no longer than they take to start.
 
+    Under `faults.supervise` a rank that meets others than its own tries again until that time is over, so that all
+    ranks come to the next attempt, and its port, together.
+
     Raises:
         UserError: the port is taken, or a rank does not come.
     """
+    end = time.monotonic() + min(patience.total_seconds(), JOIN_SECONDS)
+    while True:
+        try:
+            store, rank, size = _meet(max(1.0, end - time.monotonic()))
+            break
+        except UserError as error:
+            if ATTEMPT not in os.environ or time.monotonic() > end - RETRY_SECONDS:
+                raise
+            log.warning("%s; trying again for %.0f s", error, end - time.monotonic())
+        time.sleep(RETRY_SECONDS)
+    store.set_timeout(patience)
+    gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=size, timeout=patience,
+                            device_id=device if gpu else None)  # fmt: skip
+
+
+def _meet(seconds: float) -> tuple[Store, int, int]:
+    """The store of this run's ranks, own rank and their number.
+
+    What listens at the port may be a program that does not answer, which torch waits for without end: hence the thread.
+    Or it is the store of another run, which answers: hence the name, of what this run's ranks share.
+
+    Raises:
+        UserError: see `_join`.
+    """
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    join = min(patience, timedelta(seconds=JOIN_SECONDS))
+    name = f"{os.environ.get(ATTEMPT, '')}, {os.environ['WORLD_SIZE']} ranks"
+    met: futures.Future[tuple[Store, int, int]] = futures.Future()
+
+    def meet() -> None:
+        try:
+            store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
+            if rank == 0:
+                store.set(RUN, name)
+            elif store.get(RUN).decode(errors="replace") != name:
+                raise dist.DistNetworkError("another run's ranks meet there")
+            met.set_result((store, rank, size))
+        except Exception as error:  # noqa: BLE001 - raised below
+            met.set_exception(error)
+
+    Thread(target=meet, name="rendezvous", daemon=True).start()
     try:
-        store, rank, size = next(rendezvous("env://", timeout=join))
+        return met.result(seconds + RETRY_SECONDS)
+    except futures.TimeoutError as error:
+        reason = f"what listens there has not answered in {seconds:.0f} s, and is no rank of this run"
+        raise UserError(f"{place}: {reason}", local=True, transient=True) from error
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error) or "already in use" in str(error):
             raise UserError(
@@ -153,13 +203,9 @@ def _join(device: torch.device, patience: timedelta) -> None:
         raise UserError(f"{place}: {str(error).splitlines()[0]}", local=True, transient=True) from error
     except dist.DistStoreError as error:
         raise UserError(
-            f"{place}: not all of the {os.environ['WORLD_SIZE']} ranks have come in {join.seconds} s: "
+            f"{place}: not all of the {os.environ['WORLD_SIZE']} ranks have come in {seconds:.0f} s: "
             f"{str(error).splitlines()[0]}", local=True, transient=True,
         ) from error  # fmt: skip
-    store.set_timeout(patience)
-    gpu = device.type == "cuda"
-    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=size, timeout=patience,
-                            device_id=device if gpu else None)  # fmt: skip
 
 
 def _open_store(rank: int) -> TCPStore:

@@ -47,6 +47,7 @@ SILENCE = 120.0  # seconds without a change, at most, after which a rank counts 
 BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")  # in errors of gloo and nccl
 PLACES = ("data", "step", "evaluation", "checkpoint")  # in the order in which a rank comes by
 VERDICT, LEFT, MAIN_LEFT = "verdict", "left", "rank 0 left"  # keys
+ATTEMPT = "CRAFT_ATTEMPT"  # variable: which attempt of which supervised run, in words that all its ranks share
 
 
 @contextmanager
@@ -317,7 +318,8 @@ def supervise(restarts: int) -> None:
     It works under any launcher (deepspeed, torchrun, srun) and over any hosts without a word between the parents: when
     one rank dies, the others' collectives fail, or `Faults` ends them, so each parent comes to the same attempt. Each
     attempt has a rendezvous port of its own, MASTER_PORT + attempt, where no late rank of the attempt before can be
-    met. A rank that meets nobody there gives up after `distributed.JOIN_SECONDS`.
+    met. A rank that meets nobody there, or finds the port taken, gives up after `distributed.JOIN_SECONDS`: all do, and
+    meet at the next port.
 
     Not restarted: success (0), bad input (2), a signal to stop. Restarted: any other end, also a fault that may pass by
     itself, such as a store out of reach (75). To be called before threads or a GPU context exist: neither survives a
@@ -339,7 +341,7 @@ def supervise(restarts: int) -> None:
         if not child:
             die_with(parent)
             if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
-                os.environ["MASTER_PORT"] = str(port + attempt)
+                os.environ |= {"MASTER_PORT": str(port + attempt), ATTEMPT: f"port {port}, attempt {attempt}"}
                 if attempt:  # torchrun's own store is at the first port; from now on rank 0 opens one
                     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
             return

@@ -1,8 +1,11 @@
 """Program: ranks that restart themselves; at the first attempt one fails.
 
-    restarting_rank.py MARKER ERROR      (ERROR: memory, store or input)
+    restarting_rank.py MARKER ERROR [SECONDS]      (ERROR: memory, store or input)
+
+SECONDS: within which ranks meet, at a restart.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import torch
 
 from pipeline import distributed
 from pipeline.errors import UserError, run_cli
-from pipeline.faults import supervise
+from pipeline.faults import ATTEMPT, supervise
 
 ERRORS = {
     "memory": torch.OutOfMemoryError("no memory"),
@@ -22,6 +25,8 @@ ERRORS = {
 def main() -> None:
     marker, error = Path(sys.argv[1]), ERRORS[sys.argv[2]]
     supervise(2)
+    if len(sys.argv) > 3 and not os.environ[ATTEMPT].endswith("attempt 0"):
+        distributed.JOIN_SECONDS = float(sys.argv[3])
     with distributed.session(1800, seed=0) as world:
         distributed.barrier()
         if world.rank == 1 and not marker.exists():

@@ -5,15 +5,21 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
+from threading import Thread, Timer
 
 import pytest
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import DistNetworkError
 
 from pipeline import distributed
 from pipeline.errors import GRACE_SECONDS, LAUNCHERS, UserError, run_cli
 from tests.conftest import ROOT
 from tests.distributed.conftest import losses
-from tests.ranks import free_port, run_ranks, start_ranks
+from tests.ranks import Rank, free_port, run_ranks, start_ranks
 
 RESTARTING = Path(__file__).with_name("restarting_rank.py")
 
@@ -75,6 +81,56 @@ def test_a_store_out_of_reach_restarts_and_bad_input_does_not(tmp_path, error, s
     for rank, (_, said) in enumerate(ended):
         assert (f"rank {rank} is done\n" in said) == (status == 0), said
         assert ("restart 1 of 2" in said) == (status == 0), said
+
+
+@contextmanager
+def taken_port(by: str, seconds: float) -> Iterator[int]:
+    """Where others listen, for so long at most, yields the port before it."""
+    while True:
+        port = free_port()
+        with suppress(OSError, DistNetworkError):  # it is really taken
+            if by == "store of another run":
+                store = TCPStore("127.0.0.1", port + 1, None, True, timedelta(seconds=5), wait_for_workers=False)
+                store.set(distributed.RUN, "port 1, attempt 0, 2 ranks")
+                yield port
+                return
+            server = socket.create_server(("", port + 1))
+            break
+    if by == "closing server":
+        Thread(target=hang_up, args=[server], daemon=True).start()  # else the kernel answers, and nothing ever reads
+    closing = Timer(seconds, server.shutdown, [socket.SHUT_RDWR])
+    with server:
+        closing.start()
+        yield port
+        closing.cancel()
+
+
+def hang_up(server: socket.socket) -> None:
+    """On each that calls, until it is shut down itself."""
+    with suppress(OSError), server:
+        while True:
+            server.accept()[0].close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("by", "seconds", "attempt"),
+    [("silent server", 200, 2), ("closing server", 200, 2), ("closing server", 6, 1), ("store of another run", 200, 2)],
+)
+def test_ranks_that_find_the_port_of_a_restart_taken_stay_together(tmp_path, by, seconds, attempt):
+    """For as long as they wait for each other, or for less: then they meet there."""
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(RESTARTING), str(tmp_path / "marker"), "memory", "12"]
+    with taken_port(by, seconds) as port:
+        place["MASTER_PORT"] = str(port)
+        ranks = [Rank(command, place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+        ended = [rank.end(240) for rank in ranks]
+    for rank, (status, said) in enumerate(ended):
+        assert status == 0, said
+        assert f"rank {rank} is done\n" in said
+        assert f"restart {attempt} of 2" in said
+        assert f"restart {attempt + 1} of 2" not in said
+    assert f"port {port + 1} of this host is taken" in ended[0][1]
 
 
 def test_a_port_that_is_taken_is_one_line():

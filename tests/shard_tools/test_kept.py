@@ -30,34 +30,8 @@ from shard_tools.store import Store
 from shard_tools.verify_shards import examine, verify
 from shard_tools.write import AudioOptions
 from tests.conftest import ROOT
-from tests.helpers import digests, options, synth_catalog
-
-SECONDS, CLIPS, PER_SHARD = 0.1, 46, 6
-
-
-@pytest.fixture(scope="module")
-def audio(tmp_path_factory):
-    """46 clips, splits train and eval."""
-    source = tmp_path_factory.mktemp("audio") / "source"
-    synth_catalog(source, CLIPS, SECONDS)
-    return source
-
-
-@pytest.fixture(scope="module")
-def whole(audio, tmp_path_factory):
-    """Both splits, train first."""
-    out = tmp_path_factory.mktemp("whole")
-    for split in ("train", "eval"):
-        run(audio, out, split)
-    return out
-
-
-def run(source, out, split, **words):
-    return build(of(source, split), out, options(SECONDS, PER_SHARD), 1, engine="inline", **words)
-
-
-def of(source, split) -> catalogs.Catalog:
-    return catalogs.table(source, source / "table.csv", None, split)
+from tests.helpers import digests, options
+from tests.shard_tools.conftest import PER_SHARD, SECONDS, of, run
 
 
 def times(out) -> dict[str, int]:

@@ -11,46 +11,20 @@ from pipeline.data.manifest import load_manifest
 from pipeline.errors import UserError
 from pipeline.flow import Clip
 from shard_tools import build as build_module
-from shard_tools import catalogs
-from shard_tools.build import Summary, build
+from shard_tools.build import build
 from shard_tools.catalogs import Catalog
 from shard_tools.plan import SplitPlan
 from shard_tools.sources import members
 from shard_tools.store import Store
 from shard_tools.verify_shards import verify
-from tests.helpers import digests, options, synth_catalog
+from tests.helpers import digests, options
+from tests.shard_tools.conftest import PER_SHARD, SECONDS, of, run
 from tests.shard_tools.containers import pack, recordings
 
-SECONDS = 0.1
 FOREIGN = "of which no manifest and no unfinished build knows; move it away, or use another --out"
 
 
-@pytest.fixture(scope="module")
-def audio(tmp_path_factory):
-    """46 clips, splits train and eval."""
-    source = tmp_path_factory.mktemp("audio") / "source"
-    synth_catalog(source, 46, SECONDS)
-    return source
-
-
-@pytest.fixture(scope="module")
-def whole(audio, tmp_path_factory):
-    """Both splits."""
-    out = tmp_path_factory.mktemp("whole")
-    for split in ("train", "eval"):
-        run(audio, out, split)
-    return out
-
-
-def of(source, split: str) -> Catalog:
-    return catalogs.table(source, source / "table.csv", None, split)
-
-
-def run(source, out, split: str, per_shard: int = 4, **words: bool) -> Summary:
-    return build(of(source, split), out, options(SECONDS, per_shard), 1, engine="inline", **words)
-
-
-def refused(source, out, name: str, split: str, per_shard: int = 4, **words: bool) -> None:
+def refused(source, out, name: str, split: str, per_shard: int = PER_SHARD, **words: bool) -> None:
     """It is, by the name of a file, and nothing is changed."""
     before = digests(out)
     with pytest.raises(UserError, match=rf"holds {name}, {FOREIGN}"):
@@ -65,7 +39,7 @@ def test_a_file_that_only_has_the_name_of_a_shard_stays(audio, whole, tmp_path):
     run(audio, beside, "train")
     shutil.copytree(whole, beyond)
     shards = sum(shard.split == "eval" for shard in load_manifest(whole).shards)
-    for out, name, per_shard in ((alone, "eval-000000.tar", 4), (beside, "eval-000001.tar", 4),
+    for out, name, per_shard in ((alone, "eval-000000.tar", PER_SHARD), (beside, "eval-000001.tar", PER_SHARD),
                                  (beyond, f"eval-{shards:06d}.tar", 1)):  # fmt: skip
         (out / name).write_text("mine")
         refused(audio, out, name, "eval", per_shard, overwrite=True)
@@ -156,5 +130,5 @@ def test_it_removes_no_source_of_its_own(whole, tmp_path):
         catalog.clips.append(Clip(str(number), member.name, 0.0, None, (0,), "train", at=member.at))
     before = digests(out)
     with pytest.raises(UserError, match=r"--overwrite would remove train-000000\.tar, which holds clips"):
-        build(catalog, out, options(SECONDS, 4), 1, engine="inline", overwrite=True)
+        build(catalog, out, options(SECONDS, PER_SHARD), 1, engine="inline", overwrite=True)
     assert digests(out) == before

@@ -363,7 +363,9 @@ class CheckpointConfig(Section):
 
     every: int = neutral(0, ge=0, description="steps between checkpoints; 0: at every evaluation and the end")
     keep: int = neutral(2, ge=1, description="newest checkpoints that are kept")
-    keep_best: int = neutral(1, ge=0, description="best checkpoints by the watched metric that are kept besides")
+    keep_best: int = neutral(
+        1, ge=0, description="besides: best ones, by the watched metric, of those that were made at an evaluation"
+    )
     keep_every: int = neutral(0, ge=0, description="checkpoints at multiples of this many steps are kept; 0: none")
     keep_at: tuple[float, ...] = neutral((), description="checkpoints at these shares of the run are made and kept")
     average: tuple[int, int] = result((0, 0), description="first and last epoch whose weights are averaged; 0, 0: off")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.ablation.executors import Executor, LocalExecutor, SlurmExecutor
 from pipeline.ablation.grid import ROOT, Grid
@@ -24,7 +24,8 @@ from pipeline.command_line import new_parser, path_of, read_deepspeed_config
 from pipeline.config import LogConfig
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, config_path, lock, read_json, user_path, write_json
-from pipeline.tracking import tracking_uri
+from pipeline.tracking import check_tracking, tracking_uri
+from pipeline.tracking.store import without_password
 
 if TYPE_CHECKING:
     from pipeline.ablation.campaign import Campaign, Outcome
@@ -71,9 +72,9 @@ def main() -> int:
         _print_plan(campaign)
         return 0
     read_deepspeed_config(args.deepspeed_config)
-    tracking_uri(LogConfig(), out / "run")  # refuses one that can never work
     check_output_directory(out, "--out")
     check_scale(out, args.scale)
+    check_tracking(LogConfig(), out / "run")
     executor = _executor(args, out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with _alone(out):
@@ -81,14 +82,29 @@ def main() -> int:
             campaign.check_deepspeed(args.deepspeed_config)
             _build_shards(campaign)
             campaign.check_data()
-            about = {"scale": args.scale, "shards": _pairs(args.shards, "--shards"), "seeds": args.seeds}
-            write_json(out / "ablation.json", about)
+            shards = _pairs(args.shards, "--shards")
+            write_json(out / "ablation.json", record(out, grid, args.scale, shards, args.seeds))
             _make_store(out)
             outcome = campaign.execute(executor, args.deepspeed_config, args.retries, _say)
         except KeyboardInterrupt:
             _say("the same command goes on from here")
             return 130
     return _sum_up(outcome, args.tables, out)
+
+
+def record(out: Path, grid: Grid, scale: str, shards: dict[str, str], seeds: list[int]) -> dict[str, Any]:
+    """What `ablation.json` says for the report: of each table the seeds of all sittings, so that no run is left out.
+
+    Raises:
+        UserError: the one that is there is damaged.
+    """
+    file = out / "ablation.json"
+    before = read_json(file, "delete it, and repeat the command") if file.exists() else {"shards": {}, "seeds": {}}
+    known = before["seeds"]
+    if isinstance(known, list):  # of an earlier release, for whichever tables
+        known = dict.fromkeys(grid.tables, known)
+    now = {name: sorted({*(seeds or table.seeds), *known.get(name, ())}) for name, table in grid.tables.items()}
+    return {"scale": scale, "shards": before["shards"] | shards, "seeds": known | now}
 
 
 def check_scale(out: Path, scale: str) -> None:
@@ -148,7 +164,8 @@ def _sum_up(outcome: "Outcome", tables: list[Path], out: Path) -> int:
     for folder in outcome["blocked"]:
         _say(f"  not begun, its pretraining failed: {folder}")
     uri = tracking_uri(LogConfig(), out / "run")
-    page = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    shown = without_password(uri)
+    page = shown if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(shown)}"
     _say(f"compare: {page} (experiment ablation; sort by the final metric, tick runs, Compare)")
     _say(f"report: python -m pipeline.report {' '.join(map(str, tables))} --runs {out} --out report/")
     return 1 if outcome["failed"] else 0

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -103,6 +104,37 @@ def read_ids(path: Path) -> pa.Array:
     return ids
 
 
+def check_held_out(run_dirs: list[Path], recipes: list[FinetuneRecipe]) -> None:
+    """Several runs are scored on the clips that the first one held out: the others must have held out the same.
+
+    Raises:
+        UserError: one of them held out another fold or split.
+    """
+    words = [f"fold {recipe.data.fold}" if recipe.data.fold else f"split '{recipe.data.eval_split}'"
+             for recipe in recipes]  # fmt: skip
+    for run_dir, said in zip(run_dirs, words, strict=True):
+        if said != words[0]:
+            raise UserError(
+                f"{run_dir} held out {said}, {run_dirs[0]} {words[0]}, on which the other one may have been trained; "
+                "name runs that held out the same, or a --split that none was trained on"
+            )
+
+
+def check_one_label(scored: "Scored", shards: str, run_dir: Path) -> None:
+    """Accuracy is of clips that have exactly one label.
+
+    Raises:
+        UserError: the run is of single-label data, and other clips were scored.
+    """
+    other = np.flatnonzero(scored.scores.targets.sum(axis=1) != 1)
+    if scored.spec.single_label and len(other):
+        raise UserError(
+            f"{shards}: {len(other)} of {len(scored.keys)} clips have no label or several, such as "
+            f"{scored.keys[other[0]]}, and {run_dir} was trained on clips of one label each, whose metric is accuracy; "
+            "list clips of one label with --ids, or name another --split"
+        )
+
+
 def show(content: dict[str, Any]) -> None:
     """Prints the metrics."""
     for name, value in content["metrics"].items():
@@ -141,8 +173,9 @@ def main() -> None:
         raise UserError("--shards '' names no shards; give the --out of shard_tools/build_shards.py, or its URL")
     if args.batch_size < 1 or args.workers < 0:
         raise UserError(f"--batch-size {args.batch_size} --workers {args.workers}: at least 1, and at least 0")
-    for run_dir in args.checkpoint:
-        finetuned_recipe(run_dir)
+    recipes = [finetuned_recipe(run_dir) for run_dir in args.checkpoint]
+    if not args.split:
+        check_held_out(args.checkpoint, recipes)
     from pipeline import distributed  # torch: not for --help
     from pipeline.data.manifest import labelled_manifest
     from pipeline.engine.evaluation import results, write_predictions
@@ -164,6 +197,7 @@ def main() -> None:
         else:
             several = score_ensemble if args.combine == "scores" else score_averaged_weights
             scored = several(runs, recipe, world, ids, args.precision)
+        check_one_label(scored, args.shards, args.checkpoint[0])
         content = results(
             scored.scores, scored.spec.labels, scored.spec.single_label, scored.about, world.device
         )

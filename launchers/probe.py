@@ -9,8 +9,8 @@ random:SIZE or random:RUN (the same network untrained); labelled shards. Out: a 
 bootstrap intervals, for the tokens of the spectrogram, of the waveform and of both; with --out as JSON; in MLflow a run
 under the pretraining. A probe's setting is chosen on a part of the training clips, never on those that test it.
 
-Features are computed once, the work divided among the ranks, and kept in --features; rank 0 trains the probes. The same
-command again goes on where it was stopped.
+Features of all checkpoints are computed first, once, the work divided among the ranks, and kept in --features; then
+rank 0 trains the probes. The same command again goes on where it was stopped.
 """
 
 import argparse
@@ -29,6 +29,8 @@ from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_file, write_json
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.distributed import World
     from pipeline.probing.frozen import Frozen, Pool
 
@@ -69,21 +71,33 @@ def layers_named(args: argparse.Namespace) -> str:
     return args.layers or ("all" if args.probe == "cgp" else "last")
 
 
-def probe(args: argparse.Namespace, name: str, frozen: "Frozen", world: "World") -> list[dict[str, Any]]:
-    """Results of one checkpoint, a row for each stream and layer; a collective; on rank 0, elsewhere empty."""
+def pool_named(args: argparse.Namespace) -> "Pool":
+    """Value of --pool; of the attentive probe the tokens."""
+    pool: Pool = "tokens" if args.probe == "attentive" else args.pool
+    return pool
+
+
+def compute_features(args: argparse.Namespace, frozen: "Frozen", world: "World") -> list[list[Path]]:
+    """Files of one checkpoint's features, of the split to train on and without --folds of --split; a collective."""
+    from pipeline.probing.features import compute
+
+    layers = frozen.layers(layers_named(args))
+    folder = args.features or (frozen.source.parent if frozen.source else Path("runs")) / "features"
+    splits = [args.train_split] if args.folds else [args.train_split, args.split]
+    return [compute(frozen, args.shards, split, layers, pool_named(args), folder, world, workers=args.workers,
+                    most_gb=args.most_gb) for split in splits]  # fmt: skip
+
+
+def probe(
+    args: argparse.Namespace, name: str, frozen: "Frozen", files: list[list[Path]], device: "torch.device"
+) -> list[dict[str, Any]]:
+    """Results of one checkpoint, a row for each stream and layer."""
     from pipeline.data.manifest import load_index, load_manifest
-    from pipeline.probing.features import compute, mapped
+    from pipeline.probing.features import mapped
     from pipeline.probing.protocol import by_folds, by_seeds, judge
 
     layers = frozen.layers(layers_named(args))
-    pool: Pool = "tokens" if args.probe == "attentive" else args.pool
     manifest = load_manifest(args.shards)
-    folder = args.features or (frozen.source.parent if frozen.source else Path("runs")) / "features"
-    splits = [args.train_split] if args.folds else [args.train_split, args.split]
-    files = [compute(frozen, args.shards, split, layers, pool, folder, world, workers=args.workers,
-                     most_gb=args.most_gb) for split in splits]  # fmt: skip
-    if not world.is_main:
-        return []
     features = mapped([file for of_split in files for file in of_split])
     if args.folds:
         folds = load_index(args.shards, columns=["fold"])["fold"].to_numpy()[features.rows]
@@ -95,9 +109,10 @@ def probe(args: argparse.Namespace, name: str, frozen: "Frozen", world: "World")
     streams = [*frozen.streams, *(["both"] if len(frozen.streams) > 1 else [])]
     for stream in streams:
         for chosen in [layers] if args.probe == "cgp" else [[layer] for layer in layers]:
-            result = judge(features, divisions, args.probe, stream, chosen, manifest.single_label, world.device)
+            result = judge(features, divisions, args.probe, stream, chosen, manifest.single_label, device)
             about = {"checkpoint": name, "digest": frozen.digest, "precision": args.precision, "probe": args.probe,
-                     "pool": pool, "stream": stream, "layer": chosen if args.probe == "cgp" else chosen[0]}  # fmt: skip
+                     "pool": pool_named(args), "stream": stream,
+                     "layer": chosen if args.probe == "cgp" else chosen[0]}  # fmt: skip
             split = {"split": args.train_split, "folds": args.folds} if args.folds else {"split": args.split}
             found.append(about | result | split | {"shards_digest": manifest.digest})
             show(found[-1])
@@ -158,16 +173,23 @@ def main() -> None:
     grid = grid_of(args.grid)
     from pipeline import distributed  # torch: not for --help
     from pipeline.data.corpus import load_corpus
-    from pipeline.data.manifest import load_manifest
+    from pipeline.data.manifest import load_index, load_manifest
     from pipeline.data.spec import DataSpec
     from pipeline.probing.frozen import open_frozen
+    from pipeline.probing.protocol import by_folds
 
     manifest = load_manifest(args.shards)
     for option, split in (("--train-split", args.train_split), *([] if args.folds else [("--split", args.split)])):
         if split not in manifest.splits:
             raise UserError(f"{option} {split}: {args.shards} has the splits {', '.join(manifest.splits)}; name one")
+    if not args.folds and args.split == args.train_split:
+        raise UserError(f"--split {args.split} is --train-split too: a probe would be tested on the clips that train "
+                        "it; name another split, or give --folds all")  # fmt: skip
     if not manifest.labels:
         raise UserError(f"{args.shards}: has no labels; a probe needs some")
+    if args.folds:  # before the features, which may take hours
+        folds = load_index(args.shards, args.train_split, columns=["fold"])["fold"].to_numpy()
+        by_folds(folds, numbers_of("--folds", args.folds), 0)
     data = DataConfig(shards=args.shards, train_split=args.train_split)
     spec = DataSpec.of(load_corpus(data), data)
     with distributed.session(TIMEOUT, 0) as world:
@@ -176,13 +198,16 @@ def main() -> None:
         opened = [open_frozen(name, spec, grid, average=not args.last).at(args.precision) for name in args.checkpoint]
         for frozen in opened:
             frozen.layers(layers_named(args))
+        files = [compute_features(args, frozen.to(world.device), world) for frozen in opened]
+        if not world.is_main:  # no collective from here on: it would wait for the probes, for longer than one may take
+            return
         found: list[dict[str, Any]] = []
-        for name, frozen in zip(args.checkpoint, opened, strict=True):
-            rows = probe(args, name, frozen.to(world.device), world)
-            if world.is_main and not args.no_mlflow:
+        for name, frozen, own in zip(args.checkpoint, opened, files, strict=True):
+            rows = probe(args, name, frozen, own, world.device)
+            if not args.no_mlflow:
                 track(args, frozen, rows)
             found += rows
-        if world.is_main and args.out:
+        if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(args.out, found)
             sys.stdout.write(f"written to {args.out}\n")

@@ -35,6 +35,7 @@ from shard_tools.guard import DecoderProcess
 
 Audio = str | os.PathLike[str] | np.ndarray | torch.Tensor
 Option = str | int | float | bool | os.PathLike[str] | None
+POOLS = ("mean", "time_frequency", "cls")
 KINDS: dict[str, type[PretrainRecipe | FinetuneRecipe]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
 
 
@@ -103,8 +104,10 @@ class Model:
             sample_rate: Of samples.
 
         Raises:
-            UserError: there is no such layer, or the audio cannot be heard.
+            UserError: there is no such layer or pooling, or the audio cannot be heard.
         """
+        if pool not in POOLS:
+            raise UserError(f"pool = {pool!r}: there is no such pooling; give {', '.join(POOLS)}")
         heard = self._hear(self._embedder(layer, pool, self.frozen.streams), audio, sample_rate)
         return _chosen(torch.from_numpy(heard.embeddings.mean(axis=0)[:, 0]), layer, 0)
 
@@ -149,12 +152,13 @@ class Model:
             name = os.fspath(audio)
             (heard,) = listen(hears, [(name, str(user_path(audio, "audio")))], size / rate, self._decoder)
             if not len(heard.starts):
-                raise UserError(f"{name}: {heard.error or 'holds no audio'}")
+                raise UserError(f"{name}: {heard.error}")
             if heard.error:
                 warnings.warn(f"{name}: {heard.error}", stacklevel=3)
             return heard
-        samples = audio.detach().cpu().numpy() if isinstance(audio, torch.Tensor) else audio
-        waveform = resample(samples, rate if sample_rate is None else sample_rate, rate)
+        if isinstance(audio, torch.Tensor):  # NumPy has no bfloat16
+            audio = (audio.float() if audio.is_floating_point() else audio).detach().cpu().numpy()
+        waveform = resample(audio, rate if sample_rate is None else sample_rate, rate)
         cut = [window for part, _, _ in windows([waveform], size, size) for window in part]
         heards = [hears.hear([one for _, one in cut[i : i + BATCH]]) for i in range(0, len(cut), BATCH)]
         scores, embeddings = (np.concatenate(parts) for parts in zip(*heards, strict=True))

@@ -13,6 +13,7 @@ kept, the interrupted one goes on from its newest checkpoint.
 
 import gc
 import logging
+import math
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -144,7 +145,7 @@ def summarise(folds: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """
     common = sorted(set.intersection(*(set(map(int, part["epochs"])) for part in folds.values())))
     table = {epoch: [part["epochs"][str(epoch)] for part in folds.values()] for epoch in common}
-    values = [part["value"] for part in folds.values()]
+    values = [math.nan if part["value"] is None else part["value"] for part in folds.values()]  # null: undefined
     best = max(common, key=lambda epoch: (np.mean(table[epoch]), -epoch), default=0)
     first = next(iter(folds.values()))
     return {

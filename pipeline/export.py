@@ -58,12 +58,14 @@ class Exported:
         spec: Its data.
         task: Its network, in evaluation mode on the CPU.
         run_dir: Its directory.
+        file: Its weights.
     """
 
     recipe: PretrainRecipe | FinetuneRecipe
     spec: DataSpec
     task: PretrainTask | FinetuneTask
     run_dir: Path
+    file: Path
 
 
 def open_exported(run_dir: Path, average: bool = True) -> Exported:
@@ -80,13 +82,13 @@ def open_exported(run_dir: Path, average: bool = True) -> Exported:
     file = weights_file(run_dir, average)
     if isinstance(recipe, FinetuneRecipe):
         task, spec = load_finetuned(run_dir, file, torch.device("cpu"))
-        return Exported(recipe, spec, task, run_dir)
+        return Exported(recipe, spec, task, run_dir, file)
     spec = DataSpec.load(run_dir)
     pretrained = PretrainTask(recipe, spec.mel_bins, spec.frames)
     report = load_weights(pretrained, file)
     if report.fresh or report.dropped:
         raise UserError(f"{file}: not the weights of {run_dir}/config.yaml: {report}")
-    return Exported(recipe, spec, pretrained.eval(), run_dir)
+    return Exported(recipe, spec, pretrained.eval(), run_dir, file)
 
 
 def check_place(run_dir: Path, out: Path, files: frozenset[str] | None) -> None:
@@ -210,7 +212,11 @@ class _Graph(nn.Module):
         """The inputs -> the outputs, each [B, ...]."""
         given = dict(zip(self.inputs, inputs, strict=True))
         model = self.task.model
-        wav_map = model.waveform_map(given["waveform"], given.get("length")) if "waveform" in given else None
+        wav_map = None
+        if "waveform" in given:
+            waveform = given["waveform"]
+            whole = torch.full(waveform.shape[:1], waveform.shape[1])  # without it `waveform_map` ties the graph to B
+            wav_map = model.waveform_map(waveform, given.get("length", whole))
         encoded = model(given.get("fbank"), wav_map)
         embedding = torch.cat(stream_means(encoded), dim=1)
         return (self.task.classifier(encoded), embedding) if isinstance(self.task, FinetuneTask) else (embedding,)

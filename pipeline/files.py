@@ -31,6 +31,7 @@ from pipeline.errors import UserError
 
 # Names that become parts of file names: splits, shards. No separator, no leading dot or dash, nothing to escape.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)  # files of this process, or of all
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # file systems without them
 PR_SET_PDEATHSIG = 1
 
@@ -202,9 +203,10 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """An empty directory to fill, which takes the place of `path` once it is whole; else nothing changes.
+    """An empty directory to fill, which takes the place of `path` once it is whole and on the disk.
 
-    What was at `path` is deleted: see `check_replaced_directory`. Its parent must exist.
+    Else nothing changes: a file server may say that its disk is full only when it is asked. What was at `path` is
+    deleted: see `check_replaced_directory`. Its parent must exist.
     """
     path = path.resolve()  # a link to a directory stays a link
     made = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -212,6 +214,9 @@ def new_directory(path: Path) -> Iterator[Path]:
     old = made.with_suffix(".old")
     try:
         yield made
+        for inside in (*made.rglob("*"), made):
+            if not inside.is_symlink():
+                sync(inside)
         if path.exists():
             path.rename(old)
         try:

@@ -2,10 +2,11 @@
 
 In: a resolved recipe, a reconciled DeepSpeed configuration, the data's format. Out: a run directory with `config.yaml`,
 `ds.json`, `data.json` and `logs/`, or a refusal before anything is written. What may differ is what `pipeline.config`
-says of each setting.
+says of each setting; between ranks, less.
 """
 
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,37 @@ from pipeline.engine import checkpoint
 from pipeline.engine.setup import numeric_differences
 from pipeline.errors import UserError
 from pipeline.files import check_output_directory, read_json, write_json, write_text
-from pipeline.recipes import differences, dump_recipe, effect, read_run
+from pipeline.recipes import changes_result, differences, dump_recipe, effect, flatten, read_run
 from pipeline.tracking import check_tracking
+
+
+def check_ranks(recipe: Recipe, ds: dict[str, Any], spec: DataSpec) -> None:
+    """Refuses ranks of different runs; a collective.
+
+    A launcher starts one command everywhere, but each host reads its own copies of the code, the recipe, ds.json and
+    the shards. Where these differ nothing else would tell: each rank would train on with a rate, or with clips and
+    labels, of its own, or wait in a collective that others do not reach. Where a host has its data, and how it reads
+    that, are its own affair.
+
+    Args:
+        recipe: Resolved settings.
+        ds: Reconciled DeepSpeed configuration.
+        spec: Of this rank's shards.
+
+    Raises:
+        UserError: this rank's are not rank 0's.
+    """
+    own = {key: value for key, value in flatten(recipe).items() if changes_result(key) or not key.startswith("data.")}
+    own |= {f"ds.json's {key}": value for key, value in ds.items()}
+    own["data.shards digest"] = spec.digest[:16]
+    theirs = distributed.broadcast(own)
+    for key in {**theirs, **own}:
+        was, now = (values.get(key, "nothing") for values in (theirs, own))
+        if was != now:
+            raise UserError(
+                f"rank {distributed.rank()} on {socket.gethostname()} has {key} = {now}, rank 0 has {was}; give all "
+                "hosts the same code, configs and shards", local=True
+            )  # fmt: skip
 
 
 def check_run(run_dir: Path, recipe: Recipe, ds: dict[str, Any], spec: DataSpec) -> tuple[int, list[str]]:

@@ -38,7 +38,7 @@ from pipeline.methods import FINETUNE, PRETRAIN, Reads
 from pipeline.model.weights import weights_file
 from pipeline.probing.curve import Curve
 from pipeline.recipes import RecipeT, flatten, read_run
-from pipeline.run_directory import check_run, open_run, write_record
+from pipeline.run_directory import check_ranks, check_run, open_run, write_record
 from pipeline.runs import initialise, score_run
 from pipeline.serving.package import check_publishable, publish
 from pipeline.tasks import FinetuneTask, task_of
@@ -139,6 +139,7 @@ def _prepared(
     corpus = load_corpus(recipe.data)
     spec = DataSpec.of(corpus, recipe.data)
     check_held_out(recipe.data, corpus)
+    check_ranks(recipe, ds, spec)
     step, changed = distributed.decide(lambda: check_run(run_dir, recipe, ds, spec))
     with open_run(run_dir, world), _loaders(recipe, method, world) as (loader, held_out):
         for line in changed:

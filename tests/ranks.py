@@ -79,7 +79,7 @@ class Rank:
 def start_ranks(ranks: int, script: str | Path, *args: object, **env: str) -> list[Rank]:
     """Starts `script` on each rank with the environment that torchrun gives, and no launcher to wait for."""
     command = [sys.executable, str(script), *map(str, args)]
-    return [Rank(command, place | env) for place in _places(ranks)]
+    return [Rank(command, place | env) for place in places(ranks)]
 
 
 def can_fork() -> bool:
@@ -92,13 +92,15 @@ def fork_ranks(ranks: int, script: str | Path, *args: object, **env: str) -> lis
 
     They take a rank longer than most scripts do. The ranks are forks of one process that has imported them.
     """
-    if not can_fork():
-        return start_ranks(ranks, script, *args, **env)
-    command = [sys.executable, str(script), *map(str, args)]
-    return [Rank(command, place | env, forked=True) for place in _places(ranks)]
+    return [fork_rank(place | env, script, *args) for place in places(ranks)]
 
 
-def _places(ranks: int) -> list[dict[str, str]]:
+def fork_rank(place: dict[str, str], script: str | Path, *args: object) -> Rank:
+    """One of them, started with `place` and words of its own."""
+    return Rank([sys.executable, str(script), *map(str, args)], place, forked=can_fork())
+
+
+def places(ranks: int) -> list[dict[str, str]]:
     """What a launcher says to each rank."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -1,10 +1,12 @@
 """Ablations: the distinct runs of the tables, and running them whatever happens."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -263,6 +265,18 @@ def test_another_precision_than_that_of_finished_runs_is_refused(world):
     world.campaign.check_deepspeed("bf16.json")
 
 
+def test_data_without_a_held_out_split_is_refused_before_a_run_begins(world, shards, tmp_path):
+    """Its finetunings would train for days and leave no result."""
+    scale = yaml.safe_load((ROOT / "configs/ablation/scale/micro.yaml").read_text())
+    scale["tasks"]["as_bal"]["settings"]["data.eval_split"] = "dev"
+    for fold in (0, 1):
+        scale["tasks"]["as_bal"]["folds"] = [fold]
+        (tmp_path / "scale.yaml").write_text(yaml.safe_dump(scale))
+        grid = Grid([ROOT / "configs/ablation/table3.yaml"], str(tmp_path / "scale.yaml"), {"synth": str(shards)})
+        with nullcontext() if fold else pytest.raises(UserError, match=f"{shards} has no split 'dev'"):
+            Campaign(grid, world.campaign.out).check_data()
+
+
 def test_data_without_labels_is_refused_before_a_run_begins(world, unlabelled):
     grid = Grid([ROOT / "configs/ablation/table3.yaml"], "micro", {"synth": str(unlabelled)})
     with pytest.raises(UserError, match=f"{unlabelled}: its clips have no labels"):
@@ -334,6 +348,9 @@ def test_slurm_runs_a_table_and_a_killed_ablate_finds_its_job_again(slurm, shard
         ("title: T\ncolumns: [as_bal]\nrowz: []\n", "rows"),
         ("title: T\ncolumns: [as_bal]\nrows: [{name: a, paper: {as_bal: 1}, both: {model.sise: x}}]\n", "model.sise"),
         ("title: [\n", "not YAML"),
+        ("title: T\ncolumns: [as_bal]\nrows: [{name: a, paper: {as_bal: 1}}, {name: a, paper: {as_bal: 2}}]\n",
+         "table.yaml: two rows are named 'a'"),
+        ("title: T\ncolumns: [as_bal]\nrows: [{name: a}]\n", "row 'a' is run in no column; .*null"),
     ],
 )
 def test_wrong_tables_are_one_line(tmp_path, content, said):
@@ -341,6 +358,15 @@ def test_wrong_tables_are_one_line(tmp_path, content, said):
     file.write_text(content)
     with pytest.raises(UserError, match=said):
         Grid([file], "micro", {})
+
+
+def test_tables_of_one_name_are_refused_and_a_seed_given_twice_is_one_run(tmp_path):
+    table = ROOT / "configs/ablation/table5b.yaml"
+    (tmp_path / table.name).write_text(table.read_text())
+    with pytest.raises(UserError, match="two tables are named table5b"):
+        Grid([table, tmp_path / table.name], "micro", {})
+    cells = Grid([table], "micro", {}, [1, 1, 2]).cells
+    assert [run.recipe.run.seed for run in cells["table5b", "Multi-scale", "as_bal"]] == [1, 2]
 
 
 def test_options_that_cannot_be_are_one_line(tmp_path):
@@ -373,6 +399,12 @@ def test_an_ablation_checks_before_it_writes(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["ablate.py", str(table), "--scale", "micro", *map(str, words)])
         with pytest.raises(UserError, match=said):
             main()
+    monkeypatch.setattr(sys, "argv", ["ablate.py", str(table), "--scale", "micro", "--out", f"{tmp_path}/new"])
+    (tmp_path / "plain.db").write_text("x" * 4096)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/plain.db")
+    monkeypatch.setattr("launchers.ablate._build_shards", lambda campaign: pytest.fail("begun"))
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI = .*not a database"):
+        main()
     assert not (tmp_path / "new").exists()
     assert not list(tmp_path.glob("other/*.json"))
     assert "paper" in (tmp_path / "old" / "ablation.json").read_text()
@@ -448,4 +480,7 @@ def test_a_share_of_pretraining_is_a_kept_checkpoint(tmp_path):
     assert campaign._initial(run, run.init).name == "step-00000020"
     Path(campaign.run_dir(run.init) / "checkpoints/step-00000020/complete").unlink()
     with pytest.raises(UserError, match="no checkpoint near step 20"):
+        campaign._initial(run, run.init)
+    shutil.rmtree(campaign.run_dir(run.init) / "checkpoints")
+    with pytest.raises(UserError, match="its checkpoints are gone"):
         campaign._initial(run, run.init)

@@ -4,6 +4,8 @@ import json
 import socket
 import sys
 import time
+from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -47,6 +49,26 @@ def test_names_that_look_like_formulas_are_drawn_and_hops_are_bounded(tmp_path):
     for hop in (0.0, 1e-9, 11.0, float("nan")):
         with pytest.raises(UserError, match="seconds between windows"):
             demo.answer(scorer, path, hop)
+
+
+def test_what_people_upload_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    monkeypatch.setattr(demo, "KEPT_SECONDS", 1)
+    make_run(tmp_path / "run", FinetuneRecipe, "finetune.method=ast")
+    page = demo.build_page(load_scorer(tmp_path / "run"), "run")
+    _, url, _ = page.launch(server_port=free_port(), quiet=True, share=False, prevent_thread_lock=True)
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.wav"\r\n\r\nRIFF\r\n--x--\r\n'
+    request = Request(f"{url}gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"})
+    try:
+        with urlopen(request) as answer:
+            place = Path(json.load(answer)[0])
+        assert place.is_relative_to(tmp_path)
+        end = time.monotonic() + 20
+        while place.exists() and time.monotonic() < end:
+            time.sleep(0.2)
+        assert not place.exists()
+    finally:
+        page.close()
 
 
 def test_an_address_that_cannot_be_had_is_one_line():

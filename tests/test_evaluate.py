@@ -284,6 +284,58 @@ def test_runs_that_cannot_be_evaluated_are_one_line(runs, shards, tmp_path, monk
             combine(pair, load_recipe(FinetuneRecipe, [runs[0] / "config.yaml"]), World())
 
 
+def changed(run, where, recipe_words=(), **data):
+    """A copy of a run with other settings, or another data.json."""
+    shutil.copytree(run, where)
+    recipe = load_recipe(FinetuneRecipe, [where / "config.yaml"], list(recipe_words))
+    (where / "config.yaml").write_text(dump_recipe(recipe))
+    content = json.loads((where / "data.json").read_text())
+    (where / "data.json").write_text(json.dumps(content | data))
+    return where
+
+
+def test_runs_that_held_out_different_clips_are_no_ensemble(runs, shards, tmp_path, monkeypatch):
+    """The second one was trained on the fold that the first one held out; likewise with another split."""
+    first = changed(runs[0], tmp_path / "first", ["data.fold=1"])
+    folds = changed(runs[1], tmp_path / "folds", ["data.fold=2"])
+    split = changed(runs[1], tmp_path / "split", ["data.eval_split=train"])
+    out = tmp_path / "r.json"
+    command = ["evaluate.py", "--shards", shards, "--workers", 0, "--out", out, "--checkpoint"]
+    for run_dirs, said in (
+        ([first, folds], f"{folds} held out fold 2, {first} fold 1"),
+        ([first, runs[1]], f"{runs[1]} held out split 'eval', {first} fold 1"),
+        ([runs[0], split], f"{split} held out split 'train', {runs[0]} split 'eval'"),
+    ):
+        for combine in ("scores", "weights"):
+            monkeypatch.setattr(sys, "argv", [*map(str, [*command, *run_dirs, "--combine", combine])])
+            with pytest.raises(UserError, match=said):
+                main()
+    assert not out.exists()
+    monkeypatch.setattr(sys, "argv", [*map(str, [*command, first, folds, "--split", "eval"])])
+    main()
+    assert json.loads(out.read_text())["split"] == "eval"
+
+
+def test_accuracy_is_of_clips_with_one_label(runs, shards, tmp_path, monkeypatch):
+    """A run of single-label data, and shards of the same labels whose clips have several of them."""
+    run = changed(runs[0], tmp_path / "run", single_label=True)
+    index = load_index(shards, "eval", columns=["key", "labels"])
+    labels = dict(zip(index["key"].to_pylist(), index["labels"].to_pylist(), strict=True))
+    one = [key for key, own in labels.items() if len(own) == 1]
+    assert 0 < len(one) < len(labels)
+    out = tmp_path / "r.json"
+    command = ["evaluate.py", "--checkpoint", run, "--shards", shards, "--workers", 0, "--out", out]
+    monkeypatch.setattr(sys, "argv", [*map(str, command)])
+    with pytest.raises(UserError, match=f"{len(labels) - len(one)} of {len(labels)} clips have no label or several"):
+        main()
+    assert not out.exists()
+    (tmp_path / "ids.txt").write_text("\n".join(one))
+    monkeypatch.setattr(sys, "argv", [*map(str, [*command, "--ids", tmp_path / "ids.txt"])])
+    main()
+    content = json.loads(out.read_text())
+    assert (content["metric"], content["clips"]) == ("accuracy", len(one))
+
+
 def test_shards_without_labels_are_one_line(runs, unlabelled, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", str(runs[0]), "--shards", str(unlabelled)])
     with pytest.raises(UserError, match=f"{unlabelled}: its clips have no labels .*pretrain"):

@@ -120,6 +120,7 @@ def test_transformers_encodes_the_same_with_a_backbone(tmp_path, kind, words, le
         (FinetuneRecipe, "finetune.method=swab", ["logits", "embedding"]),
         (FinetuneRecipe, "finetune.pool=cls", ["logits", "embedding"]),
         (PretrainRecipe, "pretrain.method=wapt", ["embedding"]),
+        (FinetuneRecipe, "model.norm=group", ["logits", "embedding"]),
         (FinetuneRecipe, "model.frontend=strided", ["logits", "embedding"]),
         (FinetuneRecipe, "model.frontend=sinc model.wav_depth=2 model.positions=rotary", ["logits", "embedding"]),
         (PretrainRecipe, "pretrain.method=craft_mae", ["embedding"]),
@@ -145,11 +146,11 @@ def test_onnxruntime_gives_the_same_for_any_batch(tmp_path, kind, word, outputs)
             torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["ast", "wast", "swast", "swab"])
-def test_onnxruntime_hears_samples(tmp_path, method):
+@pytest.mark.parametrize("words", ["ast", "wast", "swast", "swab", "swab model.frontend=sinc model.norm=none"])
+def test_onnxruntime_hears_samples(tmp_path, words):
     """Raw samples of several lengths as predict.py reads them; no other code of ours than the graph."""
-    single = {"single_label": method == "wast"}
-    make_run(tmp_path / "run", FinetuneRecipe, f"finetune.method={method}")
+    single = {"single_label": words == "wast"}
+    make_run(tmp_path / "run", FinetuneRecipe, *f"finetune.method={words}".split())
     spec = SPEC.model_copy(update=single)
     spec.save(tmp_path / "run")
     export_onnx(open_exported(tmp_path / "run"), tmp_path / "m.onnx", waveform=True)

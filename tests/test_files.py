@@ -125,6 +125,29 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
 
 
+def test_a_directory_whose_files_do_not_reach_the_disk_replaces_nothing(tmp_path, monkeypatch):
+    """As of a full file server, which takes what is written and says so when it is asked."""
+    out, fsync = tmp_path / "out", os.fsync
+    with new_directory(out) as made:
+        (made / "a").write_text("old")
+
+    def full(descriptor):
+        if os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")) == "a":
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    def anew():
+        with new_directory(out) as made:
+            (made / "within").mkdir()
+            (made / "within" / "a").write_text("new")
+
+    monkeypatch.setattr("pipeline.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        anew()
+    assert (out / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_only_what_we_made_is_replaced(tmp_path):
     def check(folder: Path, ours: bool) -> None:
         check_replaced_directory(folder, "--out", frozenset({"a", "b"}), lambda place: ours)

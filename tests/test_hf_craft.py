@@ -13,16 +13,19 @@ import torch
 import yaml
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
+from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
 from pipeline.export import check_place, open_exported
 from pipeline.files import write_json
 from pipeline.hf_craft.bundle import bundle
 from pipeline.hf_craft.directory import HF_CRAFT_FILES, export_hf_craft
+from pipeline.hf_craft.feature_extraction import CraftFeatureExtractor
 from pipeline.hub import local_model, new_repository
 from pipeline.model.weights import load_weights
 from pipeline.probing.frozen import open_frozen
 from pipeline.recipes import load_recipe
 from pipeline.runs import initialise
+from pipeline.serving import package
 from pipeline.serving.scorer import batch_of, load_scorer
 from pipeline.tasks import FinetuneTask
 from tests.conftest import ROOT
@@ -178,6 +181,41 @@ def test_the_card_says_what_the_run_knows_and_what_it_does_not(tmp_path):
                  "@misc{craft,"):  # fmt: skip
         assert told in card, told
     assert "/home/me" not in card
+
+
+def test_a_card_has_no_scores_of_other_weights(tmp_path):
+    """`--last` exports others than those that the run's last act scored; evaluate.py --out writes any."""
+    run = tmp_path / "run"
+    make_run(run, FinetuneRecipe, "finetune.method=ast")
+    checkpoint = run / "checkpoints" / "step-00000001"
+    (checkpoint / "average.safetensors").write_bytes((checkpoint / "weights.safetensors").read_bytes())
+    results = {"metric": "mAP", "metrics": {"mAP": 0.5}, "clips": 40, "split": "eval", "weights": "average"}
+    write_json(run / "results.json", results)
+    spec = DataSpec.load(run)
+    for average, told in ((True, "of split `eval`: mAP 0.5000"), (False, "is of other weights, `average`")):
+        export_hf_craft(open_exported(run, average), tmp_path / str(average))
+        card = (tmp_path / str(average) / "README.md").read_text()
+        assert told in card
+        assert ("model-index" in card, "0.5000" in card) == (average, average)
+    assert "mAP 0.5000" in package.model_card(run, spec)
+    for changed, said in (({"weights": "weights"}, "other weights, `weights`"), ({"ensemble": ["a", "b"]}, "ensemble")):
+        write_json(run / "results.json", results | changed)
+        assert f"not evaluated; the run's results.json is of {'an ' * ('ensemble' in changed)}{said}" in (
+            package.model_card(run, spec)
+        )
+    write_json(run / "results.json", {"metrics": 1})
+    with pytest.raises(UserError, match=r"results\.json: damaged .*evaluate\.py --out"):
+        export_hf_craft(open_exported(run), tmp_path / "damaged")
+
+
+def test_the_extractor_refuses_integers():
+    """Their full scale is not known: taken as floats they would be scaled down to it, whatever their level."""
+    extractor = CraftFeatureExtractor(samples=12000, max_length=SPEC.frames)
+    quiet = 0.01 * waveforms()[0].numpy()
+    assert extractor(quiet)["length"].tolist() == [12000]
+    for samples in (np.round(quiet * 32768).astype(np.int16), [quiet, np.zeros(100, np.int32)], [1, 2, 3]):
+        with pytest.raises(ValueError, match="waveforms of integers"):
+            extractor(samples)
 
 
 def test_a_file_that_cannot_be_one_is_not_written(tmp_path, monkeypatch):

@@ -334,6 +334,16 @@ def test_names_that_are_twice_there_missing_or_not_text(run_main, tmp_path, monk
     assert run_main("nothere.wav", checkpoint="nor-this") == (1, "", "nothere.wav: no such file\n")
 
 
+def test_a_recording_too_short_for_one_sample_is_not_passed_over(run_main, tmp_path):
+    """At 96 kHz two samples are a third of one at the model's rate."""
+    sound(tmp_path / "blip.wav", 2 / 96000, 96000)
+    sound(tmp_path / "plain.wav", 0.5)
+    status, out, err = run_main(tmp_path, "--json", "--top", 1)
+    assert (status, out.count("\n")) == (1, 1)
+    said = f"{tmp_path}/blip.wav: empty: too few samples for one at 16000 Hz\n"
+    assert err == f"{said}1 of 2 recordings could not be read\n"
+
+
 def test_label_tracks_lie_as_the_recordings_do(run_main, tmp_path, monkeypatch):
     """No two have one name, and none leaves the folder."""
     (tmp_path / "in" / "a").mkdir(parents=True)

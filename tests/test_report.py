@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.metrics import average_precision_score
+from sqlalchemy.exc import OperationalError
 
+from launchers.ablate import record
 from pipeline.ablation.campaign import Campaign
 from pipeline.ablation.grid import Grid
 from pipeline.data.manifest import Label
@@ -26,7 +28,7 @@ from pipeline.engine.evaluation import (
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.report import render
-from pipeline.report.__main__ import main, write
+from pipeline.report.__main__ import log_to_mlflow, main, write
 from pipeline.report.collect import Collected, Predictions, paired_bootstrap
 from pipeline.runs import mean_probability
 from tests.conftest import ROOT
@@ -251,6 +253,66 @@ def test_cross_validations_show_the_last_epoch_and_the_best_common_one(tmp_path)
     assert "as SSAST's code takes it" in text
 
 
+def test_a_seed_counts_with_all_its_folds_alone(tmp_path):
+    """Folds differ in how hard they are: a seed with some of them would move the mean, the spread and the interval."""
+    rows = [{"name": name, "paper": {"esc50": None}, "finetune": {"optim.lr": rate}}
+            for name, rate in (("a", 1e-3), ("b", 2e-3), ("c", 3e-3))]  # fmt: skip
+    write_json(tmp_path / "table.yaml", {"title": "T", "columns": ["esc50"], "rows": rows, "seeds": [0, 1, 2],
+                                        "reference": "b"})  # fmt: skip
+    campaign = Campaign(Grid([tmp_path / "table.yaml"], "micro", {}), tmp_path)
+    values: dict[tuple[str, int], list[float]] = {}
+    for name, left in (("a", {(1, 2), (2, 1)}), ("b", set()), ("c", {(0, 2), (1, 1), (2, 1), (2, 2)})):
+        for run in campaign.grid.cells["table", name, "esc50"]:
+            seed, fold = run.recipe.run.seed, run.recipe.data.fold
+            if (seed, fold) not in left:
+                of_fold = predictions(fold, 4.0 if fold == 1 else 0.5)  # a fold's clips, for all seeds and rows
+                scores = of_fold.scores + np.random.default_rng(seed).normal(size=of_fold.scores.shape)
+                run_of_it = Predictions([f"{fold}-{key}" for key in of_fold.keys], of_fold.targets,
+                                        scores.astype(np.float32))  # fmt: skip
+                value = leave(campaign.run_dir(run), run_of_it, "mAP", {"1": 0.5})
+                values.setdefault((name, seed), []).append(value)
+    part = Collected("table", campaign)
+    a, b, c = (part.results[name, "esc50"] for name in "abc")
+    assert (a.done, a.wanted, a.clips) == (4, 6, 400)
+    assert (a.mean, a.over) == (pytest.approx(np.mean(values["a", 0])), "folds")
+    assert a.spread == pytest.approx(np.std(values["a", 0], ddof=1))
+    assert b.spread == pytest.approx(np.std([np.mean(values["b", seed]) for seed in range(3)], ddof=1))
+    assert 100 * a.difference.value == pytest.approx(a.mean - b.mean)
+    assert c.difference is None
+    assert (c.done, c.mean) == (2, None)  # no seed has both
+    assert a.best_epochs == [1]
+    assert "a seed counts once it has all its folds" in render.markdown("T", render.tables([part]))
+
+
+def test_an_ensemble_is_no_reference(tmp_path):
+    """Its number is of mean probabilities, which differences of single runs' means are not."""
+    rows = [{"name": "one", "paper": {"as_bal": None}},
+            {"name": "E", "ensemble": True, "seeds": [0, 1], "paper": {"as_bal": None}}]  # fmt: skip
+    table = {"title": "T", "columns": ["as_bal"], "rows": rows}
+    for extra in ({}, {"reference": "E"}):
+        write_json(tmp_path / "table.yaml", table | extra)
+        campaign = Campaign(Grid([tmp_path / "table.yaml"], "micro", {}), tmp_path)
+        if not extra:
+            assert Collected("table", campaign).reference == "one"
+            continue
+        with pytest.raises(UserError, match="reference 'E' is an ensemble or not run; name one of one"):
+            Collected("table", campaign)
+
+
+def test_a_report_has_the_seeds_of_all_sittings(tmp_path):
+    """Those of another table, or fewer, that a later command gave hide no finished run."""
+    tables = [ROOT / f"configs/ablation/{name}.yaml" for name in ("table5b", "table5c")]
+    (tmp_path / "ablation.json").write_text('{"scale": "micro", "shards": {"synth": "/x"}, "seeds": [4]}')  # of before
+    for names, seeds in ((tables[:1], [2, 1]), (tables[1:], []), (tables[:1], [])):
+        grid = Grid(names, "micro", {}, seeds)
+        write_json(tmp_path / "ablation.json", record(tmp_path, grid, "micro", {}, seeds))
+    about = json.loads((tmp_path / "ablation.json").read_text())
+    assert about == {"scale": "micro", "shards": {"synth": "/x"}, "seeds": {"table5b": [0, 1, 2, 4], "table5c": [0]}}
+    cells = Grid(tables, "micro", {}, about["seeds"]).cells
+    assert [len(runs) for (table, _, _), runs in cells.items() if table == "table5b"] == [4, 4]
+    assert [len(runs) for (table, _, _), runs in cells.items() if table == "table5c"] == [1] * 4
+
+
 @pytest.mark.parametrize("metric", ["mAP", "accuracy"])
 def test_an_ensemble_s_number_is_the_one_that_evaluate_gives(tmp_path, metric):
     """evaluate.py scores the mean of the members' probabilities; folds of equal size are not mixed with each other."""
@@ -287,6 +349,17 @@ def test_an_ensemble_s_number_is_the_one_that_evaluate_gives(tmp_path, metric):
     (other / "results.json").write_text("{")
     with pytest.raises(UserError, match=r"results\.json: not JSON"):
         Collected("table", campaign)
+
+
+def test_a_database_that_is_away_is_one_line_without_its_password(tmp_path, monkeypatch):
+    def away(uri):
+        raise OperationalError("connection refused", None, Exception())
+
+    monkeypatch.setattr("mlflow.tracking.MlflowClient", away)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@lab:5000")
+    with pytest.raises(UserError, match=r"http://\*\*\*@lab:5000: .*--no-mlflow") as refused:
+        log_to_mlflow([], [], tmp_path)
+    assert "secret" not in str(refused.value)
 
 
 def test_places_and_damaged_records_are_one_line(tmp_path, monkeypatch):

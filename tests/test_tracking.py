@@ -24,6 +24,7 @@ from pipeline.command_line import parse
 from pipeline.config import LogConfig, PretrainRecipe
 from pipeline.errors import UserError
 from pipeline.tracking import figures, open_tracker, tracking_uri
+from pipeline.tracking.__main__ import sync
 from pipeline.tracking.nodes import NodeMonitor
 from pipeline.tracking.spool import BATCH_LINES, Feed, Spool
 from pipeline.tracking.store import check_uri, without_password
@@ -261,6 +262,107 @@ def test_a_run_and_a_sync_at_the_same_time_deliver_each_line_once(tmp_path):
     assert not spool.waiting
 
 
+def test_files_and_folds_are_found_after_a_run_was_moved(tmp_path, monkeypatch):
+    """Runs of a cluster without a way out are delivered from where they are copied to."""
+    config = LogConfig(uri="http://127.0.0.1:9", system_every=0, finish_wait=0)
+    whole, fold = tmp_path / "cluster" / "cv", tmp_path / "cluster" / "cv" / "fold-1"
+    fold.mkdir(parents=True)
+    (tmp_path / "elsewhere.json").write_text("{}")
+    with monkeypatch.context() as away:
+        away.setattr(Spool, "deliver", lambda spool: False)
+        for run_dir, part_of in ((whole, None), (fold, whole)):
+            (run_dir / "results.json").write_text("{}")
+            tracker = open_tracker(config, run_dir, name="x", rank=0, kind="x", parent=None, part_of=part_of)
+            for file in (run_dir / "results.json", tmp_path / "elsewhere.json"):
+                tracker.artifact(file)
+            tracker.finish("FINISHED")
+    (tmp_path / "cluster").rename(tmp_path / "desk")
+    made, files = [], []
+
+    def create_run(number, run_name, tags):
+        made.append(tags.get("mlflow.parentRunId"))
+        return SimpleNamespace(info=SimpleNamespace(run_id=f"run {len(made)}"))
+
+    experiment = SimpleNamespace(lifecycle_stage="active", experiment_id="1")
+    client = SimpleNamespace(
+        create_run=create_run, get_experiment_by_name=lambda name: experiment, log_batch=lambda run_id, **part: None,
+        log_artifact=lambda run_id, path, folder: files.append(Path(path)), set_terminated=lambda *words: None,
+    )  # fmt: skip
+    monkeypatch.setattr("mlflow.tracking.MlflowClient", lambda *words, **named: client)
+    for run_dir in (tmp_path / "desk" / "cv" / "fold-1", tmp_path / "desk" / "cv"):
+        sync(Spool(run_dir), None)
+    assert made == [None, "run 1"]
+    assert files == [tmp_path / "desk/cv/fold-1/results.json", tmp_path / "elsewhere.json",
+                     tmp_path / "desk/cv/results.json", tmp_path / "elsewhere.json"]  # fmt: skip
+
+
+def test_a_wrong_address_for_sync_is_not_kept(tmp_path, monkeypatch):
+    """Nor where it has no such run; the next sync asks the run's own server again."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    spool, own = Spool(tmp_path), "http://127.0.0.1:9"
+    spool.identity = {"uri": own, "experiment": "craft", "artifacts": "", "name": "x", "run_id": "7", "tags": {}}
+    spool.main.append({"kind": "tags", "values": {"a": "b"}})
+    secret = "http://me:secret@127.0.0.1:9"
+    with pytest.raises(UserError, match="did not take it") as refused:
+        sync(spool, secret)
+    assert "secret" not in str(refused.value)
+    assert Spool(tmp_path).identity["uri"] == own
+    (tmp_path / "tracking.jsonl").unlink()
+    sync(Spool(tmp_path), secret)  # nothing waits: it says where the run goes on
+    assert Spool(tmp_path).identity["uri"] == secret
+
+
+def test_a_number_of_the_whole_run_that_changed_is_told_again(tmp_path, monkeypatch):
+    """Such as the mean of a cross-validation that got more folds: at the same step."""
+    monkeypatch.setattr(Spool, "deliver", lambda spool: False)
+    for value in (0.5, 0.5, 0.75):
+        config = LogConfig(uri="http://127.0.0.1:9", system_every=0, finish_wait=0)
+        tracker = open_tracker(config, tmp_path, name="x", rank=0, kind="cross-validation", parent=None)
+        tracker.summary({"final_mAP": value}, 0)
+        for epoch in (1, 2):
+            tracker.summary({"mean_eval_mAP": value / epoch}, epoch)
+        tracker.finish("FINISHED")
+    told = [(line["step"], *item) for line in Spool(tmp_path).main.read() if line["kind"] == "metrics"
+            for item in line["values"].items()]  # fmt: skip
+    assert told == [(step, name, value / max(1, step)) for value in (0.5, 0.75)
+                    for step, name in ((0, "final_mAP"), (1, "mean_eval_mAP"), (2, "mean_eval_mAP"))]  # fmt: skip
+
+
+def test_an_untracked_attempt_between_tracked_ones_loses_no_number(tmp_path):
+    """log.mlflow=false cuts lines too: how far the others were delivered stays true."""
+    feed, sent = Feed(tmp_path / "metrics.jsonl"), []
+    for step in range(1, 9):
+        feed.append({"step": step, "loss": float(step)})
+    assert feed.deliver(sent.extend)
+    feed.cut(4, None)
+    for step in range(5, 17, 4):
+        feed.append({"step": step, "loss": float(step), "note": float(step)})
+    while feed.deliver(sent.extend):
+        pass
+    told = [(line["step"], name) for line in sent for name in line["values"]]
+    assert told == [*((step, "loss") for step in range(1, 9)), (5, "note"), (9, "loss"), (9, "note"), (13, "loss"),
+                    (13, "note")]  # fmt: skip
+
+
+def test_a_run_whose_identity_was_deleted_is_told_anew_as_a_whole(tmp_path, monkeypatch):
+    """As the refusal of a damaged tracking.json advises."""
+    monkeypatch.setattr(Spool, "deliver", lambda spool: False)
+    config = LogConfig(uri="http://127.0.0.1:9", system_every=0, finish_wait=0)
+    tracker = open_tracker(config, tmp_path, name="x", rank=0, kind="pretrain", parent=None)
+    tracker.metrics({"loss": 1.0}, 1)
+    tracker.finish("FAILED")
+    for feed in Spool(tmp_path).feeds():
+        assert not feed.waiting or feed.deliver(lambda lines: None)
+    (tmp_path / "tracking.json").unlink()
+    open_tracker(config, tmp_path, name="x", rank=0, kind="pretrain", parent=None).finish("FINISHED")
+    told: list[dict] = []
+    for feed in Spool(tmp_path).feeds():
+        while feed.deliver(told.extend):
+            pass
+    assert [line["values"] for line in told if line["kind"] == "metrics"] == [{"loss": 1.0}]
+    assert [line["kind"] for line in told if line["kind"] in ("finish", "resume")] == ["finish", "resume", "finish"]
+
+
 def test_each_node_s_metrics_reach_the_run(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run_dir = tmp_path / "run"
@@ -316,6 +418,8 @@ def test_confusion_counts_and_tables(tmp_path):
     figures.evaluation({"per_class": rows, "metric": "mAP"}, targets, logits, tmp_path)
     assert [line[0] for line in (tmp_path / "per_class.csv").read_text().splitlines()[1:]] == ["c", "a", "b"]
     assert not figures.curves(tmp_path / "none.jsonl", tmp_path / "curves.png")
+    none = [(np.empty(0), np.empty(0))]  # no clip has a label
+    assert all(file.exists() for file in figures.precision_recall_curves(none, ["cat"], tmp_path))
 
 
 def test_curves_show_probes_of_each_representation(tmp_path):

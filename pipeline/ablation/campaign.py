@@ -69,10 +69,17 @@ class Campaign:
         """A finished run must be of the data that the others will see; what finetunings see must have labels.
 
         Raises:
-            UserError: it was made from other shards, or clips have no labels.
+            UserError: it was made from other shards, clips have no labels, or a finetuning would hold out nothing.
         """
-        for name in {run.data for run in self.grid.runs if run.kind == "finetune"}:
-            labelled_manifest(self.shards(name))
+        finetunings = [run for run in self.grid.runs if run.kind == "finetune"]
+        splits = {name: labelled_manifest(self.shards(name)).splits for name in {run.data for run in finetunings}}
+        for run in finetunings:
+            data = run.recipe.data
+            if not data.fold and data.eval_split not in splits[run.data]:
+                raise UserError(
+                    f"{self.shards(run.data)} has no split '{data.eval_split}' to evaluate {run.task} on; it has "
+                    f"{', '.join(splits[run.data])}: name one as data.eval_split in the scale's settings of that task"
+                )
         digests = {name: load_manifest(self.shards(name)).digest for name in {run.data for run in self.grid.runs}}
         for run in self.grid.runs:
             file = self.run_dir(run) / "done.json"
@@ -204,6 +211,8 @@ class Campaign:
         if run.share == 1.0:
             return folder
         steps = {int(path.name.removeprefix("step-")): path for path in complete_checkpoints(folder)}
+        if not steps:
+            raise UserError(f"{folder}: its checkpoints are gone; delete that run to train it anew")
         wanted = run.share * max(steps)
         nearest = min(steps, key=lambda step: abs(step - wanted))
         if abs(nearest - wanted) > 0.05 * max(steps):

@@ -11,7 +11,7 @@ as long as they stay at their defaults; one whose default has changed counts at 
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -135,7 +135,7 @@ class Grid:
         files: Table files.
         scale: Name in configs/ablation/scale/, or a path.
         shards: Data set name -> directory, over the scale's.
-        seeds: Of the finetunings, over the tables'.
+        seeds: Of the finetunings, over the tables'; or of each table, by its name.
 
     Attributes:
         scale: Data, tasks and sizes.
@@ -147,7 +147,10 @@ class Grid:
         UserError: a file that cannot be read, a key, column or setting that is unknown.
     """
 
-    def __init__(self, files: Sequence[Path], scale: str, shards: dict[str, str], seeds: Sequence[int] = ()) -> None:
+    def __init__(
+        self, files: Sequence[Path], scale: str, shards: dict[str, str],
+        seeds: Sequence[int] | Mapping[str, Sequence[int]] = (),
+    ) -> None:  # fmt: skip
         named = scale and not scale.endswith(".yaml")
         path = shipped(f"ablation/scale/{scale}.yaml") if named else user_path(scale, "--scale")
         self.scale = _read(Scale, path)
@@ -157,17 +160,29 @@ class Grid:
                 raise UserError(f"--shards {name}=...: {path} knows the data sets {known}; name one of them")
         data = {n: DataSet(shards=shards[n]) if n in shards else d for n, d in self.scale.data.items()}
         self.scale = self.scale.model_copy(update={"data": data})
-        self.tables = {file.stem: _read(Table, file) for file in files}
+        self.tables: dict[str, Table] = {}
+        for file in files:
+            if file.stem in self.tables:
+                raise UserError(f"{file}: two tables are named {file.stem}; give each once, or rename a file")
+            self.tables[file.stem] = _read(Table, file)
         self.cells: dict[tuple[str, str, str], list[Run]] = {}
         self._distinct: dict[str, Run] = {}
         for file in files:
-            self._fill(file, tuple(seeds))
+            self._fill(file, tuple(seeds.get(file.stem, ()) if isinstance(seeds, Mapping) else seeds))
         self.runs = sorted(self._distinct.values(), key=lambda run: run.kind != "pretrain")  # stable
 
     def _fill(self, file: Path, seeds: tuple[int, ...]) -> None:
         """The runs of a table's cells."""
         table = self.tables[file.stem]
+        names = [row.name for row in table.rows]
         for row in table.rows:
+            if names.count(row.name) > 1:
+                raise UserError(f"{file}: two rows are named '{row.name}'; give each its own name")
+            if row.run and not row.paper:
+                raise UserError(
+                    f"{file}: row '{row.name}' is run in no column; name its columns under paper, with null where the "
+                    "paper has no number, or set run: false"
+                )
             unknown = set(row.paper) - set(table.columns)
             if unknown:
                 raise UserError(f"{file}: row '{row.name}': {unknown.pop()} is not a column; those are {table.columns}")
@@ -177,7 +192,7 @@ class Grid:
                 raise UserError(f"{file}: column '{column}' is no task of the scale, which has {known}")
         for row in (row for row in table.rows if row.run):
             for column in (column for column in table.columns if column in row.paper):
-                runs = list(self._cell(table, row, column, seeds))
+                runs = list(dict.fromkeys(self._cell(table, row, column, seeds)))  # a seed given twice is one run
                 self.cells[file.stem, row.name, column] = runs
                 for used in filter(None, [*runs, *(run.init for run in runs)]):
                     names = used.used_by.setdefault(file.stem, [])

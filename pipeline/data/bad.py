@@ -15,7 +15,8 @@ How many bad samples an epoch may have, over all ranks, says `BadClips`. Missing
 import logging
 import math
 import os
-from collections import Counter
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -65,14 +66,15 @@ class BadClips:
 
     Attributes:
         problems: Key -> shard and problem, of every bad clip met so far, stand-ins included.
-        replaced: Step -> samples that this rank replaced in it, if any; of an evaluation, all at step 0.
     """
 
     def __init__(self, data: DataConfig, name: Callable[[int], tuple[str, str]], clips: int) -> None:
         self.problems: dict[str, str] = {}
-        self.replaced: Counter[int] = Counter()
         self._data, self._name, self._clips = data, name, clips
         self._reported: set[str] = set()
+        # Steps in which samples were replaced, ascending, and how many of the run's before each and in all. A long run
+        # has many, and looks each step up.
+        self._steps, self._sums = array("q"), array("q", [0])
 
     def missing(self, tars: dict[int, tuple[str, ShardRecord]], clips: np.ndarray) -> frozenset[int]:
         """Compares the sizes of a part's tars with the manifest, by one listing, before anything is read.
@@ -92,7 +94,7 @@ class BadClips:
         there: dict[str, dict[str, int]] = {}
         for location in dict.fromkeys(location for location, _ in tars.values()):
             try:
-                listed = {} if location.startswith("http") else sizes(location)
+                listed = {} if location.startswith(("http://", "https://")) else sizes(location)
             except OSError as error:
                 log.info("%s: not listed: %s", location, error)
                 continue
@@ -133,6 +135,21 @@ class BadClips:
         if shard not in self._reported:
             self._reported.add(shard)
             log.warning("%s: clip %s: %s; replaced (later ones of this shard are only counted)", shard, key, problem)
+
+    def replace(self, step: int, count: int) -> None:
+        """Takes down how many samples this rank replaced in a step; of an evaluation, all are of step 0.
+
+        Steps come in order; where one comes again, what was known of it and later ones is void.
+        """
+        while self._steps and self._steps[-1] >= step:
+            self._steps.pop()
+            self._sums.pop()
+        self._steps.append(step)
+        self._sums.append(self._sums[-1] + count)
+
+    def replaced(self, first: int, stop: int) -> int:
+        """Samples that this rank replaced in steps first .. stop - 1."""
+        return self._sums[bisect_left(self._steps, stop)] - self._sums[bisect_left(self._steps, first)]
 
     def check(self, total: int, local: bool = False) -> None:
         """Compares an epoch's replaced samples, of all ranks, with the limit.

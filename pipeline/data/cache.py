@@ -9,8 +9,9 @@ each job of a node one reading of each shard. A damaged copy is fetched anew.
 
 Readers hold a shared lock on what they have open, so eviction (least recently opened first) passes over it, and the
 kernel frees the locks of a killed process. The cache deletes only what it wrote: names with the suffixes below in a
-folder of its own. A cache that cannot be written, but has the shards, is read as it is; there is no note, so each
-process compares. Cost per shard, not per clip; no daemon, no database.
+folder of its own. What somebody else deletes there is fetched anew. No clip is bad for what is wrong with the cache
+(disk, permissions, locks): that ends the run. A cache that cannot be written, but has the shards, is read as it is;
+there is no note, so each process compares. Cost per shard, not per clip; no daemon, no database.
 """
 
 import errno
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 from pipeline.data.manifest import ShardRecord
 from pipeline.data.storage import LongerError, fetch, file_system
 from pipeline.errors import UserError
-from pipeline.files import sync, unlock
+from pipeline.files import TOO_MANY_OPEN, sync, unlock
 
 log = logging.getLogger(__name__)
 
@@ -107,19 +108,32 @@ class Cache:
             ahead: Not needed yet: raises NoRoomError rather than exceed the limit.
 
         Raises:
-            OSError: the shard is not there.
+            OSError: the store does not have the shard; or no more files can be opened (`TOO_MANY_OPEN`).
             UserError: it cannot be had for now: no wrong bytes and no silent gap, so the run must stop.
         """
         shard = self._remote.shards[number]
         path = self._folder / f"{shard.sha256[:24]}-{shard.name}{WHOLE}"
-        if self._read_only:
-            return self._open_as_it_is(number, path)
-        while True:
-            descriptor = self._open_noted(shard, path)
-            if descriptor is not None:
-                return descriptor
-            with _locked(path.with_suffix(LOCK)) as lock:
-                self._provide(number, path, lock, ahead)
+        there = True
+        try:
+            if self._read_only:
+                return self._open_as_it_is(number, path)
+            while there:
+                descriptor = self._open_noted(shard, path)
+                if descriptor is not None:
+                    return descriptor
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with _locked(path.with_suffix(LOCK)) as lock:
+                    there = self._provide(number, path, lock, ahead)
+        except OSError as error:
+            if error.errno in TOO_MANY_OPEN:
+                raise
+            raise UserError(
+                f"data.cache = {self._remote.cache}: {error.strerror or error}, with the copy of {shard.name}; mend "
+                "that, or name a directory on another disk of this node",
+                local=True,
+                transient=True,
+            ) from error
+        raise FileNotFoundError(f"{self._remote.urls[number].rstrip('/')}/{shard.name} is not there")
 
     def _open_noted(self, shard: ShardRecord, path: Path) -> int | None:
         """The copy, or its damaged twin where the source is damaged; None: there is none, or nobody compared it yet."""
@@ -164,8 +178,8 @@ class Cache:
             self._compared.add(number)
         return descriptor
 
-    def _provide(self, number: int, path: Path, lock: int, ahead: bool) -> None:
-        """Compares the copy, or fetches one; under its lock."""
+    def _provide(self, number: int, path: Path, lock: int, ahead: bool) -> bool:
+        """Compares the copy, or fetches one; under its lock. Returns whether there is one."""
         shard, job = self._remote.shards[number], self._remote.job
         note = _Note.of(os.pread(lock, 1 << 16, 0))
         descriptor = _open_copy(path)
@@ -175,24 +189,27 @@ class Cache:
             whole = known or _is_whole(descriptor, shard)
             os.close(descriptor)
             if known:
-                return
+                return True
             if whole:
                 jobs = note.jobs if note.inode == about.st_ino else []
                 _Note(about.st_ino, [*jobs, job], note.damaged).write(lock)
-                return
+                return True
             log.warning("%s: the copy in the cache is damaged; it is fetched anew", path)
             path.unlink(missing_ok=True)
         if job in note.damaged and path.with_suffix(DAMAGED).exists():
-            return
+            return True
         inode = self._download(number, path, ahead)
+        if inode is None:
+            return False
         note = _Note(inode, [job], []) if inode else _Note(0, [], [*note.damaged, job])
         note.write(lock)
+        return True
 
-    def _download(self, number: int, path: Path, ahead: bool) -> int:
+    def _download(self, number: int, path: Path, ahead: bool) -> int | None:
         """Fetches a shard to `path`, or to its damaged twin where the source itself is damaged.
 
         Returns:
-            Its inode; 0: it is damaged.
+            Its inode; 0: it is damaged; None: the store does not have it.
         """
         shard = self._remote.shards[number]
         part = path.with_name(f"{path.name}.{shard.size}{PART}")
@@ -211,13 +228,13 @@ class Cache:
                 except LongerError:
                     os.truncate(part, shard.size)
                 digest = _sha256(part)
-            except FileNotFoundError:
-                part.unlink(missing_ok=True)
-                raise
             except PermissionError as error:
                 part.unlink(missing_ok=True)
                 raise UserError(f"{where}: {error}; check the credentials", local=True) from error
             except Exception as error:
+                if isinstance(error, FileNotFoundError) and part.exists():  # else somebody deleted the part
+                    part.unlink(missing_ok=True)
+                    return None
                 part.unlink(missing_ok=True)
                 if isinstance(error, OSError) and error.errno in FULL:
                     if emptied:
@@ -363,7 +380,9 @@ def _open_copy(path: Path) -> int | None:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
-    except OSError as error:  # ELOOP: a link; ENXIO: a socket
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+            raise
         raise UserError(f"{path}: {error.strerror}: no file of the cache; remove it", local=True) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -410,15 +429,16 @@ def _is_free(name: Path, folder: Path) -> bool:
 
 
 def _remove(path: Path) -> bool:
-    """Deletes a copy unless somebody has it open."""
+    """Deletes a copy unless somebody has it open, or it may not be deleted by this user."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        # NFS gives an exclusive lock only on what is open for writing.
+        descriptor = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
     except FileNotFoundError:
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         return False
     finally:
         os.close(descriptor)

@@ -36,13 +36,12 @@ from pipeline.data.lengths import EvalLengths, LengthOrder
 from pipeline.data.mixture import MixedOrder, shares
 from pipeline.data.order import EvalOrder, Part, TrainOrder, part_weights, train_order
 from pipeline.data.pool import Arrays, Pool, slot_type
-from pipeline.data.reader import Reader
+from pipeline.data.reader import Reader, open_local
 from pipeline.data.spec import DataSpec
 from pipeline.data.steps import Draw, Order, Steps
 from pipeline.data.storage import is_remote, local
 from pipeline.data.workers import Workers
 from pipeline.errors import UserError
-from pipeline.files import open_regular
 from pipeline.flow import Batch
 
 OPEN_FILES = 384  # of a reader and order: the shards of 64 windows of 2048 clips, 512 a shard; limits are 1024 and up
@@ -196,7 +195,7 @@ class Loader(IterableDataset[Batch]):
         ends = [] if stop is None else [stop]
         if not self._train:
             ends.append(self._order.full if full and isinstance(self._order, EvalLengths) else len(self))
-            self.bad_clips.replaced.clear()
+            self.bad_clips.replace(0, 0)
         iterator = self._batches(first, max(first, min(ends)) if ends else None, full)
         self._iterators.add(iterator)
         return iterator
@@ -212,8 +211,8 @@ class Loader(IterableDataset[Batch]):
 
     def replaced(self, step: int) -> int:
         """Samples that this rank replaced in the epoch of batch `step` up to that batch; they add up over ranks."""
-        epoch, found = self._epoch(step), self.bad_clips.replaced
-        return sum(count for other, count in found.items() if other <= step and self._epoch(other) == epoch)
+        first = -(-self._epoch(step) * self.clips // self._batch_size)
+        return self.bad_clips.replaced(first, step + 1)
 
     def keys(self, rows: Sequence[int]) -> list[str]:
         """Sample keys of index rows."""
@@ -373,7 +372,7 @@ class Loader(IterableDataset[Batch]):
             location = self._index.locations[number]
             if cache is not None and is_remote(location):
                 return cache.open(number)
-            return open_regular(local(location) / self._index.shards[number].name)
+            return open_local(local(location), self._index.shards[number].name)
 
         arrays = {"waveform": self.corpus.audio.array, "fbank": self.corpus.fbank.array}
         return Reader(open_shard, arrays, self.spec.mean, self.spec.std, self._open_files, self._absent)
@@ -433,9 +432,9 @@ class Loader(IterableDataset[Batch]):
         replaced, valid = arrays["row"] != arrays["planned"], arrays["valid"]
         if self._train:
             if replaced.any():
-                self.bad_clips.replaced[step] = int(replaced.sum())
+                self.bad_clips.replace(step, int(replaced.sum()))
                 self.bad_clips.check(self.replaced(step), local=True)
             return
-        self.bad_clips.replaced[0] += int((valid & replaced).sum())
+        self.bad_clips.replace(0, self.bad_clips.replaced(0, 1) + int((valid & replaced).sum()))
         if not full:
             valid &= ~replaced

@@ -6,9 +6,10 @@ A clip is one or two preads at the index's offsets; the tar is never walked, so 
 overwritten cannot pass as a shorter data set. Each member is checked against its xxh3 while it is in the core's
 cache, and its .npy header with the manifest's format. Cost per clip is constant; open files are bounded.
 
-A shard that is away for a moment (a file server that restarts, a name that a node remembers as missing) is asked for
-again after a short wait, and where that does not help every RETRY_SECONDS: its clips are replaced meanwhile, not for
-good.
+A shard that is away for a moment (a name that a node remembers as missing) is asked for again after a short wait, and
+where that does not help every RETRY_SECONDS: its clips are replaced meanwhile, not for good. Where the whole directory
+is away (a file server that restarts, a mount that was lost), no clip is at fault: it is waited for, and then the run
+ends. So it is where a process may open no more files: shards are closed, and opened again when they are needed.
 
 For a CPU, int16 and float16 become float32 here, in numpy, while they are in the cache: they cross the memory's bus
 once as float32, as in a plain copy. numpy converts float16 one number at a time; shifting a whole array's exponents
@@ -16,15 +17,21 @@ into place takes a sixth of that.
 """
 
 import errno
+import logging
 import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from pipeline.data.npy import HEADER, Array, header_problem
+from pipeline.errors import UserError
+from pipeline.files import TOO_MANY_OPEN, open_regular
+
+log = logging.getLogger(__name__)
 
 INT16_SCALE = 1 / 32768  # a power of two: exact
 REBIAS = np.float32(2.0**112)  # exponents of float16 count from -15, of float32 from -127
@@ -34,13 +41,16 @@ WAITS = (0.1, 0.4, 1.0)  # seconds before a shard that could be opened a moment 
 HEADERS_KEPT = 16  # spellings of the same header
 RETRY_SECONDS = 30.0  # between further tries
 PASSING = (errno.ENOENT, errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN)
+OUTAGE_SECONDS = 60.0  # that a whole directory may be away
+POLL_SECONDS = 0.1
 
 
 class Reader:
     """Reads members of shards; used by one thread.
 
     Args:
-        open_shard: Number of a shard -> descriptor to read it from. Raises OSError where it is not there.
+        open_shard: Number of a shard -> descriptor to read it from. Raises OSError where it is not there, or where no
+            more files can be opened.
         arrays: What the members "waveform" and "fbank" are.
         mean, std: Normalisation of fbanks.
         open_files: Shards that are kept open.
@@ -137,7 +147,10 @@ class Reader:
         tries = 0
         while True:
             try:
-                count = os.preadv(self._descriptor(shard), (memory,), offset)
+                descriptor, count = self._descriptor(shard), 0
+                # Some file systems give less than is there; at the file's end they give nothing.
+                while count < len(memory) and (more := os.preadv(descriptor, (memory[count:],), offset + count)):
+                    count += more
             except OSError as error:
                 if shard in self._open:  # a descriptor that went stale stays so
                     os.close(self._open.pop(shard))
@@ -152,14 +165,62 @@ class Reader:
                 return count
 
     def _descriptor(self, shard: int) -> int:
-        descriptor = self._open.get(shard)
-        if descriptor is None:
-            descriptor = self._open[shard] = self._open_shard(shard)
-            if len(self._open) > self._limit:
-                os.close(self._open.popitem(last=False)[1])
-        else:
+        if shard in self._open:
             self._open.move_to_end(shard)
-        return descriptor
+        while shard not in self._open:
+            try:
+                self._open[shard] = self._open_shard(shard)
+            except OSError as error:
+                if error.errno not in TOO_MANY_OPEN:
+                    raise
+                if not self._open:
+                    raise UserError(f"no shard can be opened: {error.strerror}; raise ulimit -n", local=True) from error
+                self._limit = (len(self._open) + 1) // 2
+                log.warning(
+                    "%s: from now on %d shards are kept open, which is slower; raise ulimit -n",
+                    error.strerror, self._limit,
+                )  # fmt: skip
+                while len(self._open) >= self._limit:
+                    os.close(self._open.popitem(last=False)[1])
+        if len(self._open) > self._limit:
+            os.close(self._open.popitem(last=False)[1])
+        return self._open[shard]
+
+
+def open_local(directory: Path, name: str) -> int:
+    """A descriptor to read a shard of a local directory from; one that is away as a whole is waited for.
+
+    Raises:
+        OSError: the shard is not there, or cannot be opened.
+        UserError: nor is the manifest beside it.
+    """
+    until = time.monotonic() + OUTAGE_SECONDS
+    waited = False
+    while True:
+        try:
+            return open_regular(directory / name)
+        except OSError as error:
+            if error.errno not in PASSING or _opens(directory / "manifest.json"):
+                raise
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{directory}: {error.strerror}, for {OUTAGE_SECONDS:.0f} s; when it is back, the run goes on from "
+                    "its checkpoint by the same command",
+                    local=True,
+                    transient=True,
+                ) from error
+            if not waited:
+                log.warning("%s: %s; waiting for it", directory, error.strerror)
+            waited = True
+        time.sleep(POLL_SECONDS)
+
+
+def _opens(file: Path) -> bool:
+    try:
+        os.close(open_regular(file))
+    except OSError:
+        return False
+    return True
 
 
 def waveform_floats(raw: np.ndarray, out: np.ndarray) -> None:

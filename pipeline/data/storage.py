@@ -81,7 +81,7 @@ def file_system(location: Location) -> tuple[Any, str]:
         UserError: a protocol that is unknown, or whose package is not installed.
     """
     words: dict[str, Any] = {"use_listings_cache": False}  # other processes write to the same place
-    if str(location).startswith("http"):
+    if str(location).startswith(("http://", "https://")):
         import aiohttp  # its own limit is 5 minutes for the whole transfer, which a large file exceeds
 
         words["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(None, sock_connect=SILENCE, sock_read=SILENCE)}

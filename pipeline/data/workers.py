@@ -36,6 +36,9 @@ class Workers:
         steps: What they do.
         pool: Of the slots.
         count: n, of them; 0: this process reads.
+
+    Raises:
+        UserError: they cannot be started.
     """
 
     def __init__(self, steps: Steps, pool: Pool, count: int) -> None:
@@ -46,7 +49,7 @@ class Workers:
         try:
             for _ in range(count):
                 self._readers.append(self._begin())
-        except OSError:
+        except UserError:
             self.close()
             raise
 
@@ -67,7 +70,7 @@ class Workers:
             Its slot's fields; all bad clips that were met; the error that must end the run.
 
         Raises:
-            UserError: readers died one after the other.
+            UserError: readers died one after the other, or one that died cannot be replaced.
         """
         slot, step = self._flight[0]
         problems, error = self._answer(step) if self._readers else self._steps.fill(slot, step)
@@ -90,11 +93,23 @@ class Workers:
         self._steps.close()
 
     def _begin(self) -> tuple[BaseProcess, Connection]:
-        """A fork: no second import of torch, and nothing is pickled."""
+        """A fork: no second import of torch, and nothing is pickled.
+
+        Raises:
+            UserError: the machine has no room for it.
+        """
         context = multiprocessing.get_context("fork")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=self._serve, args=(os.getpid(), ours, theirs), daemon=True)
-        process.start()
+        try:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=self._serve, args=(os.getpid(), ours, theirs), daemon=True)
+            process.start()
+        except OSError as error:  # memory, processes, open files
+            raise UserError(
+                f"no reader process can be started: {error.strerror}; lower data.workers, or raise the limit of the "
+                "memory, processes or open files of this job",
+                local=True,
+                transient=True,
+            ) from error
         theirs.close()
         return process, ours
 

@@ -77,10 +77,10 @@ def score(forward: Callable[[Batch], Losses], batches: Iterable[Batch]) -> Score
         raise ValueError("no clip to score")
     row = torch.cat(rows).numpy()
     order = np.argsort(row, kind="stable")
-    return Scores(row[order], _finite(torch.cat(logits).numpy()[order]), torch.cat(targets).numpy()[order])
+    return Scores(row[order], finite(torch.cat(logits).numpy()[order]), torch.cat(targets).numpy()[order])
 
 
-def _finite(logits: np.ndarray) -> np.ndarray:
+def finite(logits: np.ndarray) -> np.ndarray:
     """Logits that can be ranked: NaN below all numbers, infinities at the ends; said once.
 
     A clip whose logits are NaN is so scored as if by chance. No comparison with NaN is true, so its true class would
@@ -259,6 +259,8 @@ def interval(
 ) -> dict[str, float]:
     """95 % interval of a metric over evaluation sets drawn from this one: {"low", "high", "draws"}.
 
+    Draws without a positive of any class have no mAP and are left out; NaN where there is no positive at all.
+
     Args:
         scores: [n, C].
         targets: [n, C], multi-hot.
@@ -269,8 +271,14 @@ def interval(
     draws = draws_for(scores.size)
     weights = clip_weights(len(scores), draws, np.random.default_rng([seed]))
     values = weighted_metric(scores, np.asarray(targets) > 0.5, weights, metric, device)[1:]
-    low, high = np.quantile(values, [0.025, 0.975])
-    return {"low": float(low), "high": float(high), "draws": draws}
+    return quantiles(values)
+
+
+def quantiles(values: np.ndarray) -> dict[str, float]:
+    """{"low", "high", "draws"} of a metric's draws, float64 [draws], those that are NaN left out; NaN if all are."""
+    known = values[~np.isnan(values)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
+    return {"low": float(low), "high": float(high), "draws": len(values)}
 
 
 def draws_for(size: int) -> int:
@@ -297,7 +305,7 @@ def weighted_metric(
         device: As of `by_class`.
 
     Returns:
-        float64 [draws].
+        float64 [draws]; NaN where a draw has no positive of any class.
     """
     if metric == "accuracy":
         return np.asarray(weights @ _top(scores, targets, 1) / weights.sum(axis=1))
@@ -307,7 +315,10 @@ def weighted_metric(
         mine = known[classes]
         return _average_precisions(scores[:, mine], targets[:, mine], weights)
 
-    return np.asarray(np.nanmean(by_class(of, len(known), device), axis=0))
+    found = by_class(of, len(known), device)
+    some = ~np.isnan(found)
+    total, count = np.where(some, found, 0.0).sum(axis=0), some.sum(axis=0)
+    return np.asarray(np.divide(total, count, out=np.full(len(weights), np.nan), where=count > 0))
 
 
 def _average_precisions(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:

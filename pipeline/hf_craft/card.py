@@ -11,9 +11,11 @@ import yaml
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.spec import DataSpec
+from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.methods import FINETUNE, PRETRAIN, FinetuneMethod, PretrainMethod
 from pipeline.recipes import changes_result, flatten
+from pipeline.serving.package import scored_instead
 from pipeline.tracking.spool import Feed
 
 DAMAGED = "the run directory is damaged"
@@ -25,13 +27,15 @@ CITE = """@misc{craft,
 
 
 def model_card(
-    run_dir: Path, recipe: PretrainRecipe | FinetuneRecipe, spec: DataSpec, weights: int, curves: bool, name: str
-) -> str:
+    run_dir: Path, file: Path, recipe: PretrainRecipe | FinetuneRecipe, spec: DataSpec, weights: int, curves: bool,
+    name: str,
+) -> str:  # fmt: skip
     """Writes the card.
 
     Args:
         run_dir: Of the run; results.json, metrics.jsonl, tracking.jsonl, init.json and what probe.py left beside it are
             read where they are.
+        file: The exported weights; scores of others are left out.
         recipe: Its settings.
         spec: Its data.
         weights: Number of the exported weights.
@@ -47,8 +51,16 @@ def model_card(
     )
     seconds = spec.samples / spec.sample_rate
     results = read_json(run_dir / "results.json", DAMAGED) if tuned and (run_dir / "results.json").is_file() else None
-    frozen = _frozen(run_dir)
     title = f"CRAFT: {method.label} ({recipe.model.size})"
+    try:
+        others = "" if results is None else scored_instead(results, file)
+        results = None if others else results
+        header, finetuned = _metadata(title, spec, tuned, results), _finetuned(results, others) if tuned else []
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{run_dir / 'results.json'}: damaged ({error}); write it anew with evaluate.py --out"
+        ) from error
+    frozen = _frozen(run_dir)
     reads = " and ".join(["spectrogram"] * method.spec + ["waveform"] * method.wav)
     auto = "AutoModelForAudioClassification" if tuned else "AutoModel"
     output = "logits = model(**inputs).logits" if tuned else "tokens = model(**inputs).last_hidden_state"
@@ -56,7 +68,7 @@ def model_card(
     classes = f" of {len(spec.labels)} classes" if tuned else ""
     scores = ("softmax over the classes" if spec.single_label else "a sigmoid for each class") if tuned else ""
     return "\n".join([
-        *_metadata(title, spec, tuned, results), "", f"# {title}", "",
+        *header, "", f"# {title}", "",
         f"{kind}{classes} that reads the {reads} of {seconds:g} s of audio at {spec.sample_rate} Hz: "
         f"{method.meaning}; {weights / 1e6:.1f} M weights.", "",
         "## Use", "", "```python", "from transformers import AutoFeatureExtractor, " + auto, "",
@@ -70,7 +82,7 @@ def model_card(
         "## Data", "", *_data(run_dir, recipe, spec), "",
         "## Recipe", "", *_recipe(run_dir, recipe), "",
         "## Curves", "", "![Losses, rates and metrics over steps](curves.png)" if curves else "Not recorded.", "",
-        "## Scores", "", *(_finetuned(results) if tuned else ()), *_table(frozen), "",
+        "## Scores", "", *finetuned, *_table(frozen), "",
         "## Intended use", "",
         "Research on audio representations" + (", and labels of recordings like those of its data." if tuned else
         "; to be finetuned, or probed, on labelled recordings."), "",
@@ -134,9 +146,9 @@ def _defined(results: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in results["metrics"].items() if value is not None}
 
 
-def _finetuned(results: dict[str, Any] | None) -> list[str]:
+def _finetuned(results: dict[str, Any] | None, others: str) -> list[str]:
     if results is None:
-        return ["Finetuned: not evaluated."]
+        return [f"Finetuned: not evaluated{'; the results.json of the run is of ' + others if others else ''}."]
     numbers = ", ".join(f"{name} {value:.4f}" for name, value in _defined(results).items())
     low, high = ((results.get("interval") or {}).get(end) for end in ("low", "high"))
     spread = f" ({results['metric']}: 95 % interval {low:.4f} to {high:.4f})" if low is not None else ""

@@ -67,7 +67,7 @@ def export_hf_craft(run: Exported, out: Path, name: str = "") -> str:
         write_text(made / "config.yaml", dump_recipe(_without_places(run.recipe)))
         run.spec.save(made)
         drawn = curves(run.run_dir / "metrics.jsonl", made / "curves.png")
-        card = model_card(run.run_dir, run.recipe, run.spec, count, drawn, name or "OWNER/NAME")
+        card = model_card(run.run_dir, run.file, run.recipe, run.spec, count, drawn, name or "OWNER/NAME")
         write_text(made / "README.md", card)
     left = sorted({key.split(".")[0] for key in run.task.state_dict()} - {"model", "classifier"})
     return f"{_architectures(run)[-1]}, {count} weights" + (f"; left out: {', '.join(left)}" if left else "")

@@ -65,12 +65,15 @@ class CraftFeatureExtractor(FeatureExtractionMixin):
             `input_values` [B, T, M] and/or `waveform` [B, L] and `length` int64 [B].
 
         Raises:
-            ValueError: another rate, or a waveform that is none.
+            ValueError: another rate, integers, or a waveform that is none.
         """
         if sampling_rate not in (None, self.sampling_rate):
             raise ValueError(f"waveforms of {sampling_rate} Hz, the network reads {self.sampling_rate}; resample them")
         several = len(raw_speech) > 0 and np.ndim(raw_speech[0]) > 0
-        clips = [np.asarray(clip, np.float32)[: self.samples] for clip in (raw_speech if several else [raw_speech])]
+        given = [np.asarray(clip) for clip in (raw_speech if several else [raw_speech])]
+        if any(clip.dtype.kind in "iu" for clip in given):  # their full scale is not known
+            raise ValueError("waveforms of integers; give floats in [-1, 1]: divide int16 by 32768")
+        clips = [clip.astype(np.float32)[: self.samples] for clip in given]
         levels = np.zeros((len(clips), self.samples), np.float32)
         for row, clip in zip(levels, clips, strict=True):
             if clip.ndim != 1 or not clip.size or not np.isfinite(clip).all():

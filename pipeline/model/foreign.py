@@ -25,7 +25,7 @@ same tensors under the names of a task of `pipeline.tasks`.
 | model.spec_tokens.positions | pos_embed, the others | M.fixed_positional_encoder.positions |
 | model.spec_patch.proj | patch_embed.proj | M.local_encoder.proj |
 | model.encoder.blocks.N | blocks.N | blocks.N |
-| model.encoder.norm | norm | |
+| model.encoder.norm | norm, where there is one (else it only normalises) | |
 | model.spec_patch.norm | patch_embed.norm | |
 | model.encoder.first_norm | norm_pre | M.context_encoder.norm |
 
@@ -37,7 +37,6 @@ position by its number, which is what counts here.)
 What is another network, and not this one with other numbers, is refused: BEATs.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +45,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import UserError
+from pipeline.files import read_json
 from pipeline.model.embed import patch_grid
 
 Tensors = dict[str, torch.Tensor]
@@ -56,6 +56,7 @@ EAT = "EAT or SSLAM"  # a table of 2 minutes of positions, of which any input ta
 KNOWN = ("model.special.", "model.encoder.blocks.", "v.cls_token", "embeddings.cls_token", HF_PREFIX, EAT_PREFIX,
          "patch_embed.proj.", "post_extract_proj.", "patch_embedding.")  # of each format  # fmt: skip
 MEL_BINS, M2D_BINS = 128, 80  # of every published SSAST, AST, Audio-MAE, EAT and SSLAM model; of M2D's
+DAMAGED = "the model's directory is damaged"
 _BEATS = (
     "of BEATs, whose attention has gated relative positions, whose blocks scale their residuals (DeepNorm) and whose "
     "patches are convolved with their neighbours"
@@ -101,21 +102,28 @@ def translate(tensors: Tensors, file: Path, grid: tuple[int, int] | None) -> tup
         grid: Patches along frequency and time, where neither the tensors nor a config.json says them.
 
     Raises:
-        UserError: the patch grid of the positions cannot be told, or the weights are of a network that this is not.
+        UserError: the patch grid of the positions cannot be told, a tensor is missing, or the weights are of a network
+            that this is not.
     """
     tensors = _unwrapped(tensors)
     for name, reason in REFUSED.items():
         if name in tensors:
             raise UserError(f"model.init: {file}: {reason}, which this encoder has not: it would be another model")
-    if f"{EAT_PREFIX}local_encoder.proj.weight" in tensors:
-        return _from_eat(tensors, file, grid), EAT
-    if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= tensors.keys():
-        return _from_vit(tensors, file, grid)
-    if "v.cls_token" in tensors:
-        return _from_ssast(tensors, file, grid), "SSAST" if "p_input_fdim" in tensors else "SSAST or AST"
-    bare = {name.removeprefix(HF_PREFIX): value for name, value in tensors.items()}
-    if "embeddings.position_embeddings" in bare:
-        return _from_hf(bare, file, grid), "HF AST"
+    try:
+        if f"{EAT_PREFIX}local_encoder.proj.weight" in tensors:
+            return _from_eat(tensors, file, grid), EAT
+        if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= tensors.keys():
+            return _from_vit(tensors, file, grid)
+        if "v.cls_token" in tensors:
+            return _from_ssast(tensors, file, grid), "SSAST" if "p_input_fdim" in tensors else "SSAST or AST"
+        bare = {name.removeprefix(HF_PREFIX): value for name, value in tensors.items()}
+        if "embeddings.position_embeddings" in bare:
+            return _from_hf(bare, file, grid), "HF AST"
+    except KeyError as error:
+        raise UserError(
+            f"model.init: {file}: lacks {error.args[0]}: a part of a model, or another one than this reads; give whole "
+            "weights of SSAST, AST, Audio-MAE, M2D, AudioMosaic, EAT or SSLAM, or of a Hugging Face ASTModel"
+        ) from error
     return tensors, "CRAFT"
 
 
@@ -211,7 +219,9 @@ def _from_vit(bare: Tensors, file: Path, grid: tuple[int, int] | None) -> tuple[
         grid = grid or _side_by_side(count, kernel, M2D_BINS if m2d else MEL_BINS)
     out = _blocks(bare, {"norm.": "model.encoder.norm.", "norm_pre.": "model.encoder.first_norm.",
                          "patch_embed.norm.": "model.spec_patch.norm."})  # fmt: skip
-    if "model.encoder.norm.weight" not in out:  # finetuned on the mean of all patches, whose norm is another one
+    # AudioMosaic's own settings and a finetuned Audio-MAE have no norm of the tokens: their `fc_norm` is of the mean
+    # token, and its gains fit no single one. Ours begins as one that only normalises; `fc_norm` is listed as dropped.
+    if "model.encoder.norm.weight" not in out:
         width = kernel.shape[0]
         out |= {"model.encoder.norm.weight": torch.ones(width), "model.encoder.norm.bias": torch.zeros(width)}
     return out | _embedded(
@@ -287,15 +297,13 @@ def _from_hf(bare: Tensors, file: Path, grid: tuple[int, int] | None) -> Tensors
     cls, dist = rest.pop("embeddings.cls_token"), rest.pop("embeddings.distillation_token")
     positions = rest.pop("embeddings.position_embeddings")
     out: Tensors = {}
-    depth = 1 + max(int(name.split(".")[2]) for name in rest if name.startswith("encoder.layer."))
+    depth = 1 + max((int(name.split(".")[2]) for name in rest if name.startswith("encoder.layer.")), default=-1)
     for number in range(depth):
         for kind in ("weight", "bias"):
-            stem = f"encoder.layer.{number}.attention.attention"
-            parts = [rest.pop(f"{stem}.{name}.{kind}", None) for name in ("query", "key", "value")]
-            width = len(cls.flatten())
-            # Without qkv_bias HF stores none: zeros are the same.
-            whole = torch.cat([torch.zeros(width) if part is None else part for part in parts])
-            out[f"model.encoder.blocks.{number}.attn.qkv.{kind}"] = whole
+            names = [f"encoder.layer.{number}.attention.attention.{name}.{kind}" for name in ("query", "key", "value")]
+            if kind == "bias":  # without qkv_bias HF stores none: zeros are the same
+                rest |= {name: torch.zeros(len(cls.flatten())) for name in names if name not in rest}
+            out[f"model.encoder.blocks.{number}.attn.qkv.{kind}"] = torch.cat([rest.pop(name) for name in names])
     for theirs, ours in (*_hf_names(depth), *_HF_HEAD):
         for kind in ("weight", "bias"):
             if f"{theirs}.{kind}" in rest:
@@ -323,18 +331,28 @@ def _positions(positions: torch.Tensor, grid: tuple[int, int]) -> Tensors:
 
 
 def hf_config(file: Path) -> dict[str, Any]:
-    """The config.json beside a file of weights; empty where there is none."""
+    """The config.json beside a file of weights; empty where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
     path = file.parent / "config.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    content = read_json(path, DAMAGED) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: no table of settings; {DAMAGED}")
+    return content
 
 
 def _hf_grid(file: Path) -> tuple[int, int] | None:
     config = hf_config(file)
     if not config:
         return None
-    high = (config.get("num_mel_bins", 128) - config.get("patch_size", 16)) // config.get("frequency_stride", 10) + 1
-    wide = (config.get("max_length", 1024) - config.get("patch_size", 16)) // config.get("time_stride", 10) + 1
-    return high, wide
+    try:
+        high = (config.get("num_mel_bins", 128) - config.get("patch_size", 16)) // config.get("frequency_stride", 10)
+        wide = (config.get("max_length", 1024) - config.get("patch_size", 16)) // config.get("time_stride", 10)
+    except (TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{file.parent / 'config.json'}: patches: {error}; {DAMAGED}") from error
+    return high + 1, wide + 1
 
 
 def _grid(count: int, kernel: torch.Tensor, known: tuple[int, int] | None, file: Path) -> tuple[int, int]:

@@ -107,6 +107,8 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{file}: {_of_pickle(file, str(error))}") from error
     except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise UserError(f"{file}: {error}; give a .safetensors file, or a .pth or .bin of plain tensors") from error
+    except Exception as error:  # of a damaged pickle torch raises whatever its bytes lead to
+        raise UserError(f"{file}: damaged ({type(error).__name__}: {error}); get it again") from error
     if isinstance(content, dict):  # some save the model beside the optimiser
         kept = (content[key] for key in ("model", "state_dict", "module") if isinstance(content.get(key), dict))
         content = next(kept, content)

@@ -5,17 +5,19 @@ of `BATCH` x k neighbouring clips: `rows` int64 [n] of the shard index, `targets
 `STREAM.LAYER` [n, ...], float32; float16 of "tokens", which are a thousand times as many.
 
 A piece is the work of one rank, in batches of a fixed size: the bytes are the same for any ranks, and a command that is
-repeated makes those that are missing. Memory: one piece, at most `PIECE_BYTES` but for a batch. Disk, a clip: streams x
-layers x 4 f D bytes with "time_frequency" (24 KiB a stream and layer of base), 4 D with "mean", 2 N D with "tokens"
-(768 KiB); asked for more than `most_gb`, or than the disk has, nothing is begun. Time: a forward pass a clip, over R
-ranks.
+repeated makes those that are missing, and anew those that lack clips which could not be read. Memory: one piece, at
+most `PIECE_BYTES` but for a batch. Disk, a clip: streams x layers x 4 f D bytes with "time_frequency" (24 KiB a stream
+and layer of base), 4 D with "mean", 2 N D with "tokens" (768 KiB); asked for more than `most_gb`, or than the disk has,
+nothing is begun. Time: a forward pass a clip, over R ranks.
 """
 
 import logging
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +42,7 @@ PIECE_BYTES = 256 << 20
 MOST_BATCHES = 64  # of a piece: 2048 clips
 CHUNK_BYTES = 64 << 20  # of features in float32 on the device at a time
 CACHE_BYTES = 2 << 30  # of a part that stays there
+LACKS = "lacks"  # in the metadata of a piece: how many of its clips could not be read
 
 Tokens = dict[tuple[str, int], torch.Tensor]
 
@@ -101,7 +104,7 @@ def compute(
     frozen: Frozen, shards: str, split: str, layers: Sequence[int], pool: Pool, folder: Path, world: World, *,
     workers: int = 2, most_gb: float = 100.0,
 ) -> list[Path]:  # fmt: skip
-    """The files of a split; those that are there already are kept. A collective.
+    """The files of a split; those that are there already and lack no clip are kept. A collective.
 
     Args:
         frozen: Encoder.
@@ -134,7 +137,7 @@ def compute(
     files = [home / f"{split}-{piece:06d}.safetensors" for piece in range(pieces)]
 
     def find() -> list[int]:
-        missing = [piece for piece, file in enumerate(files) if not file.exists()]
+        missing = [piece for piece, file in enumerate(files) if not file.exists() or _lacks(file)]
         bytes_ = clip * min(clips, BATCH * batches * len(missing))
         try:
             home.mkdir(parents=True, exist_ok=True)
@@ -150,7 +153,7 @@ def compute(
 
     missing = distributed.decide(find)
     kind = torch.float16 if pool == "tokens" else torch.float32
-    for piece, _, coming in read_pieces(frozen, data, layers, batches, missing, world):
+    for piece, loader, coming in read_pieces(frozen, data, layers, batches, missing, world):
         parts: dict[str, list[torch.Tensor]] = {}
         for batch, tokens in coming:
             made = {"rows": batch.row, "targets": (batch.targets > 0.5).to(torch.uint8)}
@@ -159,8 +162,10 @@ def compute(
                 made[f"{stream}.{layer}"] = pooled(sequence, pool, grids[stream]).to(kind)
             for name, values in made.items():
                 parts.setdefault(name, []).append(values[batch.valid].cpu())
+        lacking = loader.replaced(0)
         with new_file(files[piece]) as temporary:
-            save_file({name: torch.cat(values).contiguous() for name, values in parts.items()}, temporary)
+            save_file({name: torch.cat(values).contiguous() for name, values in parts.items()}, temporary,
+                      {LACKS: str(lacking)} if lacking else None)  # fmt: skip
         log.info("features %s: piece %d of %d", split, piece + 1, len(files))
     distributed.barrier()
     check_bad(data, manifest, sum(_rows(file) for file in files))
@@ -168,9 +173,21 @@ def compute(
 
 
 def _rows(file: Path) -> int:
+    with _opened(file) as opened:
+        return int(opened.get_slice("rows").get_shape()[0])
+
+
+def _lacks(file: Path) -> bool:
+    """Whether clips of a piece could not be read: the shards may have been mended since."""
+    with _opened(file) as opened:
+        return LACKS in (opened.metadata() or {})
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, "pt") as opened:
-            return int(opened.get_slice("rows").get_shape()[0])
+            yield opened
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: {error}; delete it, and the same command makes it again") from error
 
@@ -193,10 +210,11 @@ class Features:
     Attributes:
         rows: int64 [n].
         targets: uint8 [n, C].
+        warned: Whether it was said that some are not finite.
     """
 
     def __init__(self, pieces: Sequence[dict[str, torch.Tensor]]) -> None:
-        self._pieces = pieces
+        self._pieces, self.warned = pieces, False
         self.rows = torch.cat([piece["rows"] for piece in self._pieces]).numpy()
         self.targets = torch.cat([piece["targets"] for piece in self._pieces])
         self._starts = np.concatenate([[0], np.cumsum([len(piece["rows"]) for piece in self._pieces])])
@@ -223,6 +241,8 @@ class Features:
 class Part:
     """Some clips' features and targets on a device, again and again in one order, in chunks; small ones stay there.
 
+    Features of a clip that are NaN or infinite are zeros, and said once: a probe would learn NaN from one of them.
+
     Args:
         features: Mapped files.
         stream: "spec", "wav" or "both".
@@ -247,8 +267,15 @@ class Part:
     def rows(self, at: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 [m, layers, ...] and targets float32 [m, C] of clips `at` of this part."""
         where = self.where[at]
-        x = self._features.take(self._stream, self._layers, where)
-        return x.to(self._device).float(), self._features.targets[torch.from_numpy(where)].to(self._device).float()
+        x = self._features.take(self._stream, self._layers, where).to(self._device).float()
+        unknown = ~x.flatten(1).sum(dim=1).isfinite()  # as a term of it is not; cheaper than asking each
+        if unknown.any():
+            x[unknown] = 0.0
+            if not self._features.warned:
+                self._features.warned = True
+                log.warning("features of %s are NaN or infinite for some clips, for which zeros stand: are the weights "
+                            "or the precision at fault?", self._stream)  # fmt: skip
+        return x, self._features.targets[torch.from_numpy(where)].to(self._device).float()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         if self._kept:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from pipeline.engine.evaluation import finite
 from pipeline.objectives.classification import classification_loss
 from pipeline.probing.features import Part
 
@@ -63,9 +64,9 @@ def fit(probe: Probe, train: Part, value: float, single_label: bool, seed: int) 
 
 
 def predict(model: Model, part: Part) -> np.ndarray:
-    """Scores float32 [n, C] of a part, in its order."""
+    """Scores float32 [n, C] of a part, in its order; all finite, as `evaluation.finite` has them."""
     with torch.no_grad():
-        return torch.cat([model(x).float().cpu() for x, _ in part]).numpy()
+        return finite(torch.cat([model(x).float().cpu() for x, _ in part]).numpy())
 
 
 def moments(part: Part) -> tuple[torch.Tensor, torch.Tensor]:

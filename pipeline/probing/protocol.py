@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.engine.evaluation import all_metrics, clip_weights, draws_for, metric_name, weighted_metric
+from pipeline.engine.evaluation import all_metrics, clip_weights, draws_for, metric_name, quantiles, weighted_metric
 from pipeline.errors import UserError
 from pipeline.probing.features import Features, Part
 from pipeline.probing.probes import GRIDS, Probe, fit, predict
@@ -158,5 +158,4 @@ def _interval(scored: Sequence[tuple[np.ndarray, np.ndarray, int]], metric: str)
     for scores, targets, draw in scored:
         weights = clip_weights(len(scores), draws, np.random.default_rng([draw]))
         total += weighted_metric(scores, targets > 0, weights, metric)[1:]
-    low, high = np.nanquantile(total / len(scored), [0.025, 0.975])
-    return {"low": float(low), "high": float(high), "draws": draws}
+    return quantiles(total / len(scored))

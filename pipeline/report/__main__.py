@@ -21,6 +21,8 @@ from pipeline.files import check_output_directory, config_path, read_json, write
 from pipeline.report import render
 from pipeline.report.collect import Collected
 from pipeline.tracking import tracking_uri
+from pipeline.tracking.spool import first_line
+from pipeline.tracking.store import without_password
 
 
 def main() -> int:
@@ -33,7 +35,8 @@ def main() -> int:
         help="--out of ablate.py (default: the only runs/ablation-*, else -paper)")  # fmt: skip
     add("--out", type=path_of("--out"), default=Path("report"), metavar="DIR",
         help="(default: report/)")  # fmt: skip
-    add("--seeds", nargs="+", type=int, default=[], metavar="N", help="as given to ablate.py (default: the tables')")
+    add("--seeds", nargs="+", type=int, default=[], metavar="N",
+        help="of the finetunings (default: all that ablate.py ran)")  # fmt: skip
     add("--no-mlflow", action="store_true", help="do not log the report to MLflow (default: log it)")
     args = parser.parse_args()
     check_output_directory(args.out, "--out")
@@ -82,6 +85,7 @@ def log_to_mlflow(parts: list[Collected], files: list[Path], runs: Path) -> None
     from mlflow.entities import Metric, RunTag
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
 
     uri = tracking_uri(LogConfig(), runs / "run")
     try:
@@ -101,8 +105,11 @@ def log_to_mlflow(parts: list[Collected], files: list[Path], runs: Path) -> None
         for file in files:
             client.log_artifact(run_id, str(file))
         client.set_terminated(run_id)
-    except MlflowException as error:
-        raise UserError(f"{uri}: {error}; the report's files are written; --no-mlflow leaves the server out") from error
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise UserError(
+            f"{without_password(uri)}: {first_line(error)}; the report's files are written; --no-mlflow leaves the "
+            "server out"
+        ) from error
 
 
 def _metric_name(table: str, row: str, column: str) -> str:

@@ -71,9 +71,9 @@ class Result:
     Attributes:
         paper: The paper's number in percent; None: it has none.
         wanted: Runs that the cell asks for.
-        done: Those that finished.
+        done: Those that finished. What follows is of the seeds that have all their folds.
         metric: Of `mean`; empty where nothing is done.
-        mean: Percent, over seeds (each the mean over its folds); None where nothing is done.
+        mean: Percent, over seeds (each the mean over its folds); None where none is.
         spread: Standard deviation over seeds, or over folds where there is one seed; None for a single run.
         over: What the spread is over.
         clips: Evaluated clips of a seed, all folds.
@@ -124,7 +124,7 @@ class Collected:
             was "finetuned" from it: (step, mean in percent, spread).
 
     Raises:
-        UserError: the reference row is unknown.
+        UserError: the reference row is unknown, or an ensemble.
     """
 
     def __init__(self, name: str, campaign: Campaign) -> None:
@@ -133,9 +133,12 @@ class Collected:
         self._predictions: dict[str, Predictions] = {}
         grid, columns, tasks = campaign.grid, self.table.columns, campaign.grid.scale.tasks
         runnable = [row for row in self.table.rows if row.run]
-        self.reference = self.table.reference or runnable[-1].name
-        if self.reference not in {row.name for row in runnable}:
-            raise UserError(f"{name}.yaml: reference '{self.reference}' is no row that is run")
+        single = [row.name for row in runnable if not row.ensemble]
+        self.reference = self.table.reference or (single[-1] if single else "")
+        if self.reference not in single:
+            raise UserError(
+                f"{name}.yaml: reference '{self.reference}' is an ensemble or not run; name one of {', '.join(single)}"
+            )
         self.results = {(row.name, column): self._result(row, column) for row in self.table.rows for column in columns}
         for row in runnable:
             for column in columns:
@@ -176,31 +179,42 @@ class Collected:
         directory = self._campaign.shards(data)
         return load_manifest(directory) if (Path(directory) / "manifest.json").exists() else None
 
+    def _seeds(self, row: str, column: str, share: float = 1.0) -> list[dict[int, tuple[Run, dict[str, Any]]]]:
+        """Of each seed of a cell its finished runs and their results, by fold.
+
+        A seed that still lacks folds is left out: folds differ in how hard they are. So is a run whose metric is
+        undefined, as mAP is where no evaluated clip has a label.
+        """
+        seeds: dict[tuple[int, str], dict[int, tuple[Run, dict[str, Any]]]] = {}
+        for run in self._cell(row, column):
+            content = self._content(run) if run.share == share else None
+            if content and content["value"] is not None:
+                seeds.setdefault(_seed(run), {})[run.recipe.data.fold] = run, content
+        wanted = len({run.recipe.data.fold for run in self._cell(row, column)})
+        return [folds for folds in seeds.values() if len(folds) == wanted]
+
     def _result(self, row: Row, column: str) -> Result:
         """The numbers of a cell."""
         result = Result(paper=row.paper.get(column))
         runs = [run for run in self._cell(row.name, column) if run.share == 1.0]
         result.wanted = len(runs)
-        finished = [(run, content) for run in runs if (content := self._content(run))]
-        result.done = len(finished)
-        if not finished or (row.ensemble and len(finished) < len(runs)):
+        result.done = sum(self._content(run) is not None for run in runs)
+        seeds = self._seeds(row.name, column)
+        if not seeds or (row.ensemble and sum(map(len, seeds)) < len(runs)):
             return result
-        result.metric = finished[0][1]["metric"]
-        seeds: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}  # the contents of each, by fold
-        for run, content in finished:
-            seeds.setdefault(_seed(run), {})[run.recipe.data.fold] = content
-        result.clips = sum(content["clips"] for content in next(iter(seeds.values())).values())
-        result.listed = self._listed(*finished[0])
+        contents = [{fold: content for fold, (_, content) in folds.items()} for folds in seeds]
+        run, content = next(iter(seeds[0].values()))
+        result.metric = content["metric"]
+        result.clips = sum(content["clips"] for content in contents[0].values())
+        result.listed = self._listed(run, content)
         result.over = "seeds" if len(seeds) > 1 else "folds"
-        result.mean, result.spread = _over_seeds(
-            [[content["value"] for content in folds.values()] for folds in seeds.values()]
-        )
+        result.mean, result.spread = _over_seeds(_values(seeds))
         if row.ensemble:
-            result.mean, result.spread = 100 * self._ensemble([run for run, _ in finished], result.metric), None
+            result.mean, result.spread = 100 * self._ensemble(runs, result.metric), None
             return result
-        if not all(run.recipe.data.fold and content.get("epochs") for run, content in finished):
+        if not all(fold and content.get("epochs") for folds in contents for fold, content in folds.items()):
             return result  # no folds; or runs of a release that did not write down their epochs
-        common = [best for folds in seeds.values() if (best := summarise(folds)["common_epoch"])]
+        common = [best for folds in contents if (best := summarise(folds)["common_epoch"])]
         if len(common) == len(seeds):
             result.best, result.best_spread = _over_seeds([list(best["folds"].values()) for best in common])
             result.best_epochs = [best["epoch"] for best in common]
@@ -208,28 +222,22 @@ class Collected:
 
     def _difference(self, row: Row, column: str) -> Difference | None:
         """Against the reference row, over the runs that finished; None where one side has none."""
-        sides = []
-        for name in (row.name, self.reference):
-            done = [run for run in self._cell(name, column) if run.share == 1.0 and self._content(run)]
-            sides.append([self._scores(run) for run in done])
-        content = next(filter(None, map(self._content, self._cell(row.name, column))), None)
-        return paired_bootstrap(sides[0], sides[1], content["metric"]) if content else None
+        sides = [[self._scores(run) for folds in self._seeds(name, column) for run, _ in folds.values()]
+                 for name in (row.name, self.reference)]  # fmt: skip
+        return paired_bootstrap(sides[0], sides[1], self.results[row.name, column].metric)
 
     def _curve(self, row: Row, column: str) -> dict[str, list[tuple[float, ...]]]:
         init = self._cell(row.name, column)[0].init
         lines = Feed(self._campaign.run_dir(init) / "metrics.jsonl").read() if init else []
         last = max((line["step"] for line in lines), default=0)
-        shares: dict[float, list[float]] = {}
-        for run in self._cell(row.name, column):
-            if content := self._content(run):
-                shares.setdefault(run.share, []).append(100 * content["value"])
+        shares = sorted({run.share for run in self._cell(row.name, column)})
+        finetuned = [(share, _over_seeds(_values(seeds))) for share in shares
+                     if (seeds := self._seeds(row.name, column, share))]  # fmt: skip
         return {
             "accuracy": [(line["step"], 100 * line["eval_spec_accuracy"]) for line in lines
                          if "eval_spec_accuracy" in line],
             "mse": [(line["step"], line["eval_spec_mse"]) for line in lines if "eval_spec_mse" in line],
-            "finetuned": [(round(share * last), float(np.mean(values)),
-                           float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
-                          for share, values in sorted(shares.items())],
+            "finetuned": [(round(share * last), mean, spread or 0.0) for share, (mean, spread) in finetuned],
         }  # fmt: skip
 
     def _data_notes(self, column: str) -> list[str]:
@@ -297,6 +305,11 @@ class Collected:
         manifest = self._manifest(run.data)
         splits = manifest.splits if manifest else {}
         return sum(splits[name].listed for name in content["split"].split(",") if name in splits)
+
+
+def _values(seeds: list[dict[int, tuple[Run, dict[str, Any]]]]) -> list[list[float]]:
+    """Of each seed the metric of its folds."""
+    return [[content["value"] for _, content in folds.values()] for folds in seeds]
 
 
 def _over_seeds(values: list[list[float]]) -> tuple[float, float | None]:

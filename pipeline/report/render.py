@@ -46,7 +46,8 @@ tr.other td { color: #77808c } p.caption { color: #48525e; font-size: 14px } img
 
 LEGEND = (
     "paper, ours: percent; ours is mean ± standard deviation over seeds (or folds). n: finished of wanted runs; empty "
-    "cells were not run. clips: evaluated, and their share of those that the source lists. difference: to the row "
+    "cells were not run, and a seed counts once it has all its folds. clips: evaluated, and their share of those that "
+    "the source lists. difference: to the row "
     "'{reference}' in points, paired bootstrap over the evaluation clips."
 )
 
@@ -154,7 +155,8 @@ def _bars_of(axis: Axes, part: Collected, column: str, names: list[str]) -> None
             metric = f"{result.metric}, percent"
             axis.text(result.mean + (result.spread or 0), i + 0.19, f" {result.mean:.1f}", va="center", fontsize=8)
         elif result.wanted:
-            axis.text(0, i + 0.19, " not run", va="center", fontsize=8, color="#a33")
+            state = f" {result.done} of {result.wanted} run" if result.done else " not run"
+            axis.text(0, i + 0.19, state, va="center", fontsize=8, color="#a33")
     axis.set_title(part.titles[column], fontsize=10, parse_math=False)
     axis.set_xlabel(metric)
     axis.set_xlim(0, 1.15 * max([v for v in paper if v] + [r.mean for r in ours if r.mean] + [1]))

@@ -20,6 +20,7 @@ SHOWN = 8  # labels of the chart
 COLUMNS = 2000  # of the pictures: more than a screen has
 SHORTEST_HOP, LONGEST_HOP = 0.1, 10.0  # seconds between windows
 MAX_UPLOAD = "1gb"
+KEPT_SECONDS = 3600  # uploads and recordings: they are other people's, and would fill the disk
 FRAME_SECONDS = 0.025  # of fbank: what is shorter has none
 
 Answer = tuple[dict[str, float] | None, Any]
@@ -117,7 +118,8 @@ def build_page(scorer: Scorer, name: str) -> Any:
             reason = str(error).replace(str(path), Path(str(path)).name)  # not where the server put it
             raise gradio.Error(reason, print_exception=False) from error
 
-    with gradio.Blocks(title=f"CRAFT: {name}", analytics_enabled=False) as page:
+    kept = (max(1, KEPT_SECONDS // 10), KEPT_SECONDS)  # looked through that often; all go when the server ends
+    with gradio.Blocks(title=f"CRAFT: {name}", analytics_enabled=False, delete_cache=kept) as page:
         gradio.Markdown(
             f"# CRAFT\n`{name}`: {len(scorer.labels)} labels, heard in windows of {scorer.seconds:g} s; of a recording "
             f"at most {LONGEST_SECONDS / 60:g} minutes."

@@ -10,6 +10,7 @@ for any ranks. It appears whole; the same command makes those that are missing. 
 NAME-N.failed.jsonl. Memory: of shards a batch; of files the vectors of one recording, and its windows of a batch.
 """
 
+import codecs
 import json
 import logging
 import os
@@ -217,12 +218,15 @@ def _failed(file: Path) -> Path:
 
 
 def read_list(file: Path) -> list[str]:
-    """Paths of a text file, one a line.
+    """Paths of a text file, one a line; any bytes but NUL and the line's end, as file systems take them.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is no text.
     """
     try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--list {file}: {error}; give a text file of paths, one a line") from error
+        text = os.fsdecode(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+    except OSError as error:
+        raise UserError(f"--list {file}: {error.strerror}; give a text file of paths, one a line") from error
+    if "\0" in text:
+        raise UserError(f"--list {file}: has NUL bytes (find -print0, UTF-16); give a text file of paths, one a line")
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]

@@ -226,6 +226,8 @@ def _decoded(
             problems[:] = [str(reason)]
 
     for found, end, last in windows(pieces(), scorer.spec.samples, step_of(scorer.spec, hop)):
+        if last and not end and not problems:
+            problems.append(f"empty: too few samples for one at {scorer.spec.sample_rate} Hz")
         yield found, end, "; ".join(problems) if last else None
 
 

@@ -154,6 +154,8 @@ def model_card(run_dir: Path, spec: DataSpec) -> str:
             numbers = ", ".join(f"{name} {value:.4f}" for name, value in results["metrics"].items()
                                 if value is not None)  # undefined: no class had clips of both kinds
             evaluation = f"{numbers} on {results['clips']} clips of split `{results['split']}`"
+            if others := scored_instead(results, weights_file(run_dir)):
+                evaluation = f"not evaluated; the run's results.json is of {others}"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{results_file}: damaged ({error}); write it anew with evaluate.py --out") from error
     names = ", ".join(label.name for label in spec.labels[:20]) + (", ..." if len(spec.labels) > 20 else "")
@@ -172,6 +174,17 @@ chooses how many labels come back.
 - Classes: {names}.
 - Limits: trained on that data alone; scores of other recordings, microphones and levels are not calibrated.
 """
+
+
+def scored_instead(results: dict[str, Any], file: Path) -> str:
+    """Of what the scores of a results.json are, where they are not of the weights in `file`; empty: of these.
+
+    `evaluate.py --out` writes one of several runs, and of other weights of a checkpoint, too.
+    """
+    if "ensemble" in results:
+        return "an ensemble"
+    scored = results.get("weights", file.stem)
+    return "" if scored == file.stem else f"other weights, `{scored}`"
 
 
 def _signature() -> Any:

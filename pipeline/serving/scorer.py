@@ -127,8 +127,8 @@ def resample(samples: Any, rate: float, to: int) -> np.ndarray:
     """Samples [n] or [n, channels] in [-1, 1] at `rate` Hz -> float32 [m], mono at `to` Hz.
 
     Raises:
-        UserError: nothing in them, not finite, numbers of a file of integers, more channels than samples, or no rate of
-            audio.
+        UserError: nothing in them or too little for one sample at `to`, not finite, numbers of a file of integers, more
+            channels than samples, or no rate of audio.
     """
     if not MIN_RATE <= rate <= MAX_RATE:
         raise UserError(f"samples at {rate} Hz: give a rate from {MIN_RATE} to {MAX_RATE}")
@@ -144,7 +144,10 @@ def resample(samples: Any, rate: float, to: int) -> np.ndarray:
     if kind is not None and np.issubdtype(kind, np.integer):
         raise UserError(f"samples of type {kind}: give floats in [-1, 1]; divide int16 by 32768, int32 by 2147483648")
     mono = down_mix(array) if array.ndim == 2 else array
-    return mono if rate == to else np.asarray(soxr.resample(mono, rate, to, quality="HQ"), dtype=np.float32)
+    made = mono if rate == to else np.asarray(soxr.resample(mono, rate, to, quality="HQ"), dtype=np.float32)
+    if not len(made):
+        raise UserError(f"samples of shape {array.shape} at {rate:g} Hz: too few for one at {to} Hz; give more")
+    return made
 
 
 def step_of(spec: DataSpec, hop: float) -> int:

@@ -39,20 +39,27 @@ def sync(spool: Spool, uri: str | None) -> None:
         raise UserError(f"{spool.run_dir}: holds no tracking.json; give the directory of a tracked run")
     if uri is not None:
         check_uri(uri, "--uri")
-        spool.identity = spool.identity | {"uri": uri}
     load_mlflow()
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
+    before = spool.identity
+    if uri is not None:
+        place = {} if before["run_id"] else {"artifacts": ""}  # that server says where
+        spool.identity = before | {"uri": uri} | place
     try:
         while spool.deliver():
             pass
-    except RunRefused as error:
-        raise UserError(f"{spool.run_dir}: MLflow refuses the run: {error}") from error
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise UserError(
-            f"{spool.run_dir}: the MLflow server did not take it: {first_line(error)}; start it and repeat"
-        ) from error
+    except BaseException as error:
+        if not spool.progress and spool.identity["run_id"] == before["run_id"]:
+            spool.identity = before  # --uri may be wrong, and the run's own must not be lost
+        if isinstance(error, RunRefused):
+            raise UserError(f"{spool.run_dir}: MLflow refuses the run: {error}") from error
+        if isinstance(error, (MlflowException, SQLAlchemyError, OSError)):
+            raise UserError(
+                f"{spool.run_dir}: the MLflow server did not take it: {first_line(error)}; start it and repeat"
+            ) from error
+        raise
     if spool.refused:
         sys.stderr.write(f"MLflow refused {spool.refused} records for good: {spool.refused_file}\n")
 

@@ -221,11 +221,12 @@ def precision_recall_curves(
     shown = [curve for curve in curves if len(curve[0])]
     for recall, precision in shown:
         axis.plot(recall, precision, linewidth=0.7, color="tab:blue", alpha=max(0.08, 1 / (1 + len(shown) / 8)))
-    grid = np.linspace(0, 1, 101)
-    mean = np.mean([np.interp(grid, recall[::-1], precision[::-1]) for recall, precision in shown], axis=0)
-    axis.plot(grid, mean, color="black", label=f"mean of {len(shown)} classes")
+    if shown:
+        grid = np.linspace(0, 1, 101)
+        mean = np.mean([np.interp(grid, recall[::-1], precision[::-1]) for recall, precision in shown], axis=0)
+        axis.plot(grid, mean, color="black", label=f"mean of {len(shown)} classes")
+        axis.legend(frameon=False)
     axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    axis.legend(frameon=False)
     save(figure, picture)
     return [table, picture]
 

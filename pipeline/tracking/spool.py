@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from pipeline.files import locked, new_file, read_json, write_json, write_text
-from pipeline.tracking.store import load_mlflow, sqlite_file
+from pipeline.tracking.store import load_mlflow, sqlite_file, without_password
 
 log = logging.getLogger(__name__)
 
@@ -96,11 +96,12 @@ class Feed:
 
         Args:
             step: That the run goes on from.
-            sent: Metric -> its last step that was delivered, or will be, in another way; None: nothing is delivered.
+            sent: Metric -> its last step that was delivered, or will be, in another way; None: it is not tracked.
         """
         if not self.lines.exists():
             return
-        with nullcontext() if sent is None else self._alone():
+        noted = sent is not None or self.offset.exists()
+        with self._alone() if noted else nullcontext():
             done, before, cuts = self._note()
             lost = [before]
             kept, kept_done, at = [], 0, 0
@@ -115,8 +116,8 @@ class Feed:
                         kept_done += len(raw) if at <= done else 0
                     elif at <= done:
                         lost.append({name: int(line["step"]) for name in line.keys() - {"step", "time"}})
-            if sent is not None:  # first: lines that are sent twice do no harm
-                self._write_note(kept_done, _latest([sent, *lost]), cuts + 1)
+            if noted:  # first: lines that are sent twice do no harm
+                self._write_note(kept_done, _latest([sent or {}, *lost]), cuts + 1)
             with new_file(self.lines) as temporary:
                 temporary.write_bytes(b"".join(kept))
 
@@ -348,6 +349,7 @@ class Spool:
         with _store_alone(identity["uri"]):
             self._client = self._client or MlflowClient(identity["uri"], registry_uri=identity["uri"])
             if not identity["run_id"]:
+                self.identity = identity  # on a full disk each try would make another run and not keep its id
                 number = self._experiment(identity["experiment"], identity["artifacts"] or None)
                 run = self._client.create_run(number, run_name=identity["name"], tags=tags)
                 identity["run_id"] = str(run.info.run_id)
@@ -393,7 +395,10 @@ class Spool:
         except MlflowException as error:
             if error.error_code not in REFUSALS:
                 raise
-            raise RunRefused(f"run {run_id} is not there: {first_line(error)}") from error
+            raise RunRefused(
+                f"run {run_id} is not there: {first_line(error)}; where the store lost it, delete "
+                f"{self.identity_file} and repeat the command, which tells a new run all that is here"
+            ) from error
         if stage != "active":
             raise RunRefused(
                 f"run {run_id} is deleted; restore it (mlflow runs restore --run-id {run_id}) and run python -m "
@@ -403,10 +408,10 @@ class Spool:
     def _tags(self, identity: dict[str, Any]) -> dict[str, str]:
         """The run's first tags; the pretraining that it starts from has its id by now, if ever.
 
-        A cross-validation's run is made before those of its folds, which name it.
+        A cross-validation's run is made before those of its folds, whose directories lie in its own.
         """
         tags: dict[str, str] = dict(identity["tags"])
-        if "part_of" in tags and (whole := Spool(Path(tags["part_of"]))).exists:
+        if "part_of" in tags and (whole := Spool(self.run_dir.resolve().parent)).exists:
             tags["mlflow.parentRunId"] = whole._run()
         if "pretrain_dir" in tags and (parent := Spool(Path(tags["pretrain_dir"]))).exists:
             linked = parent.identity["run_id"]
@@ -424,9 +429,9 @@ class Spool:
                 dataset = Dataset(line["name"], line["digest"][:36], "local", source, profile=profile)
                 context = InputTag("mlflow.data.context", line["context"])
                 self._client.log_inputs(run_id, [DatasetInput(dataset, [context])])
-            elif line["kind"] == "artifact" and Path(line["path"]).exists():
-                self._client.log_artifact(run_id, line["path"], line["folder"] or None)
-            elif line["kind"] == "model" and Path(line["path"]).exists():
+            elif line["kind"] == "artifact" and (file := self.run_dir / line["path"]).exists():
+                self._client.log_artifact(run_id, str(file), line["folder"] or None)
+            elif line["kind"] == "model" and (self.run_dir / line["path"]).exists():
                 self._log_model(run_id, line)
             self.progress += 1
         self.transferring = False
@@ -445,7 +450,7 @@ class Spool:
             self.identity = identity
         model_id = identity["model_id"]
         with tempfile.TemporaryDirectory() as folder:  # the same model, with the ids that the server gave
-            copy = Path(shutil.copytree(line["path"], Path(folder) / "model", copy_function=_link))
+            copy = Path(shutil.copytree(self.run_dir / line["path"], Path(folder) / "model", copy_function=_link))
             file = copy / "MLmodel"
             content = yaml.safe_load(file.read_text(encoding="utf-8")) | {"model_id": model_id, "run_id": run_id}
             write_text(file, yaml.safe_dump(content, sort_keys=False))  # a new file: that of the run is linked to
@@ -475,8 +480,8 @@ class Spool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, for one line of a log."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    """What an error says, for one line of a log; MLflow's own names the server with its password."""
+    return without_password(next(iter(str(error).splitlines()), "")) or type(error).__name__
 
 
 def _halves(lines: list[Line]) -> list[list[Line]]:

@@ -52,10 +52,10 @@ class Tracker:
         self._stop, self._fresh = threading.Event(), threading.Event()
         self._warned = ""  # what was said last
         self._lost = 0  # lines since the disk took one
-        self._told: dict[str, int] = {}  # metric -> its last step in the spool: a resumed run says it once
+        self._told: dict[str, dict[int, float]] = {}  # metric -> step -> value in the spool: a resumed run says it once
         for line in self._spool.main.read() if self._spool else ():
-            if line["kind"] == "metrics":
-                self._told |= {n: line["step"] for n in line["values"] if line["step"] > self._told.get(n, -1)}
+            for n, value in line["values"].items() if line["kind"] == "metrics" else ():
+                self._told.setdefault(n, {})[line["step"]] = value
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
         if self._spool:
             self._thread.start()
@@ -68,7 +68,7 @@ class Tracker:
     def resume(self, step: int) -> None:
         """The run goes on from `step`: what metrics.jsonl has of later ones is of a lost attempt, and is cut off."""
         if self._files:
-            self._files.metrics.cut(step, self._told if self._spool else None)
+            self._files.metrics.cut(step, {n: max(told) for n, told in self._told.items()} if self._spool else None)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Numbers of a step, as a line of metrics.jsonl; those that are not finite are left out: JSON has none.
@@ -88,9 +88,9 @@ class Tracker:
             self._fresh.set()
 
     def summary(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers of the whole run, which its results have; not in metrics.jsonl."""
+        """Numbers of the whole run, which its results have, where they are new or others; not in metrics.jsonl."""
         fresh = {n: float(value) for n, value in values.items()
-                 if math.isfinite(value) and step > self._told.get(n, -1)}  # fmt: skip
+                 if math.isfinite(value) and self._told.get(n, {}).get(step) != value}  # fmt: skip
         if fresh:
             self._append("metrics", {"values": fresh, "step": step})
 
@@ -127,11 +127,11 @@ class Tracker:
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file, as it is when it is delivered."""
-        self._append("artifact", {"path": str(path.resolve()), "folder": folder})
+        self._append("artifact", {"path": self._place(path), "folder": folder})
 
     def model(self, path: Path, step: int, tags: Mapping[str, str], card: str, register: str) -> None:
         """A saved pyfunc model; `register` names it in the registry, empty: it stays the run's."""
-        content = {"path": str(path.resolve()), "step": step, "tags": dict(tags), "card": card, "register": register}
+        content = {"path": self._place(path), "step": step, "tags": dict(tags), "card": card, "register": register}
         self._append("model", content)
 
     def finish(self, status: Status) -> None:
@@ -165,6 +165,12 @@ class Tracker:
                 "pipeline.tracking sync %s",
                 without_password(spool.identity["uri"]), reason, left, spool.run_dir, spool.run_dir,
             )  # fmt: skip
+
+    def _place(self, path: Path) -> str:
+        """Of a file or directory: within the run directory, which may be moved before the delivery, else absolute."""
+        home = self._files.run_dir.resolve() if self._files else Path()
+        place = path.resolve()
+        return str(place.relative_to(home) if place.is_relative_to(home) else place)
 
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:
         if not self._spool:
@@ -240,8 +246,11 @@ def open_tracker(
         source = {"pretrain_dir": str(run_of(parent).resolve())} if parent else {}
         source |= {"part_of": str(part_of.resolve())} if part_of else {}
         tags = {"kind": kind, "run_dir": str(run_dir.resolve()), "resumes": "0", **source, **_about_start(), **about}
+        for feed in spool.feeds():  # tracking.json was deleted: the new MLflow run is told all that is here
+            feed.offset.unlink(missing_ok=True)
         spool.identity = here | {"name": name, "run_id": "", "tags": tags}
-        return Tracker(run_dir, monitor, True, config.finish_wait)
+        if not spool.main.lines.exists():
+            return Tracker(run_dir, monitor, True, config.finish_wait)
     identity = spool.identity
     if not identity["run_id"]:  # no server has it yet: mistakes are mended
         spool.identity = identity | here

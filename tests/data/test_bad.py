@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import resource
 import shutil
 import threading
 import time
@@ -143,6 +144,91 @@ def test_a_lost_shard_is_asked_for_again_after_a_while(copy, monkeypatch):
         for _ in range(3 * epoch):
             next(batches)
         assert not own.replaced(3 * epoch)
+
+
+def test_a_directory_may_be_called_as_a_web_server_begins(copy, monkeypatch):
+    monkeypatch.chdir(copy.parent)
+    copy.rename("https-data")
+    with loader("https-data", max_bad_share=0) as own:
+        assert len(taken(own, 1)) == 1
+    lose(copy.with_name("https-data"), count=1)
+    with pytest.raises(UserError, match="not there"):
+        loader("https-data", max_bad_share=0)
+
+
+def test_a_directory_that_is_away_is_waited_for_and_costs_no_clip(copy, monkeypatch, caplog):
+    away = copy.with_suffix(".away")
+    with loader(copy) as own:
+        expected = taken(own, 6)
+    monkeypatch.setattr("pipeline.data.reader.WAITS", ())
+    with loader(copy) as own:
+        copy.rename(away)
+        threading.Timer(0.5, lambda: away.rename(copy)).start()
+        found = taken(own, 6)
+        assert not own.bad
+    assert all(torch.equal(one.row, other.row) for one, other in zip(found, expected, strict=True))
+    assert caplog.text.count("No such file or directory; waiting for it") == 1
+    monkeypatch.setattr("pipeline.data.reader.OUTAGE_SECONDS", 0.3)
+    with loader(copy) as own:
+        copy.rename(away)
+        with pytest.raises(UserError, match=r"copy: No such file or directory, for 0 s; when it is back") as error:
+            taken(own, 1)
+        assert error.value.transient
+        assert not own.bad
+
+
+def test_a_process_that_may_open_no_more_files_reads_on(copy, monkeypatch, caplog):
+    """Closing shards that it has open; no clip is bad for it."""
+    with loader(copy) as own:
+        expected = taken(own, 6)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with loader(copy) as own:
+        batches = own.batches()
+        few = len(os.listdir("/proc/self/fd")) + 2
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (few, limit[1]))
+            found = [next(batches) for _ in range(6)]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        assert not own.bad
+    assert all(torch.equal(one.row, other.row) for one, other in zip(found, expected, strict=True))
+    assert "raise ulimit -n" in caplog.text
+
+    def none(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("pipeline.data.loader.open_local", none)
+    with loader(copy) as own, pytest.raises(UserError, match=r"Too many open files; raise ulimit -n"):
+        taken(own, 1)
+
+
+def test_a_file_system_that_gives_a_part_of_what_is_asked_is_asked_again(copy, monkeypatch):
+    with loader(copy) as own:
+        expected = taken(own, 6)
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: preadv(file, [memoryview(buffers[0])[:5000]], at))
+    with loader(copy) as own:
+        found = taken(own, 6)
+        assert not own.bad
+    assert all(torch.equal(one.fbank, other.fbank) for one, other in zip(found, expected, strict=True))
+
+
+def test_replaced_samples_are_counted_in_no_time_however_long_the_run(copy):
+    """A million steps with a bad clip are some epochs of AudioSet with 1 % of its tars lost."""
+    with loader(copy) as own:
+        own.clips, steps = 500 * BATCH + 1, 20_000
+        for step in range(steps):
+            own.bad_clips.replace(step, 1 + step % 3)
+        counts = [1 + step % 3 for step in range(steps)]
+        for step in (0, 3, 499, 500, 501, 7777, steps - 1):
+            own_epoch = [other for other in range(step + 1) if own._epoch(other) == own._epoch(step)]
+            assert own.replaced(step) == sum(counts[other] for other in own_epoch)
+        own.bad_clips.replace(501, 7)  # again from there
+        assert own.replaced(501) == sum(counts[other] for other in range(501) if own._epoch(other) == 1) + 7
+        begin = time.process_time()
+        for _ in range(1000):
+            own.replaced(500)
+        assert time.process_time() - begin < 0.5
 
 
 def test_a_lost_shard_is_made_up_for_by_many_clips_and_no_batch_repeats_one(copy):

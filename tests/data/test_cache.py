@@ -219,6 +219,86 @@ def test_a_full_disk_is_emptied_of_old_copies_or_ends_the_run(shards, server, tm
     assert len(copies(tmp_path)) == 1  # no half shard is left
 
 
+@pytest.mark.parametrize("what", ["files", "folder"])
+def test_a_cache_that_somebody_empties_is_filled_again(shards, server, tmp_path, what):
+    """As cleaners of scratch disks do."""
+    described = remote(server.url, shards, tmp_path / "cache")
+    cache = Cache(described)
+    for _ in range(2):
+        for number, shard in enumerate(described.shards[:3]):
+            assert content(cache.open(number)) == (shards / shard.name).read_bytes()
+            if what == "folder":
+                shutil.rmtree(tmp_path / "cache")
+            else:
+                for path in (tmp_path / "cache" / FOLDER).iterdir():
+                    path.unlink()
+
+
+def test_a_shard_that_somebody_deletes_while_it_comes_is_fetched_again(shards, server, tmp_path, monkeypatch):
+    described, emptied = remote(server.url, shards, tmp_path), []
+    sha256 = cache_module._sha256
+
+    def hashed(path):
+        if not emptied:
+            emptied.append(path)
+            path.unlink()
+        return sha256(path)
+
+    monkeypatch.setattr(cache_module, "_sha256", hashed)
+    monkeypatch.setattr(cache_module, "BACKOFF", 0.01)
+    assert content(Cache(described).open(0)) == (shards / described.shards[0].name).read_bytes()
+
+
+@pytest.mark.parametrize("where", ["part", "note", "lock"])
+def test_what_is_wrong_with_the_cache_makes_no_clip_bad(shards, server, tmp_path, monkeypatch, where):
+    data = {"shards": server.url, "cache": str(tmp_path), "streams": 4, "window": 8, "max_bad_share": 1, "workers": 0}
+    full = OSError(errno.ENOSPC, "No space left on device")
+    opened = os.open
+
+    def no_file(path, flags, *mode, **words):
+        if flags & os.O_CREAT and str(path).endswith({"part": ".part", "lock": ".tar.lock"}.get(where, "\0")):
+            raise full
+        return opened(path, flags, *mode, **words)
+
+    def no_note(*_):
+        raise full
+
+    with Loader(DataConfig(**data), batch_size=BATCH, seed=1) as loader:
+        monkeypatch.setattr(os, "open", no_file)
+        if where == "note":
+            monkeypatch.setattr(os, "pwrite", no_note)
+        with pytest.raises(UserError, match=r"data.cache = .*: No space left on device, with the copy of tr") as error:
+            next(loader.batches())
+        assert error.value.transient
+        assert not loader.bad
+
+
+def test_copies_are_evicted_as_nfs_wants_it_and_those_of_others_are_left(shards, server, tmp_path, monkeypatch):
+    described = remote(server.url, shards, tmp_path)
+    size = described.shards[0].size
+    lock, unlink = fcntl.flock, Path.unlink
+
+    def flock(descriptor, kind):
+        reads = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        if kind & fcntl.LOCK_EX and reads:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        lock(descriptor, kind)
+
+    def no_unlink(path, missing_ok=False):
+        if path.suffix == ".cached":
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    cache = Cache(described._replace(limit=size + size // 2))
+    for number in range(3):
+        os.close(cache.open(number))
+        assert len(copies(tmp_path)) == 1
+    monkeypatch.setattr(Path, "unlink", no_unlink)
+    os.close(cache.open(3))
+    assert len(copies(tmp_path)) == 2
+
+
 def test_the_parts_of_a_killed_download_are_swept_and_those_of_a_living_one_count(shards, server, tmp_path):
     described = remote(server.url, shards, tmp_path, limit=10**9)
     cache = Cache(described)

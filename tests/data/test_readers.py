@@ -1,5 +1,6 @@
 """Reader processes: whoever dies or stops, the batches are right and nothing is left behind."""
 
+import errno
 import mmap
 import multiprocessing
 import os
@@ -81,6 +82,24 @@ def test_readers_that_die_of_the_same_clips_end_the_run(shards, monkeypatch):
         with pytest.raises(
             UserError, match=r"3 reader processes ended .* lower data.workers or data.prefetch"
         ) as error:
+            list(batches)
+        assert error.value.transient
+        assert not readers()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_reader_that_cannot_be_started_is_one_line(shards, monkeypatch, killed):
+    def fork():
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with loader(shards) as own:
+        batches = own.batches()
+        if killed:
+            next(batches)
+            for process in readers():
+                process.kill()
+        monkeypatch.setattr(os, "fork", fork)
+        with pytest.raises(UserError, match=r"started: Cannot allocate memory; lower data.workers") as error:
             list(batches)
         assert error.value.transient
         assert not readers()

@@ -16,7 +16,7 @@ from pipeline.faults import VERDICT, Faults
 from pipeline.tracking.__main__ import sync
 from pipeline.tracking.spool import Spool
 from tests.distributed.conftest import MICRO, lines
-from tests.ranks import ROOT, _places, run_ranks
+from tests.ranks import ROOT, places, run_ranks
 
 SCRIPT = Path(__file__).with_name("failing_rank.py")
 MINUTE = 60.0
@@ -77,7 +77,7 @@ def test_a_rank_whose_output_nobody_reads_ends_with_the_others():
     """As on a host that was cut off: the ssh session that read it is gone, and writing to it fails."""
     command = [sys.executable, SCRIPT, "device", "0"]
     ranks = [subprocess.Popen(command, cwd=ROOT, env=os.environ | place, stdout=pipe, stderr=pipe)
-             for place, pipe in zip(_places(2), (subprocess.DEVNULL, subprocess.PIPE), strict=True)]  # fmt: skip
+             for place, pipe in zip(places(2), (subprocess.DEVNULL, subprocess.PIPE), strict=True)]  # fmt: skip
     ranks[1].stdout.close()
     ranks[1].stderr.close()
     try:

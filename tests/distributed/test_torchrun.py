@@ -19,7 +19,8 @@ from pipeline import distributed
 from pipeline.errors import GRACE_SECONDS, LAUNCHERS, UserError, run_cli
 from tests.conftest import ROOT
 from tests.distributed.conftest import losses
-from tests.ranks import Rank, free_port, run_ranks, start_ranks
+from tests.helpers import synth_shards
+from tests.ranks import Rank, fork_rank, free_port, places, run_ranks, start_ranks
 
 RESTARTING = Path(__file__).with_name("restarting_rank.py")
 
@@ -39,6 +40,32 @@ def test_an_error_that_all_ranks_meet_is_said_once():
     assert (first, second) == (2, 2)
     assert said.startswith("error: ")
     assert "error" not in silent
+
+
+@pytest.fixture(scope="module")
+def other_build(tmp_path_factory) -> Path:
+    """Of the same clips, with other shards."""
+    out = tmp_path_factory.mktemp("shards")
+    synth_shards(out, per_shard=16)
+    return out
+
+
+@pytest.mark.parametrize("other", ["lr", "build", "zero"])
+def test_ranks_whose_hosts_have_other_settings_or_shards_are_refused(
+    pretraining, other_build, tmp_path, other
+):
+    words = [*pretraining, f"run.dir={tmp_path / 'run'}", "log.mlflow=false", "data.workers=0"]
+    different = {"lr": ["optim.lr=1e-3"], "build": [f"data.shards={other_build}"],
+                 "zero": ["--deepspeed_config", "zero3.json"]}[other]  # fmt: skip
+    ranks = [fork_rank(place, "launchers/pretrain.py", *words, *(different if place["RANK"] == "1" else []))
+             for place in places(2)]  # fmt: skip
+    ended = [rank.end(120) for rank in ranks]
+    key = {"lr": "optim.lr = 0.001, rank 0 has ", "build": "data.shards digest = ",
+           "zero": "ds.json's zero_optimization = {"}[other]  # fmt: skip
+    assert [status for status, _ in ended] == [2, 2], ended
+    assert f"error: rank 1 on {socket.gethostname()} has {key}" in ended[1][1]
+    assert "give all hosts the same code, configs and shards" in ended[0][1]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("launcher", "waits"), [("", False), ("CROSS_RANK", True), ("TORCHELASTIC_RUN_ID", True)])
@@ -119,11 +146,9 @@ def hang_up(server: socket.socket) -> None:
 )
 def test_ranks_that_find_the_port_of_a_restart_taken_stay_together(tmp_path, by, seconds, attempt):
     """For as long as they wait for each other, or for less: then they meet there."""
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(RESTARTING), str(tmp_path / "marker"), "memory", "12"]
     with taken_port(by, seconds) as port:
-        place["MASTER_PORT"] = str(port)
-        ranks = [Rank(command, place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+        ranks = [Rank(command, place | {"MASTER_PORT": str(port)}) for place in places(2)]
         ended = [rank.end(240) for rank in ranks]
     for rank, (status, said) in enumerate(ended):
         assert status == 0, said

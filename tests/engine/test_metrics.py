@@ -14,6 +14,7 @@ from pipeline.engine.evaluation import (
     average_precision,
     clip_weights,
     d_prime,
+    interval,
     score,
     weighted_metric,
 )
@@ -119,3 +120,19 @@ def test_weighted_metrics_are_those_of_the_drawn_clips():
         known = [c for c in range(5) if weight @ targets[:, c]]
         each = [average_precision_score(targets[:, c], scores[:, c], sample_weight=weight) for c in known]
         assert value == pytest.approx(np.mean(each), abs=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+def test_draws_without_a_positive_leave_the_interval_as_it_is():
+    """Of one rare class: of 4 positives among 500 clips, one draw in fifty has none, and no mAP."""
+    scores = np.random.default_rng(0).normal(size=(500, 1)).astype(np.float32)
+    targets = np.zeros((500, 1), np.float32)
+    targets[:4] = 1
+    found = interval(scores, targets, "mAP")
+    weights = clip_weights(500, found["draws"], np.random.default_rng([0]))
+    known = weights[1:][weights[1:, :4].any(axis=1)]
+    assert 0 < len(known) < found["draws"]
+    values = weighted_metric(scores, targets > 0, known, "mAP")
+    assert [found["low"], found["high"]] == np.quantile(values, [0.025, 0.975]).tolist()
+    nothing = interval(scores, np.zeros_like(targets), "mAP")
+    assert np.isnan([nothing["low"], nothing["high"]]).all()

@@ -223,3 +223,39 @@ def test_a_pickle_with_settings_in_it_says_how_to_convert_it(tmp_path):
     (command,) = re.findall(r'python -c "(.*)"$', str(refused.value))
     subprocess.run([sys.executable, "-c", command], check=True)
     assert torch.equal(read_weights(tmp_path / "best.plain.pth")["weight"], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("names", "lacks"),
+    [
+        (["embeddings.cls_token", "embeddings.position_embeddings", "encoder.layer.0.output.dense.weight"],
+         "embeddings.distillation_token"),  # a ViT for images
+        (["v.cls_token", "v.pos_embed"], "v.dist_token"),
+        (["cls_token", "pos_embed", "patch_embed.proj.weight"], "patch_embed.proj.bias"),
+        (["embeddings.cls_token", "embeddings.distillation_token", "embeddings.position_embeddings",
+          "encoder.layer.0.output.dense.weight"], "encoder.layer.0.attention.attention.query.weight"),
+    ],
+)  # fmt: skip
+def test_a_part_of_a_model_says_what_it_lacks(tmp_path, names, lacks):
+    tensors = {name: torch.zeros(1, 9, 8) for name in names}
+    tensors |= {name: torch.zeros(8, 1, 16, 16) for name in names if name.endswith("proj.weight")}
+    save_file(tensors, tmp_path / "part.safetensors")
+    with pytest.raises(UserError, match=f"part.safetensors: lacks {lacks}: "):
+        load_weights(finetune_task(80), tmp_path / "part.safetensors", grid=(1, 8))
+
+
+def test_a_damaged_file_is_one_line(tmp_path):
+    """Of a pickle in torch's older format, as SSAST's and AST's are; and of the settings beside Hugging Face's."""
+    file = tmp_path / "old.pth"
+    torch.save({"v.cls_token": torch.zeros(1, 1, 8), "v.pos_embed": torch.zeros(1, 9, 8)}, file,
+               _use_new_zipfile_serialization=False)  # fmt: skip
+    whole = file.read_bytes()
+    for length in (0, 1, len(whole) // 4, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=str(file)):
+            read_weights(file)
+    ASTModel(hf_config(80, 128, 16)).save_pretrained(tmp_path / "hf")
+    for text in ("{", "[1]", '{"num_mel_bins": null}'):
+        (tmp_path / "hf" / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config\.json: .*directory is damaged"):
+            load_weights(finetune_task(80), tmp_path / "hf" / "model.safetensors")

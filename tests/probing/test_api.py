@@ -111,6 +111,8 @@ def test_wrong_calls_say_the_line_that_the_commands_say(folder, finetuned, pretr
         (lambda: model.predict(folder / "no.wav"), "no.wav: "),
         (lambda: model.predict(np.zeros((2, 3, 4))), r"samples of shape \(2, 3, 4\)"),
         (lambda: model.predict(np.zeros(9), sample_rate=0), "samples at 0 Hz: give a rate from"),
+        (lambda: model.predict(np.ones(2), sample_rate=96000), "too few for one at 16000 Hz"),
+        (lambda: model.embed(folder / "dog.wav", pool="time-frequency"), "pool = 'time-frequency': there is no such"),
         (lambda: model.predict(""), "audio = '' names no path"),
         (lambda: craft.load(""), "source = '' names no path"),
         (lambda: model.predict(folder / "dog.wav", top=0), "top = 0 is not positive"),
@@ -167,6 +169,12 @@ def test_samples_of_another_layout_or_scale_are_refused(finetuned, samples, said
     for hear in (model.predict, model.embed):
         with pytest.raises(craft.UserError, match=said):
             hear(samples)
+
+
+def test_samples_of_half_precision_are_heard(finetuned):
+    model = craft.load(finetuned, device="cpu")
+    samples = 0.1 * torch.randn(8000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert model.predict(samples) == model.predict(samples.float().numpy())
 
 
 def test_a_plain_loop_trains_without_deepspeed(shards):

@@ -1,6 +1,8 @@
 """launchers/embed.py: the vectors of the encoder, the same bytes on any ranks, and what could not be read."""
 
+import codecs
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.probing.features import compute, mapped
 from pipeline.probing.frozen import open_frozen, pooled
+from pipeline.serving.embed import read_list
 from pipeline.serving.scorer import load_scorer
 from tests.conftest import ROOT
 from tests.helpers import shards_of_lengths
@@ -146,8 +149,15 @@ def test_a_run_of_several_lengths_hears_each_clip_at_its_own(make_run, tmp_path,
         compute(frozen, str(shards), "train", [4], "tokens", tmp_path / "features", World(), workers=0)
 
 
+def test_a_list_holds_any_name_that_a_file_system_takes(tmp_path):
+    names = ["a\u2028b.wav", "c\x0b\x85d.wav", " e.wav ", os.fsdecode(b"caf\xe9.wav")]
+    (tmp_path / "list.txt").write_bytes(codecs.BOM_UTF8 + os.fsencode("\r\n".join([*names, "", "f.wav\n"])))
+    assert read_list(tmp_path / "list.txt") == [*names, "f.wav"]
+
+
 def test_mistakes_are_one_line_before_anything_is_written(pretrained, shards, recordings, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
+    (tmp_path / "nul.txt").write_bytes(b"a.wav\0b.wav\0")
     (tmp_path / "mine" / "notes.txt").touch()
     shared = ["--checkpoint", pretrained, "--out", tmp_path / "out"]
     for words, said in (
@@ -158,6 +168,7 @@ def test_mistakes_are_one_line_before_anything_is_written(pretrained, shards, re
         ([*shared, recordings, "--pool", "cls", "--level", "time"], "cls and dist are tokens of the whole clip"),
         ([*shared, recordings, "--layers", "9"], "the encoder has 4 blocks"),
         ([*shared, "--list", tmp_path / "none.txt"], "--list .*none.txt: .*No such file"),
+        ([*shared, "--list", tmp_path / "nul.txt"], "--list .*nul.txt: has NUL bytes"),
         ([*shared[:2], recordings, "--out", tmp_path / "mine"], "is not empty, and not of this command"),
     ):
         with pytest.raises(UserError, match=said):

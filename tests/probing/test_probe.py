@@ -1,7 +1,9 @@
 """launchers/probe.py: features once and the same on any ranks, a table, JSON and a run in MLflow."""
 
 import json
+import shutil
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from safetensors.torch import load_file
 from launchers.probe import main
 from pipeline.config import LogConfig
 from pipeline.data.manifest import load_index, load_manifest
+from pipeline.distributed import World
 from pipeline.errors import UserError
-from pipeline.probing import probes
+from pipeline.probing import features, probes, protocol
+from pipeline.probing.frozen import open_frozen
 from pipeline.tracking import open_tracker
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
@@ -119,18 +123,75 @@ def test_attention_reads_tokens_within_the_disk_that_is_allowed(pretrained, shar
     assert tokens.shape[1:] == (32, 96)
 
 
+def test_all_features_are_there_before_a_probe_is_trained(pretrained, shards, tmp_path, monkeypatch):
+    """Ranks but the first compute features and leave: none waits in a collective for probes that take hours."""
+    order = []
+
+    def told(name, of):
+        def call(*args, **options):
+            order.append(name)
+            return of(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(features, "compute", told("compute", features.compute))
+    monkeypatch.setattr(protocol, "judge", told("judge", protocol.judge))
+    words = ["--checkpoint", pretrained, f"random:{pretrained}", "--shards", shards, "--probe", "knn", "--no-mlflow"]
+    rows = probe(tmp_path, monkeypatch, *words, "--pool", "mean", "--features", tmp_path / "f")
+    assert order == ["compute"] * 4 + ["judge"] * 6
+    assert [row["checkpoint"] for row in rows] == [str(pretrained)] * 3 + [f"random:{pretrained}"] * 3
+
+
+def test_features_of_mended_shards_have_all_clips(pretrained, shards, tmp_path, monkeypatch):
+    """A piece that lacks clips is made again, those that lack none are kept; also where too many were bad."""
+    monkeypatch.setattr(features, "MOST_BATCHES", 1)
+    monkeypatch.setattr(features, "BATCH", 16)
+    frozen = open_frozen(str(pretrained))
+    clips = load_manifest(shards).splits["train"].clips
+
+    def made(where, folder):
+        return features.compute(frozen, str(where), "train", [4], "mean", tmp_path / folder, World(), workers=0)
+
+    whole = [file.read_bytes() for file in made(shards, "whole")]
+    for bad, folder in ((1, "few"), (6, "many")):
+        damaged = tmp_path / f"{folder}-shards"
+        shutil.copytree(shards, damaged)
+        tar = damaged / load_manifest(shards).shards[0].name
+        content = bytearray(tar.read_bytes())
+        with tarfile.open(tar) as opened:
+            members = [member for member in opened.getmembers() if member.name.endswith(".npy")]
+        keys = list(dict.fromkeys(member.name.split(".")[0] for member in members))[:bad]
+        for member in members:
+            if member.name.split(".")[0] in keys:
+                content[member.offset_data + 200 : member.offset_data + 204] = b"\1\2\3\4"
+        tar.write_bytes(content)
+        if bad == 1:
+            assert len(features.mapped(made(damaged, folder)).rows) == clips - bad
+        else:
+            with pytest.raises(UserError, match="max_bad_share"):
+                made(damaged, folder)
+        shutil.copy(shards / tar.name, tar)
+        kept = {file: file.stat().st_mtime_ns for file in (tmp_path / folder).rglob("train-*[1-9].safetensors")}
+        assert len(kept) == len(whole) - 1 > 1
+        assert [file.read_bytes() for file in made(damaged, folder)] == whole
+        assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+
 def test_mistakes_are_one_line_before_anything_is_written(pretrained, shards, tmp_path, monkeypatch):
     for words, said in (
         (["--split", "test"], "--split test: .* has the splits train, eval"),
         (["--train-split", "dev"], "--train-split dev"),
+        (["--split", "train"], "--split train is --train-split too: .* would be tested on the clips that train it"),
         (["--layers", "5"], "--layers 5: the encoder has 4 blocks"),
         (["--layers", "0"], "--layers 0: give all, or different numbers"),
+        (["--folds", "9"], r"--folds 9: the clips have the folds \[1, 2, 3, 5\]"),
         (["--folds", "one"], "--folds one: give all"),
         (["--grid", "12x101"], "--grid 12x101: give the patches"),
         (["--seeds", "0"], "--seeds 0"),
     ):
         with pytest.raises(UserError, match=said):
-            probe(tmp_path / "none", monkeypatch, "--checkpoint", pretrained, "--shards", shards, *words)
+            probe(tmp_path / "none", monkeypatch, "--checkpoint", pretrained, "--shards", shards, *words, "--features",
+                  tmp_path / "none" / "features")  # fmt: skip
     with pytest.raises(UserError, match="no complete checkpoint"):
         probe(tmp_path, monkeypatch, "--checkpoint", tmp_path, "--shards", shards)
     assert not (tmp_path / "none").exists()

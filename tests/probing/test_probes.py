@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 from pipeline.errors import UserError
 from pipeline.probing import features as feature_files
+from pipeline.probing import probes
 from pipeline.probing.features import Features, Part, mapped
 from pipeline.probing.probes import GRIDS, TEMPERATURE, fit, moments, predict
 from pipeline.probing.protocol import by_folds, by_seeds, judge
@@ -98,6 +99,31 @@ def test_neighbours_vote_with_their_cosine(tmp_path):
         near = np.argsort(-similar)[:5]
         weights = np.exp(similar[near] / TEMPERATURE)
         np.testing.assert_allclose(row, weights @ y[near] / weights.sum(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("probe", ["knn", "linear", "attentive"])
+def test_features_that_are_not_finite_are_no_hits(monkeypatch, caplog, probe):
+    """Zeros stand for them; scores of NaN would all be right, and one clip of the training would make them all NaN."""
+    monkeypatch.setattr(probes, "FEWEST_STEPS", 6)
+    monkeypatch.setattr(probes, "EPOCHS", 1)
+    rng = np.random.default_rng(0)
+    targets = torch.tensor(np.eye(CLASSES, dtype=np.uint8)[rng.integers(0, CLASSES, CLIPS)])
+    x = torch.tensor(rng.normal(size=(CLIPS, 3, 64) if probe == "attentive" else (CLIPS, WIDTH)), dtype=torch.float16)
+    (division,) = by_seeds(np.arange(160), np.arange(160, CLIPS), [0])
+
+    def judged(value: float) -> float:
+        broken = x.clone()
+        broken[3, ..., 0], broken[170:200, ..., 1] = value, value
+        whole = torch.where(broken.flatten(1).isfinite().all(dim=1).view(-1, *[1] * (x.ndim - 1)), broken, 0)
+        found, zeros = (
+            judge(Features([{"rows": torch.arange(CLIPS), "targets": targets, "spec.2": each}]), [division], probe,
+                  "spec", [2], True, CPU) for each in (broken, whole)
+        )  # fmt: skip
+        assert found == zeros
+        return found["value"]
+
+    assert judged(np.nan) == judged(np.inf) < 0.6
+    assert caplog.text.count("NaN or infinite") == 2  # once for the features of a checkpoint
 
 
 def test_gates_find_the_layer_that_tells(tmp_path):

@@ -35,7 +35,8 @@ class Vit(nn.Module):
         patches: Along the first axis and the second.
         decoder: With what a pretraining's checkpoint has besides.
         tuned: As Audio-MAE finetunes: no `norm`, but `fc_norm` of the mean patch and `head`.
-        mosaic: With the two LayerNorms that AudioMosaic has besides, and its projection.
+        mosaic: With the two LayerNorms that AudioMosaic has besides, and its projection; with `fc_norm` of the mean
+            token for `norm`, as its configs/AudioMosaic/pretrain.yaml says (use_fc_norm).
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Vit(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, count + 1, WIDTH))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, WIDTH, PATCH, PATCH)})
         self.blocks = nn.ModuleList(_Block(WIDTH, HEADS) for _ in range(DEPTH))
-        self.norm = None if tuned else nn.LayerNorm(WIDTH, eps=1e-6)
+        self.norm = None if tuned or mosaic else nn.LayerNorm(WIDTH, eps=1e-6)
         self.norm_pre = nn.LayerNorm(WIDTH, eps=1e-6) if mosaic else None
         if mosaic:
-            self.patch_embed["norm"], self.proj_head = nn.LayerNorm(WIDTH, eps=1e-6), nn.Linear(WIDTH, 8)
+            self.patch_embed["norm"], self.projector = nn.LayerNorm(WIDTH, eps=1e-6), nn.Linear(WIDTH, 8)
+        if tuned or mosaic:
+            self.fc_norm = nn.LayerNorm(WIDTH, eps=1e-6)
         if tuned:
-            self.fc_norm, self.head = nn.LayerNorm(WIDTH, eps=1e-6), nn.Linear(WIDTH, 5)
+            self.head = nn.Linear(WIDTH, 5)
         if decoder:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, 64))
             self.decoder_pos_embed = nn.Parameter(torch.zeros(1, count + 1, 64))

@@ -23,7 +23,9 @@ from pipeline.command_line import grid_of, new_parser, path_of
 from pipeline.config import PRECISIONS, DataConfig
 from pipeline.errors import UserError, run_cli
 
-TIMEOUT = 1800.0  # seconds a collective may take: a rank's share of the work between two
+# Seconds a collective may take. Who is done waits for those that are not, and a piece of long recordings on a CPU
+# takes hours; a rank that ends is noticed at once all the same.
+TIMEOUT = 24 * 3600.0
 
 
 def parser() -> argparse.ArgumentParser:

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from pipeline.probing.frozen import Frozen, Pool
 
 PROBES = ("linear", "attentive", "cgp", "knn")
-TIMEOUT = 1800.0  # seconds a collective may take: a rank's share of the features between two
+# Seconds a collective may take. Who is done waits for those that are not, and a piece of a large model's features on a
+# CPU takes an hour; a rank that ends is noticed at once all the same.
+TIMEOUT = 24 * 3600.0
 
 
 def parser() -> argparse.ArgumentParser:

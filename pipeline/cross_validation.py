@@ -33,7 +33,7 @@ from pipeline.engine.setup import reconcile
 from pipeline.errors import UserError
 from pipeline.files import check_output_directory, read_json, write_json
 from pipeline.recipes import differences, read_run
-from pipeline.run_directory import check_run, open_run, write_record
+from pipeline.run_directory import check_ranks, check_run, open_run, write_record
 from pipeline.train import finetune, finetuning_name, tracked
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ def cross_validate(launch: Launch[FinetuneRecipe], world: World) -> dict[str, An
     run_dir = Path(recipe.run.dir or f"runs/finetune-{name}")
     parts = {fold: fold_launch(launch, run_dir, name, fold) for fold in folds}
     spec = DataSpec.of(corpus, recipe.data)
+    check_ranks(recipe, ds, spec)
     done = distributed.decide(lambda: _check(launch, ds, spec, run_dir, name, parts))
     with ExitStack() as stack:
         stack.enter_context(open_run(run_dir, world))

@@ -212,11 +212,7 @@ class _Graph(nn.Module):
         """The inputs -> the outputs, each [B, ...]."""
         given = dict(zip(self.inputs, inputs, strict=True))
         model = self.task.model
-        wav_map = None
-        if "waveform" in given:
-            waveform = given["waveform"]
-            whole = torch.full(waveform.shape[:1], waveform.shape[1])  # without it `waveform_map` ties the graph to B
-            wav_map = model.waveform_map(waveform, given.get("length", whole))
+        wav_map = model.waveform_map(given["waveform"], given.get("length")) if "waveform" in given else None
         encoded = model(given.get("fbank"), wav_map)
         embedding = torch.cat(stream_means(encoded), dim=1)
         return (self.task.classifier(encoded), embedding) if isinstance(self.task, FinetuneTask) else (embedding,)

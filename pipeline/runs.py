@@ -34,7 +34,7 @@ from pipeline.hub import local_model
 from pipeline.model.precision import in_precision
 from pipeline.model.teacher import Teacher
 from pipeline.model.weights import load_weights, read_weights, weights_file
-from pipeline.recipes import finetuned_recipe
+from pipeline.recipes import finetuned_recipe, read_yaml
 from pipeline.tasks import FinetuneTask, PretrainTask
 from pipeline.tracking import run_of
 
@@ -240,10 +240,12 @@ def initialise(task: PretrainTask | FinetuneTask, recipe: Recipe, spec: DataSpec
     `model.init_classifier=keep` says so; else it begins afresh.
 
     Raises:
-        UserError: the weights cannot be read or do not fit, or the classifier that shall be kept has other labels.
+        UserError: the weights cannot be read or do not fit, the classifier that shall be kept has other labels, or a
+            finetuning of other folds has seen those of the fold that this run holds out.
     """
     source = local_model(recipe.model.init)
     file = weights_file(source)
+    _check_unseen(file, recipe, spec)
     labels, named, normalisation = trained_on(source, file)
     reason = _difference(labels, [label.name if named else label.id for label in spec.labels])
     if recipe.model.init_classifier == "keep":
@@ -270,6 +272,21 @@ def initialise(task: PretrainTask | FinetuneTask, recipe: Recipe, spec: DataSpec
             *normalisation, *inputs,
         )  # fmt: skip
     return {"source": str(file), **asdict(report)}
+
+
+def _check_unseen(file: Path, recipe: Recipe, spec: DataSpec) -> None:
+    """A fold is held out from the weights that a run begins with, too, where they were trained with its labels."""
+    home = run_of(str(file.parent))
+    if not recipe.data.fold or not all((home / name).is_file() for name in ("config.yaml", "data.json")):
+        return
+    before = read_yaml(home / "config.yaml", "the run directory is damaged")
+    fold = before["data"].get("fold", 0)
+    if "finetune" in before and fold != recipe.data.fold and DataSpec.load(home).digest == spec.digest:
+        held_out = f"held out fold {fold}" if fold else "held out no fold"
+        raise UserError(
+            f"model.init = {recipe.model.init} was finetuned on these shards and {held_out}: it has learned labels of "
+            f"fold {recipe.data.fold}, which this run would be scored on; begin with its pretraining"
+        )
 
 
 def trained_on(source: Path, file: Path) -> tuple[list[str], bool, tuple[float, float] | None]:

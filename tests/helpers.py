@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import soundfile
 
+from pipeline.data.manifest import load_manifest
 from shard_tools import catalogs
 from shard_tools.build import Summary, build
 from shard_tools.plan import BuildOptions
@@ -69,3 +72,18 @@ def digests(out: Path) -> dict[str, str]:
     """sha256 of every product of a build."""
     files = sorted(path for path in out.glob("*.*") if path.is_file())
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def damaged_copy(shards: Path, out: Path, bad: int) -> Path:
+    """Copies shards, with `bad` clips of the first one damaged, whose tar it returns."""
+    shutil.copytree(shards, out)
+    tar = out / load_manifest(shards).shards[0].name
+    content = bytearray(tar.read_bytes())
+    with tarfile.open(tar) as opened:
+        members = [member for member in opened.getmembers() if member.name.endswith(".npy")]
+    keys = list(dict.fromkeys(member.name.split(".")[0] for member in members))[:bad]
+    for member in members:
+        if member.name.split(".")[0] in keys:
+            content[member.offset_data + 200 : member.offset_data + 204] = b"\1\2\3\4"
+    tar.write_bytes(content)
+    return tar

@@ -283,6 +283,11 @@ def test_data_without_labels_is_refused_before_a_run_begins(world, unlabelled):
         Campaign(grid, world.campaign.out).check_data()
 
 
+def test_a_time_limit_that_is_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--slurm timeout-min=1:30: give a whole number of minutes"):
+        SlurmExecutor(tmp_path, 1, 1, 1, {"timeout-min": "1:30"}, cluster="local")
+
+
 @pytest.mark.slow
 def test_submitit_runs_a_job_and_reports_its_failure(tmp_path):
     """submitit's own local cluster: the same objects, files and environment as with sbatch."""

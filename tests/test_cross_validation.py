@@ -10,21 +10,24 @@ import numpy as np
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.command_line import Launch
-from pipeline.config import FinetuneRecipe
+from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.cross_validation import choose_folds, cross_validate, fold_launch, summarise
 from pipeline.data.corpus import load_corpus
+from pipeline.data.loader import Loader
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
 from pipeline.engine.evaluation import read_predictions
 from pipeline.engine.setup import reconcile
 from pipeline.errors import UserError
 from pipeline.export import export_safetensors, open_exported
-from pipeline.files import write_json
+from pipeline.files import write_json, write_text
 from pipeline.recipes import load_recipe
 from pipeline.run_directory import write_record
+from pipeline.runs import initialise
+from pipeline.tasks import task_of
 from tests.conftest import ROOT
 from tests.ranks import Rank, fork_ranks, run_ranks
 
@@ -68,6 +71,29 @@ def test_folds_that_are_not_there_or_contradict_are_said(shards, tmp_path):
         chosen("finetune.folds=all", "log.register_as=sounds")
     with pytest.raises(UserError, match=r"split 'eval' .* has no folds"):
         chosen("finetune.folds=all", "data.train_split=eval")
+
+
+def test_weights_that_learned_labels_of_the_held_out_fold_are_refused(shards, tmp_path):
+    words = [f"data.shards={shards}", *WORDS[:2]]
+    with Loader(load_recipe(FinetuneRecipe, [], words).data, batch_size=8) as loader:
+        for kind, name in ((FinetuneRecipe, "finetuned"), (PretrainRecipe, "pretrained")):
+            recipe = load_recipe(kind, [], [*words, "data.fold=2"])
+            run_dir = tmp_path / name
+            (run_dir / "checkpoints" / "step-00000001").mkdir(parents=True)
+            write_text(run_dir / "checkpoints" / "latest", "step-00000001")
+            write_record(run_dir, recipe, {}, loader.spec)
+            weights = {name: value.contiguous() for name, value in task_of(recipe, loader).state_dict().items()}
+            save_file(weights, run_dir / "checkpoints" / "step-00000001" / "weights.safetensors")
+
+        def begin(name: str, fold: int) -> None:
+            recipe = load_recipe(FinetuneRecipe, [], [*words, f"model.init={tmp_path / name}", f"data.fold={fold}"])
+            initialise(task_of(recipe, loader), recipe, loader.spec)
+
+        for fold, name in ((2, "finetuned"), (0, "finetuned"), (3, "pretrained")):
+            begin(name, fold)
+        for name in ("finetuned", "finetuned/checkpoints/step-00000001"):
+            with pytest.raises(UserError, match="held out fold 2: it has learned labels of fold 3, "):
+                begin(name, 3)
 
 
 def test_a_directory_of_other_folds_or_of_a_single_run_is_refused_before_anything_is_written(

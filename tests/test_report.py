@@ -93,6 +93,20 @@ def test_a_better_system_is_found_and_an_equal_one_is_not():
     assert paired_bootstrap([good], [bad], "mAP") == found  # the draws are seeded
 
 
+def test_draws_without_a_positive_leave_the_difference_as_it_is():
+    """One class with 3 positives of 200 clips: one draw in twenty has none."""
+    runs = [predictions(seed, skill, classes=1) for seed, skill in ((1, 2.0), (2, 0.5))]
+    rare = np.arange(200)[:, None] < 3
+    good, bad = (Predictions(run.keys, rare, run.scores + rare * raised)
+                 for run, raised in zip(runs, (6, 0), strict=True))  # fmt: skip
+    found = paired_bootstrap([good], [bad], "mAP")
+    assert found is not None
+    assert 0 < found.low <= found.value <= found.high
+    back = paired_bootstrap([bad], [good], "mAP")
+    assert back is not None
+    assert (back.low, back.high, back.p) == (-found.high, -found.low, found.p)
+
+
 def test_other_clips_or_labels_are_not_paired():
     run = predictions(1, 1.0)
     other_keys = Predictions([f"x{i}" for i in range(200)], run.targets, run.scores)

@@ -185,8 +185,11 @@ class SlurmExecutor:
         except RuntimeError as error:
             raise UserError(f"--executor slurm: {error}; run it where sbatch is") from error
         options = {name.replace("_", "-"): value for name, value in options.items()}
+        minutes = options.pop("timeout-min", "1440")
+        if not minutes.isdecimal() or not int(minutes):
+            raise UserError(f"--slurm timeout-min={minutes}: give a whole number of minutes")
         self._executor.update_parameters(
-            name="craft", nodes=nodes, tasks_per_node=ranks // nodes, timeout_min=int(options.pop("timeout-min", 1440))
+            name="craft", nodes=nodes, tasks_per_node=ranks // nodes, timeout_min=int(minutes)
         )
         if cluster == "slurm":
             if not options.keys() & {"gpus", "gpus-per-node", "gpus-per-task", "gres", "tres-per-task"}:

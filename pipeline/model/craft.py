@@ -161,7 +161,7 @@ class Craft(nn.Module):
         samples = (frames or self.streams.frames) * SAMPLES_PER_FRAME
         x = F.pad(waveform, (0, samples - waveform.shape[-1])).to(self.dtype)
         if length is None:
-            length = torch.full((len(waveform),), waveform.shape[-1], device=waveform.device)
+            length = torch.full(waveform.shape[:1], waveform.shape[-1], device=waveform.device)
         module = self.get_submodule(self.config.frontend)
         return run_block(module, x, length, recompute=self.config.checkpoint_activations)
 

@@ -19,6 +19,7 @@ from pipeline.engine.evaluation import (
     clip_weights,
     draws_for,
     metric_name,
+    quantiles,
     read_predictions,
     weighted_metric,
 )
@@ -359,10 +360,10 @@ def paired_bootstrap(
             means[i] += np.mean(values, axis=0) / len(folds[0])
     difference = means[0] - means[1]
     sample, drawn_differences = difference[0], difference[1:]
-    low, high = np.quantile(drawn_differences, [0.025, 0.975])
+    interval = quantiles(drawn_differences)
     tail = min((drawn_differences <= 0).sum(), (drawn_differences >= 0).sum())
-    p = min(1.0, 2 * (tail + 1) / (draws + 1))
-    return Difference(float(sample), float(low), float(high), float(p), draws)
+    p = min(1.0, 2 * (tail + 1) / (np.isfinite(drawn_differences).sum() + 1))  # a draw without a positive has no mAP
+    return Difference(float(sample), interval["low"], interval["high"], float(p), draws)
 
 
 def _folds(runs: Sequence[Predictions]) -> dict[str, list[Predictions]]:

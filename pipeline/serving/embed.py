@@ -6,8 +6,9 @@ the file's path, `time` the second where the vector begins: of a clip 0; of a fi
 where that begins in the recording.
 
 A piece is the work of one rank, in batches of a fixed size that depend on nothing outside it: the bytes are the same
-for any ranks. It appears whole; the same command makes those that are missing. Files that cannot be read are lines of
-NAME-N.failed.jsonl. Memory: of shards a batch; of files the vectors of one recording, and its windows of a batch.
+for any ranks. It appears whole; the same command makes those that are missing or lack clips of damaged shards. Files
+that cannot be read are lines of NAME-N.failed.jsonl. Memory: of shards a batch; of files the vectors of one recording,
+and its windows of a batch.
 """
 
 import codecs
@@ -30,7 +31,7 @@ from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.files import check_output_directory, new_file, read_json, write_json, write_text
 from pipeline.flow import Batch
-from pipeline.probing.features import MOST_BATCHES, Tokens, batches_of, check_bad, data_of, read_pieces
+from pipeline.probing.features import LACKS, MOST_BATCHES, Tokens, batches_of, check_bad, data_of, read_pieces
 from pipeline.probing.frozen import Frozen, Pool, pooled
 from pipeline.serving.listen import listen
 from pipeline.serving.scorer import batch_of, by_length
@@ -102,8 +103,8 @@ class Embedder:
 
 
 @contextmanager
-def _parts(path: Path, embedder: Embedder, half: bool) -> Iterator[Any]:
-    """Writes rows; the file appears whole at the end, or not at all."""
+def _parts(path: Path, embedder: Embedder, half: bool) -> Iterator[tuple[Any, pq.ParquetWriter]]:
+    """A function that writes rows, and its file, which appears whole at the end, or not at all."""
     number = pa.float16() if half else pa.float32()
     schema = pa.schema({"key": pa.string(), "time": pa.float32(), "layer": pa.int16(),
                         "embedding": pa.list_(number, embedder.width)})  # fmt: skip
@@ -124,7 +125,7 @@ def _parts(path: Path, embedder: Embedder, half: bool) -> Iterator[Any]:
                 pa.FixedSizeListArray.from_arrays(pa.array(values), width),
             ], schema=schema))  # fmt: skip
 
-        yield write
+        yield write, writer
 
 
 def open_output(out: Path, about: dict[str, Any]) -> None:
@@ -154,16 +155,18 @@ def embed_split(
 ) -> list[Path]:
     """Embeds a split; returns its files. A collective.
 
+    Pieces that lack clips which could not be read are made anew: the shards may have been mended since.
+
     Raises:
-        UserError: too many bad clips.
+        UserError: too many bad clips, or a file that is there is damaged.
     """
     manifest = load_manifest(shards)
     data = data_of(embedder.frozen, shards, split, workers)
     pieces = -(-batches_of(embedder.frozen, data, manifest.splits[split].clips) // MOST_BATCHES)
     files = [out / f"{split}-{piece:06d}.parquet" for piece in range(pieces)]
-    missing = distributed.decide(lambda: [piece for piece, file in enumerate(files) if not file.exists()])
+    missing = distributed.decide(lambda: [piece for piece, file in enumerate(files) if not _is_whole(file)])
     for piece, loader, coming in read_pieces(embedder.frozen, data, embedder.layers, MOST_BATCHES, missing, world):
-        with _parts(files[piece], embedder, half) as write:
+        with _parts(files[piece], embedder, half) as (write, writer):
             for batch, tokens in coming:
                 valid = batch.valid.cpu().numpy()
                 rows = batch.row.cpu().numpy()[valid]
@@ -172,6 +175,8 @@ def embed_split(
                     seconds = batch.length.cpu().numpy()[valid] / embedder.spec.sample_rate
                 vectors = embedder.vectors(batch, tokens)[batch.valid].cpu().numpy()
                 write(loader.keys(rows.tolist()), np.zeros(len(rows)), seconds, vectors)
+            if lacking := loader.replaced(0):
+                writer.add_key_value_metadata({LACKS: str(lacking)})
         log.info("embeddings of %s: piece %d of %d", split, piece + 1, len(files))
     distributed.barrier()
     begins = sum(int((pq.read_table(file, columns=["time"])["time"].to_numpy() == 0).sum()) for file in files)
@@ -192,7 +197,7 @@ def embed_files(
     missing = distributed.decide(lambda: [piece for piece, file in enumerate(files) if not file.exists()])
     for piece in missing[world.rank :: world.size]:
         failed = []
-        with _parts(files[piece], embedder, half) as write:
+        with _parts(files[piece], embedder, half) as (write, _):
             for heard in listen(embedder, ((_utf8(name), name) for name in pieces[piece]), hop):
                 if heard.error:
                     log.warning("%s: %s", heard.path, heard.error)
@@ -206,6 +211,18 @@ def embed_files(
     distributed.barrier()
     lost = [_failed(file).read_text(encoding="utf-8") for file in files if _failed(file).exists()]
     return files, sum(text.count("\n") for text in lost)
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a piece of a split is there, with all its clips.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return file.exists() and LACKS.encode() not in (pq.read_metadata(file).metadata or {})
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file}: {error}; delete it, and the same command makes it again") from error
 
 
 def _utf8(name: str) -> str:

@@ -178,7 +178,7 @@ class Tracker:
         try:
             self._spool.main.append({"kind": kind, **content})
         except OSError as error:  # a full disk: the run's own files will say so, or it passes
-            self._warn(f"{self._spool.main.lines}: {error.strerror}")
+            log.warning("MLflow: %s: %s; not tracked: %s", self._spool.main.lines, error.strerror, kind)
         self._fresh.set()
 
     def _warn(self, text: str) -> None:

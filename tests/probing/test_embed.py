@@ -3,6 +3,7 @@
 import codecs
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from pipeline.probing.frozen import open_frozen, pooled
 from pipeline.serving.embed import read_list
 from pipeline.serving.scorer import load_scorer
 from tests.conftest import ROOT
-from tests.helpers import shards_of_lengths
+from tests.helpers import damaged_copy, shards_of_lengths
 from tests.ranks import run_ranks
 
 SMALL = ROOT / "tests" / "probing" / "small_pieces.py"
@@ -147,6 +148,19 @@ def test_a_run_of_several_lengths_hears_each_clip_at_its_own(make_run, tmp_path,
     assert sorted(features.rows) == list(range(41))
     with pytest.raises(UserError, match=r"several lengths .* take --probe linear"):
         compute(frozen, str(shards), "train", [4], "tokens", tmp_path / "features", World(), workers=0)
+
+
+def test_pieces_that_lack_clips_are_made_again_once_the_shards_are_mended(pretrained, shards, tmp_path, monkeypatch):
+    words = ["--checkpoint", pretrained, "--split", "train", "--workers", 0, "--out", tmp_path / "vectors"]
+    tar = damaged_copy(shards, tmp_path / "damaged", 6)
+    with pytest.raises(UserError, match="max_bad_share"):
+        embed(monkeypatch, *words, "--shards", tmp_path / "damaged")
+    shutil.copy(shards / tar.name, tar)
+    assert embed(monkeypatch, *words, "--shards", tmp_path / "damaged") == 0
+    again = content(tmp_path / "vectors")
+    words[-1] = tmp_path / "whole"
+    assert embed(monkeypatch, *words, "--shards", shards) == 0
+    assert again == content(tmp_path / "whole")
 
 
 def test_a_list_holds_any_name_that_a_file_system_takes(tmp_path):

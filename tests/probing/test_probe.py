@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-import tarfile
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from pipeline.probing import features, probes, protocol
 from pipeline.probing.frozen import open_frozen
 from pipeline.tracking import open_tracker
 from tests.conftest import ROOT
+from tests.helpers import damaged_copy
 from tests.ranks import run_ranks
 
 PIECES = ROOT / "tests" / "probing" / "pieces.py"
@@ -155,16 +155,7 @@ def test_features_of_mended_shards_have_all_clips(pretrained, shards, tmp_path, 
     whole = [file.read_bytes() for file in made(shards, "whole")]
     for bad, folder in ((1, "few"), (6, "many")):
         damaged = tmp_path / f"{folder}-shards"
-        shutil.copytree(shards, damaged)
-        tar = damaged / load_manifest(shards).shards[0].name
-        content = bytearray(tar.read_bytes())
-        with tarfile.open(tar) as opened:
-            members = [member for member in opened.getmembers() if member.name.endswith(".npy")]
-        keys = list(dict.fromkeys(member.name.split(".")[0] for member in members))[:bad]
-        for member in members:
-            if member.name.split(".")[0] in keys:
-                content[member.offset_data + 200 : member.offset_data + 204] = b"\1\2\3\4"
-        tar.write_bytes(content)
+        tar = damaged_copy(shards, damaged, bad)
         if bad == 1:
             assert len(features.mapped(made(damaged, folder)).rows) == clips - bad
         else:

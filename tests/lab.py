@@ -9,7 +9,6 @@ import pwd
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 import boto3
 import yaml
 
+from tests.ranks import free_port
 from tests.system_packages import program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,9 +235,3 @@ def run_chain(servers: Lab, folder: Path, shards: Path) -> Chain:
     logs = "".join(file.read_text()[-2000:] for file in out.glob("*/output.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
     return Chain(servers, out, table, interrupted, done.stdout)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

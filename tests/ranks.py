@@ -4,22 +4,30 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import secrets
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK_TIMEOUT = 900
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(row: int = 1) -> int:
+    """The first of so many free ports in a row.
+
+    They lie below those that the system gives to connections, which may take one at any time, and above most services'.
+    """
+    while True:
+        first = 20000 + secrets.randbelow(12000)
+        with suppress(OSError), ExitStack() as stack:
+            for port in range(first, first + row):
+                stack.enter_context(socket.create_server(("", port)))
+            return first
 
 
 class Fork:
@@ -102,7 +110,7 @@ def fork_rank(place: dict[str, str], script: str | Path, *args: object) -> Rank:
 
 def places(ranks: int) -> list[dict[str, str]]:
     """What a launcher says to each rank."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port(4)), "WORLD_SIZE": str(ranks)}
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     place |= {"LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     return [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]

@@ -175,11 +175,11 @@ class Reader:
                     raise
                 if not self._open:
                     raise UserError(f"no shard can be opened: {error.strerror}; raise ulimit -n", local=True) from error
-                self._limit = (len(self._open) + 1) // 2
-                log.warning(
-                    "%s: from now on %d shards are kept open, which is slower; raise ulimit -n",
-                    error.strerror, self._limit,
-                )  # fmt: skip
+                fewer = (len(self._open) + 1) // 2
+                if fewer < self._limit:
+                    self._limit = fewer
+                    log.warning("%s: from now on %d shards are kept open, which is slower; raise ulimit -n",
+                                error.strerror, fewer)  # fmt: skip
                 while len(self._open) >= self._limit:
                     os.close(self._open.popitem(last=False)[1])
         if len(self._open) > self._limit:

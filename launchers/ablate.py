@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def record(out: Path, grid: Grid, scale: str, shards: dict[str, str], seeds: list[int]) -> dict[str, Any]:
-    """What `ablation.json` says for the report: of each table the seeds of all sittings, so that no run is left out.
+    """What `ablation.json` says for the report: of each table the seeds of all commands so far; no run is left out.
 
     Raises:
         UserError: the one that is there is damaged.

@@ -191,7 +191,7 @@ def _meet(seconds: float) -> tuple[Store, int, int]:
     try:
         return met.result(seconds + RETRY_SECONDS)
     except futures.TimeoutError as error:
-        reason = f"what listens there has not answered in {seconds:.0f} s, and is no rank of this run"
+        reason = f"no answer in {seconds:.0f} s: rank 0 is not there, or its port is another program's"
         raise UserError(f"{place}: {reason}", local=True, transient=True) from error
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error) or "already in use" in str(error):

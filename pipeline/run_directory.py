@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.files import check_output_directory, read_json, write_json, write_text
 from pipeline.recipes import changes_result, differences, dump_recipe, effect, flatten, read_run
 from pipeline.tracking import check_tracking
+from pipeline.tracking.store import without_password
 
 
 def check_ranks(recipe: Recipe, ds: dict[str, Any], spec: DataSpec) -> None:
@@ -45,7 +46,7 @@ def check_ranks(recipe: Recipe, ds: dict[str, Any], spec: DataSpec) -> None:
     own["data.shards digest"] = spec.digest[:16]
     theirs = distributed.broadcast(own)
     for key in {**theirs, **own}:
-        was, now = (values.get(key, "nothing") for values in (theirs, own))
+        was, now = (without_password(str(values.get(key, "nothing"))) for values in (theirs, own))
         if was != now:
             raise UserError(
                 f"rank {distributed.rank()} on {socket.gethostname()} has {key} = {now}, rank 0 has {was}; give all "

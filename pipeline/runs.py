@@ -280,8 +280,10 @@ def _check_unseen(file: Path, recipe: Recipe, spec: DataSpec) -> None:
     if not recipe.data.fold or not all((home / name).is_file() for name in ("config.yaml", "data.json")):
         return
     before = read_yaml(home / "config.yaml", "the run directory is damaged")
-    fold = before["data"].get("fold", 0)
-    if "finetune" in before and fold != recipe.data.fold and DataSpec.load(home).digest == spec.digest:
+    data = before.get("data", {}) if isinstance(before, dict) and "finetune" in before else {}
+    fold, splits = data.get("fold", 0), (str(data.get("train_split", "")), recipe.data.train_split)
+    same = set.intersection(*(set(names.split(",")) for names in splits))
+    if same and fold != recipe.data.fold and DataSpec.load(home).digest == spec.digest:
         held_out = f"held out fold {fold}" if fold else "held out no fold"
         raise UserError(
             f"model.init = {recipe.model.init} was finetuned on these shards and {held_out}: it has learned labels of "

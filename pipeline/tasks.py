@@ -112,6 +112,12 @@ class PretrainTask(nn.Module):
                 f"pretrain.level = token pairs patches, but the spectrogram has {self.model.grid} and the waveform "
                 f"{self.model.wav_grid}; let model.channels sum to {mel_bins}"
             )
+        patch, stride = recipe.model.patch, recipe.model.stride
+        if (method.masked_spec or method.masked_wav) and not method.latent and stride != patch:
+            raise UserError(
+                f"model.stride = {stride}, but pretrain.method = {config.method} predicts patches side by side; set "
+                f"model.stride={patch}, and another stride in finetuning"
+            )
         if config.negatives == "both" and not self.contrasts_batch:
             raise UserError(
                 f"pretrain.negatives = both is of the contrast of clips, which pretrain.method = {config.method} with "

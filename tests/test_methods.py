@@ -171,9 +171,19 @@ def test_token_contrast_needs_equal_grids():
         pretrain_task("model.channels=[16,16,16]", "pretrain.level=token")
 
 
-def test_masks_that_leave_nothing_are_refused():
-    with pytest.raises(UserError, match=r"pretrain\.mask_patches = 510"):
-        pretrain_task("pretrain.mask_patches=510", "pretrain.ssast_compat=true")
+@pytest.mark.parametrize("words", ["pretrain.mask_patches=510 pretrain.ssast_compat=true", "pretrain.mask_patches=512"])
+def test_masks_that_leave_nothing_are_refused(words):
+    with pytest.raises(UserError, match=r"pretrain\.mask_patches = 51[02]: 8 masked patches, but 2 x 4 patches allow"):
+        pretrain_task(*words.split())
+
+
+@pytest.mark.parametrize("method", ["ssast", "swapt", "craft_mae"])
+@pytest.mark.parametrize("stride", [10, 20])
+def test_patches_that_are_not_side_by_side_have_no_targets(method, stride):
+    """Targets are cut side by side: those of another stride would be the pixels of other patches."""
+    with pytest.raises(UserError, match=f"stride = {stride}, but .* = {method} predicts .*; set model.stride=16"):
+        pretrain_task(f"pretrain.method={method}", f"model.stride={stride}")
+    pretrain_task("pretrain.method=craft_latent", "model.stride=10")  # predicts no pixels
 
 
 def test_weights_of_another_size_or_kind_are_refused(checkpoints, tmp_path):

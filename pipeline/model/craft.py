@@ -282,8 +282,11 @@ def _check(config: ModelConfig, streams: Streams) -> None:
             f"model.kernels, kernel_strides and channels have {len(config.kernels)}, {len(config.kernel_strides)} and "
             f"{len(config.channels)} entries; give each scale one of each"
         )
+    for key in ("kernels", "kernel_strides", "channels") if config.frontend == "msae" else ():
+        if min(getattr(config, key), default=1) < 1:
+            raise UserError(f"model.{key} = {list(getattr(config, key))}: give each scale 1 or more")
     total = sum(config.channels)
-    if total != streams.mel_bins and (total % config.patch or not total):
+    if total != streams.mel_bins and (total % config.patch or total < 1):
         raise UserError(
             f"model.channels = {list(config.channels)} sum to {total}, neither the {streams.mel_bins} mel bins "
             f"of the shards (one patch grid for both representations) nor a multiple of model.patch = {config.patch}"

@@ -92,7 +92,8 @@ class Scale(nn.Module):
             x = clip_norm(x, self.norm_weight, self.bias, real)
         if self.activation != "none":
             x = F.relu(x) if self.activation == "relu" else F.gelu(x)
-        return F.avg_pool1d(x, SAMPLES_PER_FRAME // self.stride)
+        # Of an even kernel there is one position more, which at a stride of 160 would be a frame more.
+        return F.avg_pool1d(x, SAMPLES_PER_FRAME // self.stride)[..., : waveform.shape[1] // SAMPLES_PER_FRAME]
 
 
 def clip_norm(x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:

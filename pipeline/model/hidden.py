@@ -97,7 +97,7 @@ class HiddenPatches:
     def _check_masks(self, grids: dict[str, tuple[int, int]]) -> None:
         """Whether K masked patches leave others; SSAST's generator needs two of them."""
         for name, (height, width) in grids.items():
-            most = height * width - (2 if self.config.ssast_compat else 0)
+            most = height * width - (2 if self.config.ssast_compat else 1)
             count = masked_count(self.config.mask_patches, (height, width))
             if self._masks[name] and count > most:
                 raise UserError(

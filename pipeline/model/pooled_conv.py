@@ -17,6 +17,7 @@ cache, and nothing but the waveform is kept for backward:
 Against the four operations one after the other: tests/benchmarks/bench_msae.py.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -176,7 +177,10 @@ def pooled_conv(
         eps: Of the normalisation.
 
     Returns:
-        [B, C, T] in the weights' type; statistics and gradient sums are float32 at least.
+        [B, C, T] in the weights' type, also under autocast; statistics and gradient sums are float32 at least.
     """
-    out: torch.Tensor = _PooledConv.apply(waveform, weight, gain, shift, length, stride, hop, eps)
+    kind = waveform.device.type
+    # The variance is a difference of moments: of a band-pass filter under low sounds it would be their rounding.
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        out: torch.Tensor = _PooledConv.apply(waveform, weight, gain, shift, length, stride, hop, eps)
     return out

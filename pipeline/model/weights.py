@@ -191,8 +191,8 @@ def load_weights(
             report.fresh.append(name)
             continue
         value = source[name]
-        if origin == EAT and name == "model.spec_tokens.positions":
-            value = value[:, : target.shape[1]]
+        if origin == EAT and name == "model.spec_tokens.positions" and isinstance(model, Craft):
+            value = value[:, : model.streams.frames // model.config.patch]  # side by side, whatever the model's stride
         gridded = name.endswith(".positions") and value.dim() == target.dim() == 3  # a decoder's are, too
         if gridded and value.shape[-1] == target.shape[-1] and value.shape != target.shape:
             if (value.shape[1] == 1) != (target.shape[1] == 1):

@@ -127,6 +127,26 @@ def test_eat_and_sslam_give_their_own_tokens(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("frames", [1024, 512])
+def test_overlapping_patches_have_the_positions_of_their_times_in_eat(tmp_path, frames):
+    """Its table goes on for 2 minutes, in steps of 16 frames; finetuning's own stride is 10."""
+    theirs = Eat((768, 8))
+    times = torch.arange(768.0).mul(16).add(7.5)  # middle frame of a column
+    theirs.modality_encoders["IMAGE"].fixed_positional_encoder.positions.copy_(
+        times[:, None, None].expand(-1, 8, 96).reshape(1, -1, 96)
+    )
+    torch.save(theirs.checkpoint(), tmp_path / "EAT.pt")
+    words = ["model.class_tokens=1", "model.block=post"]
+    task = finetune_task(frames, *words)
+    assert load_weights(task, tmp_path / "EAT.pt").resized == ["model.spec_tokens.positions"]
+    found = task.model.spec_tokens.positions[5, :, 0]
+    middle = torch.arange(len(found)).mul(10.0).add(7.5)
+    assert (found - middle).abs().max() < 16  # of a patch; bilinear interpolation of the grid as of any other weights
+    with pytest.raises(UserError, match=r"model\.positions = rotary"):
+        load_weights(finetune_task(frames, *words, "model.positions=rotary", "model.stride=16"), tmp_path / "EAT.pt")
+
+
+@torch.no_grad()
 def test_a_shorter_input_takes_the_middle_of_their_positions(tmp_path):
     """And a finetuning says what it took over."""
     theirs = Vit((64, 8), decoder=False)

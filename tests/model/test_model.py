@@ -41,9 +41,10 @@ def test_grids_of_the_paper():
 
 
 @pytest.mark.parametrize("seconds", [10.24, 5.12])
-def test_waveform_map_has_the_spectrograms_frames(seconds):
+@pytest.mark.parametrize("scales", [((11, 51, 101), (1, 5, 10)), ((10, 50, 400), (1, 5, 160))])
+def test_waveform_map_has_the_spectrograms_frames(seconds, scales):
     samples = round(seconds * 16000)
-    msae = MultiScaleEmbedding((11, 51, 101), (1, 5, 10), (43, 43, 42), "group", "relu")
+    msae = MultiScaleEmbedding(*scales, (43, 43, 42), "group", "relu")
     with torch.no_grad():
         assert msae(torch.randn(1, samples)).shape == (1, 128, samples // 160)
 
@@ -213,6 +214,10 @@ def test_positions_are_cut_or_stretched():
         (["model.channels=[43,43]"], "kernels"),
         (["model.channels=[40,40,40]"], "sum to 120"),
         (["model.kernel_strides=[1,5,7]"], "7 does not divide 160"),
+        (["model.kernel_strides=[0,5,10]"], r"kernel_strides = \[0, 5, 10\]"),
+        (["model.kernels=[11,51,-1]"], r"kernels = \[11, 51, -1\]"),
+        (["model.channels=[0,64,64]"], r"channels = \[0, 64, 64\]"),
+        (["model.frontend=strided", "model.channels=[-128]"], "sum to -128"),
         (["model.patch=200"], "larger than"),
     ],
 )

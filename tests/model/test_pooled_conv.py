@@ -64,3 +64,16 @@ def test_half_precision_weights_keep_float32_statistics():
     assert found.dtype == torch.bfloat16
     naive = plain(waveform.bfloat16(), *half, 1, 160)
     assert (found.float() - exact).norm() <= 1.5 * (naive.float() - exact).norm()
+
+
+def test_autocast_keeps_float32_statistics():
+    """Of filters that leave a low tone out, whose products with themselves are a hundred times what is left of it."""
+    torch.manual_seed(0)
+    waveform = 0.5 * torch.sin(2 * torch.pi * 60 * torch.arange(8000) / 16000) + 0.01 * torch.randn(2, 8000)
+    kernels = torch.randn(43, 11)
+    weights = [(kernels - kernels.mean(dim=1, keepdim=True)).requires_grad_(), torch.ones(43), torch.zeros(43)]
+    exact = pooled_conv(waveform, *weights, stride=1, hop=160, eps=EPS)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pooled_conv(waveform, *weights, stride=1, hop=160, eps=EPS)
+    assert torch.equal(found, exact)
+    assert torch.equal(*(torch.autograd.grad(out.square().sum(), weights[0])[0] for out in (found, exact)))

@@ -61,6 +61,15 @@ def test_half_precision_is_lifted_to_float32():
     assert torch.equal(loss.nce, exact.nce)
 
 
+def test_autocast_rounds_no_logits():
+    predicted, target = torch.randn(2, 2, 40, 64).unbind()
+    with torch.autocast("cpu", torch.bfloat16):
+        under = masked_patch_loss(predicted, predicted, target)
+    exact = masked_patch_loss(predicted, predicted, target)
+    assert torch.equal(under.nce, exact.nce)
+    assert under.nce.dtype == torch.float32
+
+
 def test_targets_are_the_patches_pixels():
     maps = torch.randn(2, 8, 12, dtype=torch.float64)
     assert torch.equal(patchify(maps, 4), mspm.patches(maps, 4))

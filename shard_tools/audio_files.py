@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -76,7 +77,7 @@ def split_name(path: str) -> tuple[str, str]:
 
 
 class AudioFiles:
-    """Audio files by name without ending.
+    """Audio files by name without ending, however their accents are written (`composed`).
 
     Args:
         paths: Of all files that there are.
@@ -94,7 +95,7 @@ class AudioFiles:
             self.endings[ending] += 1
             if ending not in AUDIO_ENDINGS and kind(ending) is None:
                 continue
-            name = normal(stem)
+            name = normal(composed(stem))
             first = self._files.setdefault(name, path)
             if first != path:
                 self._more.setdefault(name, [first]).append(path)
@@ -105,7 +106,7 @@ class AudioFiles:
         An empty file does not come first where there is another. Of several files of a name those with an ending of
         audio come first, then the alphabet decides.
         """
-        found = [(name, self._files[name]) for name in dict.fromkeys(names) if name in self._files]
+        found = [(name, self._files[name]) for name in dict.fromkeys(map(composed, names)) if name in self._files]
         if not found or (len(found) == 1 and found[0][0] not in self._more):
             return found
         choices = [(name, path) for name, _ in found for path in self._choices(name)]
@@ -128,6 +129,11 @@ class AudioFiles:
     def _choices(self, name: str) -> list[str]:
         files = set(self._more.get(name, [self._files[name]]))
         return sorted(files, key=lambda path: (kind(split_name(path)[1]), path))
+
+
+def composed(name: str) -> str:
+    """A name with each accented letter as one sign: some systems write it as two, and tables come from others."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def endings_of(paths: Iterable[str]) -> Counter[str]:

@@ -41,9 +41,10 @@ from shard_tools.audio_files import (
     what_is_there,
 )
 from shard_tools.columns import Failure, Rows, relative
-from shard_tools.labels import Overrides, of_ontology, of_table, read_overrides, read_vocabulary, spellings
+from shard_tools.labels import Overrides, of_names, of_ontology, of_table, read_overrides, read_vocabulary, spellings
 from shard_tools.names import split_source
 from shard_tools.sources import Place
+from shard_tools.stamps import Stamp
 from shard_tools.tables import SEPARATOR, Table
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Catalog:
         missing: Listed clips without a file.
         missing_labels: How often each label index occurs among them, by split.
         overrides: Labels that replace the official ones; already applied.
+        containers: Stamps of those whose own content says what the clips in them are, when it was read.
     """
 
     dataset: str
@@ -78,6 +80,7 @@ class Catalog:
     missing: Rows[Failure] = field(default_factory=lambda: Rows(Failure))
     missing_labels: dict[str, Counter[int]] = field(default_factory=dict)
     overrides: Overrides | None = None
+    containers: dict[str, Stamp] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.clips = Rows(Clip, str(self.root))
@@ -269,7 +272,7 @@ def table(
     in_splits: dict[str, None] = {}
     again, shared, unlabelled, first_missing = [], [], 0, ""
     folds: Counter[tuple[str, int]] = Counter()
-    first_of_fold: dict[tuple[str, int], int] = {}
+    first_of_fold: dict[tuple[str, int], str] = {}
 
     def rows() -> Iterator[TableRow]:
         return _table_rows(source, separator, index, split, Names(root, path))
@@ -296,8 +299,10 @@ def table(
             shared.append(line)
         file = located(location if is_remote(location) else place(location), there)
         unlabelled += not picked
-        folds[own, min(fold, 1)] += 1
-        first_of_fold.setdefault((own, min(fold, 1)), line)
+        group = own, min(fold, 1)
+        folds[group] += 1
+        if group not in first_of_fold:
+            first_of_fold[group] = f"{path}:{line}"
         if not file:
             catalog.miss(Failure(name, name, MISSING, own, key, line, start, end), picked)
             first_missing = first_missing or location
@@ -307,7 +312,7 @@ def table(
         catalog.clips.append(clip)
     if not seen:
         raise UserError(f"{path}: no row of split '{split}'; give a split of its column")
-    _check_folds(source, folds, first_of_fold)
+    check_folds(folds, first_of_fold)
     _say_doubles(source, doubles)
     if again:
         log.warning("%s: %d rows list, under another key, what an earlier row lists, such as line %d: such clips count "
@@ -378,15 +383,18 @@ def folder(root: Location, split: str | None = None) -> Catalog:
     if held_out and split not in (None, "train", *HELD_OUT.values()):
         raise UserError(f"--split {split}: the lists of {root} make the splits train, {', '.join(HELD_OUT.values())}; "
                         "give one of them, or leave it out for all")  # fmt: skip
-    catalog = Catalog("folder", root, [Label(id=name, name=name) for name in classes])
+    catalog, held = Catalog("folder", root, of_names(classes, root)), set[str]()
     for number, name in enumerate(classes):
         for path in sorted(files[name]):
             inside = relative(path, str(root))
-            own = held_out.pop(inside, "train") if held_out is not None else split or "train"
+            listed, own = "", split or "train"
+            if held_out is not None:
+                listed, own = held_out.get(_bare(inside), ("", "train"))
+                held.add(listed)
             if split in (None, own):
                 catalog.clips.append(Clip(clean_key(inside), path, 0.0, None, (number,), own, 0, inside))
-    for inside, own in (held_out or {}).items():
-        if split in (None, own):
+    for inside, own in (held_out or {}).values():
+        if inside not in held and split in (None, own):
             name = inside.partition("/")[0]
             catalog.miss(Failure(inside, inside, MISSING, own), [classes.index(name)] if name in files else [])
     _require_files(catalog, lambda: "see its list of held-out files")
@@ -574,38 +582,41 @@ def _contradiction(
     return source.problem(line, what, remedies.get(differs, apart))
 
 
-def _check_folds(source: Table, folds: Counter[tuple[str, int]], lines: dict[tuple[str, int], int]) -> None:
+def check_folds(folds: Counter[tuple[str, int]], first: dict[tuple[str, int], str]) -> None:
     """Refuses fold 0 beside others, and says where a split's clips have folds only in part.
 
     Args:
-        source: The table.
-        folds: Clips by split and fold: -1 an empty cell, 0 that number, 1 any other.
-        lines: The first of each.
+        folds: Clips by split and fold: -1 none is given, 0 that number, 1 any other.
+        first: What lists the first of each, in the order of the clips.
 
     Raises:
         UserError: as said.
     """
-    zero = min((line for (_, fold), line in lines.items() if fold == 0), default=0)
-    if zero and any(fold > 0 for _, fold in folds):
+    zero = next((where for (_, fold), where in first.items() if fold == 0), None)
+    if zero is not None and any(fold > 0 for _, fold in folds):
         what = "fold 0 beside others: folds count from 1, and 0 would be in every training set"
-        raise source.problem(zero, what, "add 1 to the whole column")
-    for split in dict.fromkeys(split for split, fold in folds if fold <= 0):
-        without = [lines[split, fold] for fold in (-1, 0) if (split, fold) in lines]
+        raise UserError(f"{zero}: {what}; add 1 to the whole column")
+    for split in dict.fromkeys(split for split, fold in first if fold <= 0):
+        where = next(where for (name, fold), where in first.items() if name == split and fold <= 0)
         if folds[split, 1]:
-            log.warning("%s:%d: %d clips of split '%s' have no fold and %d have one: those without are in every "
-                        "training set", source.path, min(without), folds[split, -1] + folds[split, 0], split,
-                        folds[split, 1])  # fmt: skip
+            log.warning("%s: %d clips of split '%s' have no fold and %d have one: those without are in every "
+                        "training set", where, folds[split, -1] + folds[split, 0], split, folds[split, 1])  # fmt: skip
 
 
-def _held_out(root: Location, names: Sequence[str]) -> dict[str, str] | None:
-    """Split of each file in Speech Commands' lists, by its path below the root; None: there are no lists."""
+def _bare(name: str) -> str:
+    """A path without its ending: a list names the files that were there before somebody encoded them anew."""
+    return name.removesuffix(split_name(name)[1])
+
+
+def _held_out(root: Location, names: Sequence[str]) -> dict[str, tuple[str, str]] | None:
+    """Path and split of each file in Speech Commands' lists, by its path without ending; None: there are no lists."""
     lists = [name for name in HELD_OUT if name in names]
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, str]] = {}
     for name in lists:
         source = Table(join(root, name))
         for line, text in enumerate(source.lines(), start=1):
             inside = text.strip().removeprefix("./")
-            if inside and found.setdefault(inside, HELD_OUT[name]) != HELD_OUT[name]:
+            if inside and found.setdefault(_bare(inside), (inside, HELD_OUT[name]))[1] != HELD_OUT[name]:
                 raise source.problem(line, f"'{inside[:80]}' is in {next(iter(HELD_OUT))} too", "keep it in one list")
     if lists:
         log.info("%s: splits by %s; the rest is train", root, " and ".join(lists))

@@ -44,7 +44,8 @@ HEAD = 512  # bytes that tell a text, and formats, from one another
 BLOCK_FRAMES = 1 << 16  # bounds the memory of files with many channels
 UNKNOWN_FRAMES = 1 << 48  # libsndfile's count for a stream without one is larger
 UNKNOWN_SIZE = 0x7FFFF000  # a WAV written to a pipe has a size above this, or 0
-PCM_TAGS = frozenset({0x0001, 0x0002, 0x0003, 0x0006, 0x0007, 0x0011, 0x0031, 0xFFFE})  # WAV codecs of libsndfile
+# WAV codecs of libsndfile; not GSM 6.10 (0x0031), in which it cannot seek.
+PCM_TAGS = frozenset({0x0001, 0x0002, 0x0003, 0x0006, 0x0007, 0x0011, 0xFFFE})
 # libsndfile's note on a header that promises more bytes than the file holds: WAV, AIFF, AU, W64.
 PROMISE = re.compile(r"(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)")
 

@@ -73,19 +73,30 @@ def read_vocabulary(path: Location) -> list[Label]:
 
 
 def of_table(source: Table, separator: str | None) -> list[Label]:
-    """The labels of a table, sorted."""
+    """The labels of a table."""
     cells: set[str] = set()  # of few classes many rows
     names: set[str] = set()
     for line, (_, cell) in source.records(("path", "labels")):
         if cell not in cells:
             cells.add(cell)
             names.update(source.labels(line, cell, separator))
+    return of_names(names, source.path)
+
+
+def of_names(names: Iterable[str], where: Location) -> list[Label]:
+    """Classes by their names, sorted; two that look alike are said.
+
+    Args:
+        names: Of the classes.
+        where: They are listed, for the message.
+    """
     alike: dict[str, str] = {}
-    for name in sorted(names):
+    classes = sorted(names)
+    for name in classes:
         other = alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
         if other != name:
-            log.warning("%s: '%s' and '%s' are two classes; are they meant as one?", source.path, other, name)
-    return [Label(id=name, name=name) for name in sorted(names)]
+            log.warning("%s: '%s' and '%s' are two classes; are they meant as one?", where, other, name)
+    return [Label(id=name, name=name) for name in classes]
 
 
 @dataclass(slots=True)

@@ -30,7 +30,7 @@ from pipeline.errors import UserError
 from shard_tools.catalogs import Catalog
 from shard_tools.columns import digest
 from shard_tools.ffmpeg_codecs import identity
-from shard_tools.names import BETWEEN
+from shard_tools.names import BETWEEN, split_source
 from shard_tools.store import Store
 from shard_tools.write import AudioOptions, ShardPlan, shard_name
 
@@ -145,16 +145,19 @@ class SplitPlan:
     def shard(self, number: int) -> ShardPlan:
         """What one shard is made of."""
         rows = self.rows(number).tolist()
+        clips, listed = self.catalog.clips.at(rows), self.catalog.containers
+        held = dict.fromkeys(split_source(clip.path)[0] for clip in clips) if listed else ()
         return ShardPlan(
             split=self.split,
             number=number,
-            clips=self.catalog.clips.at(rows),
+            clips=clips,
             labels=self.catalog.labels,
             root=str(self.catalog.root),
             out=self.out,
             audio=self.options.audio,
             rows=rows,
             probes=self._probes,
+            containers={container: listed[container] for container in held if container in listed},
             build=self.digest,
             staged=number in self.staged,
         )

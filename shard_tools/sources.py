@@ -389,7 +389,7 @@ def _zip_member(file: "_Descriptor | _Remote", name: str, offset: int, packed: i
         raise SourceError("unreadable: it is encrypted; unpack the zip")
     if method not in (STORED, DEFLATED):
         raise SourceError(f"undecodable: packed by method {method} of zips; unpack the zip, or pack it by deflate")
-    known = not flags & 8 and size != 0xFFFFFFFF
+    known = not flags & 8 and size != 0xFFFFFFFF  # 8: size and CRC follow what is packed
     most = min(MEMBER_BYTES, size if known else max(BOMB_BYTES, BOMB_RATIO * packed))
     first = offset + LOCAL_HEADER.size + name_bytes + extra_bytes
     if first + packed > file.size:
@@ -418,7 +418,11 @@ def _zip_member(file: "_Descriptor | _Remote", name: str, offset: int, packed: i
         put(rest)
     if method == DEFLATED and not inflate.eof:
         raise SourceError("damaged: what is packed ends too early")
-    if known and (came != size or sum_ != crc):
+    sums = [crc]
+    if flags & 8:  # some writers leave out what should follow, and have the CRC in its place all the same
+        after = file.range(first + packed, min(8, file.size - first - packed), 0)
+        sums.append(int.from_bytes(after.removeprefix(b"PK\x07\x08")[:4], "little"))
+    if sum_ not in sums or (known and came != size):
         raise SourceError("damaged: its CRC-32 is not the one in its zip")
 
 

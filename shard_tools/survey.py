@@ -59,6 +59,7 @@ class FailureLine(BaseModel):
     path: str
     reason: str
     split: str
+    key: str = ""
     used: str = ""
 
 
@@ -217,7 +218,7 @@ def find(directory: Location, manifest: Manifest, key: str) -> list[Sound]:
             rows += index.check(index.read(COLUMNS, number).filter(here)).to_pylist()
     if not rows:
         lines = (line for line in _failure_lines(directory, manifest) if not line.used)
-        line = next((line for line in lines if key in (line.id, line.path)), None)
+        line = next((line for line in lines if key in (line.key, line.id, line.path)), None)
         why = f"it is not in the shards: {line.reason}" if line else "no such key; index.parquet lists all"
         raise UserError(f"{directory}: clip '{key}': {why}")
     return list(_sounds(directory, manifest, rows))

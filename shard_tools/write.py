@@ -18,8 +18,8 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, BinaryIO
 
@@ -81,6 +81,7 @@ class ShardPlan:
         audio: What is stored.
         rows: Of the clips, in the catalog; empty: not known.
         probes: Files of other shards.
+        containers: As in `Catalog`; those of the clips.
         build: What the shards of one build agree in (`SplitPlan.digest`).
         staged: Written aside, in the place of a finished shard that stays until the new index is there.
     """
@@ -94,6 +95,7 @@ class ShardPlan:
     audio: AudioOptions
     rows: Sequence[int] = ()
     probes: Sequence[str] = ()
+    containers: Mapping[str, Stamp] = field(default_factory=dict)
     build: str = ""
     staged: bool = False
 
@@ -180,6 +182,7 @@ def write_shard(plan: ShardPlan) -> None:
     Raises:
         OSError: the disk is full or not writable, or the store does not take the shard.
         MachineError: trouble of this machine or its network while sources were read; nothing is recorded.
+        UserError: a container is not the one that was listed; nothing is recorded.
     """
     store = Store(plan.out)
     with store.temporary(plan.tar) as path:
@@ -324,7 +327,14 @@ def _attempt(
 
     Raises:
         MachineError: trouble of this machine, its disks or its network.
+        UserError: the clip's container is not the one that was listed.
     """
+    container = split_source(clip.path)[0]
+    if stamped[1] is not None and stamped[1] != plan.containers.get(container, stamped[1]):
+        raise UserError(
+            f"{container}: was written anew since its clips were listed, and may hold others in their places; when it "
+            "is at rest, run the same command again"
+        )
     try:
         return _decode(clip, stamped[0], plan), stamped[1]
     except DecodeError as error:

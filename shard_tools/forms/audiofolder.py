@@ -9,6 +9,7 @@ Several labels of a clip are a list in .jsonl; in .csv they need --label-separat
 labels is refused; without any, the clips have none.
 """
 
+import logging
 from collections.abc import Iterator
 
 from pipeline.data.storage import Location, join
@@ -18,6 +19,8 @@ from shard_tools.catalogs import NOISE_FOLDER, Catalog
 from shard_tools.columns import relative
 from shard_tools.forms.entries import Asked, Entry, Files, assemble, names_of, split_of
 from shard_tools.forms.records import label_column, records_of
+
+log = logging.getLogger(__name__)
 
 MARKS = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 
@@ -55,10 +58,21 @@ def read(asked: Asked) -> Catalog:
 
     def nested() -> Iterator[Entry]:
         for name in inside:
-            parts = name.split("/")
-            split = split_of(parts[0]) if len(parts) > 2 else ""
-            if split and parts[1] != NOISE_FOLDER and kind(split_name(name)[1]) is not None:
-                yield Entry(name, join(root, name), [parts[1]], split)
+            split, label = _split_and_class(name)
+            if split and kind(split_name(name)[1]) is not None:
+                yield Entry(name, join(root, name), [label], split)
+
+    outside = [name for name in inside if not _split_and_class(name)[0] and kind(split_name(name)[1]) == 0]
+    if outside:
+        log.warning("%s: %d audio files are in no class folder of a split and are left out, such as %s", root,
+                    len(outside), outside[0])  # fmt: skip
 
     return assemble("audiofolder", asked, nested, None, lambda: f"{files.report()}; it is read as metadata.csv with "
                     "file_name,label, or as SPLIT/CLASS/FILE")  # fmt: skip
+
+
+def _split_and_class(name: str) -> tuple[str, str]:
+    """What the folders SPLIT/CLASS/ of a file tell; "" and "": it lies in no such folders."""
+    top, *inner = name.split("/")
+    split = split_of(top) if len(inner) > 1 and inner[0] != NOISE_FOLDER else ""
+    return (split, inner[0]) if split else ("", "")

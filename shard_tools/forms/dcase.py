@@ -3,7 +3,7 @@
 | file below the root | what |
 |---|---|
 | weak .tsv | filename, event_labels: separated by commas |
-| strong .tsv | filename, onset, offset, event_label: an event a row, in seconds |
+| strong .tsv | filename, onset, offset, event_label: an event a row, in seconds; all empty: a clip without events |
 | anywhere | the audio, by its name, or by the end of its path where `filename` has folders |
 
 A clip of several tables has the labels of all; its events, with onset and offset, are `events` in its JSON. A table's
@@ -32,9 +32,10 @@ def read(asked: Asked, tables: list[str] | None = None) -> Catalog:
     for path in paths:
         source = Table(path)
         split = split_of(str(path).removeprefix(str(asked.root)))
+        strong = "onset" in source.columns(COLUMNS[:1])
         for line, (name, onset, offset, one, several) in source.records(COLUMNS[:1], COLUMNS[1:]):
             found = [label for cell in (several.split(",") if several else [one]) if (label := cell.strip())]
-            if not found:
+            if not found and not (strong and not onset + offset + one + several):
                 raise source.problem(line, "no event_label and no event_labels", "complete the row, or delete it")
             labels, events, *_ = clips.setdefault((split, name), ({}, [], line, path))
             labels |= dict.fromkeys(found)

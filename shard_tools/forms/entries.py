@@ -10,7 +10,7 @@ Out: a `Catalog`, whose clips were found and whose missing ones are listed.
 | a clip twice in a split | counts once where it says the same of the same file, else it is refused |
 | ids that differ by an ending | as many clips, the keys of the later ones with a hash |
 | one id twice in containers | two clips, the later one named by its place; refused where their labels differ |
-| start, end, fold | a segment in time, and a fold that the index can hold |
+| start, end, fold | a segment in time, and a fold that the index can hold; fold 0 beside others is refused |
 | a clip without its file | is listed as missing; a split without any file is refused |
 | --split | takes one of the splits that the form tells, or names the only one where it tells none |
 """
@@ -18,6 +18,7 @@ Out: a `Catalog`, whose clips were found and whose missing ones are listed.
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -32,11 +33,12 @@ from pipeline.errors import UserError
 from pipeline.files import check_name
 from pipeline.flow import Clip
 from shard_tools.audio_files import AudioFiles, audio_paths, kind, split_name, walk, what_is_there
-from shard_tools.catalogs import KEY_LIMIT, MISSING, MOST_FOLDS, Catalog, claim, clean_key, located
+from shard_tools.catalogs import KEY_LIMIT, MISSING, MOST_FOLDS, Catalog, check_folds, claim, clean_key, located
 from shard_tools.columns import Failure, relative
-from shard_tools.labels import read_vocabulary, spellings
+from shard_tools.labels import of_names, read_vocabulary, spellings
 from shard_tools.names import split_source
 from shard_tools.sources import Place
+from shard_tools.stamps import stamp
 from shard_tools.tables import MOST_SECONDS, cell_labels
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,9 @@ TRAIN, EVAL = "train", "eval"
 SPLIT_WORDS = {
     "train": TRAIN, "training": TRAIN, "bal": TRAIN, "balanced": TRAIN, "unbal": "unbalanced",
     "unbalanced": "unbalanced", "eval": EVAL, "evaluation": EVAL, "test": "test", "testing": "test", "val": "val",
-    "valid": "valid", "validation": "validation", "dev": "dev", "development": "development",
+    "valid": "valid", "validation": "validation", "dev": "dev", "devel": "devel", "development": "development",
+    "trainset": TRAIN, "traindata": TRAIN, "testset": "test", "testdata": "test", "trainval": "trainval",
+    "heldout": "heldout",
 }  # fmt: skip
 
 
@@ -82,6 +86,7 @@ class Entry(NamedTuple):
         split: Its split; "": the form does not tell.
         line: Of the table; 0: there is none.
         at: As in `Clip`, as are the following.
+        fold: None: none is given.
         table: That lists it, where the form has several.
     """
 
@@ -93,7 +98,7 @@ class Entry(NamedTuple):
     at: Place = None
     start: float = 0.0
     end: float | None = None
-    fold: int = 0
+    fold: int | None = None
     trimmed: bool | None = None
     others: tuple[tuple[str, Place], ...] = ()
     events: tuple[tuple[float, float, str], ...] = ()
@@ -232,11 +237,13 @@ def assemble(
     if asked.class_labels is not None:
         labels = read_vocabulary(asked.class_labels)
     elif labels is None:
-        labels = _labels_of(names(entry, None) for entry in entries())
+        labels = _labels_of((names(entry, None) for entry in entries()), table or asked.root)
     index: dict[Any, int] = {**{number: number for number in range(len(labels))}, **spellings(labels)}
     catalog = Catalog(dataset, asked.root, list(labels))
     seen: dict[str, int] = {}
     splits: set[str] = set()
+    folds: Counter[tuple[str, int]] = Counter()
+    first_of_fold: dict[tuple[str, int], str] = {}
     doubles = again = listed = unlabelled = 0
     several, example = 0, ("", "")  # clips of several files
     for entry in entries():
@@ -250,10 +257,16 @@ def assemble(
         unknown = next((label for label in called if label not in index), None)
         if unknown is not None:
             raise _problem(table, entry, f"label '{unknown!s:.80}' is not in the vocabulary", "see --class-labels")
-        picked = tuple(sorted({index[label] for label in called}))
+        picked, fold = tuple(sorted({index[label] for label in called})), entry.fold or 0
         id_ = entry.id
-        counted = not entry.line and split_source(entry.path)[1] != ""  # each container may count from 0
-        facts = hash((entry.start, entry.end, entry.fold, picked, "" if counted else entry.path))
+        container, member = split_source(entry.path)
+        counted = not entry.line and member != ""  # each container may count from 0
+        if counted and container not in catalog.containers:
+            try:
+                catalog.containers[container] = stamp(container)
+            except OSError as error:
+                raise UserError(f"{container}: {error}; try again when its store answers") from error
+        facts = hash((entry.start, entry.end, fold, picked, "" if counted else entry.path))
         plain = id_ if KEY.fullmatch(id_) else clean_key(id_)
         key, same = claim(seen, split, plain, id_, facts)
         if counted and (same or key != plain):
@@ -266,6 +279,10 @@ def assemble(
             doubles += 1
             continue
         listed, unlabelled = listed + 1, unlabelled + (not picked)
+        group = split, -1 if entry.fold is None else min(fold, 1)
+        folds[group] += 1
+        if group not in first_of_fold:
+            first_of_fold[group] = _where(table, entry)
         if not entry.path:
             catalog.miss(Failure(entry.id, entry.id, MISSING, split, key, entry.line or None, entry.start, entry.end),
                          picked)  # fmt: skip
@@ -277,7 +294,7 @@ def assemble(
             entry.end,
             picked,
             split,
-            entry.fold,
+            fold,
             id_,
             entry.trimmed,
             entry.line,
@@ -285,12 +302,13 @@ def assemble(
             tuple((onset, offset, index[name]) for onset, offset, name in entry.events),
         )
         if entry.others:
-            others = [Clip(key, path, entry.start, entry.end, picked, split, entry.fold, id_, entry.trimmed,
-                           entry.line, at) for path, at in entry.others]  # fmt: skip
+            others = [Clip(key, path, entry.start, entry.end, picked, split, fold, id_, entry.trimmed, entry.line,
+                           at) for path, at in entry.others]  # fmt: skip
             clip = replace(clip, others=tuple(others))
             several, example = several + 1, example if several else (entry.path, entry.others[0][0])
         catalog.clips.append(clip)
     del seen  # before the columns are put together
+    check_folds(folds, first_of_fold)
     if again:
         log.warning("%s: %d clips have the id of another one, and go by FILE::MEMBER; is one there twice?",
                     asked.root, again)  # fmt: skip
@@ -342,15 +360,16 @@ def names_of(labels: Any, where: str) -> Sequence[str | int]:
     if wrong is not found:
         raise UserError(f"{where}: label {wrong!r:.80} is no name and no number of a class; correct it (null or [] "
                         "stands for no label)")  # fmt: skip
-    return [label.strip() if isinstance(label, str) else label for label in found]
+    stripped = [label.strip() if isinstance(label, str) else label for label in found]
+    return [label for label in stripped if label != ""]  # as between two separators of a text
 
 
-def _labels_of(called: Iterable[Iterable[str | int]]) -> list[Label]:
+def _labels_of(called: Iterable[Iterable[str | int]], where: Location) -> list[Label]:
     names = {label for one in called for label in one}
     if any(isinstance(name, int) for name in names):
         raise UserError("labels are numbers, and nothing says of which classes; give --class-labels CSV "
                         "(index,mid,display_name)")  # fmt: skip
-    return [Label(id=str(name), name=str(name)) for name in sorted(map(str, names))]
+    return of_names(map(str, names), where)
 
 
 def _check(table: Location | None, entry: Entry, called: Sequence[str | int], classes: int) -> None:
@@ -359,7 +378,7 @@ def _check(table: Location | None, entry: Entry, called: Sequence[str | int], cl
     if not 0 <= entry.start <= MOST_SECONDS or (end is not None and not entry.start < end <= MOST_SECONDS):
         raise _problem(table, entry, f"start {entry.start:g} and end {'none' if end is None else f'{end:g}'} cannot be",
                        "give seconds from 0 on, and an end after the start")  # fmt: skip
-    if not 0 <= entry.fold <= MOST_FOLDS:
+    if not 0 <= (entry.fold or 0) <= MOST_FOLDS:
         raise _problem(table, entry, f"fold {entry.fold} is no number from 0 to {MOST_FOLDS}", "correct it")
     numbers = [label for label in called if isinstance(label, int)]
     if len(set(numbers)) == len(numbers):
@@ -386,9 +405,13 @@ def _say_shared(catalog: Catalog, where: Location) -> None:
 
 
 def _problem(table: Location | None, entry: Entry, what: str, remedy: str) -> UserError:
+    return UserError(f"{_where(table, entry)}: {what}; {remedy}")
+
+
+def _where(table: Location | None, entry: Entry) -> str:
+    """What lists an entry."""
     table = entry.table or table
-    where = f"{table}:{entry.line}" if table is not None and entry.line else entry.path or entry.id
-    return UserError(f"{where}: {what}; {remedy}")
+    return f"{table}:{entry.line}" if table is not None and entry.line else entry.path or entry.id
 
 
 def lines_of(text: Iterable[str]) -> Iterator[tuple[int, str]]:

@@ -32,7 +32,8 @@ def read(asked: Asked) -> Catalog:
         if not path or path[0].endswith("|"):
             what = "a command, not a path" if path else "a recording without a path"
             raise scp.problem(line, f"'{words[:80]}' is {what}", "write RECORDING PATH, of audio that is there")
-        paths[name] = path[0]
+        if paths.setdefault(name, path[0]) != path[0]:
+            raise scp.problem(line, f"'{name[:60]}' came before with another path", "keep one of the lines")
     segments: dict[str, tuple[str, float, float]] = {}
     if "segments" in files_in(root):
         cuts = Table(join(root, "segments"))
@@ -41,7 +42,8 @@ def read(asked: Asked) -> Catalog:
             if len(cells) != 4:
                 raise cuts.problem(line, f"{len(cells)} words", "write UTTERANCE RECORDING START END")
             start, end = (cuts.seconds(line, "a time", cell) for cell in cells[2:])
-            segments[cells[0]] = (cells[1], start, end)
+            if segments.setdefault(cells[0], (cells[1], start, end)) != (cells[1], start, end):
+                raise cuts.problem(line, f"'{cells[0][:60]}' came before with another segment", "keep one of the lines")
 
     def entries() -> Iterator[Entry]:
         for line, words in lines_of(text.lines()):

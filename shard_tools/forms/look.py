@@ -23,14 +23,14 @@ In: what the command line asks. Out: the name of one form, or a refusal that nam
 | none of these: class folders of audio | folder |
 | none of these: audio in one folder | unlabelled |
 
-What could be several is refused. At most LOOK_AROUND files are looked at, and the beginning of tables and containers.
+What could be several is refused. At most LOOK_AROUND files are looked at, beside the tables in the root, and the
+beginning of tables and containers.
 """
 
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from itertools import islice
 
 from pipeline.data.storage import is_remote, join, local
 from pipeline.errors import UserError
@@ -145,7 +145,17 @@ def packed(asked: Asked) -> str:
 
 
 def _names(asked: Asked) -> list[str]:
-    return [relative(path, str(asked.root)) for path in islice(walk(asked.root), LOOK_AROUND)]
+    """The first LOOK_AROUND files below the root, and what lies in it beside more audio than that, as tables do."""
+    names: list[str] = []
+    for path in walk(asked.root):  # a folder's files come before its folders
+        name = relative(path, str(asked.root))
+        if len(names) < LOOK_AROUND:
+            names.append(name)
+        elif "/" in name:
+            break
+        elif kind(split_name(name)[1]) is None:
+            names.append(name)
+    return names
 
 
 def _there(names: list[str]) -> str:

@@ -6,10 +6,10 @@
 | video_id, id, key, filename, ... | the clip's name where each has its own; else the file's name and the row's number |
 | labels, label, tags, ... | mids, names, numbers or classes of the hub's; a list, or a text with --label-separator |
 | human_labels | names of the mids in `labels`, in their order |
-| fold | if it is there |
+| split, fold | if they are there |
 
-A file's name or folder tells the split: data/bal_train/00.parquet, train-00000-of-00004.parquet. Only ids and labels
-are read, by column.
+Where a row has no split, its file's name or folder tells it: data/bal_train/00.parquet, train-00000-of-00004.parquet.
+Only these columns are read, and of the audio nothing.
 """
 
 import json
@@ -99,6 +99,11 @@ def _is_list(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(inner) or pa.types.is_large_string(inner))
+
+
 def _check_kind(source: ParquetSource, path: str, column: str) -> None:
     kind = source.schema.field(column).type
     inner = kind.value_type if _is_list(kind) else kind
@@ -129,14 +134,15 @@ def _collect(source: ParquetSource, path: str, column: str, names: dict[str, str
         if pa.types.is_integer(flat.type):
             return True
         for cell in pc.unique(flat).to_pylist():
-            for name in [cell.strip()] if listed and cell else cell_labels(cell or "", separator, None, problem, ""):
+            one = (cell or "").strip()
+            for name in [one] if listed and one else cell_labels(one, separator, None, problem, ""):
                 names.setdefault(name, "")
         if spoken:
             words = batch.column("human_labels")
             same = pc.fill_null(pc.equal(pc.list_value_length(ids), pc.list_value_length(words)), False)
             pairs = zip(*(pc.list_flatten(one.filter(same)).to_pylist() for one in (ids, words)), strict=True)
             for name, word in dict(pairs).items():
-                if name and not names[name.strip()]:
+                if name and name.strip() and not names[name.strip()]:
                     names[name.strip()] = str(word or "")
     return False
 
@@ -151,7 +157,8 @@ def _entries(source: ParquetSource, path: str, inside: str, split: str, labelled
     column = _labels(source) if labelled else ""
     classes = _classes(source, column)
     fold = "fold" if "fold" in there and pa.types.is_integer(source.schema.field("fold").type) else ""
-    wanted = [name for name in (id_, column, fold) if name]
+    own = "split" if "split" in there and _is_text(source.schema.field("split").type) else ""
+    wanted = [name for name in (id_, column, fold, own) if name]
     sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     first = np.cumsum([0, *sizes])
     row, group = 0, 0
@@ -167,6 +174,7 @@ def _entries(source: ParquetSource, path: str, inside: str, split: str, labelled
             if classes and not isinstance(picked, str):
                 picked = [classes[label] if isinstance(label, int) and 0 <= label < len(classes) else label
                           for label in picked]  # fmt: skip
-            yield Entry(cells.get(id_) or f"{inside}{BETWEEN}{row}", f"{path}{BETWEEN}{row}", picked, split,
-                        at=(group, int(row - first[group])), fold=int(cells.get(fold) or 0))  # fmt: skip
+            yield Entry(cells.get(id_) or f"{inside}{BETWEEN}{row}", f"{path}{BETWEEN}{row}", picked,
+                        (cells.get(own) or "").strip() or split, at=(group, int(row - first[group])),
+                        fold=cells.get(fold))  # fmt: skip
             row += 1

@@ -29,7 +29,7 @@ def read(asked: Asked, table: Location) -> Catalog:
         for line, row in records_of(table, ("path", "labels")):
             try:
                 start, end = float(row.get("start") or 0.0), None if row.get("end") is None else float(row["end"])
-                fold = int(row.get("fold") or 0)
+                fold = None if row.get("fold") in (None, "") else int(row["fold"])
             except (TypeError, ValueError, OverflowError) as error:
                 raise UserError(f"{table}:{line}: start, end or fold is no number; correct it") from error
             if isinstance(row.get("fold"), float) and fold != row["fold"]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from pipeline.data.storage import join
 from shard_tools.audio_files import plain_times, segment_names
-from shard_tools.catalogs import Catalog
+from shard_tools.catalogs import SEGMENT_ID, Catalog
 from shard_tools.forms.entries import Asked, Entry, Files, assemble
 from shard_tools.tables import Table
 
@@ -31,6 +31,8 @@ def read(asked: Asked) -> Catalog:
             if len(row) != 4:
                 raise source.problem(line, f"{len(row)} cells, not id,start,label,split", "get the csv again")
             name, start = row[0], source.seconds(line, "start", row[1])
+            if SEGMENT_ID.fullmatch(name) is None:
+                raise source.problem(line, f"'{name[:40]}' is no YouTube id", "get the csv again")
             found = files.find(segment_names(name, start, start + SECONDS))
             stem, path, at = found[0] if found else ("", "", None)
             video = (plain_times(name), plain_times(f"Y{name}"))

@@ -38,6 +38,18 @@ def test_a_segment_of_an_hour_is_sought_not_decoded(tmp_path):
     assert decoded.waveform == pytest.approx(np.full(80000, 0.59), abs=1e-4)
 
 
+def test_gsm_in_a_wav_is_read(tmp_path):
+    """As telephones record; libsndfile reads it from front to back, and refused to seek."""
+    path = tmp_path / "call.wav"
+    soundfile.write(path, sound(), 8000, format="WAV", subtype="GSM610")
+    with soundfile.SoundFile(path) as file:
+        file.seekable = lambda: False
+        whole = file.read(len(sound()), dtype="float32")
+    for start in (0.0, 1.25):
+        decoded = decode(str(path), start, start + 0.5, rate=8000, seconds=10.0)
+        assert np.array_equal(decoded.waveform, whole[round(start * 8000) :][:4000])
+
+
 def test_resampling_does_not_alias(tmp_path):
     """A 9 kHz tone has no place at 16 kHz: nothing of it folds back."""
     high = 0.5 * np.sin(2 * np.pi * 9000 * np.arange(44100) / 44100)

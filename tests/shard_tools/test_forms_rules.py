@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
+from shard_tools.audio_files import SPLIT_NAMES
 from shard_tools.catalogs import Catalog
 from shard_tools.forms import look
-from shard_tools.forms.entries import Asked
+from shard_tools.forms.entries import Asked, split_of
 from tests.shard_tools.containers import recordings
 from tests.shard_tools.test_forms import catalog, wds
 
@@ -350,6 +351,27 @@ def test_accents_as_one_sign_or_two_name_one_file(tmp_path, caplog):
     assert caplog.text == ""
 
 
+def test_accents_of_names_that_are_looked_for(tmp_path):
+    """Where a table lists names and no paths."""
+    names = {form: unicodedata.normalize(form, f"{form}é.wav") for form in ("NFC", "NFD")}
+    other = [unicodedata.normalize({"NFC": "NFD", "NFD": "NFC"}[form], name) for form, name in names.items()]
+    write(tmp_path, {f"audio/{name}": WAV for name in names.values()})
+    write(tmp_path, {"weak.tsv": "filename\tevent_labels\n" + "".join(f"{name}\tDog\n" for name in other)})
+    assert paths(catalog("--root", tmp_path), tmp_path) == [f"audio/{name}" for name in names.values()]
+
+
+def test_a_held_out_file_that_was_encoded_anew_is_held_out(tmp_path):
+    """It was in train, and missing in test."""
+    write(tmp_path, dict.fromkeys(("a/0.wav", "a/1.flac", "a/2.wav", "b/0.wav"), WAV))
+    write(tmp_path, {"validation_list.txt": "a/0.wav\r\n", "testing_list.txt": "a/1.wav\nb/0.wav\nb/9.wav\n"})
+    found = catalog("--root", tmp_path)
+    assert {clip.id: clip.split for clip in found.clips} == {"a/0.wav": "validation", "a/1.flac": "test",
+                                                             "a/2.wav": "train", "b/0.wav": "test"}  # fmt: skip
+    assert [failure.id for failure in found.missing] == ["b/9.wav"]
+    write(tmp_path, {"validation_list.txt": "a/1.flac\n"})
+    refused(r"testing_list\.txt:1: 'a/1\.wav' is in validation_list\.txt too", "--root", tmp_path)
+
+
 def test_audioset_as_files_is_neither_classes_nor_audio_without_labels(tmp_path):
     clips = ("Y-0RWZT-miFs", "YeI8F1Z2nZIA")
     write(tmp_path / "flat", {"balanced_train_segments.csv": "# YTID, start, end, labels\n",
@@ -365,3 +387,105 @@ def test_a_pipe_in_the_root_is_no_table(tmp_path):
     write(tmp_path, {"dog/a.wav": WAV, "cat/b.wav": WAV})
     os.mkfifo(tmp_path / "notes.txt")
     assert labels(catalog("--root", tmp_path)) == [["cat"], ["dog"]]
+
+
+@pytest.mark.parametrize("name", sorted(SPLIT_NAMES))
+def test_every_name_of_a_split_is_one(name):
+    """What look.py takes for a folder of a split had none of its own, and its clips were gone, or in train."""
+    assert split_of(f"{name}/0.tar")
+
+
+def test_no_folder_of_a_split_is_left_out_in_silence(tmp_path, caplog):
+    write(tmp_path, {f"{name}/{label}/0.wav": WAV for name in ("train", "testset", "heldout") for label in ("a", "b")})
+    assert set(catalog("--root", tmp_path).splits) == {"train", "test", "heldout"}
+    assert caplog.text == ""
+    write(tmp_path, dict.fromkeys(("more/a/1.wav", "train/2.wav", "train/_background_noise_/3.wav"), WAV))
+    write(tmp_path, {"more/a/1.txt": ""})
+    assert len(catalog("--root", tmp_path, "--dataset", "audiofolder").clips) == 6
+    assert "3 audio files are in no class folder of a split and are left out, such as more/a/1.wav" in caplog.text
+
+
+def test_fold_0_beside_others_is_refused_in_every_form(tmp_path, caplog):
+    """It would be in every training set, and never held out."""
+    rows = [{"path": f"{fold}.wav", "labels": "Dog", "fold": fold} for fold in (1, 0, 2)]
+    write(tmp_path, {"t.jsonl": lines(rows)} | {f"{fold}.wav": WAV for fold in range(3)})
+    refused(r"t\.jsonl:2: fold 0 beside others: folds count from 1", "--table", tmp_path / "t.jsonl")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    refused(r"t\.parquet:2: fold 0 beside others", "--table", tmp_path / "t.parquet")
+    (tmp_path / "p").mkdir()
+    refused(r"train\.parquet::2: fold 0 beside others", "--root",
+            parquet(tmp_path / "p", values=["Dog"] * 3, fold=[1, 2, 0]))  # fmt: skip
+    found = catalog("--root", parquet(tmp_path / "p", values=["Dog"] * 3, fold=[1, 2, None]))
+    assert [clip.fold for clip in found.clips] == [1, 2, 0]
+    assert "train.parquet::2: 1 clips of split 'train' have no fold and 2 have one" in caplog.text
+    caplog.clear()
+    for folds in ([0, 0], [None, None]):
+        catalog("--root", parquet(tmp_path / "p", values=["Dog"] * 2, fold=pa.array(folds, pa.int64())))
+    assert caplog.text == ""
+
+
+def test_a_row_of_parquet_tells_its_split(tmp_path):
+    """All were of the split that the file's name tells, the test set in train."""
+    found = catalog("--root", parquet(tmp_path, values=["a", "b", "a"], split=["test", None, "eval"]))
+    assert [clip.split for clip in found.clips] == ["test", "train", "eval"]
+    splits = pa.array(["test", "eval", "test"]).dictionary_encode()
+    found = catalog("--root", parquet(tmp_path, values=["a", "b", "a"], split=splits))
+    assert [clip.split for clip in found.clips] == ["test", "eval", "test"]
+    found = catalog("--root", parquet(tmp_path, values=["a", "b", "a"], split=[1, 2, 3]))  # no names
+    assert found.splits == ["train"]
+
+
+def test_a_table_behind_very_many_files_is_found(tmp_path, monkeypatch):
+    """Names of audio come before it in the alphabet; without it the clips had no labels."""
+    monkeypatch.setattr(look, "LOOK_AROUND", 3)
+    write(tmp_path, {f"{number}.wav": WAV for number in range(5)} | {f"more/{number}.wav": WAV for number in range(5)})
+    write(tmp_path, {"metadata.csv": "file_name,label\n" + "".join(f"{number}.wav,Dog\n" for number in range(5))})
+    assert look.find(Asked(tmp_path)) == "audiofolder"
+    assert look._names(Asked(tmp_path)) == ["0.wav", "1.wav", "2.wav", "metadata.csv"]
+
+
+def test_a_row_without_an_id_is_named(tmp_path):
+    write(tmp_path, {"vggsound.csv": "aaaaaaaaaaa,1,Dog,train\n,1,Dog,train\n", "aaaaaaaaaaa_000001.wav": WAV})
+    refused(r"vggsound\.csv:2: '' is no YouTube id", "--root", tmp_path)
+
+
+def test_kaldi_s_lines_that_contradict_one_another(tmp_path):
+    """The last one was taken: other audio under the label."""
+    write(tmp_path, {"0.wav": WAV, "1.wav": WAV, "wav.scp": "r 0.wav\nr 1.wav\n", "text": "u Dog\n",
+                     "segments": "u r 0 0.25\nu r 0 0.25\nu r 0.5 0.75\n"})  # fmt: skip
+    refused(r"wav\.scp:2: 'r' came before with another path", "--root", tmp_path)
+    write(tmp_path, {"wav.scp": "r 0.wav\nr 0.wav\n"})
+    refused(r"segments:3: 'u' came before with another segment", "--root", tmp_path)
+
+
+def test_an_empty_text_in_a_list_is_no_class(tmp_path):
+    write(tmp_path, {"0.wav": WAV, "1.wav": WAV})
+    write(tmp_path, {"t.jsonl": lines([{"path": "0.wav", "labels": ["Dog", ""]}, {"path": "1.wav", "labels": [" "]}])})
+    found = catalog("--table", tmp_path / "t.jsonl")
+    assert ([label.name for label in found.labels], labels(found)) == (["Dog"], [["Dog"], []])
+    (tmp_path / "p").mkdir()
+    words = [["D", ""], [""]]
+    found = catalog("--root", parquet(tmp_path / "p", "labels", values=[["Dog", " "], [""]], human_labels=words))
+    assert ([label.name for label in found.labels], labels(found)) == (["D"], [["D"], []])
+
+
+def test_classes_that_look_alike_are_said(tmp_path, caplog):
+    names = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    write(tmp_path, {f"a/{split}/{name}/0.wav": WAV for split, name in zip(("train", "test"), names, strict=True)})
+    write(tmp_path, {f"b/{name}/0.wav": WAV for name in ("Dog", "dog")})
+    for root, (one, other) in (("a", sorted(names)), ("b", ("Dog", "dog"))):
+        assert len(catalog("--root", tmp_path / root).labels) == 2
+        assert f"{tmp_path / root}: '{one}' and '{other}' are two classes; are they meant as one?" in caplog.text
+
+
+def test_a_clip_without_events_is_a_clip(tmp_path):
+    """DESED's tables list such, with empty cells; those of other tables lack something."""
+    strong = "filename\tonset\toffset\tevent_label\n0.wav\t0\t0.3\tDog\n1.wav\t\t\t\n"
+    write(tmp_path, {"0.wav": WAV, "1.wav": WAV, "strong.tsv": strong})
+    found = catalog("--root", tmp_path)
+    assert labels(found) == [["Dog"], []]
+    assert [len(clip.events) for clip in found.clips] == [1, 0]
+    write(tmp_path, {"strong.tsv": strong.replace("1.wav\t\t", "1.wav\t0.1\t0.2")})
+    refused(r"strong\.tsv:3: no event_label and no event_labels", "--root", tmp_path)
+    write(tmp_path, {"strong.tsv": "filename\tevent_labels\n0.wav\tDog\n1.wav\t\n"})
+    refused(r"strong\.tsv:3: no event_label and no event_labels", "--root", tmp_path)

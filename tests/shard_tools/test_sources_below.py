@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import signal
 import struct
@@ -11,8 +12,10 @@ import tarfile
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import boto3
+import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +26,8 @@ from pipeline.data.manifest import load_index
 from pipeline.errors import UserError
 from shard_tools import sources, stamps
 from shard_tools.build import build, build_slice, merge
-from shard_tools.forms import hdf5
+from shard_tools.forms import hdf5, look
+from shard_tools.forms.entries import Asked
 from shard_tools.forms.records import parquet_source
 from shard_tools.names import plain, split_source
 from shard_tools.plan import Slice, SplitPlan
@@ -98,6 +102,36 @@ def test_what_a_container_holds_anew_is_built_anew(tmp_path, kind):
     build(catalog_of(root, kind), out, OPTIONS, 1, engine="inline")
     build(catalog_of(root, kind), tmp_path / "new", OPTIONS, 1, engine="inline")
     assert digests(out) == digests(tmp_path / "new") != untouched
+
+
+@pytest.mark.parametrize("kind", ["parquet", "h5"])
+def test_a_container_that_changes_after_it_was_listed_gives_no_clip_under_anothers_label(tmp_path, kind):
+    """Its rows are known by their numbers: those of the new file got the names and labels of the old one's."""
+    root, out = tmp_path / "root", tmp_path / "out"
+    root.mkdir()
+    (tmp_path / "c.csv").write_text("index,mid,display_name\n0,/m/a,a\n1,/m/b,b\n")
+
+    def write(order: list[int]) -> None:
+        (root / f"train.{kind}").unlink(missing_ok=True)  # h5py does not write over a file that is open
+        if kind == "parquet":
+            rows = [{"bytes": WAVS[number], "path": None} for number in order]
+            names = [("/m/a", "/m/b")[number] for number in order]
+            pq.write_table(pa.table({"audio": rows, "label": names, "id": names}), root / "train.parquet")
+            return
+        with h5py.File(root / "train.h5", "w") as file:
+            file["waveform"] = np.stack([np.full(1600, 1000 * number, np.int16) for number in order])
+            file["target"], file.attrs["sample_rate"] = np.eye(2, dtype=bool)[order], 16000
+
+    write([0, 1])
+    listed = look.read({"h5": "hdf5"}.get(kind, kind), Asked(root, class_labels=tmp_path / "c.csv"))
+    write([1, 0])
+    with pytest.raises(UserError, match=rf"train\.{kind}: was written anew since its clips were listed"):
+        build(listed, out, OPTIONS, 1, engine="inline")
+    assert not list(out.glob("*.tar"))
+    write([0, 1])
+    os.utime(root / f"train.{kind}", ns=(0, listed.containers[f"{root}/train.{kind}"][1]))
+    build(listed, out, OPTIONS, 1, engine="inline")
+    assert verify(out, 1) == []
 
 
 def test_parquet_is_read_by_few_row_groups_and_its_clips_are_mixed(tmp_path):
@@ -234,6 +268,23 @@ def test_members_of_a_zip_that_lie(tmp_path, fields, said):
     path.write_bytes(local_header(path.read_bytes(), "audio/0.wav", **fields))
     with pytest.raises(SourceError, match=said):
         read(first.name, first.at)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_damaged_member_of_a_zip_that_was_streamed_is_told(tmp_path, method):
+    """Its CRC follows the member, as macOS writes it, and was not looked at."""
+    stream, path, wav = io.BytesIO(), tmp_path / "a.zip", bytes(np.random.default_rng(0).integers(0, 99, 9000))
+    stream.tell = stream.seek = Mock(side_effect=OSError)  # as a pipe's
+    with zipfile.ZipFile(stream, "w", method) as whole:
+        whole.writestr("0.wav", wav)
+        assert whole.getinfo("0.wav").flag_bits & 8
+    path.write_bytes(stream.getvalue())
+    assert read(f"{path}::0.wav") == wav
+    flipped = bytearray(stream.getvalue())
+    flipped[4000] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(SourceError, match="damaged: its CRC-32 is not the one in its zip"):
+        read(f"{path}::0.wav")
 
 
 def test_truncated_containers(tmp_path, caplog):

@@ -17,13 +17,11 @@ from pipeline.command_line import new_parser, path_of
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.errors import UserError, run_cli
 from pipeline.files import read_json
-from pipeline.methods import FINETUNE, PRETRAIN
+from pipeline.methods import FINETUNE, PRETRAIN, Reads
 from pipeline.recipes import load_recipe
 
 if TYPE_CHECKING:
     from pipeline.engine.plan import Cost, Shape
-
-GIB = 2**30
 
 
 def main() -> None:
@@ -35,23 +33,24 @@ def main() -> None:
     recipe = load_recipe(kind, args.config, args.settings)
     shape, clips = _data(recipe)
     contrast = 0
+    method: Reads
     if isinstance(recipe, FinetuneRecipe):
-        label, wav, spec = FINETUNE[recipe.finetune.method].label, True, False  # mixup: fbanks are computed
+        method = FINETUNE[recipe.finetune.method]
     else:
         method = PRETRAIN[recipe.pretrain.method]
-        label, wav, spec = method.label, method.wav, method.spec
         both_ways = recipe.pretrain.symmetric or recipe.pretrain.negatives == "both"
         contrast = method.contrast * (2 if both_ways else 1)
     cost = plan.record(recipe, shape, args.precision)
     batch = _batch(recipe, args.gpus)
     teacher = f" and a teacher's {cost.teacher / 1e6:.2f}" if cost.teacher else ""
-    print(f"{label}, {recipe.model.size}: {cost.parameters / 1e6:.2f} M parameters{teacher}, {args.precision}; "
+    print(f"{method.label}, {recipe.model.size}: {cost.parameters / 1e6:.2f} M parameters{teacher}, {args.precision}; "
           f"{args.gpus} GPUs of {args.gpu_memory:g} GB, {args.nodes} x {args.gpus // args.nodes}")  # fmt: skip
     if recipe.data.seconds:
         print("all figures are of inputs as long as the shards' clips; those of data.seconds cost less")
-    _print_memory(cost, args.gpus, batch, args.gpu_memory)
+    wanted = recipe.train.micro_batch
+    _print_memory(cost, args.gpus, batch, args.gpu_memory, wanted)
     rate = _rate(args, cost)
-    per_clip = plan.clip_bytes(shape, wav, spec)
+    per_clip = _read(recipe, method, shape)
     print(f"\ncompute    {cost.flops / 1e9:.1f} GFLOP a clip, {cost.flops * batch / 1e12:.1f} TFLOP a step of {batch} "
           "clips (forward and backward)")  # fmt: skip
     steps = recipe.train.steps or recipe.train.epochs * clips / batch
@@ -60,7 +59,7 @@ def main() -> None:
     print(f"link       {link / 1e9:g} GB/s a GPU and direction ({named})")
     best = 0.0
     for stage in _stages(cost):
-        accumulation = _accumulation(cost, stage, args.gpus, batch, args.gpu_memory)
+        accumulation = _accumulation(cost, stage, args.gpus, batch, args.gpu_memory, wanted)
         sent = plan.traffic(cost, stage, args.gpus, batch, contrast, accumulation)
         took = plan.step_time(cost, stage, args.gpus, batch, contrast, accumulation, rate * cost.flops, link)
         best = max(best, batch / took.total)
@@ -76,7 +75,7 @@ def main() -> None:
         hours = steps * took.total / 3600
         print(f"time       {batch / took.total * 3600:,.0f} clips an hour; {steps:,.0f} steps on {clips:,} clips: "
               f"{hours:.1f} h, {hours * args.gpus:.0f} GPU hours")  # fmt: skip
-        print(f"gain       {_gain(args, cost, stage, batch, contrast, rate * cost.flops)}")
+        print(f"gain       {_gain(args, cost, stage, batch, contrast, rate * cost.flops, wanted)}")
     print(f"\nshards     {best * per_clip / 1e6:.0f} MB/s in all, {best * per_clip / args.nodes / 1e6:.0f} MB/s a node "
           f"({per_clip / 1e3:.0f} kB a clip)")  # fmt: skip
 
@@ -86,23 +85,37 @@ def _link(args: argparse.Namespace, gpus: int) -> float:
     return float((args.link if gpus > args.gpus // args.nodes else args.nvlink) * 1e9)
 
 
-def _accumulation(cost: "Cost", stage: int, gpus: int, batch: int, gigabytes: float) -> int:
-    """The fewest micro-batches that fit; where none does, of one clip."""
+def _read(recipe: PretrainRecipe | FinetuneRecipe, method: Reads, shape: "Shape") -> float:
+    """Bytes of the shards that a clip of a batch takes, as the loader reads them."""
+    from pipeline.data.augment import changes_waveform
+    from pipeline.engine.plan import clip_bytes
+
+    computed = recipe.data.fbank == "online" or (recipe.data.fbank == "auto" and changes_waveform(recipe.augment))
+    own = clip_bytes(shape, method.wav or computed, method.spec and not computed)
+    return own + recipe.augment.mixup * clip_bytes(shape, True, False)  # mixup's other clips
+
+
+def _accumulation(cost: "Cost", stage: int, gpus: int, batch: int, gigabytes: float, wanted: int) -> int:
+    """Micro-batches of `wanted` clips, where it divides; else the fewest that fit, and where none does, of one clip."""
     from pipeline.engine import plan
 
     share = batch // gpus
+    if wanted and share % wanted == 0:
+        return share // wanted
     fitting = (share // micro for micro in range(share, 0, -1)
                if share % micro == 0 and plan.memory(cost, stage, gpus, micro).total <= plan.ROOM * gigabytes * 1e9)
     return next(fitting, share)
 
 
-def _gain(args: argparse.Namespace, cost: "Cost", stage: int, batch: int, contrast: int, sustained: float) -> str:
+def _gain(
+    args: argparse.Namespace, cost: "Cost", stage: int, batch: int, contrast: int, sustained: float, wanted: int
+) -> str:
     """From how many GPUs on a step of this batch is more launch floor and traffic than computation."""
     from pipeline.engine import plan
 
     node = args.gpus // args.nodes
     for gpus in (gpus for gpus in range(1, batch + 1) if batch % gpus == 0):
-        accumulation = _accumulation(cost, stage, gpus, batch, args.gpu_memory)
+        accumulation = _accumulation(cost, stage, gpus, batch, args.gpu_memory, wanted)
         link = _link(args, gpus)
         took = plan.step_time(cost, stage, gpus, batch, contrast, accumulation, sustained, link)
         if took.compute < took.total / 2:
@@ -176,21 +189,21 @@ def _batch(recipe: PretrainRecipe | FinetuneRecipe, gpus: int) -> int:
         return sizes[0]
 
 
-def _print_memory(cost: "Cost", gpus: int, batch: int, gigabytes: float) -> None:
+def _print_memory(cost: "Cost", gpus: int, batch: int, gigabytes: float, wanted: int) -> None:
     from pipeline.engine import plan
 
     share = batch // gpus
     micros = [micro for micro in range(share, 0, -1) if share % micro == 0]
-    micros = micros if len(micros) <= 6 else [*micros[:5], 1]
+    micros = [micro for number, micro in enumerate(micros) if number < 5 or micro in (1, wanted)]
     print("\nmemory     GB a GPU, by micro-batch (x accumulation); * does not fit")
     print(" " * 11 + "ZeRO  states " + "".join(f"{f'{micro} (x {share // micro})':>12s}" for micro in micros))
     for stage in _stages(cost):
         cells = []
         for micro in micros:
             need = plan.memory(cost, stage, gpus, micro)
-            cells.append(f"{need.total / GIB:10.2f}{' ' if need.total <= plan.ROOM * gigabytes * 1e9 else '*'} ")
+            cells.append(f"{need.total / 1e9:10.2f}{' ' if need.total <= plan.ROOM * gigabytes * 1e9 else '*'} ")
         states = plan.memory(cost, stage, gpus, 0)
-        print(f"           {stage:4d}{states.total / GIB:8.2f} " + "".join(cells))
+        print(f"           {stage:4d}{states.total / 1e9:8.2f} " + "".join(cells))
 
 
 def _stages(cost: "Cost") -> list[int]:

@@ -120,11 +120,19 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     """Reads a DeepSpeed configuration: a path, or the name of a file in configs/deepspeed/.
 
     Raises:
-        UserError: no such file, or not a JSON object.
+        UserError: no such file, not a JSON object, or a key twice, of which DeepSpeed would not see the first.
     """
     path = config_path(name, "--deepspeed_config", "deepspeed", ".json")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise UserError(f"--deepspeed_config {path}: '{twice[0]}' is there twice; join the two")
+        return dict(pairs)
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except OSError as error:
         names = ", ".join(sorted(file.name for file in shipped("deepspeed").glob("*.json")))
         raise UserError(f"--deepspeed_config {name}: {error.strerror}; give a path, or one of {names}") from error

@@ -79,6 +79,7 @@ def _join(value: Any) -> Any:
 
 Drop = Literal["random", "cluster", "time", "frequency"]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 # Names of splits with commas between, which a name cannot hold.
 SplitNames = Annotated[str, BeforeValidator(_join)]
@@ -319,7 +320,7 @@ class OptimConfig(Section):
     name: Literal["adam", "adamw"] = result("adam", description="adam: L2 in the gradient, as SSAST")
     lr: float = result(5e-4, gt=0, description="peak learning rate")
     head_lr: float = result(1.0, gt=0, description="finetuning: the classifier's rate, times this (SSAST: 1)")
-    betas: tuple[float, float] = result((0.95, 0.999), description="Adam's decay rates")
+    betas: tuple[Beta, Beta] = result((0.95, 0.999), description="Adam's decay rates")
     weight_decay: float = result(5e-7, ge=0, description="L2 (adam) or decoupled (adamw) decay")
     clip: float = result(0.0, ge=0, description="largest gradient norm; 0: no clipping")
     warmup: int = result(1000, ge=0, description="steps of linear warm-up")
@@ -378,6 +379,13 @@ class CheckpointConfig(Section):
         if any(not 0 < share <= 1 for share in shares):
             raise ValueError("give shares of the run above 0, at most 1, such as [0.25,0.5,0.75]")
         return shares
+
+    @field_validator("average")
+    @classmethod
+    def _epochs(cls, epochs: tuple[int, int]) -> tuple[int, int]:
+        if epochs != (0, 0) and not 1 <= epochs[0] <= epochs[1]:
+            raise ValueError("give the first and the last epoch, counted from 1, such as [6,25]")
+        return epochs
 
     @model_validator(mode="after")
     def _one_average(self) -> "CheckpointConfig":

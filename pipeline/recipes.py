@@ -177,7 +177,7 @@ def _parse(text: str) -> Any:
     """One YAML document of bounded size.
 
     Raises:
-        ValueError: it is not YAML, or too large once its aliases are followed, or nested too deeply.
+        ValueError: it is not YAML, too large once its aliases are followed, nested too deeply, or has a key twice.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -194,9 +194,17 @@ def _parse(text: str) -> Any:
 
 
 def _expanded(node: yaml.Node, known: dict[int, float]) -> float:
-    """Nodes below `node`, those behind an alias counted each time; infinite where one holds itself."""
+    """Nodes below `node`, those behind an alias counted each time; infinite where one holds itself.
+
+    Raises:
+        ValueError: a mapping has a key twice, of which PyYAML would keep the last one and say nothing.
+    """
     if id(node) not in known:
         known[id(node)] = math.inf
+        keys: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if keys.setdefault((key.tag, str(key.value)), key) is not key:
+                raise ValueError(f"line {key.start_mark.line + 1}: '{key.value}' is there twice; join the two")
         below = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else (
             node.value if isinstance(node, yaml.SequenceNode) else [])  # fmt: skip
         known[id(node)] = 1 + sum(_expanded(part, known) for part in below)

@@ -110,9 +110,12 @@ def check_run(run_dir: Path, recipe: Recipe, ds: dict[str, Any], spec: DataSpec)
 
 
 def write_record(
-    run_dir: Path, recipe: Recipe, ds: dict[str, Any], spec: DataSpec, init: dict[str, Any] | None = None
+    run_dir: Path, recipe: Recipe, ds: dict[str, Any], spec: DataSpec, init: dict[str, Any] | None = None, step: int = 0
 ) -> None:
     """Writes what the run is: `config.yaml`, `ds.json`, `data.json`, and `init.json` of one that begins. For rank 0.
+
+    Of one that goes on from `step` it names that checkpoint as `latest`, too: one that was killed may have completed it
+    and not named it, or a later one, which `latest` names, may be damaged. The weights of a run are those of `latest`.
 
     Raises:
         UserError: the disk does not take them.
@@ -123,6 +126,8 @@ def write_record(
         spec.save(run_dir)
         if init:
             write_json(run_dir / "init.json", init)
+        if step:
+            write_text(run_dir / "checkpoints" / "latest", f"step-{step:08d}")
     except OSError as error:
         raise UserError(f"run.dir = {run_dir}: {error.strerror}: {error.filename}") from error
 

@@ -155,7 +155,7 @@ def _prepared(
                 f"{total}; give as many or more, or another run.dir"
             )
         init = initialise(task, recipe, spec) if recipe.model.init and not step else None
-        distributed.decide(lambda: write_record(run_dir, recipe, ds, spec, init))
+        distributed.decide(lambda: write_record(run_dir, recipe, ds, spec, init, step))
         with tracked(launch, run_dir, name, kind, world, corpus) as tracker:
             yield Job(recipe, ds, batches, task, loader, total, None, metric, run_dir, tracker), held_out
 
@@ -173,7 +173,11 @@ def _loaders(recipe: Recipe, method: Reads, world: World) -> Iterator[tuple[Load
                 log.warning("data.eval_split = '%s' is not in the shards: nothing is held out", recipe.data.eval_split)
             yield loader, None
             return
-        with part(part="eval", batch_size=eval_batch_size(recipe, world), limit=recipe.eval.clips) as held_out:
+        size, wanted = eval_batch_size(recipe, world), recipe.eval.batch_size or recipe.train.batch_size
+        if size != wanted and isinstance(recipe, PretrainRecipe) and PRETRAIN[recipe.pretrain.method].contrast:
+            log.warning("eval.batch_size = %d does not divide by %d ranks: %d are taken; a contrast of other clips is "
+                        "another number: take a multiple of the ranks", wanted, world.size, size)  # fmt: skip
+        with part(part="eval", batch_size=size, limit=recipe.eval.clips) as held_out:
             yield loader, held_out
 
 

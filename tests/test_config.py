@@ -68,6 +68,9 @@ def test_every_shipped_recipe_loads_and_only_overrides(file):
         (["checkpoint.average=6"], "checkpoint.average = 6: Input should be a list; write it as [6,25]"),
         (["model.kernels=51"], "write it as [11,51,101]"),
         (["checkpoint.keep_at=[2]"], "give shares of the run"),
+        (["checkpoint.average=[25,6]"], "checkpoint.average = [25, 6]: give the first and the last epoch, counted"),
+        (["checkpoint.average=[0,5]"], "checkpoint.average = [0, 5]: give the first and the last epoch, counted"),
+        (["optim.betas=[0.9,1]"], "optim.betas = 1: Input should be less than 1; write it as [0.95,0.999]"),
         (["optim.lr=nan"], "optim.lr = 'nan': Input should be a finite number"),
         (["optim.lr=.inf"], "optim.lr = inf"),
         (["data.mean=-.inf"], "data.mean = -inf"),
@@ -98,6 +101,17 @@ def test_files_that_are_no_sane_yaml_are_one_line(tmp_path, content):
         load_recipe(PretrainRecipe, [file])
     with pytest.raises(UserError, match=r"x\.yaml: not YAML: "):
         Grid([file], "micro", {})
+
+
+@pytest.mark.parametrize("text", ["optim: {lr: 1}\ntrain: {steps: 3}\noptim:\n  warmup: 7\n",
+                                  "train:\n  steps: 3\noptim: {clip: 1,\n  clip: 2}\n"])  # fmt: skip
+def test_a_key_that_is_there_twice_is_refused(tmp_path, text):
+    """PyYAML keeps the last one: the settings of the first section would be lost."""
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"x\.yaml: not YAML: line [34]: '(optim|clip)' is there twice; join the two"):
+        load_recipe(PretrainRecipe, [tmp_path / "x.yaml"])
+    with pytest.raises(UserError, match=r"optim: '\{lr: 1, lr: 2\}' is not a YAML value"):
+        load_recipe(PretrainRecipe, [], ["optim={lr: 1, lr: 2}"])
 
 
 def test_anchors_and_merge_keys_are_yaml(tmp_path):

@@ -1,6 +1,7 @@
 """A run directory is one run's: what may change in it, and what model.init gives a run that begins."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -12,14 +13,17 @@ from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.corpus import load_corpus
 from pipeline.data.manifest import Label
 from pipeline.data.spec import DataSpec
+from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.export import export_safetensors, open_exported
 from pipeline.files import write_json
+from pipeline.methods import PRETRAIN
+from pipeline.model.weights import weights_file
 from pipeline.recipes import load_recipe
 from pipeline.run_directory import check_run, write_record
 from pipeline.runs import initialise
 from pipeline.tasks import FinetuneTask
-from pipeline.train import check_held_out
+from pipeline.train import _loaders, check_held_out
 from tests.ranks import run_ranks
 
 MICRO = ["model.size=micro", "model.stride=16", "train.batch_size=8", "train.steps=6"]
@@ -48,6 +52,17 @@ def checkpoint(run_dir: Path, step: int, recipe: FinetuneRecipe, seed: int = 0) 
     write_json(folder / "complete", {file.name: file.stat().st_size for file in folder.iterdir()})
     (run_dir / "checkpoints" / "latest").write_text(folder.name)
     return folder
+
+
+def test_held_out_batches_of_another_size_on_these_ranks_are_said(shards, caplog, monkeypatch):
+    """The held-out contrast is over the batch: it would be compared with that of other ranks."""
+    monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)
+    for ranks, said in ((2, ""), (4, "eval.batch_size = 10 does not divide by 4 ranks: 8 are taken")):
+        words = [f"data.shards={shards}", "train.batch_size=8", "eval.batch_size=10", "data.workers=0"]
+        recipe = load_recipe(PretrainRecipe, [], words)
+        with _loaders(recipe, PRETRAIN["pswacl"], World(0, ranks)):
+            assert said in caplog.text
+            assert bool(said) == ("does not divide" in caplog.text)
 
 
 @pytest.fixture
@@ -109,6 +124,21 @@ def test_what_was_overwritten_is_compared_with_the_checkpoint(run, shards):
     write_record(run_dir, other, DS, spec_of(other))
     with pytest.raises(UserError, match=r"optim\.lr = 5e-05, not 0\.1"):
         check_run(run_dir, other, DS, spec_of(other))
+
+
+def test_the_weights_of_a_run_that_goes_on_are_those_it_goes_on_from(run, shards):
+    """A kill between completing a checkpoint and naming it; a newest one that is damaged."""
+    run_dir, _ = run
+    recipe = finetuning(run_dir, shards, "train.steps=8")
+    newest = checkpoint(run_dir, 8, recipe)
+    for damaged, named, step in ((False, "step-00000006", 8), (True, "step-00000008", 6)):
+        (run_dir / "checkpoints" / "latest").write_text(named)
+        if damaged:
+            (newest / "weights.safetensors").write_bytes(b"")
+        found = check_run(run_dir, recipe, DS, spec_of(recipe))[0]
+        write_record(run_dir, recipe, DS, spec_of(recipe), step=found)
+        assert found == step
+        assert weights_file(run_dir).parent.name == f"step-{step:08d}"
 
 
 def test_longer_and_elsewhere_is_the_same_run(run, shards, tmp_path):

@@ -139,6 +139,8 @@ class BadClips:
     def replace(self, step: int, count: int) -> None:
         """Takes down how many samples this rank replaced in a step; of an evaluation, all are of step 0.
 
+        Of a run that goes on, rank 0 begins with those of all ranks in the epoch so far, at the last step before.
+
         Steps come in order; where one comes again, what was known of it and later ones is void.
         """
         while self._steps and self._steps[-1] >= step:
@@ -164,9 +166,10 @@ class BadClips:
         exceeded = self._exceeded(total)
         if exceeded:
             named = "; ".join(f"{key} ({problem})" for key, problem in list(self.problems.items())[:NAMED])
+            elsewhere = "those that the logs of other ranks, or of before a restart, name"
             raise UserError(
                 f"{exceeded}: {total} samples of one epoch could not be read from {self._data.shown}, such as "
-                f"{named or 'those that other ranks name'}; run verify_shards.py, or raise {exceeded.split(' ')[0]}",
+                f"{named or elsewhere}; run verify_shards.py, or raise {exceeded.split(' ')[0]}",
                 local=local,
             )
 

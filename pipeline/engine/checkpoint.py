@@ -93,7 +93,7 @@ class Checkpoints:
         begun = time.perf_counter()
         before = self.settle()
         world, folder = self._world, self._root / f"step-{state['step']:08d}"
-        there = distributed.decide((folder / "complete").exists)  # interrupted in its evaluation and resumed
+        there = distributed.decide(lambda: self._is_there(folder, state))
         made = not there and distributed.decide(lambda: self._make(folder))
         self._lost = None if there or made else folder
         if not made:
@@ -165,6 +165,23 @@ class Checkpoints:
             )
         return said
 
+    def _is_there(self, folder: Path, state: dict[str, Any]) -> bool:
+        """Whether the step has a whole checkpoint, which then takes over `state`. For rank 0.
+
+        A signal can come just after a save. Or it came in the evaluation, which the resumed run has made up for: its
+        metric ranks the checkpoint.
+        """
+        before, wrong = _read(folder)
+        if wrong:
+            return False
+        before.pop("files")
+        try:
+            write_json(folder / "state.json", before | state)
+        except OSError as error:
+            log.warning("%s: %s; the run goes on", folder, error)
+        delete_old(self._run_dir, self._config, self._kept)
+        return True
+
     def _make(self, folder: Path) -> bool:
         """Makes an empty folder, without the remains of killed attempts; False: there is no room. For rank 0.
 
@@ -232,7 +249,10 @@ def delete_old(run_dir: Path, config: CheckpointConfig, kept_steps: frozenset[in
     metrics = {folder: found[folder][0].get("metric") for folder in whole}
     ranked = sorted(((metric, folder) for folder, metric in metrics.items() if metric is not None), reverse=True)
     if ranked:
-        write_text(run_dir / "checkpoints" / "best", ranked[0][1].name)
+        try:
+            write_text(run_dir / "checkpoints" / "best", ranked[0][1].name)
+        except OSError as error:  # a full disk, which deleting makes room on
+            log.warning("%s: %s; the run goes on", run_dir / "checkpoints" / "best", error)
     kept = {*whole[-config.keep :], *(folder for _, folder in ranked[: config.keep_best])}
     for folder in whole:
         step = int(folder.name.removeprefix("step-"))
@@ -273,7 +293,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], str]:
     try:
         sizes = json.loads((folder / "complete").read_text(encoding="utf-8"))
         for name, size in sizes.items():
-            if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            # state.json, written whole or not at all, grows by a metric that is found later; it is read below.
+            if name != "state.json" and (not (folder / name).is_file() or (folder / name).stat().st_size != size):
                 return {}, name
         state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         whole = state.get("step") == int(folder.name.removeprefix("step-"))

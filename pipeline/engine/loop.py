@@ -57,6 +57,7 @@ def train(job: Job, world: World) -> None:
         try:
             if progress.evaluate:  # it was interrupted
                 run.evaluate()
+                run.save()
             world.faults.at(progress.step, "data")
             batches = telemetry.timed(job.loader.batches(progress.step, total))
             batch = next(batches, None)
@@ -122,6 +123,8 @@ class _Run:
         if state:
             checkpoint.restore(engine, job.run_dir, state, weights, world)
             self.progress = Progress.of(state)
+            if world.is_main:  # of all ranks, whatever their number is now; older checkpoints do not say it
+                job.loader.bad_clips.replace(state["step"] - 1, state.get("bad_clips", 0))
             self.mean.restore(checkpoint.stored(job.run_dir, state, "average"))
         at_peak = clips_per_second_at_peak(job.recipe, job.shapes, job.ds, world)
         self.telemetry = Telemetry(job.run_dir, job.tracker, world, job.recipe.log, job.task.model, job.batches.total,
@@ -153,13 +156,16 @@ class _Run:
             UserError: more bad clips than `data.max_bad` or `data.max_bad_share` allow.
         """
         job, progress = self.job, self.progress
-        bad = float(job.loader.replaced(progress.step - 1) * self.world.size)  # its mean over ranks is their sum
-        values = distributed.mean(named | {"bad_clips": torch.tensor(bad, device=self.world.device)}, self.world.device)
+        values = distributed.mean(named | {"bad_clips": self._replaced()}, self.world.device)
         values |= {"lr": rate, "grad_norm": float(grad_norm), "skipped_steps": progress.skipped}
         if scale := checkpoint.loss_scale(self.engine):
             values["loss_scale"] = scale["cur_scale"]
         self.telemetry.write_step(progress.step, job.total_steps, values)
         job.loader.bad_clips.check(round(values["bad_clips"]))
+
+    def _replaced(self) -> float:
+        """Of this rank; its mean over ranks is the number of clips that all have replaced in the epoch so far."""
+        return float(self.job.loader.replaced(self.progress.step - 1) * self.world.size)
 
     def agree(self) -> None:
         """Tells the other ranks of a signal and of finished writing, and learns of theirs at the step before.
@@ -228,6 +234,7 @@ class _Run:
         self.world.faults.at(progress.step, "checkpoint")
         state = asdict(progress) | {
             "position": progress.step * self.job.batches.total,
+            "bad_clips": round(distributed.mean({"replaced": self._replaced()}, self.world.device)["replaced"]),
             "mlflow_run_id": self.job.tracker.run_id,
         }
         posted = self._agreement.take()  # before this save: what it says of writing is about another checkpoint

@@ -27,13 +27,13 @@ KNOWN_KEYS = frozenset(
         "gradient_clipping", "steps_per_print", "managed_gradient_accumulation", "dump_state",
         "disable_python_gc", "disable_allgather", "communication_data_type",
         "seq_parallel_communication_data_type", "prescale_gradients", "gradient_predivide_factor",
-        "gradient_allreduce_op", "zero_optimization", "activation_checkpointing", "comms_logger", "tensorboard",
-        "wandb", "csv_monitor", "comet", "fp16", "bf16", "bfloat16", "torch_autocast", "optimizer", "scheduler",
+        "gradient_allreduce_op", "zero_optimization", "comms_logger", "tensorboard",
+        "wandb", "csv_monitor", "comet", "fp16", "bf16", "torch_autocast",
         "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "flops_profiler",
         "wall_clock_breakdown", "memory_breakdown", "autotuning", "use_data_before_expert_parallelism",
         "hybrid_engine", "pipeline", "data_efficiency", "checkpoint", "data_types", "aio",
         "dataloader_drop_last", "log_level", "nebula", "datastates", "weight_quantization", "compile", "timers",
-        "tensor_parallel", "expert_parallel", "elasticity", "compression_training",
+        "tensor_parallel", "expert_parallel",
     }
 )
 
@@ -50,14 +50,20 @@ ALIGNED = 8  # elements: 16 bytes in half precision, 32 in float32
 # What else of it changes numbers; batch and clipping are the recipe's, ZeRO, offload and compile keep the arithmetic.
 NUMERIC_KEYS = (
     "bf16", "fp16", "torch_autocast", "communication_data_type", "data_types", "prescale_gradients",
-    "gradient_predivide_factor", "weight_quantization", "compression_training", "data_efficiency",
+    "gradient_predivide_factor", "gradient_allreduce_op", "weight_quantization", "data_efficiency",
 )  # fmt: skip
 
-# Sections whose content the recipe owns.
-OWNED = {
-    "optimizer": "optim.*",
-    "scheduler": "optim.*",
-    "activation_checkpointing": "model.checkpoint_activations",
+# Keys whose value is one of some words: another one would end DeepSpeed with a traceback.
+WORDS = {"communication_data_type": ("fp32", "bf16", "fp16"), "gradient_allreduce_op": ("mean", "sum")}
+
+# Keys that DeepSpeed knows and a run cannot take, and what to do instead.
+REFUSED = {
+    "optimizer": "optim.* of the recipe owns it; move it there",
+    "scheduler": "optim.* of the recipe owns it; move it there",
+    "activation_checkpointing": "model.checkpoint_activations of the recipe owns it; move it there",
+    "bfloat16": "its name is bf16; rename it",  # DeepSpeed's older name, which it reads where there is no bf16
+    "elasticity": "train.batch_size of the recipe is the batch on any number of ranks; leave it out",
+    "compression_training": "DeepSpeed no longer has it; leave it out",
 }
 
 
@@ -143,13 +149,16 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     | zero_optimization.stage | "auto" or absent: 1 (`DEFAULT_STAGE`) |
     | zero_optimization.reduce_bucket_size | absent: 2.5e7 elements, a quarter of CRAFT-base |
     | zero_optimization.overlap_comm | absent: true at ZeRO 1 and 2 without offload; at ZeRO 3 DeepSpeed's is true |
-    | zero_optimization.offload_*.device | "nvme": error; "cpu" and "none" are passed on |
+    | zero_optimization.offload_*.device | "nvme": error; "cpu" (optimizer: from stage 1, param: 3) is passed on |
     | bf16.enabled, fp16.enabled | "auto": bf16 on a GPU that computes it itself at ZeRO 1 to 3; fp16 off. Both: error |
     | fp16.enabled | on a CPU: error |
     | bf16, fp16 at ZeRO 0 | error: no float32 gradients there; stage 1 is the same and has them |
     | communication_data_type | absent: "fp32" under bf16 and fp16, the reductions' precision |
     | data_types.grad_accum_dtype | absent: "fp32" under bf16 and fp16 |
     | activation_checkpointing | error: model.checkpoint_activations owns it |
+    | bfloat16 | error: DeepSpeed's older name of bf16 |
+    | managed_gradient_accumulation | false: error: each micro-batch would be an update |
+    | elasticity, compression_training | error: another batch than the recipe's; gone from DeepSpeed |
     | compile.enabled, compile.backend | torch.compile of each encoder block; at ZeRO 3: error |
     | optimizer, scheduler | error: optim.* owns both |
     | timers.throughput | absent: off, since it waits for the GPU twice a step; the trainer has its own |
@@ -165,21 +174,27 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     Raises:
         UserError: as the table says.
     """
-    unknown = sorted(set(ds) - KNOWN_KEYS)
+    unknown = sorted(set(ds) - KNOWN_KEYS - REFUSED.keys())
     if unknown:
         raise UserError(f"ds.json: unknown key '{unknown[0]}' (DeepSpeed would ignore it); correct or remove it")
-    for section, owner in OWNED.items():
-        if section in ds:
-            raise UserError(f"ds.json: '{section}' is set there, but {owner} of the recipe owns it; move it there")
+    for key, remedy in REFUSED.items():
+        if key in ds:
+            raise UserError(f"ds.json: '{key}' is set there, but {remedy}")
     _check_values(ds)
     batches = plan_batches(recipe, ds, world.size)
     zero = {"reduce_bucket_size": BUCKET, **ds.get("zero_optimization", {})}
     zero["stage"] = DEFAULT_STAGE if zero.get("stage", "auto") == "auto" else zero["stage"]
     if zero["stage"] in (1, 2) and not zero.get("offload_optimizer"):
         zero.setdefault("overlap_comm", True)
-    for part in ("offload_optimizer", "offload_param"):
-        if (zero.get(part) or {}).get("device") == "nvme":
+    for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = (zero.get(part) or {}).get("device", "none")
+        if device == "nvme":
             raise UserError(f'ds.json: zero_optimization.{part}.device = "nvme" is not supported; use "cpu"')
+        if device != "none" and zero["stage"] < least:
+            raise UserError(
+                f"ds.json: zero_optimization.{part} needs zero_optimization.stage {least} or more: at {zero['stage']} "
+                "DeepSpeed would ignore it; raise the stage, or leave it out"
+            )
     if ds.get("compile", {}).get("enabled") and zero["stage"] == 3:
         raise UserError("ds.json: compile.enabled needs zero_optimization.stage 0 to 2: ZeRO 3 breaks every graph")
     resolved = {
@@ -226,6 +241,10 @@ def _check_values(ds: dict[str, Any]) -> None:
     stage = zero.get("stage", "auto")
     check("zero_optimization.stage", stage, stage == "auto" or (number(stage, int) and 0 <= stage <= 3),
           '0, 1, 2, 3 or "auto"')  # fmt: skip
+    for key, words in WORDS.items():
+        check(key, ds.get(key), str(ds.get(key, words[0])).lower() in words, f"{', '.join(words[:-1])} or {words[-1]}")
+    managed = ds.get("managed_gradient_accumulation", True)
+    check("managed_gradient_accumulation", managed, managed is True, "true: each micro-batch would be an update else")
     for part in ("offload_optimizer", "offload_param"):
         check(f"zero_optimization.{part}", zero.get(part), isinstance(zero.get(part) or {}, dict), "a JSON object")
     for key, words in (("bf16", ("auto",)), ("fp16", ("auto",)), ("compile", ())):
@@ -274,6 +293,7 @@ def build_engine(task: PretrainTask | FinetuneTask, recipe: Recipe, ds: dict[str
         UserError: DeepSpeed refuses a value of ds.json.
     """
     import deepspeed  # takes seconds and prints: not for --help, evaluate.py or predict.py
+    from deepspeed.runtime.config import DeepSpeedConfigError
 
     kind = torch.optim.Adam if recipe.optim.name == "adam" else torch.optim.AdamW
     optimizer = kind(
@@ -298,6 +318,8 @@ def build_engine(task: PretrainTask | FinetuneTask, recipe: Recipe, ds: dict[str
         key = ".".join([error.title, *map(str, first["loc"])])
         value = json.dumps(first["input"], default=str)
         raise UserError(f"ds.json: DeepSpeed refuses {key} = {value}: {first['msg']}") from error
+    except DeepSpeedConfigError as error:  # keys that it had once
+        raise UserError(f"ds.json: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
 
 
 def _mark_without_waiting() -> None:

@@ -1,15 +1,18 @@
 """Checkpoints survive kills at any moment and a full disk, and resume in any layout."""
 
+import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pipeline.config import CheckpointConfig
 from pipeline.distributed import World
 from pipeline.engine.checkpoint import Checkpoints, complete_checkpoints, delete_old, read_state
 from pipeline.errors import UserError
-from pipeline.files import write_json
+from pipeline.files import read_json, write_json, write_text
 from tests.distributed.conftest import MICRO
 from tests.distributed.crash import KILLS
 from tests.distributed.layouts import CHAINS, RANKS
@@ -89,6 +92,54 @@ def test_an_emptied_file_of_the_newest_checkpoint_is_no_end(tmp_path, name, cont
     assert read_state(tmp_path)["step"] == 1
     delete_old(tmp_path, CheckpointConfig(keep=1), frozenset())
     assert read_state(tmp_path)["step"] == 1
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """One that has a weight and has not been updated."""
+    about = {"full_weights": {"weight": torch.ones(3)}, "spread": {}, "full_moments": {}, "updates": 0}
+    for name, value in about.items():
+        monkeypatch.setattr(f"pipeline.engine.parts.{name}", lambda *_, value=value: value)
+    return SimpleNamespace(optimizer=None, module=None, zero_optimization_stage=lambda: 0)
+
+
+def test_a_damaged_checkpoint_is_made_anew_when_the_run_comes_by_again(engine, tmp_path):
+    """A run that ends there would else be left with it, and train to it again and again."""
+    weights = tmp_path / "checkpoints" / "step-00000002" / "weights.safetensors"
+    for step in (1, 2, 2):
+        saver = Checkpoints(tmp_path, CheckpointConfig(), World())
+        saver.save(engine, {"step": step, "metric": None}, {})
+        saver.finish()
+        assert read_state(tmp_path)["step"] == step
+        if weights.exists():
+            weights.write_bytes(b"")
+
+
+def test_an_evaluation_that_is_made_up_for_ranks_its_checkpoint(engine, tmp_path):
+    """A signal came in the evaluation: the checkpoint was saved without a metric."""
+    for state in ({"step": 1, "metric": 0.5}, {"step": 2, "metric": None, "evaluate": True},
+                  {"step": 2, "metric": 0.7, "evaluate": False}):  # fmt: skip
+        saver = Checkpoints(tmp_path, CheckpointConfig(), World())
+        saver.save(engine, state, {})
+        saver.finish()
+    found = read_state(tmp_path)
+    assert (found["metric"], found["evaluate"], found["updates"]) == (0.7, False, 0)
+    assert "files" not in read_json(tmp_path / "checkpoints" / "step-00000002" / "state.json", "x")
+    assert (tmp_path / "checkpoints" / "best").read_text() == "step-00000002"
+
+
+def test_a_disk_that_fills_up_with_a_checkpoint_costs_its_best_a_name_and_no_run(engine, tmp_path, monkeypatch):
+    def no_room(path, text):
+        if path.name == "best":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_text(path, text)
+
+    monkeypatch.setattr("pipeline.engine.checkpoint.write_text", no_room)
+    saver = Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_best=0), World())
+    for step in (1, 2):
+        saver.save(engine, {"step": step, "metric": 0.5}, {})
+    saver.finish()
+    assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["step-00000002"]
 
 
 def test_a_last_checkpoint_without_a_directory_ends_the_run_with_a_line(tmp_path):

@@ -14,6 +14,7 @@ from pipeline.config import DataConfig, RunConfig
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import load_index
 from pipeline.engine.checkpoint import complete_checkpoints, read_state
+from pipeline.files import read_json, write_json
 from tests.distributed.conftest import MICRO, STEPS, lines, losses
 from tests.ranks import fork_ranks, run_ranks
 
@@ -127,6 +128,31 @@ def test_bad_clips_are_counted_over_all_ranks_and_too_many_end_the_run(shards, t
     named = r"such as [\w-]+ \(train-00000[01]\.tar: (waveform|fbank): its hash differs.*; run verify_shards\.py"
     assert re.search(named, said), said[-2000:]
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_knows_its_bad_clips_its_newest_checkpoint_and_what_it_had_not_evaluated(shards, tmp_path):
+    """One that was stopped in an evaluation, and one that was killed between completing a checkpoint and naming it."""
+    copy, run_dir = tmp_path / "shards", tmp_path / "run"
+    subprocess.run(["cp", "-r", str(shards), str(copy)], check=True)
+    damage(copy, 2)
+    total = replaced(copy, 0, 1, 6)
+    words = [f"data.shards={copy}", f"run.dir={run_dir}", "log.mlflow=false", "data.max_bad_share=1", "eval.every=2",
+             "checkpoint.keep=3", *MICRO]  # fmt: skip
+    run_ranks(1, "launchers/pretrain.py", *words, "train.steps=4")
+    file = run_dir / "checkpoints" / "step-00000004" / "state.json"
+    state = read_json(file, "x")
+    assert (state["bad_clips"], state["evaluate"]) == (total[3], False)
+    assert state["bad_clips"] > 0
+    before = read_json(file.parents[1] / "step-00000002" / "state.json", "x")["plateau"]
+    write_json(file, state | {"metric": None, "evaluate": True, "plateau": before})
+    (run_dir / "checkpoints" / "latest").write_text("step-00000002")
+    run_ranks(1, "launchers/pretrain.py", *words, "train.steps=4")
+    assert read_json(file, "x") == state
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000004"
+    run_ranks(2, "launchers/pretrain.py", *words, "train.steps=6")
+    assert [line["bad_clips"] for line in lines(run_dir) if "lr" in line] == total
+    assert [line["step"] for line in lines(run_dir) if "eval_loss" in line] == [2, 4, 4, 6]
 
 
 @pytest.mark.slow

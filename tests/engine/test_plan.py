@@ -11,6 +11,7 @@ from launchers import plan as launcher
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.engine import plan
 from pipeline.errors import UserError
+from pipeline.methods import FINETUNE, PRETRAIN
 from pipeline.recipes import load_recipe
 from pipeline.tasks import PretrainTask
 from tests.engine.memory import SHAPE
@@ -189,6 +190,29 @@ def test_the_report_names_batches_that_divide():
 def test_micro_batches_that_do_not_divide_are_refused(gpus, words, share):
     with pytest.raises(UserError, match=f"on {share} clips a rank, which is not micro-batch"):
         launcher._batch(load_recipe(PretrainRecipe, [], words), gpus)
+
+
+def test_a_micro_batch_that_is_given_is_planned(capsys):
+    """In bytes of 1000^3, as --gpu-memory and the trainer's messages have them."""
+    cost = plan.Cost(1000, 10, 1.0, 1e9, 0.0, "bf16")
+    assert [launcher._accumulation(cost, 1, 2, 180, 11.0, wanted) for wanted in (0, 5, 7)] == [15, 18, 15]
+    launcher._print_memory(cost, 2, 180, 80.0, 5)
+    *_, title, first, _, _ = capsys.readouterr().out.splitlines()
+    assert [word for word in title.split() if word.isdecimal()] == ["90", "45", "30", "18", "15", "5", "1"]
+    assert first.split()[:3] == ["1", "1.60", "91.60*"]
+
+
+@pytest.mark.parametrize(("kind", "words", "kilobytes"), [
+    (FinetuneRecipe, [], 1.5 * 320),  # every other clip is mixed with another one
+    (FinetuneRecipe, ["finetune.method=ast"], 1.5 * 320),  # whose fbank is computed
+    (FinetuneRecipe, ["finetune.method=ast", "augment.mixup=0"], 255),
+    (PretrainRecipe, ["pretrain.method=ssast", "data.fbank=online"], 320),
+    (PretrainRecipe, [], 575),
+])  # fmt: skip
+def test_a_clip_costs_the_shards_what_the_loader_reads(kind, words, kilobytes):
+    recipe = load_recipe(kind, [], words)
+    method = FINETUNE[recipe.finetune.method] if kind is FinetuneRecipe else PRETRAIN[recipe.pretrain.method]
+    assert launcher._read(recipe, method, plan.Shape()) / 1e3 == pytest.approx(kilobytes, abs=1)
 
 
 def test_an_epoch_is_as_long_as_the_recipe_says(shards):

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from pipeline.command_line import parse, read_deepspeed_config
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.distributed import World
 from pipeline.engine.job import Plateau
 from pipeline.engine.loop import _say_beginning
-from pipeline.engine.setup import Batches, _mark_not_finite, reconcile
+from pipeline.engine.setup import Batches, _mark_not_finite, build_engine, reconcile
 from pipeline.engine.step import learning_rate
 from pipeline.errors import UserError
 from pipeline.recipes import load_recipe
@@ -52,6 +53,12 @@ def test_batch_arithmetic(ds, words, ranks, expected):
         ({"gradient_clipping": 1.0}, (), 2, "gradient_clipping = 1.0, but optim.clip = 0.0"),
         ({"zero_optimisation": {}}, (), 2, "unknown key 'zero_optimisation'"),
         ({"optimizer": {"type": "Adam"}}, (), 2, "'optimizer'"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, (), 2, "stage 1 or more: at 0"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, (), 2, "stage 3 or more: at 2"),
+        ({"bfloat16": {"enabled": True}}, (), 2, "'bfloat16' is set there, but its name is bf16; rename it"),
+        ({"managed_gradient_accumulation": False}, (), 2, "each micro-batch would be an update else"),
+        ({"elasticity": {"enabled": True}}, (), 2, "'elasticity' is set there, but train.batch_size of the recipe"),
+        ({"compression_training": {}}, (), 2, "'compression_training' is set there, but DeepSpeed no longer has it"),
         ({"fp16": {"enabled": True}}, (), 2, "needs a GPU"),
         ({}, ("train.micro_batch=7",), 2, "90 clips a rank, which is not micro-batch 7"),
     ],
@@ -103,11 +110,35 @@ def test_learning_rates_of_the_paper():
         ({"bf16": True}, "bf16 = true: give a JSON object"),
         ({"compile": {"enabled": "auto"}}, 'compile.enabled = "auto": give true or false'),
         ({"data_types": "fp32"}, 'data_types = "fp32"'),
+        ({"communication_data_type": "fp64"}, 'communication_data_type = "fp64": give fp32, bf16 or fp16'),
+        ({"communication_data_type": 5}, "communication_data_type = 5"),
+        ({"gradient_allreduce_op": "max"}, 'gradient_allreduce_op = "max": give mean or sum'),
     ],
 )
 def test_values_of_ds_json_are_checked_as_well_as_keys(ds, said):
     with pytest.raises(UserError, match=re.escape(f"ds.json: {said}")):
         reconcile(ds, recipe(), world(1))
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path):
+    """JSON keeps the last one: a run would be at another ZeRO stage than the one that somebody reads."""
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "stage": 1}}')
+    with pytest.raises(UserError, match=r"ds\.json: 'stage' is there twice; join the two"):
+        read_deepspeed_config(str(tmp_path / "ds.json"))
+
+
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        ({"mics_shard_size": 2}, "DeepSpeed refuses it: MiCS"),  # which it had once
+        ({"reduce_bucket": 2}, "DeepSpeed refuses DeepSpeedZeroConfig.reduce_bucket = 2: Extra inputs"),
+    ],
+)
+def test_what_deepspeed_refuses_is_one_line(monkeypatch, zero, said):
+    monkeypatch.setattr("deepspeed.initialize", lambda config, **_: [DeepSpeedConfig(config)])
+    ds, _ = reconcile({"zero_optimization": zero}, recipe(), world(1))
+    with pytest.raises(UserError, match=rf"^ds\.json: {said}.*$"):
+        build_engine(torch.nn.Linear(2, 2), recipe(), ds)
 
 
 def test_bf16_that_a_card_emulates_is_not_chosen(monkeypatch):

@@ -59,7 +59,10 @@ def test_runs_once_and_reports_what_is_there(esc50, tmp_path, monkeypatch):
         assert {len(hits) for hits in read_json(out / probe, "").values()} == {clips}
     assert np.mean(read_json(out / "log-mel" / "probe.json", "")["mean, deviation: linear"]) == 1.0  # pure tones
     assert read_json(out / "few" / "pswacl-2-ast-2-0" / "results.json", "")["clips"] == CLASSES * CLIPS
-    assert read_json(out / "cost" / "pswacl.json", "")["step"] > 0
+    assert isinstance(read_json(out / "cost" / "pswacl.json", "")["step"], float)
+    for steps in small_scale.TIMED:
+        logged = (out / "cost" / f"pswacl-{steps}" / "metrics.jsonl").read_text().splitlines()
+        assert max(json.loads(line)["step"] for line in logged) == steps
     text = (out / "tables.md").read_text()
     assert (out / "curve.png").stat().st_size > 10_000
     for line in ("| log-mel | mean, deviation: linear | 100.0 |", "| PSWaCL | waveform |", "| AST | PSWaCL, 2 steps |",

@@ -6,6 +6,7 @@ A file's ending says whether it can be a clip's audio: those of audio come first
 pictures, tables, texts and unfinished downloads never. Cost: one pass over the tree; about 0.3 KB of memory a file.
 """
 
+import glob
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ from functools import lru_cache
 
 from pipeline.data.storage import Location, attempt, file_system, is_remote, join, transfer
 from pipeline.errors import UserError
-from shard_tools.names import BETWEEN, split_source
+from shard_tools.names import BETWEEN, PRODUCTS, split_source
 from shard_tools.segment import AUDIO_ENDINGS
 from shard_tools.sources import Place, members
 from shard_tools.tables import Table
@@ -34,6 +35,8 @@ SPLIT_NAMES = frozenset({
 HELD_OUT = {"validation_list.txt": "validation", "testing_list.txt": "test"}  # Speech Commands' lists and their splits
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2")  # downloads
 UNFINISHED_SAID = "unfinished downloads are left out"
+BUILT_SAID = "folders of shards are left out"
+BEGUN = re.compile(r"(.+)/\.build/[^/]+/plan", re.DOTALL)  # of an unfinished build
 ARCHIVES = (".tar", ".zip")
 FOLD_NAME = re.compile(r"(fold|split)[ _-]?[0-9]+", re.IGNORECASE)
 
@@ -199,8 +202,9 @@ def audio_paths(paths: Iterable[str], places: dict[str, Place]) -> Iterator[str]
 
 
 def walk(root: Location) -> Iterator[str]:
-    """Paths of all files below `root` but hidden ones: by name, a folder's files before its folders.
+    """Paths of all files below `root` but hidden ones and shards: by name, a folder's files before its folders.
 
+    Shards are what a build made there, such as the one that goes on: its index would be taken for a table of audio.
     Links to folders are followed, each folder is read once. What is left out is said when the last path was taken.
 
     Raises:
@@ -215,6 +219,7 @@ def walk(root: Location) -> Iterator[str]:
         raise UserError(f"--audio-root {root}: {error.strerror}; give the directory that holds the audio") from error
     hidden: list[str] = []
     again: list[str] = []
+    built: list[str] = []
     unfinished: list[str] = []
     unreadable: list[OSError] = []
     # Links to a folder that holds the root lead back to it.
@@ -228,6 +233,11 @@ def walk(root: Location) -> Iterator[str]:
                 directories.clear()
                 continue
             seen.add(identity)
+            begun = glob.iglob(os.path.join(glob.escape(folder), ".build", "*", "plan"))
+            if folder != os.fspath(root) and (set(PRODUCTS) <= set(names) or (".build" in directories and any(begun))):
+                built.append(folder)
+                directories.clear()
+                continue
             hidden += [os.path.join(folder, name) for name in directories if name.startswith(".")]
             directories[:] = sorted(name for name in directories if not name.startswith("."))
             tops += [link for name in directories if os.path.islink(link := os.path.join(folder, name))]
@@ -239,6 +249,7 @@ def walk(root: Location) -> Iterator[str]:
                     hidden.append(os.path.join(folder, name))
     _say(root, "hidden folders and audio files are left out", hidden)
     _say(root, UNFINISHED_SAID, unfinished)
+    _say(root, BUILT_SAID, built)
     _say(root, "folders are reached again by links, and read once", again)
     closed = [f"{error.filename} ({error.strerror})" for error in unreadable]
     _say(root, "folders cannot be read, and what they hold is left out", closed)
@@ -322,13 +333,20 @@ def _walk_store(root: Location) -> Iterator[str]:
         found: list[str] = attempt(lambda: system.find(path), str(root))
     except OSError as error:
         raise UserError(f"--audio-root {root}: {error}; give the directory that holds the audio") from error
-    hidden = []
-    for inside in sorted((name[len(path) :].lstrip("/") for name in found), key=_disk_order):
+    hidden: list[str] = []
+    below = sorted((name[len(path) :].lstrip("/") for name in found), key=_disk_order)
+    there = Counter(folder for folder, _, name in (inside.rpartition("/") for inside in below) if name in PRODUCTS)
+    built = {folder for folder, count in there.items() if folder and count == len(PRODUCTS)}
+    built |= {begun[1] for begun in map(BEGUN.fullmatch, below) if begun}
+    for inside in below:
+        if any(inside.startswith(f"{folder}/") for folder in built):
+            continue
         if "/." in f"/{inside}":
             hidden += [join(root, inside)] if kind(split_name(inside)[1]) == 0 else []
         elif inside and not inside.endswith("/"):  # some stores hold an empty object for a directory
             yield join(root, inside)
     _say(root, "hidden audio files are left out", hidden)
+    _say(root, BUILT_SAID, [join(root, folder) for folder in sorted(built)])
     _say(root, UNFINISHED_SAID, [join(root, name[len(path) :].lstrip("/")) for name in found
                                  if name.endswith(UNFINISHED)])  # fmt: skip
 

@@ -39,9 +39,9 @@ from shard_tools.catalogs import Catalog
 from shard_tools.columns import TEXT
 from shard_tools.distribute import each, run
 from shard_tools.ffmpeg_codecs import identity
-from shard_tools.finish import PRODUCTS, SWITCH, damage, finish, reasons, rows_by_shard, settle
+from shard_tools.finish import SWITCH, damage, finish, reasons, rows_by_shard, settle
 from shard_tools.lock import owner, slice_owner
-from shard_tools.names import BETWEEN, INSIDE
+from shard_tools.names import BETWEEN, INSIDE, PRODUCTS
 from shard_tools.plan import BuildOptions, Slice, SplitPlan
 from shard_tools.stamps import Change, Stamp, comparison, stamp
 from shard_tools.store import Store, local_copies, seal, unseal

@@ -28,13 +28,13 @@ from pipeline.data.storage import Location, join, read_bytes, sizes
 from pipeline.errors import UserError
 from pipeline.files import sha256
 from shard_tools.catalogs import Catalog
+from shard_tools.names import PRODUCTS
 from shard_tools.plan import BuildOptions, SplitPlan
 from shard_tools.store import Store
 from shard_tools.write import read_record
 
 log = logging.getLogger(__name__)
 
-PRODUCTS = ("failures.jsonl", "index.parquet", "manifest.json")  # in the order in which they are replaced
 SWITCH = ".build/.switch"  # no name of a split begins with a dot
 ROW_GROUP = 1 << 12  # rows that a loader decodes to get at a shard's
 PLAIN = pa.schema([(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in INDEX_SCHEMA])

@@ -1,6 +1,7 @@
 """What a source is called: `PATH`, or `CONTAINER::MEMBER` for a clip inside a tar, zip, Parquet or HDF5 file.
 
-In: paths and URLs, and names of members. Out: their parts. Nothing is opened here.
+In: paths and URLs, and names of members. Out: their parts; the files of shards that are no shards. Nothing is opened
+here.
 
 A member of a tar or zip goes by its name there, without `./`; a row of a Parquet or HDF5 file by its number, and
 `ROW@RATE` where the sample rate was given and the file does not say it. Such a name is all that shards record: where
@@ -10,6 +11,7 @@ the bytes are in the container (`Clip.at`) is found again by it.
 import re
 
 BETWEEN = "::"
+PRODUCTS = ("failures.jsonl", "index.parquet", "manifest.json")  # of a build, in the order in which they are replaced
 CONTAINERS = (".tar", ".zip", ".parquet", ".h5", ".hdf5")
 INSIDE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, CONTAINERS))})){BETWEEN}(.+)", re.IGNORECASE | re.DOTALL)
 COMPRESSED = re.compile(r".+\.(?:tar\.[a-z0-9]{1,4}|tgz|tbz2?|txz|7z|rar)", re.IGNORECASE | re.DOTALL)

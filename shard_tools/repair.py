@@ -24,7 +24,8 @@ from pipeline.data.storage import Location, is_remote, join
 from pipeline.files import sha256
 from pipeline.flow import Clip
 from shard_tools.distribute import each
-from shard_tools.finish import PRODUCTS, IndexWriter, render, rows_by_shard
+from shard_tools.finish import IndexWriter, render, rows_by_shard
+from shard_tools.names import PRODUCTS
 from shard_tools.plan import EVENTS
 from shard_tools.segment import MachineError
 from shard_tools.store import Store, local_copies

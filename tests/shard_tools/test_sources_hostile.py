@@ -164,6 +164,20 @@ def test_a_pipe_under_the_name_of_a_container_is_refused_at_once(tmp_path, kind)
         list(members([path])) if kind in ("tar", "zip") else sources.open_container(path)
 
 
+def test_shards_below_the_root_are_no_sources(tmp_path, caplog):
+    """Those of this build before it goes on, or of another one; on a disk and in a store."""
+    for name in ("a.wav", "done/index.parquet", "done/manifest.json", "done/failures.jsonl", "done/train-000000.tar",
+                 "sub/begun/train-000000.tar", "sub/begun/.build/train/plan", "sub/b.wav", "table/index.parquet",
+                 "table/manifest.json", "swift/.build/debug/x", "swift/c.wav"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    others = ["a.wav", "sub/b.wav", "swift/c.wav", "table/index.parquet", "table/manifest.json"]
+    for root in (str(tmp_path), f"local://{tmp_path}"):
+        assert [path.removeprefix(f"{root}/") for path in walk(root)] == others
+        assert f"{root}: 2 folders of shards are left out, such as {root}/done" in caplog.text
+    assert len(list(walk(tmp_path / "done"))) == 4  # who names them means them
+
+
 def test_a_store_gives_files_in_the_order_of_a_disk(tmp_path):
     """A folder's files before its folders, each by name: shards are cut in that order."""
     for name in ("rec/b.wav", "rec-2/a.wav", "top.wav", "rec/sub/z.wav", "rec/y.wav", "rec-2/c.wav", "rec/sub-2/x.wav",

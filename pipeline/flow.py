@@ -16,6 +16,7 @@ Shape legend, used by every docstring of the project:
 Imports nothing but torch, so every room may import it.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -151,3 +152,9 @@ def full(x: torch.Tensor) -> torch.Tensor:
     Any float type in, float32 of bf16 and fp16 out.
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[None]:
+    """In it products keep the type of their factors, on the device of `x`; the meta device has no autocast."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -93,7 +93,7 @@ class Checkpoints:
         begun = time.perf_counter()
         before = self.settle()
         world, folder = self._world, self._root / f"step-{state['step']:08d}"
-        there = distributed.decide(lambda: self._is_there(folder, state))
+        there = distributed.decide(lambda: self._take_over(folder, state))
         made = not there and distributed.decide(lambda: self._make(folder))
         self._lost = None if there or made else folder
         if not made:
@@ -165,7 +165,7 @@ class Checkpoints:
             )
         return said
 
-    def _is_there(self, folder: Path, state: dict[str, Any]) -> bool:
+    def _take_over(self, folder: Path, state: dict[str, Any]) -> bool:
         """Whether the step has a whole checkpoint, which then takes over `state`. For rank 0.
 
         A signal can come just after a save. Or it came in the evaluation, which the resumed run has made up for: its

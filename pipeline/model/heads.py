@@ -4,13 +4,12 @@ In: tokens [..., D]. Out: patch predictions, projected vectors, or logits.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.flow import Encoded, full
+from pipeline.flow import Encoded, full, without_autocast
 from pipeline.model.craft import initialise_linear
 from pipeline.model.embed import TokenSequence
 from pipeline.model.encoder import Encoder
@@ -101,8 +100,7 @@ class FullLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> float32 [..., C]."""
-        kind = x.device.type
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        with without_autocast(x):
             bias = None if self.bias is None else full(self.bias)
             logits: torch.Tensor = nn.functional.linear(full(x), full(self.weight), bias)
         return logits

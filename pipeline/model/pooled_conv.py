@@ -17,11 +17,12 @@ cache, and nothing but the waveform is kept for backward:
 Against the four operations one after the other: tests/benchmarks/bench_msae.py.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+
+from pipeline.flow import without_autocast
 
 CPU_BLOCK_FRAMES = 32  # activations of a block stay in a core's cache
 GPU_BLOCK_BYTES = 1 << 26
@@ -179,8 +180,7 @@ def pooled_conv(
     Returns:
         [B, C, T] in the weights' type, also under autocast; statistics and gradient sums are float32 at least.
     """
-    kind = waveform.device.type
     # The variance is a difference of moments: of a band-pass filter under low sounds it would be their rounding.
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+    with without_autocast(waveform):
         out: torch.Tensor = _PooledConv.apply(waveform, weight, gain, shift, length, stride, hop, eps)
     return out

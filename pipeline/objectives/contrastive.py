@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from pipeline import distributed
-from pipeline.flow import full
+from pipeline.flow import full, without_autocast
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 CHUNK = 1024  # rows of the similarity matrix that exist at once
@@ -97,7 +97,7 @@ def swacl_loss(
         average is the global gradient, the remote softmax terms included.
     """
     rank = distributed.rank() if rank is None else rank
-    with torch.autocast(wav.device.type, enabled=False):
+    with without_autocast(wav):
         wav, spec = full(wav), full(spec)
         if temperature is not None:
             wav, spec = _unit(wav) / temperature, _unit(spec)
@@ -131,7 +131,7 @@ def nt_xent_loss(
         As `swacl_loss`.
     """
     rank = distributed.rank() if rank is None else rank
-    with torch.autocast(first.device.type, enabled=False):
+    with without_autocast(first):
         views = torch.cat([full(first), full(second)])
         keys = views if temperature is None else _unit(views)
         queries = keys if temperature is None else keys / temperature
@@ -156,7 +156,7 @@ def token_loss(
     Returns:
         (loss, accuracy): scalars, means over clips and tokens.
     """
-    with torch.autocast(wav.device.type, enabled=False):
+    with without_autocast(wav):
         wav, spec = full(wav), full(spec)
         if temperature is not None:
             wav, spec = _unit(wav) / temperature, _unit(spec)

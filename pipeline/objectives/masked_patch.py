@@ -3,13 +3,12 @@
 In: predictions and targets of the masked patches, [B, K, P]. Out: scalars in float32.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from pipeline.flow import full
+from pipeline.flow import full, without_autocast
 
 
 @dataclass(slots=True)
@@ -46,8 +45,7 @@ def masked_patch_loss(
     """
     target = full(target.detach())
     rebuilt = target if second is None else full(second.detach())
-    kind = target.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+    with without_autocast(target):
         logits = full(predicted) @ target.transpose(1, 2)  # (B, K predictions, K targets), never in half precision
     own = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
     best = logits.detach()

@@ -25,6 +25,7 @@ from pipeline.config import LogConfig
 from pipeline.errors import UserError, run_cli
 from pipeline.files import check_output_directory, config_path, lock, read_json, user_path, write_json
 from pipeline.tracking import check_tracking, tracking_uri
+from pipeline.tracking.spool import first_line
 from pipeline.tracking.store import without_password
 
 if TYPE_CHECKING:
@@ -136,25 +137,44 @@ def _print_plan(campaign: "Campaign") -> None:
 
 
 def _build_shards(campaign: "Campaign") -> None:
-    """Makes generated data sets where they are missing."""
+    """Makes generated data sets where they are missing.
+
+    Raises:
+        UserError: their build failed.
+    """
     for name in sorted({run.data for run in campaign.grid.runs}):
         folder = Path(campaign.shards(name))
         options = campaign.grid.scale.data[name].build
         if options and not (folder / "manifest.json").exists():
             _say(f"building {folder}")
             script = ROOT / "shard_tools" / "build_shards.py"
-            subprocess.run([sys.executable, script, *shlex.split(options), "--out", folder], check=True)
+            done = subprocess.run([sys.executable, script, *shlex.split(options), "--out", folder], check=False)
+            if done.returncode:
+                raise UserError(
+                    f"data.{name}.build of the scale: build_shards.py {options} --out {folder} ended with status "
+                    f"{done.returncode}; its own words are above; mend that and repeat the command"
+                )
 
 
 def _make_store(out: Path) -> None:
-    """The default SQLite store, made before several runs at once would make it."""
+    """The default SQLite store, made before several runs at once would make it.
+
+    Raises:
+        UserError: MLflow does not take the one that is there, such as one of another version's.
+    """
+    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
 
     uri = tracking_uri(LogConfig(), out / "run")
-    if uri.startswith("sqlite"):
+    if not uri.startswith("sqlite"):
+        return
+    try:
         client = MlflowClient(uri)
         if client.get_experiment_by_name("ablation") is None:
             client.create_experiment("ablation", (out.resolve() / "mlartifacts").as_uri())
+    except (MlflowException, SQLAlchemyError) as error:
+        raise UserError(f"{uri}: {first_line(error)}; mend that, or name another store: MLFLOW_TRACKING_URI") from error
 
 
 def _sum_up(outcome: "Outcome", tables: list[Path], out: Path) -> int:

@@ -77,7 +77,7 @@ def main() -> int:
     from pipeline.data.corpus import load_corpus
     from pipeline.data.manifest import load_manifest
     from pipeline.data.spec import DataSpec
-    from pipeline.probing.frozen import open_frozen
+    from pipeline.probing.frozen import open_frozen, weights_of
     from pipeline.serving.embed import Embedder, embed_files, embed_split, open_output, read_list
     from pipeline.serving.listen import find_audio
 
@@ -91,7 +91,8 @@ def main() -> int:
         data = DataConfig(shards=args.shards, train_split=splits[0])
         spec = DataSpec.of(load_corpus(data), data)
     with distributed.session(TIMEOUT, 0) as world:
-        frozen = open_frozen(args.checkpoint, spec, grid, average=not args.last).to(world.device).at(args.precision)
+        (file,) = weights_of([args.checkpoint], not args.last)
+        frozen = open_frozen(file, spec, grid).to(world.device).at(args.precision)
         streams = [args.stream] if args.stream in ("spec", "wav") else (
             ["spec", "wav"] if args.stream else frozen.streams)  # fmt: skip
         embedder = Embedder(frozen, frozen.layers(args.layers), args.pool, streams, args.level == "clip")

@@ -178,7 +178,7 @@ def main() -> None:
         check_held_out(args.checkpoint, recipes)
     from pipeline import distributed  # torch: not for --help
     from pipeline.data.manifest import labelled_manifest
-    from pipeline.engine.evaluation import results, write_predictions
+    from pipeline.engine.evaluation import check_same_weights, results, write_predictions
     from pipeline.model.weights import weights_file
     from pipeline.runs import score_averaged_weights, score_ensemble, score_run
 
@@ -190,6 +190,7 @@ def main() -> None:
     recipe = load_recipe(FinetuneRecipe, [args.checkpoint[0] / "config.yaml"], words)
     with distributed.session(recipe.run.timeout, recipe.run.seed) as world:
         distributed.decide(lambda: check_places(args))
+        check_same_weights([file for _, file in runs])
         labelled_manifest(args.shards)
         ids = distributed.decide(lambda: read_ids(args.ids) if args.ids else None)
         if len(runs) == 1:

@@ -153,17 +153,23 @@ def _arguments() -> argparse.Namespace:
 
 
 def _data(recipe: PretrainRecipe | FinetuneRecipe) -> tuple["Shape", int]:
-    """Audio format and training clips of an epoch: of the shards, else AudioSet's."""
+    """Audio format and training clips of an epoch: of the shards without the fold held out, else AudioSet's."""
     from pipeline.data.corpus import load_corpus
+    from pipeline.data.manifest import load_index
     from pipeline.data.spec import DataSpec
     from pipeline.engine.plan import Shape
 
-    if not recipe.data.shards:
-        return Shape(), recipe.data.epoch_clips or (20_000 if isinstance(recipe, FinetuneRecipe) else 2_000_000)
-    corpus = load_corpus(recipe.data)
-    spec = DataSpec.of(corpus, recipe.data)
-    return (Shape(spec.samples, spec.mel_bins, spec.frames, len(spec.labels)),
-            recipe.data.epoch_clips or sum(member.clips for member in corpus.members))  # fmt: skip
+    data = recipe.data
+    if not data.shards:
+        balanced = isinstance(recipe, FinetuneRecipe) and "unbalanced" not in data.train_split.split(",")
+        return Shape(), data.epoch_clips or (20_000 if balanced else 2_000_000)
+    corpus = load_corpus(data)
+    spec = DataSpec.of(corpus, data)
+    clips = sum(member.clips for member in corpus.members)
+    if data.fold:
+        clips -= sum(len(load_index(member.location, split, [data.fold], ["fold"]))
+                     for member in corpus.members for split in member.train)  # fmt: skip
+    return Shape(spec.samples, spec.mel_bins, spec.frames, len(spec.labels)), data.epoch_clips or clips
 
 
 def _batch(recipe: PretrainRecipe | FinetuneRecipe, gpus: int) -> int:

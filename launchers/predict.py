@@ -48,6 +48,7 @@ LABEL_COLUMNS = ["path", "rank", "label", "id", "score"]
 EVENT_COLUMNS = ["path", "start", "end", "label", "id", "score"]
 MOST_STDIN = 16 << 30  # bytes: a day of 16-bit stereo at 44.1 kHz
 PIECE = 1 << 20
+GROUP = 2048  # windows of a row group: Parquet keeps some 30 kB of each until the file ends
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,19 +111,25 @@ def table(rows: Iterable[Sequence[object]]) -> str:
 
 @contextmanager
 def embeddings_file(path: Path, scorer: "Scorer") -> Iterator[Callable[["Heard"], None]]:
-    """Writes windows' vectors, a row group a recording; the file appears whole at the end, or not at all."""
+    """Writes windows' vectors, many recordings a row group; the file appears whole at the end, or not at all."""
     width = scorer.hear([np.zeros(1, np.float32)])[1].shape[1]
     schema = pa.schema({"path": pa.string(), "start": pa.float64(), "end": pa.float64(),
                         "embedding": pa.list_(pa.float32(), width)})  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        waiting: list[pa.Table] = []
 
         def write(heard: "Heard") -> None:
             vectors = pa.FixedSizeListArray.from_arrays(pa.array(heard.embeddings.reshape(-1)), width)
             columns = [[heard.path] * len(vectors), heard.starts, heard.ends(scorer.seconds), vectors]
-            writer.write_table(pa.table(columns, schema=schema))
+            waiting.append(pa.table(columns, schema=schema))
+            if sum(map(len, waiting)) >= GROUP:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting.clear()
 
         yield write
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
 
 
 def main() -> int:

@@ -7,7 +7,8 @@
 In: runs of pretrain.py or finetune.py, checkpoints, exports, weights of SSAST, AST or a Hugging Face ASTModel,
 random:SIZE or random:RUN (the same network untrained); labelled shards. Out: a table of mAP or accuracy with 95 %
 bootstrap intervals, for the tokens of the spectrogram, of the waveform and of both; with --out as JSON; in MLflow a run
-under the pretraining. A probe's setting is chosen on a part of the training clips, never on those that test it.
+under the pretraining. A probe's setting is chosen on a part of the training clips, never on those that test it, and
+weights that were finetuned on the labels of these are refused.
 
 Features of all checkpoints are computed first, once, the work divided among the ranks, and kept in --features; then
 rank 0 trains the probes. The same command again goes on where it was stopped.
@@ -24,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.command_line import grid_of, new_parser, numbers_of, path_of
-from pipeline.config import PRECISIONS, DataConfig, LogConfig
+from pipeline.config import PRECISIONS, DataConfig, FinetuneRecipe, LogConfig
 from pipeline.errors import UserError, run_cli
-from pipeline.files import check_output_file, write_json
+from pipeline.files import check_output_file, sha256, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +80,44 @@ def pool_named(args: argparse.Namespace) -> "Pool":
     return pool
 
 
+def check_unseen(args: argparse.Namespace, name: str, file: str, digest: str) -> None:
+    """A probe is tested on clips whose labels the weights have not learned.
+
+    Args:
+        args: Command line.
+        name: Of --checkpoint.
+        file: Its weights, as of `frozen.weights_of`.
+        digest: Of the shards.
+
+    Raises:
+        UserError: the weights are of a finetuning on these shards that had such clips among its own.
+    """
+    from pipeline.probing.frozen import RANDOM, settings_of
+
+    ours = None if file.startswith(RANDOM) else settings_of(Path(file), Path(file))
+    if not ours or not isinstance(ours[0], FinetuneRecipe) or ours[1].digest != digest:
+        return
+    data = ours[0].data
+    split = args.train_split if args.folds else args.split
+    unseen = data.fold and args.folds and numbers_of("--folds", args.folds) == [data.fold]
+    if split in data.train_split.split(",") and not unseen:
+        other = f", or give --folds {data.fold}, which it held out" if data.fold and args.folds else ""
+        raise UserError(
+            f"--checkpoint {name}: was finetuned on split '{split}' of {args.shards}, whose labels a probe would be "
+            f"tested on; probe its pretraining{other}"
+        )
+
+
+def weights_hash(file: str) -> str:
+    """sha256 of a file of weights; of random ones their name."""
+    from pipeline.probing.frozen import RANDOM
+
+    if file.startswith(RANDOM):
+        return file
+    with Path(file).open("rb") as opened:
+        return sha256(opened)
+
+
 def compute_features(args: argparse.Namespace, frozen: "Frozen", world: "World") -> list[list[Path]]:
     """Files of one checkpoint's features, of the split to train on and without --folds of --split; a collective."""
     from pipeline.probing.features import compute
@@ -91,8 +130,9 @@ def compute_features(args: argparse.Namespace, frozen: "Frozen", world: "World")
 
 
 def probe(
-    args: argparse.Namespace, name: str, frozen: "Frozen", files: list[list[Path]], device: "torch.device"
-) -> list[dict[str, Any]]:
+    args: argparse.Namespace, name: str, frozen: "Frozen", weights: str, files: list[list[Path]],
+    device: "torch.device",
+) -> list[dict[str, Any]]:  # fmt: skip
     """Results of one checkpoint, a row for each stream and layer."""
     from pipeline.data.manifest import load_index, load_manifest
     from pipeline.probing.features import mapped
@@ -112,8 +152,8 @@ def probe(
     for stream in streams:
         for chosen in [layers] if args.probe == "cgp" else [[layer] for layer in layers]:
             result = judge(features, divisions, args.probe, stream, chosen, manifest.single_label, device)
-            about = {"checkpoint": name, "digest": frozen.digest, "precision": args.precision, "probe": args.probe,
-                     "pool": pool_named(args), "stream": stream,
+            about = {"checkpoint": name, "weights": weights, "digest": frozen.digest, "precision": args.precision,
+                     "probe": args.probe, "pool": pool_named(args), "stream": stream,
                      "layer": chosen if args.probe == "cgp" else chosen[0]}  # fmt: skip
             split = {"split": args.train_split, "folds": args.folds} if args.folds else {"split": args.split}
             found.append(about | result | split | {"shards_digest": manifest.digest})
@@ -177,7 +217,7 @@ def main() -> None:
     from pipeline.data.corpus import load_corpus
     from pipeline.data.manifest import load_index, load_manifest
     from pipeline.data.spec import DataSpec
-    from pipeline.probing.frozen import open_frozen
+    from pipeline.probing.frozen import open_frozen, weights_of
     from pipeline.probing.protocol import by_folds
 
     manifest = load_manifest(args.shards)
@@ -197,15 +237,19 @@ def main() -> None:
     with distributed.session(TIMEOUT, 0) as world:
         if args.out:
             distributed.decide(lambda: check_output_file(args.out, "--out"))
-        opened = [open_frozen(name, spec, grid, average=not args.last).at(args.precision) for name in args.checkpoint]
+        named = weights_of(args.checkpoint, not args.last)
+        for name, file in zip(args.checkpoint, named, strict=True):
+            check_unseen(args, name, file, manifest.digest)
+        opened = [open_frozen(file, spec, grid).at(args.precision) for file in named]
         for frozen in opened:
             frozen.layers(layers_named(args))
+        weights = [weights_hash(file) if world.is_main else "" for file in named]
         files = [compute_features(args, frozen.to(world.device), world) for frozen in opened]
         if not world.is_main:  # no collective from here on: it would wait for the probes, for longer than one may take
             return
         found: list[dict[str, Any]] = []
-        for name, frozen, own in zip(args.checkpoint, opened, files, strict=True):
-            rows = probe(args, name, frozen, own, world.device)
+        for name, frozen, of, own in zip(args.checkpoint, opened, weights, files, strict=True):
+            rows = probe(args, name, frozen, of, own, world.device)
             if not args.no_mlflow:
                 track(args, frozen, rows)
             found += rows

@@ -145,9 +145,10 @@ def summarise(folds: dict[int, dict[str, Any]]) -> dict[str, Any]:
     `value` is not chosen by anything.
     """
     common = sorted(set.intersection(*(set(map(int, part["epochs"])) for part in folds.values())))
-    table = {epoch: [part["epochs"][str(epoch)] for part in folds.values()] for epoch in common}
-    values = [math.nan if part["value"] is None else part["value"] for part in folds.values()]  # null: undefined
-    best = max(common, key=lambda epoch: (np.mean(table[epoch]), -epoch), default=0)
+    table = {epoch: _numbers([part["epochs"][str(epoch)] for part in folds.values()]) for epoch in common}
+    values = _numbers([part["value"] for part in folds.values()])
+    defined = [epoch for epoch in common if not np.isnan(table[epoch]).any()]
+    best = max(defined, key=lambda epoch: (np.mean(table[epoch]), -epoch), default=0)
     first = next(iter(folds.values()))
     return {
         "metric": first["metric"],
@@ -165,6 +166,11 @@ def summarise(folds: dict[int, dict[str, Any]]) -> dict[str, Any]:
         "epochs": {str(epoch): float(np.mean(table[epoch])) for epoch in common},
         "shards_digest": first["shards_digest"],
     }  # fmt: skip
+
+
+def _numbers(values: list[float | None]) -> list[float]:
+    """Metrics of JSON, where null is one that is undefined: no clip of the fold had a class."""
+    return [math.nan if value is None else value for value in values]
 
 
 def _spread(values: list[float]) -> float | None:

@@ -439,15 +439,15 @@ def decide(check: Callable[[], ValueT]) -> ValueT:
         UserError: `check` raised it on rank 0; on every rank.
     """
     value: Any = None
-    refusal: str | None = None
+    refusal: tuple[str, bool] | None = None
     if rank() == 0:
         try:
             value = check()
         except UserError as error:
-            refusal = str(error)
+            refusal = str(error), error.transient
     value, refusal = broadcast((value, refusal))
     if refusal is not None:
-        raise UserError(refusal)
+        raise UserError(refusal[0], transient=refusal[1])
     return value  # type: ignore[no-any-return]
 
 

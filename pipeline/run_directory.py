@@ -7,8 +7,9 @@ says of each setting; between ranks, less.
 
 import logging
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ from pipeline.distributed import World
 from pipeline.engine import checkpoint
 from pipeline.engine.setup import numeric_differences
 from pipeline.errors import UserError
-from pipeline.files import check_output_directory, read_json, write_json, write_text
+from pipeline.files import check_output_directory, lock, read_json, unlock, write_json, write_text
 from pipeline.recipes import changes_result, differences, dump_recipe, effect, flatten, read_run
 from pipeline.tracking import check_tracking
 from pipeline.tracking.store import without_password
+
+log = logging.getLogger(__name__)
+
+HELD_SECONDS = 100.0  # longer than an NFS server keeps the locks of a host that is gone, most often 90
 
 
 def check_ranks(recipe: Recipe, ds: dict[str, Any], spec: DataSpec) -> None:
@@ -114,14 +119,17 @@ def write_record(
 ) -> None:
     """Writes what the run is: `config.yaml`, `ds.json`, `data.json`, and `init.json` of one that begins. For rank 0.
 
+    Without the password of `log.uri`: all users of the server read `config.yaml` there, and served models have it.
+
     Of one that goes on from `step` it names that checkpoint as `latest`, too: one that was killed may have completed it
     and not named it, or a later one, which `latest` names, may be damaged. The weights of a run are those of `latest`.
 
     Raises:
         UserError: the disk does not take them.
     """
+    told = recipe.log.model_copy(update={"uri": without_password(recipe.log.uri)})
     try:
-        write_text(run_dir / "config.yaml", dump_recipe(recipe))
+        write_text(run_dir / "config.yaml", dump_recipe(recipe.model_copy(update={"log": told})))
         write_json(run_dir / "ds.json", ds)
         spec.save(run_dir)
         if init:
@@ -134,22 +142,56 @@ def write_record(
 
 @contextmanager
 def open_run(run_dir: Path, world: World) -> Iterator[None]:
-    """Makes the run directory and keeps the logs while it is open; a collective: rank 0 makes the directory.
+    """Makes the run directory, holds it and keeps the logs while it is open; a collective: rank 0 makes and holds it.
 
     Logs: rank 0 to stderr, every rank to `logs/rank-N.log`. Those of a run around it are silent meanwhile.
 
     Raises:
-        UserError: this rank cannot write there.
+        UserError: this rank cannot write there, or other processes train there.
     """
-    logs = run_dir / "logs"
+    with ExitStack() as stack:
+        distributed.decide(lambda: stack.enter_context(_held(run_dir)))
+        stack.enter_context(_logged(run_dir, world))
+        yield
 
-    def make() -> None:
+
+@contextmanager
+def _held(run_dir: Path) -> Iterator[None]:
+    """One run at a time: two would write the same checkpoints and double each line of metrics.jsonl.
+
+    Ranks that outlive their launcher may still be there when the same command is given again. Where a host is gone, its
+    lock may stay for as long as an NFS server waits for it.
+
+    Raises:
+        UserError: the directory cannot be made, or another run keeps it for HELD_SECONDS.
+    """
+    path, end, said = run_dir / "logs" / "lock", time.monotonic() + HELD_SECONDS, False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise UserError(f"run.dir = {run_dir}: {error.strerror}: {error.filename}") from error
+    with file:
+        while not lock(file.fileno(), wait=False):
+            if time.monotonic() > end:
+                raise UserError(
+                    f"run.dir = {run_dir}: other processes train there; end them, or give another run.dir. Where their "
+                    f"host is gone, delete {path}", transient=True
+                )  # fmt: skip
+            if not said:
+                log.warning("run.dir = %s: other processes train there; waiting for %.0f s", run_dir, HELD_SECONDS)
+            said = True
+            time.sleep(1.0)
         try:
-            logs.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run.dir = {run_dir}: {error.strerror}: {error.filename}") from error
+            yield
+        finally:
+            unlock(file.fileno())  # of readers, too, which inherited it
 
-    distributed.decide(make)
+
+@contextmanager
+def _logged(run_dir: Path, world: World) -> Iterator[None]:
+    """The logs of `open_run`."""
+    logs = run_dir / "logs"
     try:
         logs.mkdir(parents=True, exist_ok=True)  # on a host that does not share it, or not yet
         file = logging.FileHandler(logs / f"rank-{world.rank}.log", encoding="utf-8", errors="backslashreplace")

@@ -44,6 +44,7 @@ from pipeline.serving.package import check_publishable, publish
 from pipeline.tasks import FinetuneTask, task_of
 from pipeline.tracking import Tracker, figures, open_tracker, run_of
 from pipeline.tracking.spool import Feed
+from pipeline.tracking.store import without_password
 
 log = logging.getLogger(__name__)
 
@@ -140,8 +141,10 @@ def _prepared(
     spec = DataSpec.of(corpus, recipe.data)
     check_held_out(recipe.data, corpus)
     check_ranks(recipe, ds, spec)
-    step, changed = distributed.decide(lambda: check_run(run_dir, recipe, ds, spec))
+    distributed.decide(lambda: check_run(run_dir, recipe, ds, spec))
     with open_run(run_dir, world), _loaders(recipe, method, world) as (loader, held_out):
+        # Again: another run may have gone on there until now.
+        step, changed = distributed.decide(lambda: check_run(run_dir, recipe, ds, spec))
         for line in changed:
             log.info("from step %d on: %s", step, line)
         for line in corpus.report:
@@ -211,7 +214,7 @@ def tracked(
         part_of=launch.part_of,
         first_of_node=distributed.local_rank() == 0,
     )
-    tracker.params(flatten(recipe))
+    tracker.params(flatten(recipe) | {"log.uri": without_password(recipe.log.uri)})
     tracker.dataset(corpus, recipe.data.shown)
     tracker.tags({"ranks": str(world.size), "device": world.device.type} | recipe.log.tags)
     for file in ("config.yaml", "ds.json", "data.json"):

@@ -91,10 +91,19 @@ def _run_processes(plans: Iterable[ShardPlan], workers: int) -> Generator[ShardP
         # One pool for each worker: a death breaks a pool, and must be told which shard it was.
         pools = {number: pool(1) for number in range(workers)}
         idle = list(pools)
+
+        def begin(number: int, plan: ShardPlan, deaths: int) -> None:
+            try:
+                future = _submit(pools[number], write_patiently, plan)
+            except BrokenProcessPool:  # its worker was killed, at the last shard or with nothing to do
+                pools[number].shutdown()
+                pools[number] = pool(1)
+                future = _submit(pools[number], write_patiently, plan)
+            running[future] = number, plan, deaths
+
         while True:
             while idle and (plan := next(queue, None)) is not None:
-                number = idle.pop()
-                running[_submit(pools[number], write_patiently, plan)] = number, plan, 0
+                begin(idle.pop(), plan, 0)
             if not running:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -103,10 +112,8 @@ def _run_processes(plans: Iterable[ShardPlan], workers: int) -> Generator[ShardP
                 try:
                     future.result()
                 except BrokenProcessPool as error:
-                    pools[number].shutdown()
-                    pools[number] = pool(1)
                     _check_deaths(plan, deaths + 1, DEATHS, error)
-                    running[_submit(pools[number], write_patiently, plan)] = number, plan, deaths + 1
+                    begin(number, plan, deaths + 1)
                     continue
                 idle.append(number)
                 yield plan

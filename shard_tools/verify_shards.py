@@ -11,21 +11,21 @@ stored waveform; keys used twice; the manifest's totals. So one flipped bit in a
 that the manifest lists, makes a damaged index.parquet anew from the tars, and keeps what can be read of failures.jsonl.
 --sources decodes every source again and names the clips that it does not give any more: a finished build that is run
 again does not look at its sources.
-Memory: a row group of the index; tars are mapped, those of a store fetched to local scratch, one a worker.
+A tar that the disk cannot read is a damaged one. While a build writes to the directory, --repair is refused; what a
+build left half done when it was killed at its end is completed first.
+Memory: a row group of the index, and a clip; tars of a store are fetched to local scratch, one a worker.
 """
 
 import argparse
-import hashlib
+import errno
 import json
-import mmap
 import os
 import sys
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -37,12 +37,13 @@ from pipeline.data.manifest import Manifest, ShardRecord, load_manifest
 from pipeline.data.npy import decode
 from pipeline.data.storage import Location, is_remote, join, local, location, read_bytes, sizes
 from pipeline.errors import UserError, run_cli
-from pipeline.files import check_output_directory
+from pipeline.files import check_output_directory, sha256
 from shard_tools.distribute import each
-from shard_tools.finish import damage, render, rows_by_shard
+from shard_tools.finish import damage, render, rows_by_shard, settle
+from shard_tools.lock import owner
 from shard_tools.repair import compare, repair
 from shard_tools.segment import MachineError
-from shard_tools.store import local_copies
+from shard_tools.store import Store, local_copies
 from shard_tools.write import BLOCK, EXTENSIONS, MEMBERS, AudioOptions, stored_fbank
 
 FBANK_EVERY = 16  # the fbank of every 16th clip is computed again
@@ -113,19 +114,23 @@ def check_shard(
             raise copy
         if isinstance(copy, OSError):
             return record.name, [f"{record.name}: unreadable: {copy}"]
-        with _mapped(copy) as content:
+        # Read, not mapped: a part of a map that the disk cannot read ends the process.
+        with open(copy, "rb") as file:
             problems = []
-            if hashlib.sha256(content).hexdigest() != record.sha256:
-                problems.append(f"{record.name}: damaged: its sha256 is not the manifest's")
-            if rows is not None:
-                problems += _check_rows(record, rows.to_pylist(), content, manifest)
+            try:
+                if sha256(file) != record.sha256:
+                    problems.append(f"{record.name}: damaged: its sha256 is not the manifest's")
+                if rows is not None:
+                    problems += _check_rows(record, rows.to_pylist(), file, manifest)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                problems.append(f"{record.name}: unreadable: {error.strerror}")
     return record.name, problems
 
 
-def _check_rows(
-    record: ShardRecord, rows: list[dict[str, Any]], content: memoryview, manifest: Manifest
-) -> Iterator[str]:
-    end = 0
+def _check_rows(record: ShardRecord, rows: list[dict[str, Any]], file: BinaryIO, manifest: Manifest) -> Iterator[str]:
+    end, total = 0, os.fstat(file.fileno()).st_size
     if len(rows) != record.clips:
         yield f"{record.name}: {len(rows)} rows in the index, {record.clips} clips in the manifest"
     for number, row in enumerate(rows):
@@ -133,15 +138,17 @@ def _check_rows(
         where = f"{record.name}: {row['key']}"
         for member in MEMBERS:
             offset, size = row[f"{member}_offset"], row[f"{member}_size"]
-            payload = payloads[member] = content[offset : offset + size]
-            header = bytes(content[max(0, offset - BLOCK) : offset]).split(b"\0", 1)[0].decode("utf-8", "replace")
             problem = None
             if offset != end + BLOCK:
                 problem = f"{member} is at offset {offset}, not {end + BLOCK} where the one before it ends"
-            elif header != f"{row['key']}.{EXTENSIONS[member]}":
-                problem = f"{member} is not at offset {offset}"
-            elif xxhash.xxh3_64_intdigest(payload) != row[f"{member}_xxh3"]:
-                problem = f"{member}: damaged: its hash is not the index's"
+            else:
+                file.seek(max(0, min(end, total)))
+                header = file.read(BLOCK).split(b"\0", 1)[0].decode("utf-8", "replace")
+                payload = payloads[member] = file.read(max(0, min(size, total)))
+                if header != f"{row['key']}.{EXTENSIONS[member]}":
+                    problem = f"{member} is not at offset {offset}"
+                elif xxhash.xxh3_64_intdigest(payload) != row[f"{member}_xxh3"]:
+                    problem = f"{member}: damaged: its hash is not the index's"
             if problem:
                 sound = False
                 yield f"{where}: {problem}"
@@ -150,12 +157,12 @@ def _check_rows(
             yield from _check_clip(where, row, payloads, manifest, recompute=number % FBANK_EVERY == 0)
     whole = end + 2 * BLOCK
     whole += -whole % tarfile.RECORDSIZE
-    if whole != len(content):
-        yield f"{record.name}: {len(content)} bytes, its clips and the end of the archive make {whole}"
+    if whole != total:
+        yield f"{record.name}: {total} bytes, its clips and the end of the archive make {whole}"
 
 
 def _check_clip(
-    where: str, row: dict[str, Any], payloads: dict[str, memoryview], manifest: Manifest, recompute: bool
+    where: str, row: dict[str, Any], payloads: dict[str, bytes], manifest: Manifest, recompute: bool
 ) -> Iterator[str]:
     arrays = {"waveform": manifest.audio.array, "fbank": manifest.fbank.array}
     decoded = {}
@@ -165,7 +172,7 @@ def _check_clip(
         except ValueError as error:
             yield f"{where}: {member} cannot be decoded: {error}"
     try:
-        about = json.loads(bytes(payloads["json"]))
+        about = json.loads(payloads["json"])
     except (ValueError, RecursionError) as error:
         yield f"{where}: json cannot be decoded: {error}"
         return
@@ -184,21 +191,6 @@ def _check_clip(
             yield f"{where}: fbank differs by {worst:.4f} from the waveform's"
 
 
-@contextmanager
-def _mapped(path: str) -> Iterator[memoryview]:
-    if not os.path.getsize(path):
-        yield memoryview(b"")
-        return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        view = memoryview(content)
-        try:
-            yield view
-        finally:
-            # An array made of a slice may live a little longer; then the map goes with it.
-            with suppress(BufferError):
-                view.release()
-
-
 def main() -> int:
     """Parses, verifies, repairs, compares, reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,15 +204,20 @@ def main() -> int:
                         help="of the sources (default: DIR/source)")  # fmt: skip
     args = parser.parse_args()
     try:
-        return _run(args)
+        if not args.repair:
+            return _run(args)
+        load_manifest(args.directory)  # or a directory of something else would get a lock
+        if not is_remote(args.directory):
+            check_output_directory(local(args.directory), "--repair")
+        with owner(args.directory, shared=False):
+            settle(Store(args.directory))
+            return _run(args)
     except OSError as error:
         raise UserError(f"{args.directory}: {error}; run it again when it can be read and written") from error
 
 
 def _run(args: argparse.Namespace) -> int:
     workers = max(1, args.workers)
-    if args.repair and not is_remote(args.directory) and local(args.directory).is_dir():
-        check_output_directory(local(args.directory), "--repair")
     found = examine(args.directory, workers)
     for problem in chain(*found.values()):
         sys.stdout.write(f"{problem}\n")

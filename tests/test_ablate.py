@@ -1,7 +1,9 @@
 """Ablations: the distinct runs of the tables, and running them whatever happens."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -12,8 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from mlflow.exceptions import MlflowException
 
-from launchers.ablate import main
+from launchers.ablate import _make_store, main
 from pipeline.ablation import campaign, executors
 from pipeline.ablation.campaign import Campaign
 from pipeline.ablation.executors import LocalExecutor, SlurmExecutor
@@ -199,12 +202,41 @@ def test_finished_runs_stay_failed_ones_are_tried_again(world):
     assert world.starts() == after
 
 
+def test_a_run_that_cannot_begin_does_not_end_the_others(world, monkeypatch):
+    initial = Campaign._initial
+
+    def refuse(campaign, run, init):
+        if "SWAST" in run.name:
+            raise UserError("no checkpoint near step 20")
+        return initial(campaign, run, init)
+
+    monkeypatch.setattr(Campaign, "_initial", refuse)
+    outcome = world.run({})
+    (failed,) = outcome["failed"]
+    assert "SWAST" in failed
+    assert (len(outcome["done"]), outcome["blocked"]) == (9, [])
+    assert f"failed  {failed}: no checkpoint near step 20" in world.said
+    monkeypatch.undo()
+    assert len(world.run({})["done"]) == 10
+
+
+def test_a_store_that_mlflow_does_not_take_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def refuse(uri):
+        raise MlflowException("Detected out-of-date database schema\nTake a backup")
+
+    monkeypatch.setattr("mlflow.tracking.MlflowClient", refuse)
+    with pytest.raises(UserError, match=r"mlflow\.db: Detected out-of-date .*; mend that, or name another"):
+        _make_store(tmp_path)
+
+
 def test_a_run_whose_ablate_was_killed_is_not_started_twice(world):
     grid = world.campaign.grid
     run = grid.runs[0]
     folder = world.campaign.run_dir(run)
     folder.mkdir(parents=True)
-    held = "import fcntl, sys, time; fcntl.flock(open(sys.argv[1], 'w'), 2); print(flush=True); time.sleep(60)"
+    held = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(flush=True); time.sleep(60)"
     orphan = subprocess.Popen([sys.executable, "-c", held, str(folder / "lock")], stdout=subprocess.PIPE)
     try:
         assert orphan.stdout is not None
@@ -298,6 +330,44 @@ def test_submitit_runs_a_job_and_reports_its_failure(tmp_path):
         time.sleep(0.5)
     assert status == 1
     assert "/no/such" in (tmp_path / "output.log").read_text()
+
+
+# A task of a job, with submitit's handler of its signal, and a launcher that saves.
+PREEMPTED = """
+import pathlib, signal, sys
+from pipeline.ablation.executors import SlurmRank
+TRAINER = '''
+import pathlib, signal, sys, time
+def save(number, frame):
+    time.sleep(0.5)
+    pathlib.Path("saved").touch()
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path("begun").touch()
+time.sleep(60)
+'''
+def queue_again(number, frame):
+    pathlib.Path("queued" if pathlib.Path("saved").exists() else "lost").touch()
+    sys.exit(3)
+signal.signal(signal.SIGUSR2, queue_again)
+rank = SlurmRank(pathlib.Path("."), "pretrain.py", [])
+rank.command = [sys.executable, "-c", TRAINER]
+rank()
+"""
+
+
+@pytest.mark.parametrize("whole_step", [False, True])
+def test_a_preempted_job_saves_before_it_is_queued_again(tmp_path, whole_step):
+    """Slurm signals the tasks, or with some of its plugins all processes of a step."""
+    task = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", PREEMPTED], cwd=tmp_path, env=os.environ | task,
+                               start_new_session=True)  # fmt: skip
+    end = time.monotonic() + 60
+    while not (tmp_path / "begun").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    (os.killpg if whole_step else os.kill)(process.pid, signal.SIGUSR2)
+    assert process.wait(60) == 3
+    assert (tmp_path / "queued").exists()
 
 
 @pytest.mark.slow
@@ -413,6 +483,16 @@ def test_an_ablation_checks_before_it_writes(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
     assert not list(tmp_path.glob("other/*.json"))
     assert "paper" in (tmp_path / "old" / "ablation.json").read_text()
+
+
+def test_shards_that_cannot_be_built_are_one_line(tmp_path, monkeypatch):
+    scale = yaml.safe_load((ROOT / "configs/ablation/scale/micro.yaml").read_text())
+    scale["data"]["synth"]["build"] = "--dataset synth --clips-per-shard 0"
+    (tmp_path / "scale.yaml").write_text(yaml.safe_dump(scale))
+    words = ["ablate.py", ROOT / "configs/ablation/table5b.yaml", "--scale", tmp_path / "scale.yaml", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    with pytest.raises(UserError, match=r"data\.synth\.build .*--clips-per-shard 0 .* ended with status 2"):
+        main()
 
 
 def test_only_a_leading_out_stands_for_the_directory(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ WORDS = ["model.size=micro", "train.batch_size=8", "train.epochs=2", "log.every=
          "optim.warmup=2", "data.workers=1", "checkpoint.average=[0,0]", "log.model=false"]  # fmt: skip
 
 
-def fold(value: float, *epochs: float) -> dict:
+def fold(value: float | None, *epochs: float | None) -> dict:
     curve = {str(number): each for number, each in enumerate(epochs, start=1)}
     return {"metric": "accuracy", "value": value, "clips": 10, "weights": "weights", "shards_digest": "D",
             "epochs": curve}  # fmt: skip
@@ -54,6 +54,16 @@ def test_the_best_epoch_is_the_same_for_all_folds():
     tied = summarise({1: fold(0.5, 0.5, 0.5), 2: fold(0.5, 0.5, 0.5, 0.9)})
     assert (tied["common_epoch"]["epoch"], list(tied["epochs"])) == (1, ["1", "2"])  # the earlier; what all have
     assert summarise({4: fold(0.5)})["common_epoch"] is None
+
+
+def test_a_fold_without_any_label_has_an_undefined_metric():
+    """results.json has null for it, at the end and at each epoch."""
+    content = summarise({1: fold(None, None, None), 2: fold(0.5, 0.4, 0.5)})
+    assert np.isnan(content["value"])
+    assert np.isnan(list(content["epochs"].values())).all()
+    assert content["common_epoch"] is None
+    content = summarise({1: fold(0.5, None, 0.5), 2: fold(0.5, 0.9, 0.5)})
+    assert (content["common_epoch"]["epoch"], content["common_epoch"]["value"]) == (2, 0.5)
 
 
 def test_folds_that_are_not_there_or_contradict_are_said(shards, tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,12 +16,13 @@ from scipy.special import expit, softmax
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from launchers.evaluate import check_places, main, parser, read_ids
+from pipeline import distributed
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.corpus import load_corpus
 from pipeline.data.manifest import load_index, load_manifest
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
-from pipeline.engine.evaluation import read_predictions
+from pipeline.engine.evaluation import check_same_weights, read_predictions
 from pipeline.errors import UserError
 from pipeline.model.weights import weights_file
 from pipeline.recipes import dump_recipe, load_recipe
@@ -282,6 +284,15 @@ def test_runs_that_cannot_be_evaluated_are_one_line(runs, shards, tmp_path, monk
     for combine in (score_ensemble, score_averaged_weights):  # averaged, the classes of one would be another's
         with pytest.raises(UserError, match="trained on other labels"):
             combine(pair, load_recipe(FinetuneRecipe, [runs[0] / "config.yaml"]), World())
+
+
+def test_ranks_that_found_different_checkpoints_are_told(runs, monkeypatch):
+    """A run in training has a newer one for ranks that start later, whose clips would have scores of other weights."""
+    files = [weights_file(runs[0]), Path("random:base")]
+    check_same_weights(files)
+    monkeypatch.setattr(distributed, "decide", lambda check: ["step-00000000/weights.safetensors", *check()[1:]])
+    with pytest.raises(UserError, match=r"different weights, step-00000000/.* and step-00000001/.* name one of"):
+        check_same_weights(files)
 
 
 def changed(run, where, recipe_words=(), **data):

@@ -11,7 +11,9 @@ import pytest
 import soundfile
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
+from launchers.probe import weights_hash
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
@@ -164,8 +166,8 @@ def test_the_card_says_what_the_run_knows_and_what_it_does_not(tmp_path):
                                       "split": "eval", "interval": around})  # fmt: skip
     write_json(run / "init.json", {"source": "/home/me/w", "origin": "EAT or SSLAM", "loaded": ["a"], "resized": [],
                                    "fresh": ["b", "c"], "dropped": []})  # fmt: skip
-    (tmp_path / "probe-run-1234").mkdir()
-    write_json(tmp_path / "probe-run-1234" / "probe.json", [
+    (tmp_path / "probe-run-12345678").mkdir()
+    write_json(tmp_path / "probe-run-12345678" / "probe.json", [
         {"probe": "attentive", "stream": "both", "layer": 4, "metric": "mAP", "value": 0.125, "n": 40}
     ])  # fmt: skip
     export_hf_craft(open_exported(run), tmp_path / "full", "lab/craft")
@@ -188,15 +190,27 @@ def test_a_card_has_no_scores_of_other_weights(tmp_path):
     run = tmp_path / "run"
     make_run(run, FinetuneRecipe, "finetune.method=ast")
     checkpoint = run / "checkpoints" / "step-00000001"
-    (checkpoint / "average.safetensors").write_bytes((checkpoint / "weights.safetensors").read_bytes())
+    weights = load_file(checkpoint / "weights.safetensors")
+    save_file({name: 0.5 * value for name, value in weights.items()}, checkpoint / "average.safetensors")
     results = {"metric": "mAP", "metrics": {"mAP": 0.5}, "clips": 40, "split": "eval", "weights": "average"}
     write_json(run / "results.json", results)
+    probed = {"stream": "both", "layer": 4, "metric": "mAP", "n": 40}
+    rows = [{"probe": name, "value": value, "weights": weights} | probed for name, value, weights in (
+        ("linear", 0.25, weights_hash(str(checkpoint / "average.safetensors"))), ("knn", 0.125, "of an earlier step"),
+        ("cgp", 0.0625, f"random:{run}"))]  # fmt: skip
+    of_another_run = [{"probe": "attentive", "value": 0.75} | probed]
+    for name, content in (("probe-run-12345678", rows), ("probe-run-swab-12345678", of_another_run)):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "probe.json", content)
     spec = DataSpec.load(run)
     for average, told in ((True, "of split `eval`: mAP 0.5000"), (False, "is of other weights, `average`")):
         export_hf_craft(open_exported(run, average), tmp_path / str(average))
         card = (tmp_path / str(average) / "README.md").read_text()
         assert told in card
         assert ("model-index" in card, "0.5000" in card) == (average, average)
+        assert ("| linear | both | 4 | mAP | 0.2500 | 40 |" in card) == average
+        assert ("not probed; what probe.py left is of other weights." in card) != average
+        assert not any(value in card for value in ("0.1250", "0.0625", "0.7500"))
     assert "mAP 0.5000" in package.model_card(run, spec)
     for changed, said in (({"weights": "weights"}, "other weights, `weights`"), ({"ensemble": ["a", "b"]}, "ensemble")):
         write_json(run / "results.json", results | changed)

@@ -373,6 +373,7 @@ def test_embeddings_are_whole_or_the_earlier_ones(run_main, tmp_path, monkeypatc
     assert pq.read_table(vectors).num_rows == 0  # not those of an earlier run
     assert pq.read_schema(vectors).field("embedding").type.list_size == 192
     before = vectors.read_bytes()
+    monkeypatch.setattr(command, "GROUP", 16)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as a disk that fills
     try:
@@ -385,6 +386,21 @@ def test_embeddings_are_whole_or_the_earlier_ones(run_main, tmp_path, monkeypatc
     assert 0 < len(lines) < len(files)
     assert [line["path"] for line in lines] == files[: len(lines)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["l.json", "v.parquet"]
+
+
+def test_many_recordings_share_a_row_group(scorer, tmp_path, monkeypatch):
+    """The writer keeps each group's statistics until the end: a group a recording is 28 GB of a million recordings."""
+    monkeypatch.setattr(command, "GROUP", 8)
+    vectors = np.arange(20 * 192, dtype=np.float32).reshape(20, 1, 192)
+    with command.embeddings_file(tmp_path / "v.parquet", scorer) as write:
+        for number, one in enumerate(vectors):
+            scores = np.zeros((1, 1), np.float32)
+            write(Heard(f"{number}.wav", "", 0.25, np.zeros(1), scores, one))
+    table = pq.read_table(tmp_path / "v.parquet")
+    assert pq.read_metadata(tmp_path / "v.parquet").num_row_groups == 3
+    assert table["path"].to_pylist() == [f"{number}.wav" for number in range(20)]
+    assert set(table["end"].to_pylist()) == {0.25}
+    assert np.array_equal(np.array(table["embedding"].to_pylist(), np.float32), vectors[:, 0])
 
 
 def test_a_reader_that_has_seen_enough_ends_the_work(run_dir, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from sklearn.metrics import average_precision_score
 from sqlalchemy.exc import OperationalError
@@ -138,6 +139,15 @@ def finish(campaign: Campaign, run, value_seed: int, skill: float, manifest) -> 
 def campaign(shards, tmp_path):
     tables = [ROOT / "configs/ablation/table5c.yaml", ROOT / "configs/ablation/figure2.yaml"]
     return Campaign(Grid(tables, "micro", {"synth": str(shards)}, seeds=[0, 1]), tmp_path)
+
+
+def test_a_row_of_a_figure_may_lack_its_first_column(shards, tmp_path):
+    rows = [{"name": "both", "paper": {"as_bal": 1.0, "as_full": 2.0}}, {"name": "one", "paper": {"as_full": 3.0}}]
+    figure = {"title": "F", "kind": "figure", "columns": ["as_bal", "as_full"], "reference": "both", "rows": rows}
+    (tmp_path / "figure.yaml").write_text(yaml.safe_dump(figure))
+    part = Collected("figure", Campaign(Grid([tmp_path / "figure.yaml"], "micro", {"synth": str(shards)}), tmp_path))
+    assert part.curves["one"] == {"accuracy": [], "mse": [], "finetuned": []}
+    render.draw(part, tmp_path / "figure.png")
 
 
 def test_numbers_spread_differences_and_empty_cells(campaign, shards, tmp_path):

@@ -3,27 +3,31 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from pipeline.command_line import Launch
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.corpus import load_corpus
 from pipeline.data.manifest import Label
 from pipeline.data.spec import DataSpec
 from pipeline.distributed import World
-from pipeline.errors import UserError
+from pipeline.errors import UserError, exit_status
 from pipeline.export import export_safetensors, open_exported
-from pipeline.files import write_json
+from pipeline.files import read_json, write_json
 from pipeline.methods import PRETRAIN
 from pipeline.model.weights import weights_file
 from pipeline.recipes import load_recipe
-from pipeline.run_directory import check_run, write_record
+from pipeline.run_directory import check_run, open_run, write_record
 from pipeline.runs import initialise
 from pipeline.tasks import FinetuneTask
-from pipeline.train import _loaders, check_held_out
+from pipeline.train import _loaders, check_held_out, tracked
 from tests.ranks import run_ranks
 
 MICRO = ["model.size=micro", "model.stride=16", "train.batch_size=8", "train.steps=6"]
@@ -206,21 +210,57 @@ def test_a_held_out_split_that_was_named_must_be_there(shards, tmp_path):
         check_held_out(data, load_corpus(data))
 
 
+def test_no_password_of_the_store_is_written_down_or_told(shards, tmp_path):
+    """config.yaml and the parameters are there for all who read MLflow; tracking.json alone needs the password."""
+    uri = "http://anne:hunter2@127.0.0.1:9"
+    recipe = finetuning(tmp_path, shards, f"log.uri={uri}", "log.finish_wait=0")
+    write_record(tmp_path, recipe, DS, spec_of(recipe))
+    with tracked(Launch(recipe, {}), tmp_path, "x", "finetune", World(), load_corpus(recipe.data)):
+        pass
+    assert read_json(tmp_path / "tracking.json", "")["uri"] == uri
+    said = [(tmp_path / name).read_text() for name in ("config.yaml", "tracking.jsonl")]
+    assert all("http://***@127.0.0.1:9" in text and "hunter2" not in text for text in said)
+    check_run(tmp_path, recipe, DS, spec_of(recipe))
+
+
+def test_one_run_at_a_time_trains_in_a_directory(tmp_path, monkeypatch, caplog):
+    """Ranks that outlived their launcher, and the same command again."""
+    monkeypatch.setattr("pipeline.run_directory.HELD_SECONDS", 1.0)
+    monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)
+    with open_run(tmp_path / "run", World()):
+        with (
+            pytest.raises(UserError, match="other processes train there; end them, or") as refused,
+            open_run(tmp_path / "run", World()),
+        ):
+            pass
+        assert exit_status(refused.value) == 75  # a host that is gone loses its lock in time
+        with open_run(tmp_path / "run" / "fold-1", World()):
+            pass
+    held = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, 2); print(flush=True); time.sleep(60)"
+    lock = tmp_path / "run" / "logs" / "lock"
+    with subprocess.Popen([sys.executable, "-c", held, str(lock)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        threading.Timer(0.3, other.kill).start()
+        with open_run(tmp_path / "run", World()):
+            assert "waiting for 1 s" in caplog.text
+
+
 REFUSAL = """
 import sys
 from pipeline import distributed
-from pipeline.errors import UserError, run_cli
+from pipeline.errors import UserError, exit_status, run_cli
 
 def main():
     with distributed.session(60, seed=0) as world:
         assert distributed.decide(lambda: 7 + world.rank) == 7
         def check():
             assert world.is_main
-            raise UserError("run.dir was trained otherwise")
+            raise UserError("run.dir was trained otherwise", transient=True)
         try:
             distributed.decide(check)
         except UserError as error:
-            open(f"{sys.argv[1]}/{world.rank}", "w").write(str(error))
+            open(f"{sys.argv[1]}/{world.rank}", "w").write(f"{error}, {exit_status(error)}")
 
 run_cli(main)
 """
@@ -229,7 +269,7 @@ run_cli(main)
 def test_all_ranks_end_with_the_refusal_of_rank_0(tmp_path):
     (tmp_path / "program.py").write_text(REFUSAL)
     run_ranks(2, tmp_path / "program.py", tmp_path)
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["run.dir was trained otherwise"] * 2
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["run.dir was trained otherwise, 75"] * 2
 
 
 def renamed(spec: DataSpec) -> DataSpec:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -361,6 +362,51 @@ def test_a_run_whose_identity_was_deleted_is_told_anew_as_a_whole(tmp_path, monk
             pass
     assert [line["values"] for line in told if line["kind"] == "metrics"] == [{"loss": 1.0}]
     assert [line["kind"] for line in told if line["kind"] in ("finish", "resume")] == ["finish", "resume", "finish"]
+
+
+def test_a_run_directory_that_is_copied_again_goes_on_in_its_run(tmp_path, monkeypatch):
+    """A cluster without a way out: copied and delivered in the middle of the run, and again at its end."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = LogConfig(uri="http://127.0.0.1:9", system_every=0, finish_wait=0)
+    cluster, desk, uri = tmp_path / "cluster", tmp_path / "desk", f"sqlite:///{tmp_path}/mlflow.db"
+    cluster.mkdir()
+    for step in (1, 2):
+        with monkeypatch.context() as away:
+            away.setattr(Spool, "deliver", lambda spool: False)
+            tracker = open_tracker(config, cluster, name="x", rank=0, kind="pretrain", parent=None)
+            tracker.metrics({"loss": step / 2}, step)
+            tracker.finish("FINISHED")
+            tracker._thread.join()  # or it would try the real way
+        shutil.copytree(cluster, desk, dirs_exist_ok=True)
+        sync(Spool(desk), uri)
+    status, values = history(uri)
+    assert (status, values) == ("FINISHED", [(1, 0.5), (2, 1.0)])
+
+
+def test_a_copied_run_directory_gets_a_run_of_its_own(tmp_path, monkeypatch):
+    """Copied to train on with other settings, while the first one stays; one that was moved keeps its MLflow run."""
+    monkeypatch.setattr(Spool, "deliver", lambda spool: False)
+    config = LogConfig(uri="http://127.0.0.1:9", system_every=0, finish_wait=0)
+
+    def attempt(run_dir: Path) -> str:
+        tracker = open_tracker(config, run_dir, name="x", rank=0, kind="pretrain", parent=None)
+        tracker.finish("FINISHED")
+        tracker._thread.join()
+        return str(Spool(run_dir).identity["run_id"])
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    attempt(first)
+    Spool(first).identity = Spool(first).identity | {"run_id": "r"}
+    (tmp_path / "link").symlink_to(first)
+    assert attempt(tmp_path / "link") == "r"
+    shutil.copytree(first, second)
+    assert attempt(second) == ""
+    assert Spool(second).identity["tags"]["run_dir"] == str(second)
+    assert Spool(second).main.delivered == 0
+    assert attempt(first) == "r"
+    first.rename(tmp_path / "third")
+    assert attempt(tmp_path / "third") == "r"
 
 
 def test_each_node_s_metrics_reach_the_run(tmp_path, monkeypatch):

@@ -6,10 +6,14 @@ import sqlite3
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import ErrorCode
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.tracking import MlflowClient
+from requests import HTTPError
 
 from pipeline.config import LogConfig
 from pipeline.errors import UserError
@@ -55,6 +59,51 @@ def test_a_record_that_is_refused_for_good_is_set_aside_and_the_others_arrive(tm
     assert all(line["refused"] for line in refused)
     assert "MLflow refused 3 records for good" in caplog.text
     assert not Spool(tmp_path / "run").waiting
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_an_older_server_or_a_file_that_a_proxy_finds_too_large_does_not_hold_up_the_end(tmp_path, away):
+    """A server before MLflow 3 knows no logged models; a proxy that finds no server answers each request so."""
+    unknown = MlflowException("Not Found", error_code=ErrorCode.Value("ENDPOINT_NOT_FOUND"))
+    ended = []
+
+    class Client:
+        def get_run(self, run_id):
+            if away:
+                raise unknown
+            return SimpleNamespace(info=SimpleNamespace(lifecycle_stage="active", experiment_id="1"))
+
+        def log_batch(self, run_id, **items):
+            pass
+
+        def create_logged_model(self, *args, **named):
+            raise unknown
+
+        def log_artifact(self, run_id, file, folder):
+            raise HTTPError("413 Request Entity Too Large", response=SimpleNamespace(status_code=413))
+
+        def set_terminated(self, run_id, status, when):
+            ended.append(status)
+
+    spool = Spool(tmp_path)
+    spool.identity = {"uri": "http://lab:5000", "run_id": "r"}
+    spool._client = Client()
+    (tmp_path / "model").mkdir()
+    spool.main.append({"kind": "artifact", "path": "model", "folder": ""})
+    spool.main.append({"kind": "model", "path": "model", "step": 1, "tags": {}, "card": "", "register": ""})
+    spool.main.append({"kind": "finish", "status": "FINISHED"})
+    if away:
+        with pytest.raises(MlflowException, match="Not Found"):
+            spool.deliver()
+        assert spool.waiting
+        assert not spool.refused
+        return
+    while spool.deliver():
+        pass
+    assert ended == ["FINISHED"]
+    refused = [json.loads(line) for line in spool.refused_file.read_text().splitlines()]
+    assert [(line["kind"], line["refused"].split()[0]) for line in refused] == [("artifact", "413"), ("model", "Not")]
+    assert not spool.transferring
 
 
 @pytest.mark.slow

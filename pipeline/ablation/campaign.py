@@ -24,7 +24,7 @@ from pipeline.command_line import read_deepspeed_config
 from pipeline.data.manifest import labelled_manifest, load_manifest
 from pipeline.engine.checkpoint import complete_checkpoints
 from pipeline.engine.setup import numeric_differences
-from pipeline.errors import UserError
+from pipeline.errors import UserError, exit_status
 from pipeline.files import read_json, write_json, write_text
 
 POLL_SECONDS = 0.5
@@ -156,9 +156,7 @@ class Campaign:
                     if again:
                         todo.insert(0, run)
                     else:
-                        note = {"status": status, "output": str(self.run_dir(run) / "output.log")}
-                        write_json(self.run_dir(run) / "failed.json", note)
-                        outcome["failed"].append(run.folder)
+                        self._fail(run, {"status": status, "output": str(self.run_dir(run) / "output.log")}, outcome)
                 time.sleep(POLL_SECONDS if running or todo else 0)
         except KeyboardInterrupt:
             say(f"interrupted: {len(running)} runs are told to save and end")
@@ -178,12 +176,24 @@ class Campaign:
         for run in sorted(ready, key=lambda r: r.kind == "pretrain"):
             if len(running) >= executor.jobs:
                 return
-            if not executor.start(self.run_dir(run), f"{run.kind}.py", self._prepare(run, ds)):
+            try:
+                words = self._prepare(run, ds)
+            except UserError as error:  # of this run: the others, which may be under way for days, go on
+                say(f"failed  {run.folder}: {error}")
+                todo.remove(run)
+                self._fail(run, {"status": exit_status(error), "output": str(error)}, outcome)
+                continue
+            if not executor.start(self.run_dir(run), f"{run.kind}.py", words):
                 continue  # a process of an earlier ablate.py still trains it: look again later
             (self.run_dir(run) / "failed.json").unlink(missing_ok=True)
             todo.remove(run)
             running[run] = time.monotonic()
             say(f"started {run.folder} ({run.about})")
+
+    def _fail(self, run: Run, note: dict[str, Any], outcome: Outcome) -> None:
+        """Notes that a run is given up."""
+        write_json(self.run_dir(run) / "failed.json", note)
+        outcome["failed"].append(run.folder)
 
     def _prepare(self, run: Run, ds: str) -> list[str]:
         """Writes the run's recipe.yaml; returns the launcher's arguments."""

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO
 
 from pipeline.ablation.grid import ROOT
@@ -25,6 +26,7 @@ from pipeline.files import lock, write_json
 
 GRACE_SECONDS = 90.0  # a trainer that is told to stop saves first
 CPUS = "8"  # a rank's in Slurm: its own and those of its readers
+SAVE_SECONDS = 180  # for a step, an evaluation's batch and a checkpoint before a job's time is over
 QUEUE_SECONDS = 10.0  # between two questions to Slurm's queue
 
 
@@ -120,7 +122,10 @@ class LocalExecutor:
 
 
 class SlurmRank:
-    """What submitit runs in each task of a job: one rank of a launcher. Pre-empted, it is queued again."""
+    """What submitit runs in each task of a job: one rank of a launcher.
+
+    Pre-empted, or at the end of its time, the launcher saves and leaves, and then the job is queued again.
+    """
 
     def __init__(self, run_dir: Path, script: str, words: list[str]) -> None:
         self.run_dir = run_dir.resolve()
@@ -129,6 +134,9 @@ class SlurmRank:
     def __call__(self) -> None:
         """Joins the other tasks' process group by the environment, and trains.
 
+        Submitit's signal would otherwise end this process at once, or with some of Slurm's plugins the launcher, which
+        does not know it: nothing since its last checkpoint would be saved.
+
         Raises:
             RuntimeError: the launcher did not exit with 0; its own output says why.
         """
@@ -136,10 +144,25 @@ class SlurmRank:
 
         job = submitit.helpers.TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
         env = os.environ | {"LOCAL_SIZE": str(job.local_world_size)}
+        preempted = submitit.JobEnvironment._usr_sig()
+        told: list[int] = []
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            told.append(number)
+            process.send_signal(signal.SIGTERM)
+
+        queue_again: Any = signal.signal(preempted, signal.SIG_IGN)  # which the launcher inherits
         with (self.run_dir / ("output.log" if job.rank == 0 else f"output-{job.rank}.log")).open("ab") as output:
             process = subprocess.Popen(self.command, env=env, stdout=output, stderr=output)
-            signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(signal.SIGTERM))
+            for number in (preempted, signal.SIGTERM):
+                signal.signal(number, stop)
             status = process.wait()
+        if status and preempted in told:
+            queue_again(preempted, None)  # in the task of rank 0 this is the end; the others wait for Slurm to end them
+            end = time.monotonic() + GRACE_SECONDS
+            while signal.SIGTERM not in told and time.monotonic() < end:
+                time.sleep(1.0)
+            sys.exit(status)  # no error, which submitit would keep as this task's result
         if status:
             raise RuntimeError(f"exit status {status}: {' '.join(self.command)}")
 
@@ -192,6 +215,7 @@ class SlurmExecutor:
             name="craft", nodes=nodes, tasks_per_node=ranks // nodes, timeout_min=int(minutes)
         )
         if cluster == "slurm":
+            self._executor.update_parameters(slurm_signal_delay_s=SAVE_SECONDS)
             if not options.keys() & {"gpus", "gpus-per-node", "gpus-per-task", "gres", "tres-per-task"}:
                 options["gpus-per-node"] = str(ranks // nodes)
             cpus = options.setdefault("cpus-per-task", CPUS)

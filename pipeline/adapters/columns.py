@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.probing.features import BATCH
 from pipeline.probing.frozen import Pool, open_frozen
-from pipeline.serving.embed import Embedder
+from pipeline.serving.embed import ROUNDING, Embedder
 
 CHECKPOINT = "CRAFT_CHECKPOINT"
 
@@ -64,8 +64,8 @@ class Columns(nn.Module):
                 torch.from_numpy(self._embedder.hear(clips[i : i + BATCH])[1]) for i in range(0, len(clips), BATCH)
             ]
             vectors = torch.cat(parts)  # [B, layers, columns, width]
-            begin = torch.arange(vectors.shape[2]) * self.hop
-            kept = begin < len(clips[0]) / self.sample_rate
+            begin = torch.arange(vectors.shape[2], dtype=torch.float64) * self.hop
+            kept = (begin < len(clips[0]) / self.sample_rate - ROUNDING) | (begin == 0)
             found.append(vectors[:, :, kept].transpose(1, 2).flatten(2))
-            starts.append(first / self.sample_rate + begin[kept])
+            starts.append((first / self.sample_rate + begin[kept]).float())
         return torch.cat(found, dim=1).to(next(self.frozen.parameters()).device), torch.cat(starts)

@@ -1,9 +1,10 @@
 """HEAR 2021's common API (https://hearbenchmark.com/hear-api.html): a module that its tools import by name.
 
-    python -m heareval.embeddings.runner pipeline.adapters.hear --model runs/craft
+    python -m heareval.embeddings.runner pipeline.adapters.hear --model runs/craft --embeddings-dir embeddings/craft
     hear-validator pipeline.adapters.hear --model runs/craft
 
-`--model-options` takes the other arguments of `load_model` as JSON.
+`--model-options` takes the other arguments of `load_model` as JSON. Its tools keep embeddings under the module's name
+and these options: each checkpoint needs an `--embeddings-dir` of its own, or it gets the scores of the one before.
 """
 
 import torch

@@ -14,7 +14,7 @@ import torch
 from mteb.models import ModelMeta
 from mteb.models.modality_collators import AudioCollator
 from mteb.models.model_meta import ScoringFunction
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
 from pipeline.adapters.columns import Columns
 
@@ -54,7 +54,7 @@ class CraftAudioEncoder:
 
     def similarity(self, one: Any, other: Any) -> torch.Tensor:
         """Cosines [n, m] of vectors [n, d] and [m, d]."""
-        return cosine_similarity(torch.as_tensor(one)[:, None], torch.as_tensor(other)[None], dim=2)
+        return normalize(torch.as_tensor(one)) @ normalize(torch.as_tensor(other)).T  # nothing of n m d numbers
 
     def similarity_pairwise(self, one: Any, other: Any) -> torch.Tensor:
         """Cosines [n] of vectors [n, d] and [n, d]."""
@@ -69,11 +69,13 @@ def model_meta(checkpoint: str, **kwargs: Any) -> ModelMeta:
         kwargs: Its other arguments.
     """
     columns = Columns(checkpoint, **kwargs)
+    # MTEB keeps results under name and revision, and takes them for those of any other arguments.
+    revision = "-".join([columns.frozen.digest[:16], *(f"{key}={value}" for key, value in sorted(kwargs.items()))])
     return ModelMeta.create_empty({
         "loader": CraftAudioEncoder,
         "loader_kwargs": {"checkpoint": checkpoint, **kwargs},
         "name": f"craft/{Path(checkpoint).name.replace(':', '-')}",
-        "revision": columns.frozen.digest[:16],
+        "revision": revision,
         "n_parameters": sum(parameter.numel() for parameter in columns.parameters()),
         "embed_dim": columns.width,
         "framework": ["PyTorch"],

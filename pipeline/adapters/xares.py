@@ -13,6 +13,8 @@ class CraftEncoder(Columns):
 
     def __init__(self, checkpoint: str = "") -> None:
         super().__init__(checkpoint)
+        # X-ARES keeps what it encoded and trained under the class's name, and takes it for that of any other weights.
+        self.__class__ = type(f"Craft{self.frozen.digest[:16]}Encoder", (CraftEncoder,), {})
         self.sampling_rate, self.output_dim = self.sample_rate, self.width
         self.hop_size_in_ms = round(1000 * self.hop)
 

@@ -80,6 +80,8 @@ def _fetch(
     while True:
         if pipe.poll(0.02 if queue or running else None):
             step = pipe.recv()
+            while pipe.poll():  # batches may be faster than a turn of this loop: the last one counts
+                step = pipe.recv()
             while front <= step + batches and front != stop:
                 shards = np.unique(shards_of(front)).tolist()
                 queue.extend(shard for shard in shards if shard not in last)

@@ -5,7 +5,8 @@ In: numbers of shards. Out: file descriptors. `pipeline.data.ahead` fetches befo
 One download per node and shard: whoever holds the shard's lock fetches it, whole, to a temporary name;
 size and sha256 are compared with the manifest before it gets its own. They are compared again when a job first opens
 a copy: a node that lost its power may have kept the name and not the bytes. That is noted in the lock file, so it costs
-each job of a node one reading of each shard. A damaged copy is fetched anew.
+each job of a node one reading of each shard. A damaged copy is fetched anew, and so is one that the disk cannot read
+any more while it is in use.
 
 Readers hold a shared lock on what they have open, so eviction (least recently opened first) passes over it, and the
 kernel frees the locks of a killed process. The cache deletes only what it wrote: names with the suffixes below in a
@@ -100,12 +101,13 @@ class Cache:
             self._stores[url] = files, root.rstrip("/")
         return self._stores[url]
 
-    def open(self, number: int, ahead: bool = False) -> int:
+    def open(self, number: int, ahead: bool = False, doubted: bool = False) -> int:
         """A descriptor to read a shard from; it holds the shared lock that keeps the shard in the cache.
 
         Args:
             number: Of the shard.
             ahead: Not needed yet: raises NoRoomError rather than exceed the limit.
+            doubted: The copy could not be read: it is compared, though this job has done so.
 
         Raises:
             OSError: the store does not have the shard; or no more files can be opened (`TOO_MANY_OPEN`).
@@ -116,14 +118,15 @@ class Cache:
         there = True
         try:
             if self._read_only:
-                return self._open_as_it_is(number, path)
+                return self._open_as_it_is(number, path, doubted)
             while there:
-                descriptor = self._open_noted(shard, path)
+                descriptor = None if doubted else self._open_noted(shard, path)
                 if descriptor is not None:
                     return descriptor
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with _locked(path.with_suffix(LOCK)) as lock:
-                    there = self._provide(number, path, lock, ahead)
+                    there = self._provide(number, path, lock, ahead, doubted)
+                doubted = False
         except OSError as error:
             if error.errno in TOO_MANY_OPEN:
                 raise
@@ -157,7 +160,7 @@ class Cache:
                 os.utime(descriptor)
         return descriptor
 
-    def _open_as_it_is(self, number: int, path: Path) -> int:
+    def _open_as_it_is(self, number: int, path: Path, doubted: bool) -> int:
         """A copy of a cache that cannot be written."""
         shard = self._remote.shards[number]
         descriptor = _open_copy(path)
@@ -167,7 +170,7 @@ class Cache:
                 "fill this one",
                 local=True,
             )
-        if number not in self._compared:
+        if doubted or number not in self._compared:
             if not _is_whole(descriptor, shard):
                 os.close(descriptor)
                 raise UserError(
@@ -178,14 +181,14 @@ class Cache:
             self._compared.add(number)
         return descriptor
 
-    def _provide(self, number: int, path: Path, lock: int, ahead: bool) -> bool:
+    def _provide(self, number: int, path: Path, lock: int, ahead: bool, doubted: bool) -> bool:
         """Compares the copy, or fetches one; under its lock. Returns whether there is one."""
         shard, job = self._remote.shards[number], self._remote.job
         note = _Note.of(os.pread(lock, 1 << 16, 0))
         descriptor = _open_copy(path)
         if descriptor is not None:
             about = os.fstat(descriptor)
-            known = note.holds(about, shard, job)  # another process was faster
+            known = not doubted and note.holds(about, shard, job)  # another process was faster
             whole = known or _is_whole(descriptor, shard)
             os.close(descriptor)
             if known:

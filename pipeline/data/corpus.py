@@ -170,7 +170,7 @@ def _join(labels: list[Label], manifest: Manifest, path: str) -> tuple[np.ndarra
     for place, label in enumerate(labels):
         names.setdefault(_plain(label.name), place)
     first = not labels
-    taken: set[int] = set()
+    taken = {ids[label.id] for label in manifest.labels if label.id in ids}  # an id says more than a name
     classes: list[int] = []
     by_id = by_name = 0
     known = {label.id for label in labels}

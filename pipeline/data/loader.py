@@ -62,7 +62,7 @@ class Loader(IterableDataset[Batch]):
     Args:
         data: Settings, or just the directory or URL of the shards.
         part: "train": the training splits without the held-out fold. "eval": that fold, or the eval split; of several
-            sets of shards, one set's behind the other's.
+            sets of shards, one set's behind the other's, and the split of a set that is listed twice once.
         augment: Of training clips; None: none.
         waveform, fbank: Whether batches have them.
         batch_size: Clips of a global batch; divides by the ranks.
@@ -273,14 +273,17 @@ class Loader(IterableDataset[Batch]):
         if self._train or data.fold:
             digests = [member.manifest.digest for member in members]
         else:
-            held_out = [(number, member.held_out) for number, member in enumerate(members) if member.held_out]
+            held_out: dict[tuple[str, str], tuple[int, str]] = {}
+            for number, member in enumerate(members):
+                if member.held_out:  # a set may be listed once for each of its training splits
+                    held_out.setdefault((member.manifest.digest, member.held_out), (number, member.held_out))
             if not held_out:
                 raise UserError(
                     f"data.eval_split = '{data.eval_split}' is not in {data.shown}, which has "
                     f"{', '.join(self.corpus.splits)}; build a split of held-out clips (docs/data.md), or name "
                     "one of these (evaluate.py: --split)"
                 )
-            trained, digests = [held_out], [self.corpus.digest]
+            trained, digests = [[*held_out.values()]], [self.corpus.digest]
         kind = "train" if self._train else "eval"
         names = [f"{digest}/{','.join(split for _, split in splits)}/{data.fold}/{kind}"
                  for digest, splits in zip(digests, trained, strict=True)]  # fmt: skip
@@ -335,7 +338,7 @@ class Loader(IterableDataset[Batch]):
                 of = f" of {samples / self.spec.sample_rate:g} s" if len(lengths) > 1 else ""
                 remedy = "leave that length out of data.seconds, or lower" if of else "lower its weight, or"
                 for member, order, weight in zip(members, own, joint, strict=True):
-                    drawn = float(self._batch_size * weight / sum(joint)) if order else 0.0
+                    drawn = float(self._batch_size * weight / sum(joint)) if order and weight else 0.0
                     if order and drawn > len(order) and (of or len(members) > 1):
                         raise UserError(
                             f"{'data.seconds' if of else 'data.shards'}: from step {step} on a batch{of} would hold "
@@ -368,10 +371,10 @@ class Loader(IterableDataset[Batch]):
     def _open_reader(self) -> Reader:
         cache = None if self._remote is None else Cache(self._remote)
 
-        def open_shard(number: int) -> int:
+        def open_shard(number: int, unreadable: bool) -> int:
             location = self._index.locations[number]
             if cache is not None and is_remote(location):
-                return cache.open(number)
+                return cache.open(number, doubted=unreadable)
             return open_local(local(location), self._index.shards[number].name)
 
         arrays = {"waveform": self.corpus.audio.array, "fbank": self.corpus.fbank.array}

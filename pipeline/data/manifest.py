@@ -12,7 +12,9 @@ bounded by the format and the sizes of the files before anything is allocated, j
 import hashlib
 import io
 import json
+import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,9 +35,12 @@ from pydantic import (
 )
 
 from pipeline.data.npy import MAX_HEADER, Array
-from pipeline.data.storage import Location, is_remote, join, local, read_bytes
+from pipeline.data.reader import OUTAGE_SECONDS, PASSING, POLL_SECONDS
+from pipeline.data.storage import FINAL, Location, is_remote, join, local, read_bytes
 from pipeline.errors import UserError
 from pipeline.files import NAME, open_regular
+
+log = logging.getLogger(__name__)
 
 FORMAT = "craft-shards"
 VERSION = 1
@@ -229,14 +234,14 @@ def load_manifest(directory: Location) -> Manifest:
     """Reads and checks `manifest.json` of a local or remote directory.
 
     Raises:
-        UserError: no manifest, another format or version, values that cannot be, or a digest that does not fit.
+        UserError: no manifest, another format or version, values that cannot be, or a digest that does not fit; or its
+            store or mount is out of reach for now.
     """
     path = join(directory, "manifest.json")
     try:
         content = json.loads(read_bytes(path, MANIFEST_BYTES).decode("utf-8"), parse_constant=_no_number)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: {reason}; name the --out of a finished build_shards.py") from error
+        raise _unread(path, error, "name the --out of a finished build_shards.py") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); rebuild it with build_shards.py") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -285,7 +290,7 @@ def open_checked(directory: Location, name: str, record: FileRecord) -> BinaryIO
     Costs one read: 0.05 s for the 58 MB of 2 million clips' index in the page cache. One behind a URL is in memory.
 
     Raises:
-        UserError: it is not there, or not the one that the manifest lists.
+        UserError: it is not there, or not the one that the manifest lists; or out of reach for now.
     """
     path = join(directory, name)
     remedy = "damaged, or of another build; run verify_shards.py"
@@ -308,8 +313,19 @@ def open_checked(directory: Location, name: str, record: FileRecord) -> BinaryIO
             raise UserError(f"{path}: its sha256 is not that of manifest.json: {remedy}")
         file.seek(0)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; run verify_shards.py") from error
+        raise _unread(path, error, "run verify_shards.py") from error
     return file
+
+
+def _unread(path: str, error: OSError, remedy: str) -> UserError:
+    """Of a file that cannot be read: where a store or a mount is out of reach, nothing is wrong with what it holds."""
+    reason = error.strerror or error
+    refused = getattr(error.__cause__, "status", 0) in (401, 403)  # by a web server
+    if isinstance(error, FINAL) or refused or not (is_remote(path) or error.errno in PASSING):
+        return UserError(f"{path}: {reason}; {remedy}")
+    return UserError(
+        f"{path}: {reason}; when it can be reached again, the same command goes on", local=True, transient=True
+    )
 
 
 class IndexFile:
@@ -327,15 +343,12 @@ class IndexFile:
     """
 
     def __init__(self, directory: Location, manifest: Manifest) -> None:
-        self._path = join(directory, "index.parquet")
+        self._directory, self._manifest, self._path = directory, manifest, join(directory, "index.parquet")
         self._classes, self._seconds = len(manifest.labels), manifest.audio.seconds
         self._arrays = {"waveform": manifest.audio.array, "fbank": manifest.fbank.array}
         self._shards = {shard.name: shard for shard in manifest.shards}
-        file = open_checked(directory, "index.parquet", manifest.index)
+        self._open()
         with self._readable():
-            # Arrow's own files read at an offset: those of Python have one, which forked readers would share.
-            source = file if is_remote(directory) else pa.OSFile(f"/dev/fd/{file.fileno()}")
-            self._file = pq.ParquetFile(source)
             types = {field.name: _plain(field.type) for field in self._file.schema_arrow}
             groups = range(self._file.num_row_groups)
             self.sizes = [self._file.metadata.row_group(number).num_rows for number in groups]
@@ -349,21 +362,48 @@ class IndexFile:
                 "verify_shards.py"
             )
 
+    def _open(self) -> None:
+        file = open_checked(self._directory, "index.parquet", self._manifest.index)
+        with self._readable():
+            # Arrow's own files read at an offset: those of Python have one, which forked readers would share.
+            source = file if is_remote(self._directory) else pa.OSFile(f"/dev/fd/{file.fileno()}")
+            self._file = pq.ParquetFile(source)
+
     def read(self, columns: Sequence[str] | None = None, group: int | None = None) -> pa.Table:
-        """Rows as they are, for `check`.
+        """Rows as they are, for `check`; a file server or mount that is away is waited for, as for a tar.
 
         Args:
             columns: Names; None: all.
             group: Number of a row group; None: all.
 
         Raises:
-            UserError: they cannot be decoded.
+            UserError: they cannot be decoded, or cannot be had for now.
         """
         names = None if columns is None else list(columns)
-        with self._readable():
-            if group is None:
-                return self._file.read(names)
-            return self._file.read_row_group(group, names, use_threads=False)
+        until, waited = time.monotonic() + OUTAGE_SECONDS, False
+        while True:
+            try:
+                if waited:
+                    self._open()  # a file that went stale stays so
+                with self._readable():
+                    if group is None:
+                        return self._file.read(names)
+                    return self._file.read_row_group(group, names, use_threads=False)
+            except UserError as error:
+                cause = error.__cause__
+                if not isinstance(cause, OSError) or cause.errno not in PASSING:
+                    raise
+                said = f"{self._path}: {os.strerror(cause.errno)}"
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"{said}, for {OUTAGE_SECONDS:.0f} s; when it is back, the same command goes on",
+                        local=True,
+                        transient=True,
+                    ) from cause
+                if not waited:
+                    log.warning("%s; waiting for it", said)
+                waited = True
+            time.sleep(POLL_SECONDS)
 
     @contextmanager
     def _readable(self) -> Iterator[None]:

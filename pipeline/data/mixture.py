@@ -68,8 +68,8 @@ class Turns:
 
     @property
     def first_shares(self) -> list[float]:
-        """Of the positions of the first phase, by set."""
-        whole = float(sum(self._weights[0]))
+        """Of the positions of the first phase, by set; none of a length that only sets of weight 0 have."""
+        whole = float(sum(self._weights[0])) or 1.0
         return [float(weight) / whole for weight in self._weights[0]]
 
     def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

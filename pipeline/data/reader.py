@@ -49,8 +49,8 @@ class Reader:
     """Reads members of shards; used by one thread.
 
     Args:
-        open_shard: Number of a shard -> descriptor to read it from. Raises OSError where it is not there, or where no
-            more files can be opened.
+        open_shard: Number of a shard, and whether the disk could not read what was opened last -> descriptor to read
+            it from. Raises OSError where it is not there, or where no more files can be opened.
         arrays: What the members "waveform" and "fbank" are.
         mean, std: Normalisation of fbanks.
         open_files: Shards that are kept open.
@@ -59,7 +59,7 @@ class Reader:
 
     def __init__(
         self,
-        open_shard: Callable[[int], int],
+        open_shard: Callable[[int, bool], int],
         arrays: dict[str, Array],
         mean: float,
         std: float,
@@ -144,15 +144,16 @@ class Reader:
             if time.monotonic() < until:
                 raise OSError(problem)  # a server may take its time to say so
             waits = ()
-        tries = 0
+        tries, unreadable = 0, False
         while True:
             try:
-                descriptor, count = self._descriptor(shard), 0
+                descriptor, count = self._descriptor(shard, unreadable), 0
                 # Some file systems give less than is there; at the file's end they give nothing.
                 while count < len(memory) and (more := os.preadv(descriptor, (memory[count:],), offset + count)):
                     count += more
             except OSError as error:
                 if shard in self._open:  # a descriptor that went stale stays so
+                    unreadable = error.errno == errno.EIO
                     os.close(self._open.pop(shard))
                 if error.errno not in PASSING or tries == len(waits):
                     self._lost[shard] = error.strerror or str(error), time.monotonic() + RETRY_SECONDS
@@ -164,12 +165,12 @@ class Reader:
                     self._lost.pop(shard, None)
                 return count
 
-    def _descriptor(self, shard: int) -> int:
+    def _descriptor(self, shard: int, unreadable: bool) -> int:
         if shard in self._open:
             self._open.move_to_end(shard)
         while shard not in self._open:
             try:
-                self._open[shard] = self._open_shard(shard)
+                self._open[shard] = self._open_shard(shard, unreadable)
             except OSError as error:
                 if error.errno not in TOO_MANY_OPEN:
                     raise

@@ -12,7 +12,7 @@ share of the classes, and one small gather puts the classes' numbers together: t
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from scipy.special import ndtri
 from pipeline import distributed
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import Label
+from pipeline.errors import UserError
 from pipeline.files import new_file
 from pipeline.flow import Batch, Losses
 
@@ -78,6 +79,24 @@ def score(forward: Callable[[Batch], Losses], batches: Iterable[Batch]) -> Score
     row = torch.cat(rows).numpy()
     order = np.argsort(row, kind="stable")
     return Scores(row[order], finite(torch.cat(logits).numpy()[order]), torch.cat(targets).numpy()[order])
+
+
+def check_same_weights(files: Sequence[Path]) -> None:
+    """Makes sure that all ranks have found the same weights; a collective.
+
+    Args:
+        files: Of `weights_file`, on each rank: a node may have a cache of the hub of its own.
+
+    Raises:
+        UserError: they have not, on the ranks that found others than rank 0.
+    """
+    found = [f"{file.parent.name}/{file.name}" for file in files]
+    first = distributed.decide(lambda: found)
+    if found != first:
+        raise UserError(
+            f"ranks found different weights, {', '.join(first)} and {', '.join(found)}: a run is still in training; "
+            "name one of its checkpoints", local=True
+        )  # fmt: skip
 
 
 def finite(logits: np.ndarray) -> np.ndarray:

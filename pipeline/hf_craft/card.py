@@ -3,6 +3,7 @@
 In: a run directory. Out: Markdown. Numbers are what the run's own files hold; what they lack is said to be missing.
 """
 
+import glob
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from pipeline.config import FinetuneRecipe, PretrainRecipe
 from pipeline.data.spec import DataSpec
 from pipeline.errors import UserError
-from pipeline.files import read_json
+from pipeline.files import read_json, sha256
 from pipeline.methods import FINETUNE, PRETRAIN, FinetuneMethod, PretrainMethod
 from pipeline.recipes import changes_result, flatten
 from pipeline.serving.package import scored_instead
@@ -60,7 +61,7 @@ def model_card(
         raise UserError(
             f"{run_dir / 'results.json'}: damaged ({error}); write it anew with evaluate.py --out"
         ) from error
-    frozen = _frozen(run_dir)
+    frozen, left_out = _frozen(run_dir, file)
     reads = " and ".join(["spectrogram"] * method.spec + ["waveform"] * method.wav)
     auto = "AutoModelForAudioClassification" if tuned else "AutoModel"
     output = "logits = model(**inputs).logits" if tuned else "tokens = model(**inputs).last_hidden_state"
@@ -82,7 +83,7 @@ def model_card(
         "## Data", "", *_data(run_dir, recipe, spec), "",
         "## Recipe", "", *_recipe(run_dir, recipe), "",
         "## Curves", "", "![Losses, rates and metrics over steps](curves.png)" if curves else "Not recorded.", "",
-        "## Scores", "", *finetuned, *_table(frozen), "",
+        "## Scores", "", *finetuned, *_table(frozen, left_out), "",
         "## Intended use", "",
         "Research on audio representations" + (", and labels of recordings like those of its data." if tuned else
         "; to be finetuned, or probed, on labelled recordings."), "",
@@ -155,23 +156,31 @@ def _finetuned(results: dict[str, Any] | None, others: str) -> list[str]:
     return [f"Finetuned, {results['clips']} clips of split `{results['split']}`: {numbers}{spread}."]
 
 
-def _frozen(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of probe.py's results, which lie beside the run; and the last probe of the training."""
-    rows: list[dict[str, Any]] = []
-    for file in sorted(run_dir.resolve().parent.glob(f"probe-{run_dir.resolve().name}-*/probe.json")):
-        rows += read_json(file, "make it again with probe.py")
+def _frozen(run_dir: Path, weights: Path) -> tuple[list[dict[str, Any]], int]:
+    """Rows of probe.py's results, which lie beside the run, and the last probe of the training.
+
+    Of probe.py's, those of the weights alone: it may have probed earlier ones, the averaged ones, or the untrained
+    network. How many others there are.
+    """
+    home, found = run_dir.resolve(), []
+    for file in sorted(home.parent.glob(f"probe-{glob.escape(home.name)}-{'?' * 8}/probe.json")):
+        found += read_json(file, "make it again with probe.py")
+    with weights.open("rb") as opened:
+        digest = sha256(opened)
+    rows = [row for row in found if row.get("weights", digest) == digest]
+    others = len(found) - len(rows)
     seen: dict[str, float] = {}
     for line in Feed(run_dir / "metrics.jsonl").read():
         seen |= {name: value for name, value in line.items() if name.startswith("probe_")}
     for name, value in seen.items():
         _, probe, stream = name.split("_", 2)
         rows.append({"probe": probe, "stream": stream, "layer": "last", "metric": "", "value": value, "n": ""})
-    return rows
+    return rows, others
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
+def _table(rows: list[dict[str, Any]], others: int) -> list[str]:
     if not rows:
-        return ["", "Frozen encoder: not probed."]
+        return ["", f"Frozen encoder: not probed{'; what probe.py left is of other weights' if others else ''}."]
     lines = ["", "Frozen encoder:", "", "| probe | stream | layer | metric | value | clips |",
              "| --- | --- | --- | --- | ---: | ---: |"]  # fmt: skip
     return lines + [f"| {row['probe']} | {row['stream']} | {row['layer']} | {row['metric'] or 'in training'} | "

@@ -25,6 +25,7 @@ from pipeline.command_line import numbers_of
 from pipeline.config import FinetuneRecipe, ModelConfig, PretrainRecipe
 from pipeline.data.fbank import padded_frames
 from pipeline.data.spec import SAMPLE_RATE, DataSpec
+from pipeline.engine.evaluation import check_same_weights
 from pipeline.errors import UserError
 from pipeline.flow import Batch
 from pipeline.hub import local_model
@@ -36,7 +37,7 @@ from pipeline.model.foreign import MEL_BINS, hf_config, translate
 from pipeline.model.heads import row_means
 from pipeline.model.precision import in_precision
 from pipeline.model.weights import load_weights, read_weights, weights_file
-from pipeline.recipes import read_run
+from pipeline.recipes import former, read_run
 from pipeline.runs import trained_on
 from pipeline.tracking import run_of
 
@@ -195,6 +196,17 @@ def open_frozen(
         raise UserError(str(error).replace("model.init: ", "").replace("model.init_grid", "--grid")) from error
 
 
+def weights_of(names: Sequence[str], average: bool) -> list[str]:
+    """What `open_frozen` shall open for each name: its file of weights, of all ranks the same one; a collective.
+
+    Raises:
+        UserError: nothing there, or a run in training that has a newer checkpoint by now for some ranks.
+    """
+    found = [name if name.startswith(RANDOM) else str(weights_file(local_model(name), average)) for name in names]
+    check_same_weights(list(map(Path, found)))
+    return found
+
+
 def _of_weights(
     source: Path, fallback: DataSpec, data: DataSpec | None, grid: tuple[int, int] | None, seed: int, average: bool
 ) -> Frozen:
@@ -241,8 +253,18 @@ def settings_of(source: Path, file: Path) -> tuple[PretrainRecipe | FinetuneReci
         raise UserError(f"{file}: {error}; give a whole .safetensors file") from error
     if not {"config", "data"} <= metadata.keys():
         return None
-    kind = PretrainRecipe if "pretrain" in json.loads(metadata["config"]) else FinetuneRecipe
-    return kind.model_validate_json(metadata["config"]), DataSpec.model_validate_json(metadata["data"]), None
+    try:
+        content: dict[str, dict[str, Any]] = json.loads(metadata["config"])
+        kind = PretrainRecipe if "pretrain" in content else FinetuneRecipe
+        for key, value in former(kind.model_validate(content)).items():  # what it lacks, as `read_run` has it
+            section, _, setting = key.partition(".")
+            content.setdefault(section, {}).setdefault(setting, value)
+        return kind.model_validate(content), DataSpec.model_validate_json(metadata["data"]), None
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{file}: its settings: {reason} (damaged, or written by another version); export the run again"
+        ) from error
 
 
 def _streams(recipe: PretrainRecipe | FinetuneRecipe) -> Streams:
@@ -255,7 +277,7 @@ def _streams(recipe: PretrainRecipe | FinetuneRecipe) -> Streams:
 
 
 def _spec_for(made: DataSpec, data: DataSpec | None, name: str) -> DataSpec:
-    """Format of the clips with the normalisation of the run."""
+    """Format of the clips with the normalisation of the run, and of clips of its length with its frames."""
     if data is None:
         return made
     if (data.sample_rate, data.mel_bins) != (made.sample_rate, made.mel_bins):
@@ -263,8 +285,11 @@ def _spec_for(made: DataSpec, data: DataSpec | None, name: str) -> DataSpec:
             f"{name}: was trained on {made.sample_rate} Hz and {made.mel_bins} mel bins, the shards have "
             f"{data.sample_rate} and {data.mel_bins}; rebuild the shards with that format"
         )
-    seconds = tuple(length for length in made.seconds if length < data.samples / data.sample_rate)
-    return data.model_copy(update={"mean": made.mean, "std": made.std, "seconds": seconds})
+    whole = data.samples / data.sample_rate
+    seconds = tuple(length for length in made.seconds if length < whole)
+    own = data.samples == made.samples and data.frames == padded_frames(whole)  # clips of its length: its data.frames
+    frames = made.frames if own else data.frames
+    return data.model_copy(update={"mean": made.mean, "std": made.std, "seconds": seconds, "frames": frames})
 
 
 def _foreign(file: Path, grid: tuple[int, int] | None) -> ModelConfig:

@@ -228,7 +228,7 @@ class Collected:
         return paired_bootstrap(sides[0], sides[1], self.results[row.name, column].metric)
 
     def _curve(self, row: Row, column: str) -> dict[str, list[tuple[float, ...]]]:
-        init = self._cell(row.name, column)[0].init
+        init = next((run.init for run in self._cell(row.name, column)), None)  # a row may have other columns alone
         lines = Feed(self._campaign.run_dir(init) / "metrics.jsonl").read() if init else []
         last = max((line["step"] for line in lines), default=0)
         shares = sorted({run.share for run in self._cell(row.name, column)})

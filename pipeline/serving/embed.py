@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 FILES = 64  # of a piece
 FRAME_SECONDS = 0.01
+ROUNDING = 1e-5  # seconds, less than a sample: a column that begins where the audio ends is none of it
 RECORD = "embed.json"
 
 
@@ -114,7 +115,7 @@ def _parts(path: Path, embedder: Embedder, half: bool) -> Iterator[tuple[Any, pq
             """Of clips: key, where they begin, how much of them is audio, vectors [n, layers, columns, width]."""
             n, layers, columns, width = vectors.shape
             offsets = np.arange(columns) * embedder.hop
-            kept = (offsets < seconds[:, None]) | (offsets == 0)  # [n, columns]; behind the audio is padding
+            kept = (offsets < seconds[:, None] - ROUNDING) | (offsets == 0)  # [n, columns]; behind it is padding
             each = np.broadcast_to(kept[:, None], (n, layers, columns))
             clip, layer, column = np.nonzero(each)
             values = np.ascontiguousarray(vectors[each], np.float16 if half else np.float32).reshape(-1)
@@ -205,6 +206,7 @@ def embed_files(
                 if len(heard.starts):
                     seconds = heard.ends(embedder.spec.samples / embedder.spec.sample_rate) - heard.starts
                     write([heard.path] * len(seconds), heard.starts, seconds, heard.embeddings)
+            _failed(files[piece]).unlink(missing_ok=True)  # of an attempt that was killed, or a piece that was deleted
             if failed:  # before the piece is there, and is never made again
                 write_text(_failed(files[piece]), "".join(failed))
         log.info("embeddings: piece %d of %d", piece + 1, len(files))

@@ -5,6 +5,8 @@
     system/HOST.jsonl     system metrics of a node
     *.offset              how far each of them is delivered; beside it a lock
     tracking.json         where the run is tracked and, once the server has made it, its id
+    tracking.given.json   the same once more, from then on: a directory that is copied again brings a tracking.json
+                          without the id
 
 In: lines, appended by the run. Out: an MLflow run. Every kind of line can be sent twice without harm: MLflow keeps one
 value per (metric, step, time), and the time is the line's own. A run and a `sync` of it may deliver at the same time:
@@ -39,6 +41,8 @@ BATCH_LINES = 200
 REQUEST_ITEMS = 100  # of a kind in one request: within every server's limits
 REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS",
                       "INVALID_STATE", "NOT_FOUND", "ALREADY_EXISTS", "NOT_IMPLEMENTED"})  # fmt: skip
+UNKNOWN = "ENDPOINT_NOT_FOUND"  # a request that an older server does not know; or a proxy whose server is away
+TOO_LARGE = 413  # HTTP's answer to a file, most often a proxy's
 _TURN = threading.RLock()  # a cross-validation and its fold, two threads, would race for the data set they share
 
 
@@ -226,7 +230,7 @@ class Spool:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.main, self.metrics = Feed(run_dir / "tracking.jsonl"), Feed(run_dir / "metrics.jsonl")
-        self.identity_file = run_dir / "tracking.json"
+        self.identity_file, self.given_file = run_dir / "tracking.json", run_dir / "tracking.given.json"
         self.refused_file = run_dir / "tracking.refused.jsonl"
         self.progress, self.transferring = 0, False
         self._client: Any = None
@@ -238,17 +242,22 @@ class Spool:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Content of `tracking.json`.
+        """Content of `tracking.json`, with what the server gave.
 
         Raises:
             UserError: it is damaged.
         """
-        content: dict[str, Any] = read_json(self.identity_file, "delete it, and the next start makes a new MLflow run")
+        remedy = "delete it, and the next start makes a new MLflow run"
+        content: dict[str, Any] = read_json(self.identity_file, remedy)
+        if not content["run_id"] and self.given_file.exists():
+            content = read_json(self.given_file, remedy)
         return content
 
     @identity.setter
     def identity(self, content: dict[str, Any]) -> None:
         write_json(self.identity_file, content)
+        if content["run_id"]:
+            write_json(self.given_file, content)
 
     @property
     def refused(self) -> int:
@@ -292,9 +301,13 @@ class Spool:
             run_id = self._run()
             try:
                 self._send(run_id, lines)
-            except (MlflowException, ImportError) as error:
-                if isinstance(error, MlflowException) and error.error_code not in REFUSALS:
+            except (MlflowException, ImportError, OSError) as error:
+                if isinstance(error, MlflowException) and error.error_code not in REFUSALS | {UNKNOWN}:
                     raise
+                answer = getattr(error, "response", None)  # to an upload, which raises errors of requests
+                if isinstance(error, OSError) and getattr(answer, "status_code", 0) != TOO_LARGE:
+                    raise
+                self.transferring = False
                 self._check_run(run_id)
                 halves = _halves(lines)
                 if not halves:

@@ -242,12 +242,17 @@ def open_tracker(
     spool, home = Spool(run_dir), part_of or run_dir  # folds are in the store of the whole
     uri, about = tracking_uri(config, home), _about_machine()
     here = {"uri": uri, "experiment": config.experiment, "artifacts": artifact_location(config, home)}
+    if spool.exists and _is_copy(spool):
+        log.info("%s is a copy of %s, which keeps its MLflow run: this one gets its own", run_dir,
+                 spool.identity["tags"]["run_dir"])  # fmt: skip
+        spool.identity_file.unlink()
     if not spool.exists:
         source = {"pretrain_dir": str(run_of(parent).resolve())} if parent else {}
         source |= {"part_of": str(part_of.resolve())} if part_of else {}
         tags = {"kind": kind, "run_dir": str(run_dir.resolve()), "resumes": "0", **source, **_about_start(), **about}
-        for feed in spool.feeds():  # tracking.json was deleted: the new MLflow run is told all that is here
+        for feed in spool.feeds():  # tracking.json was deleted, or a copy: the new MLflow run is told all that is here
             feed.offset.unlink(missing_ok=True)
+        spool.given_file.unlink(missing_ok=True)
         spool.identity = here | {"name": name, "run_id": "", "tags": tags}
         if not spool.main.lines.exists():
             return Tracker(run_dir, monitor, True, config.finish_wait)
@@ -265,6 +270,15 @@ def open_tracker(
     tracker = Tracker(run_dir, monitor, True, config.finish_wait)
     tracker.tags({"resumes": str(resumes), **about})
     return tracker
+
+
+def _is_copy(spool: Spool) -> bool:
+    """Its MLflow run is that of another directory which is still there; both would write into it."""
+    identity = spool.identity
+    original = Spool(Path(identity["tags"].get("run_dir", spool.run_dir)))
+    if not os.access(original.identity_file, os.R_OK) or original.run_dir.samefile(spool.run_dir):
+        return False
+    return bool(identity["run_id"]) and identity["run_id"] == original.identity["run_id"]
 
 
 def run_of(source: str) -> Path:

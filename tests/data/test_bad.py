@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy import stats
@@ -180,6 +181,34 @@ def test_a_directory_that_is_away_is_waited_for_and_costs_no_clip(copy, expected
             taken(own, 1)
         assert error.value.transient
         assert not own.bad
+
+
+def test_an_index_that_is_away_is_waited_for_and_opened_again(copy, expected, monkeypatch, caplog):
+    """As that of a mount that was lost: what was open stays dead when it is back."""
+    dead, read = set(), pq.ParquetFile.read_row_group
+
+    def of_a_mount(file, *words, **options):
+        if file in dead:
+            raise OSError(errno.ENOTCONN, "Error reading bytes from file. Detail: [errno 107] Transport ...")
+        return read(file, *words, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", of_a_mount)
+    away = copy.with_suffix(".away")
+    with loader(copy) as own:
+        dead.update(file._file for file in own._index._files)
+        copy.rename(away)
+        threading.Timer(0.5, lambda: away.rename(copy)).start()
+        found = taken(own, 6)
+        assert not own.bad
+    assert all(torch.equal(one.row, other.row) for one, other in zip(found, expected, strict=True))
+    assert caplog.text.count("index.parquet: Transport endpoint is not connected; waiting for it") == 1
+    monkeypatch.setattr("pipeline.data.manifest.OUTAGE_SECONDS", 0.3)
+    with loader(copy) as own:
+        dead.update(file._file for file in own._index._files)
+        copy.rename(away)
+        with pytest.raises(UserError, match=r"index.parquet: .*, for 0 s; when it is back") as error:
+            taken(own, 1)
+        assert error.value.transient
 
 
 def test_a_process_that_may_open_no_more_files_reads_on(copy, expected, monkeypatch, caplog):

@@ -11,9 +11,10 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import Value, get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from s3fs import S3FileSystem
@@ -21,6 +22,7 @@ from s3fs import S3FileSystem
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data import cache as cache_module
 from pipeline.data import storage
+from pipeline.data.ahead import Prefetcher
 from pipeline.data.cache import FOLDER, Cache, NoRoomError, Remote
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import load_manifest
@@ -336,6 +338,34 @@ def test_shards_are_fetched_before_they_are_read(shards, server, tmp_path, mixup
         iterator.close()
 
 
+def test_fetching_ahead_keeps_up_with_batches_that_are_faster_than_the_store(monkeypatch):
+    """The range moves with the newest batch, whatever is being fetched."""
+    front = Value("l", -1)
+
+    class Slow:
+        def __init__(self, remote):
+            pass
+
+        def open(self, number, ahead):
+            time.sleep(60)
+
+    def shards_of(step):
+        front.value = step
+        return np.array([step])
+
+    monkeypatch.setattr("pipeline.data.ahead.Cache", Slow)
+    prefetcher = Prefetcher(None, shards_of, 8, 0, None)
+    try:
+        for step in range(400):
+            prefetcher.advance(step)
+        deadline = time.monotonic() + 3
+        while time.monotonic() < deadline and front.value < 407:
+            time.sleep(0.05)
+        assert front.value == 407
+    finally:
+        prefetcher.close()
+
+
 DAMAGES = {
     "cut": lambda content: content[: len(content) // 2],
     "zeroed": lambda content: bytes(len(content)),
@@ -357,6 +387,31 @@ def test_a_copy_that_a_crash_damaged_is_fetched_anew_by_the_next_job(shards, ser
         assert content(descriptor) == (shards / name).read_bytes()
         os.close(descriptor)
     assert server.gets[name] == 2
+
+
+def test_a_copy_that_the_disk_cannot_read_any_more_is_fetched_anew(shards, server, tmp_path, monkeypatch):
+    """In the middle of a job, which has compared it: no clip is bad for it."""
+    expected, _ = batches(shards, workers=0)
+    os.close(Cache(remote(server.url, shards, tmp_path)).open(0))
+    config = {"workers": 0, "cache": str(tmp_path), "fetch_ahead": 0}
+    batches(server.url, **config)
+    bad = next(copy for copy in copies(tmp_path) if "train-000001" in copy.name).stat().st_ino
+    fetched = server.gets["train-000001.tar"]
+
+    def failing(call):
+        def read(descriptor, *words):
+            if os.fstat(descriptor).st_ino == bad:
+                raise OSError(errno.EIO, "Input/output error")
+            return call(descriptor, *words)
+
+        return read
+
+    for name in ("pread", "preadv"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name)))
+    found, lost = batches(server.url, **config)
+    assert not lost
+    assert equal(found, expected)
+    assert server.gets["train-000001.tar"] == fetched + 1
 
 
 def test_a_job_reads_a_sound_copy_through_once_whatever_other_jobs_do(shards, server, tmp_path, monkeypatch):

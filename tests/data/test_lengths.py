@@ -120,6 +120,26 @@ def test_sets_keep_their_weights_over_all_lengths(mixed, tmp_path):
         assert shares == pytest.approx(wanted, abs=0.01)
 
 
+@pytest.mark.parametrize(("sampler", "sets"), [("shuffle", 1), ("shuffle", 2), ("balanced", 1)])
+def test_a_length_of_sets_without_weight_alone_never_comes(mixed, tmp_path, sampler, sets):
+    """They may be there for their held-out clips."""
+    long = shards_of_lengths(tmp_path / "a", {0.31: 24, 0.8: 24}, 1)
+    shards = [{"path": str(long), "weight": 1}, {"path": str(mixed), "weight": 0},
+              {"path": str(mixed), "weight": 0, "split": "train,eval"}][: 1 + sets]  # fmt: skip
+    clips = 48 + 131 + (157 if sets == 2 else 0)
+    data = DataConfig(shards=shards, workers=0, seconds=SECONDS, streams=6, window=5, sampler=sampler)
+    with Loader(data, augment=AUGMENT, batch_size=BATCH, seed=1) as loader:
+        assert loader.length_shares == {LENGTHS[0]: 0.0, LENGTHS[1]: 0.5, LENGTHS[2]: 0.5}
+        assert loader.clips == clips
+        rows = np.concatenate([batch.row.numpy() for batch in itertools.islice(loader.batches(), 20)])
+        assert rows.max() < len(loader._index) - 157 * sets  # of the first set alone
+        counts, drawn = loader.class_counts()
+        assert counts.sum() == clips
+        assert drawn.sum() == pytest.approx(clips)
+    with Loader(data, "eval", batch_size=BATCH) as loader:
+        assert loader.clips == 8 + 26
+
+
 def test_an_evaluation_scores_each_clip_once_and_full_batches_come_first(mixed):
     config = DataConfig(shards=str(mixed), workers=0, seconds=SECONDS)
     found = {}

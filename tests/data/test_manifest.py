@@ -1,17 +1,21 @@
 """Shards that are not what this release reads are refused in one line."""
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 
 import pytest
 
 from pipeline.config import DataConfig
+from pipeline.data import manifest, storage
 from pipeline.data.corpus import load_corpus
 from pipeline.data.manifest import load_manifest
 from pipeline.data.spec import DataSpec
-from pipeline.errors import UserError
+from pipeline.errors import UserError, exit_status
 from tests.helpers import edit_manifest
+from tests.stores import FlakyServer
 
 
 @pytest.fixture
@@ -111,6 +115,36 @@ def test_a_manifest_without_end_is_not_read(tmp_path):
         file.truncate(1 << 40)  # sparse
     with pytest.raises(UserError, match="at most 134217728 were expected"):
         load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["manifest.json", "index.parquet"])
+@pytest.mark.parametrize("code", [errno.ENOTCONN, errno.ESTALE, errno.EACCES, errno.ENOENT])
+def test_a_mount_that_is_away_is_a_fault_that_may_pass(shards, monkeypatch, what, code):
+    """So `--max-restarts` tries again; what is not there, or not for us, is bad input."""
+    index, real = load_manifest(shards).index, manifest.open_regular
+
+    def lost(path):
+        raise OSError(code, os.strerror(code), str(path))
+
+    for module in (manifest, storage):
+        monkeypatch.setattr(module, "open_regular", lambda path: (lost if str(path).endswith(what) else real)(path))
+    read = {"manifest.json": lambda: load_manifest(shards),
+            "index.parquet": lambda: manifest.open_checked(shards, "index.parquet", index)}  # fmt: skip
+    with pytest.raises(UserError, match=rf"{what}: {os.strerror(code)}; ") as error:
+        read[what]()
+    assert exit_status(error.value) == (75 if code in (errno.ENOTCONN, errno.ESTALE) else 2)
+
+
+def test_a_store_out_of_reach_is_a_fault_that_may_pass(shards, monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
+    served = FlakyServer(shards)
+    with pytest.raises(UserError, match="not-there") as error:
+        load_manifest(f"{served.url}/not-there")
+    assert exit_status(error.value) == 2
+    served.close()
+    with pytest.raises(UserError, match=r"manifest.json: .*tries.; when it can be reached again") as error:
+        load_manifest(served.url)
+    assert exit_status(error.value) == 75
 
 
 def test_no_manifest_and_no_json(tmp_path):

@@ -195,6 +195,22 @@ def test_vocabularies_are_joined_by_name_and_numbers_are_not(sets):
     assert len(both.labels) == classes  # one set twice: its numbers mean the same
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_classes_of_a_set_are_never_one(sets, tmp_path, turned):
+    """One has the id of a class before, another one its name: the id counts, wherever it stands."""
+    before, after = [("/m/0bt9lr", "Dog"), ("/m/04rlf", "Music")], [("x", "Dog"), ("/m/0bt9lr", "Hound")]
+    for name, of in (("a", before), ("b", after)):
+        shutil.copytree(sets[1], tmp_path / name)
+        few = [{"id": id_, "name": said} for id_, said in (of[::-1] if turned and name == "b" else of)]
+        edit_manifest(tmp_path / name, lambda content, few=few: content.update(
+            labels=few + [{"id": f"{n}", "name": f"{n}"} for n in range(len(content["labels"]) - 2)]))  # fmt: skip
+    corpus = load_corpus(DataConfig(shards=[str(tmp_path / "a"), str(tmp_path / "b")]))
+    joined = corpus.members[1].classes.tolist()
+    assert len(set(joined)) == len(joined)
+    assert joined[not turned] == 0
+    assert [corpus.labels[n].id for n in joined[:2]][turned] == "x"
+
+
 def test_targets_are_those_of_the_joined_vocabulary(sets):
     data = DataConfig(shards=entries(sets), workers=0, streams=6, window=5)
     with Loader(data, batch_size=BATCH) as own:
@@ -222,6 +238,18 @@ def test_held_out_clips_of_all_sets_are_evaluated_and_balanced_sampling_is_withi
         for draw in draws:
             sets_of = [np.searchsorted(edges, rows, side="right") for rows in (draw.rows, draw.partners)]
             assert (sets_of[0] == sets_of[1])[draw.mixed].all()
+
+
+def test_a_set_that_is_listed_for_two_training_splits_is_evaluated_once(sets):
+    """As AudioSet's two training sets are, to draw from them by weights."""
+    twice = [{"path": str(sets[0]), "weight": 1}, {"path": str(sets[0]), "weight": 2, "split": "train,eval"}]
+    for shards, members in ((twice, (0,)), ([*twice, {"path": str(sets[1]), "weight": 1}], (0, 2))):
+        data = DataConfig(shards=shards, workers=0)
+        with Loader(data, "eval", batch_size=BATCH) as own, Loader(data, batch_size=BATCH) as trained:
+            rows = np.concatenate([batch.row[batch.valid].numpy() for batch in own.batches()])
+            assert own.clips == len(rows) == sum(own.corpus.members[n].manifest.splits["eval"].clips for n in members)
+            assert len({(shard, key) for key, shard in own.names(rows.tolist())}) == len(rows)
+            assert own.corpus.digest == trained.corpus.digest
 
 
 def test_a_damaged_clip_is_replaced_by_one_of_its_own_set(sets, tmp_path):

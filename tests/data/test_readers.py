@@ -124,7 +124,7 @@ def test_an_error_of_a_reader_is_raised_as_it_is(shards, monkeypatch):
 
 def reader_of(folder):
     arrays = {"waveform": Array("<i2", (160,)), "fbank": Array("<f2", (16, 10))}
-    return Reader(lambda _: open_regular(folder / "tar"), arrays, 0.0, 1.0, 1)
+    return Reader(lambda *_: open_regular(folder / "tar"), arrays, 0.0, 1.0, 1)
 
 
 def npy_header(dtype, shape, size, order=False, version=1):

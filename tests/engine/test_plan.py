@@ -9,6 +9,7 @@ import torch
 
 from launchers import plan as launcher
 from pipeline.config import FinetuneRecipe, PretrainRecipe
+from pipeline.data.loader import Loader
 from pipeline.engine import plan
 from pipeline.errors import UserError
 from pipeline.methods import FINETUNE, PRETRAIN
@@ -220,6 +221,12 @@ def test_an_epoch_is_as_long_as_the_recipe_says(shards):
         whole = launcher._data(load_recipe(kind, [], words))[1]
         drawn = launcher._data(load_recipe(kind, [], [*words, "data.sampler=balanced", "data.epoch_clips=50"]))[1]
         assert whole > 50 == drawn
+    folded = load_recipe(FinetuneRecipe, [], [f"data.shards={shards}", "data.fold=1"])
+    with Loader(folded.data, batch_size=8) as loader:
+        assert launcher._data(folded)[1] == loader.clips
+    full = load_recipe(FinetuneRecipe, [ROOT / "configs/finetune/audioset_full.yaml"])
+    assert launcher._data(full)[1] == 2_000_000  # without shards: AudioSet's unbalanced set, not its balanced one
+    assert launcher._data(load_recipe(FinetuneRecipe, [ROOT / "configs/finetune/audioset_balanced.yaml"]))[1] == 20_000
 
 
 def test_flops_for_the_mfu_count_nothing_twice():

@@ -1,16 +1,20 @@
 """HEAR's API, and the real X-ARES and MTEB in an environment of their own, on a pretrained run."""
 
+import importlib
 import os
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.adapters import hear
 from pipeline.adapters.columns import CHECKPOINT, Columns
+from pipeline.adapters.xares import CraftEncoder
 from pipeline.errors import UserError
 from pipeline.serving.scorer import batch_of
 from tests.conftest import ROOT
@@ -53,6 +57,62 @@ def test_options_and_the_environment_say_what_is_embedded(pretrained, monkeypatc
     last = Columns(str(pretrained), pool="mean")(noise(1, 9000))[0]
     both = model(noise(1, 9000))[0]
     assert torch.equal(both[..., 2 * 96 :], last)  # layer after layer
+
+
+def test_a_column_that_begins_where_the_audio_ends_is_left_out():
+    """In float32 5 x 0.16 s is less than 0.8 s: a vector of padding would be the last one, and in the mean."""
+    model = hear.load_model("random:micro")
+    assert model.hop == pytest.approx(0.16)
+    for columns in (1, 5, 9, 10, 15):
+        vectors, centres = hear.get_timestamp_embeddings(noise(1, columns * 2560), model)
+        assert vectors.shape[1] == centres.shape[1] == columns
+        assert hear.get_timestamp_embeddings(noise(1, columns * 2560 + 1), model)[0].shape[1] == columns + 1
+    assert centres.dtype == torch.float32
+
+
+@pytest.fixture
+def mteb(monkeypatch):
+    """The adapter without MTEB."""
+    made = SimpleNamespace(create_empty=lambda values: SimpleNamespace(**values))
+    names = {"mteb": {}, "mteb.models": {"ModelMeta": made}, "mteb.models.modality_collators": {"AudioCollator": None},
+             "mteb.models.model_meta": {"ScoringFunction": SimpleNamespace(COSINE="cosine")}}  # fmt: skip
+    for name, content in names.items():
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        vars(sys.modules[name]).update(content)
+    monkeypatch.delitem(sys.modules, "pipeline.adapters.mteb", raising=False)
+    adapter = importlib.import_module("pipeline.adapters.mteb")
+    monkeypatch.delitem(sys.modules, "pipeline.adapters.mteb")
+    return adapter
+
+
+def test_what_benchmarks_keep_is_not_taken_for_that_of_other_weights_or_layers(mteb, pretrained):
+    """X-ARES keeps features under the name of the encoder's class, MTEB results under name and revision."""
+    one, again, other = (CraftEncoder(str(name)) for name in (pretrained, pretrained, f"random:{pretrained}"))
+    assert type(one).__name__ == type(again).__name__ != type(other).__name__
+    assert all(type(encoder).__name__.endswith("Encoder") and isinstance(encoder, CraftEncoder)
+               for encoder in (one, other))  # fmt: skip
+    assert one(noise(1, 8000)).shape == (1, 4, WIDTH)
+    options = ({}, {"layers": "all"}, {"layers": "1"}, {"layers": "1", "pool": "mean"})
+    revisions = [mteb.model_meta(str(pretrained), **some).revision for some in options]
+    assert len(set(revisions)) == len(options)
+    assert revisions[0] == one.frozen.digest[:16]
+
+
+def test_similarities_take_no_more_memory_than_vectors_and_results(mteb):
+    """A retrieval asks for those of 50,000 documents at once: n m d numbers would be terabytes."""
+    sizes = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            sizes.append(made.numel())
+            return made
+
+    one, other = noise(30, 64), noise(40, 64, seed=1)
+    with Watched():
+        found = mteb.CraftAudioEncoder.similarity(None, one.numpy(), other.numpy())
+    assert max(sizes) == 40 * 64
+    torch.testing.assert_close(found, torch.cosine_similarity(one[:, None], other[None], dim=2))
 
 
 @pytest.mark.slow

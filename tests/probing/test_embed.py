@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.probing.features import compute, mapped
 from pipeline.probing.frozen import open_frozen, pooled
+from pipeline.serving import embed as embedding
 from pipeline.serving.embed import read_list
 from pipeline.serving.scorer import load_scorer
 from tests.conftest import ROOT
@@ -108,6 +110,15 @@ def test_columns_of_files_have_their_time_and_end_with_the_audio(pretrained, rec
         embed(monkeypatch, *words[:-6], "--stream", "spec", "--dtype", "fp16", "--out", tmp_path / "out")
 
 
+def test_a_column_that_begins_where_a_window_ends_is_none_of_it(tmp_path):
+    """Where windows of 0.96 s begin is rounded: their length, 6 columns, was a little more for most of them."""
+    embedder = SimpleNamespace(width=2, hop=0.16, layers=[1])
+    starts = 0.96 * np.arange(50)
+    with embedding._parts(tmp_path / "x.parquet", embedder, half=False) as (write, _):
+        write(["x"] * 50, starts, (starts + 0.96) - starts, np.zeros((50, 1, 7, 2), np.float32))
+    assert pq.read_metadata(tmp_path / "x.parquet").num_rows == 50 * 6
+
+
 def test_vectors_of_recordings_are_those_that_predict_gives_and_bad_ones_are_said(
     finetuned, recordings, tmp_path, monkeypatch, capsys
 ):
@@ -121,6 +132,13 @@ def test_vectors_of_recordings_are_those_that_predict_gives_and_bad_ones_are_sai
     (line,) = (tmp_path / "out" / "files-000000.failed.jsonl").read_text().splitlines()
     assert json.loads(line)["path"] == str(recordings / "2x.wav")
     assert "1 recordings could not be read" in capsys.readouterr().err
+    words = ["--checkpoint", finetuned, recordings / "0.wav", "--out", tmp_path / "again"]
+    (tmp_path / "again").mkdir()
+    assert embed(monkeypatch, *words) == 0
+    (tmp_path / "again" / "files-000000.parquet").unlink()
+    (tmp_path / "again" / "files-000000.failed.jsonl").write_text(f"{line}\n")  # an attempt that ended there
+    assert embed(monkeypatch, *words) == 0
+    assert not (tmp_path / "again" / "files-000000.failed.jsonl").exists()
 
 
 def test_a_run_of_several_lengths_hears_each_clip_at_its_own(make_run, tmp_path, monkeypatch):

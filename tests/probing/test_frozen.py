@@ -1,13 +1,15 @@
 """Any weights as a frozen encoder: the tokens are those of the model that they come from."""
 
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import ASTConfig, ASTModel
 
-from pipeline.config import DataConfig, PretrainRecipe
+from pipeline.config import DataConfig, FinetuneRecipe, PretrainRecipe
 from pipeline.data.corpus import load_corpus
 from pipeline.data.fbank import padded_frames
 from pipeline.data.loader import Loader
@@ -75,6 +77,31 @@ def test_a_pretrained_run_its_checkpoint_and_its_export_are_one_encoder(pretrain
     assert random(batch, [4])["wav", 4].shape == frozen(batch, [4])["wav", 4].shape
     longer = open_frozen(str(pretrained), spec.model_copy(update={"frames": 2 * spec.frames}))
     assert longer.grids["spec"] == (8, 2 * frozen.grids["spec"][1])
+
+
+def test_clips_of_the_runs_length_have_the_runs_frames(make_run, spec):
+    """Of shards as of files: with other frames positions would be stretched, and the vectors be others."""
+    run = str(make_run(FinetuneRecipe, "data.frames=48"))
+    frozen = open_frozen(run, spec)
+    assert (frozen.spec.frames, frozen.digest) == (48, open_frozen(run).digest)
+    shorter = spec.model_copy(update={"samples": 6400, "frames": 48})
+    assert open_frozen(str(make_run(FinetuneRecipe)), shorter).spec.frames == 48
+
+
+def test_an_export_of_before_a_setting_was_there_has_what_runs_had_then(make_run, spec, tmp_path):
+    file = tmp_path / "old.safetensors"
+    export_safetensors(open_exported(make_run(FinetuneRecipe, "model.norm=group")), file)
+    digest = open_frozen(str(file), spec).digest
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    config, tensors = json.loads(metadata["config"]), load_file(file)
+    assert config["model"].pop("norm") == "group"
+    save_file(tensors, file, metadata | {"config": json.dumps(config)})
+    frozen = open_frozen(str(file), spec)
+    assert (frozen.model.config.norm, frozen.digest) == ("group", digest)
+    save_file(tensors, file, metadata | {"config": json.dumps(config | {"model": {"of_tomorrow": 1}})})
+    with pytest.raises(UserError, match=r"old\.safetensors: its settings: .*of_tomorrow.*export the run again"):
+        open_frozen(str(file), spec)
 
 
 @torch.no_grad()

@@ -9,13 +9,16 @@ import pytest
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
-from launchers.probe import main
-from pipeline.config import LogConfig
+from launchers.probe import check_unseen, main, parser, weights_hash
+from pipeline.config import FinetuneRecipe, LogConfig
 from pipeline.data.manifest import load_index, load_manifest
 from pipeline.distributed import World
 from pipeline.errors import UserError
+from pipeline.export import open_exported
+from pipeline.hf_craft.directory import export_hf_craft
+from pipeline.model.weights import weights_file
 from pipeline.probing import features, probes, protocol
-from pipeline.probing.frozen import open_frozen
+from pipeline.probing.frozen import open_frozen, weights_of
 from pipeline.tracking import open_tracker
 from tests.conftest import ROOT
 from tests.helpers import damaged_copy
@@ -75,6 +78,7 @@ def test_a_pretraining_gets_a_score_for_each_stream_and_a_run_under_it(
         assert row["interval"]["low"] < row["value"] < row["interval"]["high"]
         assert row["shards_digest"] == manifest.digest
         assert len(row["digest"]) == 64
+        assert row["weights"] == weights_hash(*weights_of([row["checkpoint"]], average=True))
     assert rows[0]["digest"] != rows[3]["digest"]
     said = capsys.readouterr().out.splitlines()
     assert sum(f" mAP {row['value']:.4f} ± {row['spread']:.4f}   95 % interval" in line
@@ -166,6 +170,29 @@ def test_features_of_mended_shards_have_all_clips(pretrained, shards, tmp_path, 
         assert len(kept) == len(whole) - 1 > 1
         assert [file.read_bytes() for file in made(damaged, folder)] == whole
         assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+
+def test_weights_that_learned_labels_of_the_test_clips_are_refused(pretrained, make_run, shards, tmp_path, monkeypatch):
+    """A finetuned encoder has seen them: a probe would find what it was told."""
+    digest = load_manifest(shards).digest
+    plain, third = make_run(FinetuneRecipe), make_run(FinetuneRecipe, "data.fold=3")
+    export_hf_craft(open_exported(third), tmp_path / "hf")
+    all_folds, one, held_out = ["--folds", "all"], ["--folds", "1"], ["--folds", "3"]
+    swapped = ["--train-split", "eval", "--split", "train"]
+    args = parser().parse_args(["--checkpoint", str(plain), "--shards", str(shards), *all_folds])
+    check_unseen(args, str(plain), str(weights_file(plain)), "other shards")
+    for run, words in ((plain, []), (third, []), (third, held_out), (tmp_path / "hf", held_out),
+                       (pretrained, all_folds), (f"random:{plain}", all_folds)):  # fmt: skip
+        args = parser().parse_args(["--checkpoint", str(run), "--shards", str(shards), *words])
+        (file,) = weights_of([str(run)], average=True)
+        check_unseen(args, str(run), file, digest)
+    for run, words in ((plain, all_folds), (plain, held_out), (plain, swapped), (third, swapped), (third, one),
+                       (third, all_folds), (tmp_path / "hf", one)):  # fmt: skip
+        with pytest.raises(UserError, match=r"was finetuned on split 'train' of .* probe its pretraining") as said:
+            probe(tmp_path, monkeypatch, "--checkpoint", run, "--shards", shards, *words, "--features",
+                  tmp_path / "none")  # fmt: skip
+        assert ("give --folds 3" in str(said.value)) == (run != plain and words != swapped)
+    assert not (tmp_path / "none").exists()
 
 
 def test_mistakes_are_one_line_before_anything_is_written(pretrained, shards, tmp_path, monkeypatch):

@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import multiprocessing
 import subprocess
 import sys
 import threading
+import time
 
 import psutil
 import pytest
@@ -34,6 +36,18 @@ def wanted(catalog, tmp_path_factory):
 def test_processes_give_the_same_bytes(catalog, wanted, tmp_path):
     build(catalog, tmp_path, options(0.2), 2)
     assert digests(tmp_path) == wanted
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_with_nothing_to_do_is_replaced(catalog, wanted, tmp_path):
+    plan = SplitPlan(catalog, "train", tmp_path, options(0.2))
+    shards = run((plan.shard(number) for number in range(2)), 1)
+    assert next(shards).name == "train-000000.tar"
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    time.sleep(0.5)  # until its pool knows
+    assert [plan.name for plan in shards] == ["train-000001.tar"]
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
 """Damage of every kind is found and named, and what can be repaired is."""
 
+import errno
+import io
 import json
 import random
 import shutil
+import sys
 from functools import partial
 
 import boto3
@@ -14,10 +17,12 @@ import soundfile
 
 from pipeline.data.manifest import INDEX_SCHEMA, load_index, load_manifest
 from pipeline.errors import UserError
-from shard_tools import catalogs
+from shard_tools import catalogs, verify_shards
 from shard_tools.build import build
 from shard_tools.finish import render
+from shard_tools.lock import owner
 from shard_tools.repair import compare, repair
+from shard_tools.store import Store
 from shard_tools.verify_shards import examine, verify
 from tests.helpers import digests, options, synth_catalog
 from tests.ranks import run_script
@@ -195,6 +200,67 @@ def test_an_index_of_another_writer_renews_the_manifest(whole, copy, monkeypatch
     assert "manifest.json renewed" in said
     assert verify(copy, workers=1) == []
     assert load_index(copy).equals(load_index(whole))
+
+
+class Unreadable(io.FileIO):
+    """A file of which the disk cannot read a part."""
+
+    def read(self, size=-1):
+        if self.tell() > 4096:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(min(size, 8192))
+
+
+def test_a_tar_that_the_disk_cannot_read_is_named_and_made_again(whole, copy, monkeypatch):
+    def opened(path, mode):
+        return (Unreadable if str(path) == str(copy / "train-000001.tar") else io.FileIO)(path, mode)
+
+    monkeypatch.setattr(verify_shards, "open", opened, raising=False)
+    found = examine(copy, 1)
+    assert found == {"train-000001.tar": ["train-000001.tar: unreadable: Input/output error"]}
+    inode = (copy / "train-000001.tar").stat().st_ino
+    assert list(repair(copy, found, str(copy / "source"), 1)) == ["train-000001.tar: built again, as it was"]
+    assert (copy / "train-000001.tar").stat().st_ino != inode
+    assert digests(copy) == digests(whole)
+
+
+def repaired(copy, monkeypatch) -> int:
+    """Exit status of the command line."""
+    monkeypatch.setattr(sys, "argv", ["verify_shards.py", str(copy), "--repair", "--workers", "1"])
+    return verify_shards.main()
+
+
+def test_nothing_is_repaired_while_a_build_writes(copy, monkeypatch):
+    """Its manifest would be replaced by the one from before."""
+    flip(copy / "failures.jsonl", 100)
+    before = digests(copy)
+    for shared in (False, True):
+        with owner(copy, shared), pytest.raises(UserError, match="another process is building here"):
+            repaired(copy, monkeypatch)
+    assert digests(copy) == before
+    assert repaired(copy, monkeypatch) == 0
+    assert not (copy / ".build").exists()
+
+
+def test_a_build_that_was_killed_at_its_end_is_completed_before_anything_is_repaired(copy, monkeypatch):
+    table = copy / "source" / "more.csv"
+    lines = (copy / "source" / "table.csv").read_text().splitlines()
+    table.write_text("\n".join(line.replace(",train", ",more").replace(",eval", ",more") for line in lines))
+    move = Store.move
+
+    def killed(store, name, target):
+        if target == "manifest.json":
+            raise KeyboardInterrupt
+        move(store, name, target)
+
+    more = catalogs.table(copy / "source", table, None, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "move", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(more, copy, options(0.2), 1, engine="inline")
+    flip(copy / "train-000001.tar", 5000)
+    assert repaired(copy, monkeypatch) == 0
+    assert list(load_manifest(copy).splits) == ["train", "eval", "more"]
 
 
 def test_shards_in_s3_are_verified_and_repaired(whole, s3):

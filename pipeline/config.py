@@ -141,7 +141,7 @@ class DataConfig(Section):
         "weight: 1, split: train, eval_split: eval}]: shares of the draws (none: of the clips), splits other than below"
     )
     temperature: float = result(
-        1.0, gt=0, description="several sets without weights: their shares are those of clips^(1/temperature)"
+        1.0, ge=0.05, description="several sets without weights: their shares are those of clips^(1/temperature)"
     )
     schedule: tuple[Phase, ...] = result(
         (), description="several sets: other weights from a step on, such as [{step: 10000, weights: [1, 1]}]"

@@ -112,7 +112,19 @@ def read_run(run_dir: Path) -> PretrainRecipe | FinetuneRecipe:
         UserError: its config.yaml is missing, damaged, or of a version that has other settings.
     """
     path = run_dir / "config.yaml"
-    content = read_yaml(path, "give a run directory of pretrain.py or finetune.py")
+    return recipe_of(read_yaml(path, "give a run directory of pretrain.py or finetune.py"), path)
+
+
+def recipe_of(content: Any, path: Path) -> PretrainRecipe | FinetuneRecipe:
+    """The settings in what a run or an export of one recorded; those it lacks are `former`.
+
+    Args:
+        content: Of the record: sections of settings.
+        path: Where it was read.
+
+    Raises:
+        UserError: it holds the settings of no run, or is damaged, or of a version that has other settings.
+    """
     kinds = [kind for kind, section in ((PretrainRecipe, "pretrain"), (FinetuneRecipe, "finetune"))
              if isinstance(content, dict) and section in content]  # fmt: skip
     if len(kinds) != 1:

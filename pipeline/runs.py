@@ -129,6 +129,7 @@ def score_run(
         loader.bad_clips.check(loader.clips - len(scores.rows))
         keys = loader.keys(scores.rows.tolist())
     about: dict[str, Any] = {
+        "checkpoint": file.parent.name,
         "weights": file.stem,
         "pool": finetuned_recipe(run_dir).finetune.pool,
         "split": recipe.data.train_split if recipe.data.fold else recipe.data.eval_split,
@@ -169,7 +170,8 @@ def score_ensemble(
         pools.append(other.about["pool"])
     scores = replace(first.scores, logits=mean_probability(logits, first.spec.single_label))
     pool = ", ".join(dict.fromkeys(pools))
-    about = first.about | {"pool": pool, "ensemble": [str(run_dir) for run_dir, _ in runs]}
+    members = [str(run_dir) for run_dir, _ in runs]
+    about = first.about | {"checkpoint": f"{len(runs)} runs", "pool": pool, "ensemble": members}
     return Scored(scores, first.keys, first.spec, about)
 
 
@@ -218,7 +220,8 @@ def score_averaged_weights(
         file = Path(folder) / "mean.safetensors"
         save_file({name: tensor.float().contiguous() for name, tensor in mean.items()}, file)
         scored = score_run(runs[0][0], file, recipe, world, ids, precision)
-    return replace(scored, about=scored.about | {"averaged": [str(run_dir) for run_dir, _ in runs]})
+    members = [str(run_dir) for run_dir, _ in runs]
+    return replace(scored, about=scored.about | {"checkpoint": f"{len(runs)} runs", "averaged": members})
 
 
 def _check_labels(runs: Sequence[tuple[Path, Path]]) -> None:
@@ -309,7 +312,7 @@ def trained_on(source: Path, file: Path) -> tuple[list[str], bool, tuple[float, 
             log.debug("%s: %s", file, error)
     homes = [source] if source.is_dir() else []
     homes += [file.parent, run_of(str(file.parent))]
-    spec = DataSpec.model_validate_json(ours) if ours else next(
+    spec = DataSpec.parse(ours, file) if ours else next(
         (DataSpec.load(home) for home in homes if (home / "data.json").is_file()), None)  # fmt: skip
     if spec:
         return [label.id for label in spec.labels], False, (spec.mean, spec.std)

@@ -203,7 +203,7 @@ def test_a_card_has_no_scores_of_other_weights(tmp_path):
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "probe.json", content)
     spec = DataSpec.load(run)
-    for average, told in ((True, "of split `eval`: mAP 0.5000"), (False, "is of other weights, `average`")):
+    for average, told in ((True, "of split `eval`: mAP 0.5000"), (False, "is of other weights, `average` of step-")):
         export_hf_craft(open_exported(run, average), tmp_path / str(average))
         card = (tmp_path / str(average) / "README.md").read_text()
         assert told in card
@@ -212,7 +212,11 @@ def test_a_card_has_no_scores_of_other_weights(tmp_path):
         assert ("not probed; what probe.py left is of other weights." in card) != average
         assert not any(value in card for value in ("0.1250", "0.0625", "0.7500"))
     assert "mAP 0.5000" in package.model_card(run, spec)
-    for changed, said in (({"weights": "weights"}, "other weights, `weights`"), ({"ensemble": ["a", "b"]}, "ensemble")):
+    for changed, said in (
+        ({"weights": "weights"}, f"other weights, `weights` of {checkpoint.name}"),
+        ({"ensemble": ["a", "b"]}, "ensemble"),
+        ({"checkpoint": "step-00000000"}, "other weights, `average` of step-00000000"),  # the run has gone on since
+    ):
         write_json(run / "results.json", results | changed)
         assert f"not evaluated; the run's results.json is of {'an ' * ('ensemble' in changed)}{said}" in (
             package.model_card(run, spec)

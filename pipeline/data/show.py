@@ -209,7 +209,7 @@ def draw_picture(content: dict[str, Any], batch: dict[str, np.ndarray], file: Pa
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     words = [*args.settings, *([f"data.shards={args.shards}"] if args.shards else [])]
-    if args.batch_size:
+    if args.batch_size is not None:
         words.append(f"train.batch_size={args.batch_size}")
     kinds = {word.partition(".")[0] for word in words}
     for file in args.config:

@@ -115,10 +115,18 @@ class DataSpec(BaseModel):
         """
         path = run_dir / "data.json"
         try:
-            return DataSpec.model_validate_json(path.read_text(encoding="utf-8"))
+            return DataSpec.parse(path.read_bytes(), path)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; --checkpoint takes a run directory of finetune.py") from error
+
+    @staticmethod
+    def parse(content: str | bytes, path: Path) -> "DataSpec":
+        """Reads what a run or an export of one recorded in a file.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return DataSpec.model_validate_json(content)
         except ValidationError as error:
-            raise UserError(f"{path}: {error.errors()[0]['msg']}; the run directory is damaged") from error
-        except ValueError as error:
-            raise UserError(f"{path}: {error}; the run directory is damaged") from error
+            raise UserError(f"{path}: {error.errors()[0]['msg']}; it is damaged, or of another version") from error

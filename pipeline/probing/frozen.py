@@ -37,7 +37,7 @@ from pipeline.model.foreign import MEL_BINS, hf_config, translate
 from pipeline.model.heads import row_means
 from pipeline.model.precision import in_precision
 from pipeline.model.weights import load_weights, read_weights, weights_file
-from pipeline.recipes import former, read_run
+from pipeline.recipes import read_run, recipe_of
 from pipeline.runs import trained_on
 from pipeline.tracking import run_of
 
@@ -254,17 +254,10 @@ def settings_of(source: Path, file: Path) -> tuple[PretrainRecipe | FinetuneReci
     if not {"config", "data"} <= metadata.keys():
         return None
     try:
-        content: dict[str, dict[str, Any]] = json.loads(metadata["config"])
-        kind = PretrainRecipe if "pretrain" in content else FinetuneRecipe
-        for key, value in former(kind.model_validate(content)).items():  # what it lacks, as `read_run` has it
-            section, _, setting = key.partition(".")
-            content.setdefault(section, {}).setdefault(setting, value)
-        return kind.model_validate(content), DataSpec.model_validate_json(metadata["data"]), None
-    except (ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{file}: its settings: {reason} (damaged, or written by another version); export the run again"
-        ) from error
+        content = json.loads(metadata["config"])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: its settings are damaged ({error}); export the run again") from error
+    return recipe_of(content, file), DataSpec.parse(metadata["data"], file), None
 
 
 def _streams(recipe: PretrainRecipe | FinetuneRecipe) -> Streams:

@@ -179,12 +179,13 @@ chooses how many labels come back.
 def scored_instead(results: dict[str, Any], file: Path) -> str:
     """Of what the scores of a results.json are, where they are not of the weights in `file`; empty: of these.
 
-    `evaluate.py --out` writes one of several runs, and of other weights of a checkpoint, too.
+    `evaluate.py --out` writes one of several runs, and of other weights of a checkpoint, too; and a run that goes on
+    after its end has a newer checkpoint before it has scores of it.
     """
     if "ensemble" in results:
         return "an ensemble"
-    scored = results.get("weights", file.stem)
-    return "" if scored == file.stem else f"other weights, `{scored}`"
+    scored = results.get("checkpoint", file.parent.name), results.get("weights", file.stem)
+    return "" if scored == (file.parent.name, file.stem) else f"other weights, `{scored[1]}` of {scored[0]}"
 
 
 def _signature() -> Any:

@@ -287,6 +287,7 @@ def test_a_damaged_clip_is_replaced_by_one_of_its_own_set(sets, tmp_path):
         (lambda s: {"shards": [{"path": str(s[0])}] * 2}, "is there twice; raise its weight"),
         (lambda s: {"shards": []}, "names no set"),
         (lambda s: {"shards": entries(s), "temperature": 2}, "temperature is for sets without weights"),
+        (lambda s: {"shards": [*map(str, s)], "temperature": 0.01}, "greater than or equal to 0.05"),  # clips^100
         (lambda s: {"shards": entries(s), "fold": 1}, "no folds in common"),
         (lambda s: {"shards": str(s[0]), "schedule": [{"step": 1, "weights": [1]}]}, "for several sets"),
         (lambda s: {"shards": entries(s), "schedule": [{"step": 1, "weights": [1]}]}, "1 weights for 3 sets"),

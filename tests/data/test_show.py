@@ -81,3 +81,4 @@ def test_a_wrong_wish_is_one_line(shards, tmp_path):
     assert done.stderr.count("\n") == 1
     assert "manifest.json" in done.stderr
     assert "does not divide" in show(shards, "--batch", 0, "--batch-size", 5, "--ranks", 2, status=2).stderr
+    assert "train.batch_size" in show(shards, "--batch", 0, "--batch-size", 0, status=2).stderr

@@ -19,7 +19,7 @@ from pipeline.export import export_safetensors, open_exported
 from pipeline.flow import Batch
 from pipeline.model.weights import weights_file
 from pipeline.probing.frozen import AUDIOSET, open_frozen, pooled
-from pipeline.runs import load_finetuned
+from pipeline.runs import load_finetuned, trained_on
 from tests.reference.ssast import Ssast
 
 
@@ -100,8 +100,12 @@ def test_an_export_of_before_a_setting_was_there_has_what_runs_had_then(make_run
     frozen = open_frozen(str(file), spec)
     assert (frozen.model.config.norm, frozen.digest) == ("group", digest)
     save_file(tensors, file, metadata | {"config": json.dumps(config | {"model": {"of_tomorrow": 1}})})
-    with pytest.raises(UserError, match=r"old\.safetensors: its settings: .*of_tomorrow.*export the run again"):
+    with pytest.raises(UserError, match=r"old\.safetensors: unknown setting model\.of_tomorrow .*written by another version"):
         open_frozen(str(file), spec)
+    save_file(tensors, file, metadata | {"data": '{"labels": 1}'})
+    for read in (lambda: open_frozen(str(file), spec), lambda: trained_on(file, file)):
+        with pytest.raises(UserError, match=r"old\.safetensors: .*it is damaged, or of another version"):
+            read()
 
 
 @torch.no_grad()

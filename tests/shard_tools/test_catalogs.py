@@ -152,6 +152,7 @@ def test_folds_count_from_one(three, cells, said):
 
 
 def test_folds_as_pandas_writes_them_and_folds_in_part(three, caplog):
+    caplog.set_level(logging.WARNING)
     catalog = table(three, "path,labels,fold\n1.wav,a,1.0\n2.wav,a,2.0\n3.wav,a,\n")
     assert [clip.fold for clip in catalog.clips] == [1, 2, 0]
     assert "t.csv:4: 1 clips of split 'train' have no fold and 2 have one" in caplog.text

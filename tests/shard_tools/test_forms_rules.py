@@ -396,6 +396,7 @@ def test_every_name_of_a_split_is_one(name):
 
 
 def test_no_folder_of_a_split_is_left_out_in_silence(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
     write(tmp_path, {f"{name}/{label}/0.wav": WAV for name in ("train", "testset", "heldout") for label in ("a", "b")})
     assert set(catalog("--root", tmp_path).splits) == {"train", "test", "heldout"}
     assert caplog.text == ""
@@ -407,6 +408,7 @@ def test_no_folder_of_a_split_is_left_out_in_silence(tmp_path, caplog):
 
 def test_fold_0_beside_others_is_refused_in_every_form(tmp_path, caplog):
     """It would be in every training set, and never held out."""
+    caplog.set_level(logging.WARNING)
     rows = [{"path": f"{fold}.wav", "labels": "Dog", "fold": fold} for fold in (1, 0, 2)]
     write(tmp_path, {"t.jsonl": lines(rows)} | {f"{fold}.wav": WAV for fold in range(3)})
     refused(r"t\.jsonl:2: fold 0 beside others: folds count from 1", "--table", tmp_path / "t.jsonl")

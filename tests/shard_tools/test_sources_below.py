@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import random
 import signal
@@ -290,6 +291,7 @@ def test_a_damaged_member_of_a_zip_that_was_streamed_is_told(tmp_path, method):
 
 
 def test_truncated_containers(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
     for kind in KINDS:
         pack(tmp_path, kind, WAVS)
     for kind in ("zip", "parquet"):

@@ -1,6 +1,7 @@
 """Containers made to exhaust memory or to read other files, and what lies in real ones beside the recordings."""
 
 import io
+import logging
 import os
 import tarfile
 import zipfile
@@ -119,6 +120,7 @@ def test_values_that_inflate_without_end_are_a_failure(tmp_path, monkeypatch, wo
 
 
 def test_what_follows_the_end_of_a_tar_is_said(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
     pack(tmp_path, "tar", WAVS)
     whole = [(tmp_path / f"{name}.tar").read_bytes() for name in "ab"]
     path = tmp_path / "ab.tar"

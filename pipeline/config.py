@@ -25,6 +25,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -89,6 +90,16 @@ class Section(BaseModel):
     """A group of settings; an unknown key, a wrong type or a number that is not finite is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """`true`, `yes` and `on` are no 1, which pydantic would make of them: one step, all clips mixed."""
+        parts = value if isinstance(value, list | tuple) else [value]
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if wanted is not bool and any(isinstance(part, bool) for part in parts):
+            raise ValueError("takes neither true nor false (nor yes, no, on, off); give its value")
+        return value
 
 
 class RunConfig(Section):
@@ -322,6 +333,9 @@ class OptimConfig(Section):
     head_lr: float = result(1.0, gt=0, description="finetuning: the classifier's rate, times this (SSAST: 1)")
     betas: tuple[Beta, Beta] = result((0.95, 0.999), description="Adam's decay rates")
     weight_decay: float = result(5e-7, ge=0, description="L2 (adam) or decoupled (adamw) decay")
+    decay: Literal["all", "matrices"] = result(
+        "all", description="which weights weight_decay is of; matrices: not of biases, norms, positions and tokens (MAE)"
+    )
     clip: float = result(0.0, ge=0, description="largest gradient norm; 0: no clipping")
     warmup: int = result(1000, ge=0, description="steps of linear warm-up")
     schedule: Literal["plateau", "step", "cosine", "constant"] = result("plateau", description="after the warm-up")

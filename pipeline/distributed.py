@@ -27,6 +27,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.errors import UserError
@@ -159,6 +160,9 @@ def _join(device: torch.device, patience: timedelta) -> None:
         time.sleep(RETRY_SECONDS)
     store.set_timeout(patience)
     gpu = device.type == "cuda"
+    # Groups that are made later wait as long: DeepSpeed's, which sums the gradients, is given no time, and torch's own
+    # with nccl is ten minutes. Then the process would be killed, long before `run.timeout` names who keeps it waiting.
+    vars(distributed_c10d).update(default_pg_timeout=patience, default_pg_nccl_timeout=patience)
     dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=size, timeout=patience,
                             device_id=device if gpu else None)  # fmt: skip
 

@@ -340,7 +340,7 @@ def supervise(restarts: int) -> None:
         child = os.fork()
         if not child:
             die_with(parent)
-            if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+            if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
                 os.environ |= {"MASTER_PORT": str(port + attempt), ATTEMPT: f"port {port}, attempt {attempt}"}
                 if attempt:  # torchrun's own store is at the first port; from now on rank 0 opens one
                     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"

@@ -410,6 +410,11 @@ def task_of(recipe: PretrainRecipe | FinetuneRecipe, loader: Loader) -> Pretrain
     if isinstance(recipe, PretrainRecipe):
         data = recipe.data.model_copy(update={"seconds": spec.seconds})  # where the loader is not the recipe's
         return PretrainTask(recipe.model_copy(update={"data": data}), spec.mel_bins, spec.frames)
+    if recipe.finetune.loss == "ce" and not spec.single_label:
+        raise UserError(
+            "finetune.loss = ce, but there are clips with several labels or none: its logits are trained against each "
+            "other, and would be read class by class, as sigmoids; set finetune.loss=bce"
+        )
     power, weights = recipe.finetune.pos_weight, None
     if power:
         weights = positive_weights(loader.class_counts()[1], loader.clips, power)

@@ -18,7 +18,7 @@ from functools import lru_cache
 
 from pipeline.data.storage import Location, attempt, file_system, is_remote, join, transfer
 from pipeline.errors import UserError
-from shard_tools.names import BETWEEN, PRODUCTS, split_source
+from shard_tools.names import BETWEEN, PLAN, PRODUCTS, split_source
 from shard_tools.segment import AUDIO_ENDINGS
 from shard_tools.sources import Place, members
 from shard_tools.tables import Table
@@ -36,6 +36,7 @@ HELD_OUT = {"validation_list.txt": "validation", "testing_list.txt": "test"}  # 
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2")  # downloads
 UNFINISHED_SAID = "unfinished downloads are left out"
 BUILT_SAID = "folders of shards are left out"
+PLANS_SAID = "plans of --dry-run are left out"
 BEGUN = re.compile(r"(.+)/\.build/[^/]+/plan", re.DOTALL)  # of an unfinished build
 ARCHIVES = (".tar", ".zip")
 FOLD_NAME = re.compile(r"(fold|split)[ _-]?[0-9]+", re.IGNORECASE)
@@ -204,7 +205,8 @@ def audio_paths(paths: Iterable[str], places: dict[str, Place]) -> Iterator[str]
 def walk(root: Location) -> Iterator[str]:
     """Paths of all files below `root` but hidden ones and shards: by name, a folder's files before its folders.
 
-    Shards are what a build made there, such as the one that goes on: its index would be taken for a table of audio.
+    Shards are what a build made there, such as the one that goes on: its index would be taken for a table of audio. So
+    would the plan of a dry run.
     Links to folders are followed, each folder is read once. What is left out is said when the last path was taken.
 
     Raises:
@@ -220,6 +222,7 @@ def walk(root: Location) -> Iterator[str]:
     hidden: list[str] = []
     again: list[str] = []
     built: list[str] = []
+    plans: list[str] = []
     unfinished: list[str] = []
     unreadable: list[OSError] = []
     # Links to a folder that holds the root lead back to it.
@@ -243,13 +246,16 @@ def walk(root: Location) -> Iterator[str]:
             tops += [link for name in directories if os.path.islink(link := os.path.join(folder, name))]
             unfinished += [os.path.join(folder, name) for name in names if name.endswith(UNFINISHED)]
             for name in sorted(names):
-                if not name.startswith("."):
+                if name == PLAN:
+                    plans.append(os.path.join(folder, name))
+                elif not name.startswith("."):
                     yield os.path.join(folder, name)
                 elif kind(split_name(name)[1]) == 0:
                     hidden.append(os.path.join(folder, name))
     _say(root, "hidden folders and audio files are left out", hidden)
     _say(root, UNFINISHED_SAID, unfinished)
     _say(root, BUILT_SAID, built)
+    _say(root, PLANS_SAID, plans)
     _say(root, "folders are reached again by links, and read once", again)
     closed = [f"{error.filename} ({error.strerror})" for error in unreadable]
     _say(root, "folders cannot be read, and what they hold is left out", closed)
@@ -334,6 +340,7 @@ def _walk_store(root: Location) -> Iterator[str]:
     except OSError as error:
         raise UserError(f"--audio-root {root}: {error}; give the directory that holds the audio") from error
     hidden: list[str] = []
+    plans: list[str] = []
     below = sorted((name[len(path) :].lstrip("/") for name in found), key=_disk_order)
     there = Counter(folder for folder, _, name in (inside.rpartition("/") for inside in below) if name in PRODUCTS)
     built = {folder for folder, count in there.items() if folder and count == len(PRODUCTS)}
@@ -343,10 +350,13 @@ def _walk_store(root: Location) -> Iterator[str]:
             continue
         if "/." in f"/{inside}":
             hidden += [join(root, inside)] if kind(split_name(inside)[1]) == 0 else []
+        elif inside.rpartition("/")[2] == PLAN:
+            plans.append(join(root, inside))
         elif inside and not inside.endswith("/"):  # some stores hold an empty object for a directory
             yield join(root, inside)
     _say(root, "hidden audio files are left out", hidden)
     _say(root, BUILT_SAID, [join(root, folder) for folder in sorted(built)])
+    _say(root, PLANS_SAID, plans)
     _say(root, UNFINISHED_SAID, [join(root, name[len(path) :].lstrip("/")) for name in found
                                  if name.endswith(UNFINISHED)])  # fmt: skip
 

@@ -39,13 +39,22 @@ from shard_tools.catalogs import Catalog
 from shard_tools.columns import TEXT
 from shard_tools.distribute import each, run
 from shard_tools.ffmpeg_codecs import identity
-from shard_tools.finish import SWITCH, damage, finish, reasons, rows_by_shard, settle
+from shard_tools.finish import SWITCH, damage, failure_lines, finish, reasons, rows_by_shard, settle
 from shard_tools.lock import owner, slice_owner
 from shard_tools.names import BETWEEN, INSIDE, PRODUCTS
 from shard_tools.plan import BuildOptions, Slice, SplitPlan
 from shard_tools.stamps import Change, Stamp, comparison, stamp
 from shard_tools.store import Store, local_copies, seal, unseal
-from shard_tools.write import ShardPlan, moments, read_record, record_name, shard_name, shard_number, write_record
+from shard_tools.write import (
+    ShardPlan,
+    left_out,
+    moments,
+    read_record,
+    record_name,
+    shard_name,
+    shard_number,
+    write_record,
+)
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +203,7 @@ def _held(
         raise UserError(
             f"{repeat[0].path} and {repeat[1].path} get the same key '{repeat[0].key}'; give them a key column"
         )
+    _refuse_late_events(catalog, options)
     for split in catalog.splits:
         check_name(split, "split")
     for label in catalog.labels:
@@ -218,6 +228,22 @@ def _held(
         if not shared:
             settle(store)
         yield store
+
+
+def _refuse_late_events(catalog: Catalog, options: BuildOptions) -> None:
+    """Raises UserError: a sound event begins after what is stored of its clip, which would have its label."""
+    seconds, events = options.audio.seconds, catalog.clips.table["events"]
+    onsets = pc.list_element(pc.list_flatten(events), 0)
+    late = pc.greater_equal(onsets, seconds)
+    if pc.any(late).as_py():
+        rows = pc.list_parent_indices(events).filter(late)
+        (clip,) = catalog.clips.at([rows[0].as_py()])
+        onset, _, label = next(event for event in clip.events if event[0] >= seconds)
+        raise UserError(
+            f"{clip.path}: event '{catalog.labels[label].name}' begins at {onset:g} s, and of a clip {seconds:g} s are "
+            f"stored (so of {pc.count_distinct(rows).as_py()} clips in all): give more --seconds, or list segments, "
+            "each with its own labels, in a table with start and end (--dataset csv)"
+        )
 
 
 def _begin(
@@ -323,7 +349,7 @@ def _adopt(store: Store, earlier: Manifest, new: Sequence[SplitPlan], workers: i
     plans = {plan.split: plan for plan in new if plan.staged}
     if not plans:
         return
-    lines = [line for line in map(json.loads, store.read("failures.jsonl").splitlines()) if line.get("used")]
+    lines = [line for line in map(json.loads, failure_lines(store)) if line.get("used")]
     shards = {shard.name: shard for shard in earlier.shards}
 
     def tasks() -> Iterator[Adoption]:
@@ -344,7 +370,7 @@ def adopt(task: Adoption) -> str | None:
     """Writes the record of one finished shard, read from its tar; or says what is wrong with it."""
     plan, shard, rows, failures = task
     where, store = join(plan.out, plan.name), Store(plan.out)
-    sums, silent = np.zeros(3), 0
+    sums, silent, rests = np.zeros(3), 0, list[float]()
     if plan.record.rpartition("/")[2] in store.sizes(f".build/{plan.split}"):
         with suppress(ValueError):  # of an attempt that was stopped
             if read_record(store, plan.split, plan.number)[1]["build"] == plan.build:
@@ -359,9 +385,12 @@ def adopt(task: Adoption) -> str | None:
                 file.seek(row["fbank_offset"])
                 sums += moments(np.load(io.BytesIO(file.read(row["fbank_size"])), allow_pickle=False))
                 file.seek(row["json_offset"])
-                silent += bool(json.loads(file.read(row["json_size"]))["silent"])
+                about = json.loads(file.read(row["json_size"]))
+                silent += bool(about["silent"])
+                rests += filter(None, [left_out(about, plan.audio.seconds)])
     facts = {"clips": shard.clips, "size": shard.size, "sha256": shard.sha256, "sums": sums.tolist(), "silent": silent,
-             "failures": failures, "sources": None, "stamp": stamp(where)}  # fmt: skip
+             "longer": [len(rests), sum(rests)], "failures": failures, "sources": None,
+             "stamp": stamp(where)}  # fmt: skip
     write_record(store, plan, rows.to_pylist(), facts)
     return None
 

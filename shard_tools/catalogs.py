@@ -20,6 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.data.manifest import Label
 from pipeline.data.storage import Location, is_remote, join, local
 from pipeline.errors import UserError
@@ -125,7 +127,8 @@ def audioset(
 
     Files are found as `YTID.*`, `YTID_START.*` or `YTID_START_END.*`, with a Y before or without, the times as seconds
     (30, 30.0, 000030) or milliseconds (30000). A file with a start in its name is the segment itself; of the others,
-    one that ends before the segment does, and is as long as the segment, is taken for it; any other is cut.
+    one that ends before the segment does, and is as long as the segment, is taken for it where the csv has no other
+    segment of the video; any other is cut.
 
     Args:
         root: Of the audio.
@@ -150,6 +153,7 @@ def audioset(
     else:
         raise UserError("--class-labels is missing; give AudioSet's class_labels_indices.csv")
     index = {label.id: number for number, label in enumerate(labels)}
+    several = of_several_segments((ytid, start) for _, ytid, start, _, _ in _segments(source))
     places: dict[str, Place] = {}
     files = AudioFiles(audio_paths(listed(root, listing) if listing else walk(root), places), plain_times)
     catalog = Catalog("audioset", root, labels)
@@ -179,8 +183,9 @@ def audioset(
             catalog.miss(Failure(key, "", reason, split, key, line, start, end), picked)
             continue
         whole, clips = (plain_times(ytid), plain_times(f"Y{ytid}")), []
+        guess = False if hash(ytid) in several else None  # one file cannot be each of several segments
         for stem, path in found:
-            first, last, trimmed = (start, end, None) if stem in whole else (0.0, end - start, True)
+            first, last, trimmed = (start, end, guess) if stem in whole else (0.0, end - start, True)
             at = places.get(path)
             clips.append(Clip(key, path, first, last, picked, split, id=ytid, trimmed=trimmed, line=line, at=at))
         catalog.clips.append(clips[0] if len(clips) == 1 else replace(clips[0], others=tuple(clips[1:])))
@@ -484,6 +489,15 @@ def _segments(source: Table) -> Iterator[tuple[int, str, float, float, list[str]
         if not all(mids):
             raise source.problem(line, f"labels '{mids_cell[:40]}' with an empty one", "correct the row, or delete it")
         yield line, ytid, start, end, mids
+
+
+def of_several_segments(segments: Iterable[tuple[str, float]]) -> set[int]:
+    """Hashes of the videos of which several segments, of other starts, are listed; 16 bytes of memory a segment."""
+    pairs = ((hash(ytid), round(start * 1000)) for ytid, start in segments)
+    found = np.fromiter(pairs, np.dtype((np.int64, 2)))
+    video, start = found[np.lexsort(found.T[::-1])].T
+    again = (video[1:] == video[:-1]) & (start[1:] != start[:-1])
+    return set(video[1:][again].tolist())
 
 
 TableRow = tuple[int, str, str, str, tuple[str, float, float | None, tuple[int, ...], int]]

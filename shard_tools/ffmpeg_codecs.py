@@ -10,7 +10,8 @@ A place is counted in decoded samples: sample 0 is the first that the codec give
 time stamps the container begins with. What lies before the wanted samples is not decoded where that is provably the
 same: the time stamps of an Ogg stream count samples, and packets of other codecs are skipped while all are as long as
 the decoded ones before them. Elsewhere everything is decoded from the front. Skipping costs about 5 us a
-packet (an hour of mp3: 0.7 s; decoding it: 5 s); in an mp4, whose index lists all packets, a seek takes its place.
+packet (an hour of mp3: 0.7 s; decoding it: 5 s); in an mp4, whose index lists all packets, and in a WAV of PCM a seek
+takes its place.
 """
 
 import math
@@ -345,16 +346,17 @@ class FFmpegSource:
         return unit if duration and abs(duration - usual) <= 1 else 0
 
     def _seek(self, packet: Any, unit: int, usual: int) -> int | None:
-        """Jumps where the index of an mp4 proves that only packets like the last ones lie between; their time stamp."""
-        index = self._stream.index_entries
-        if not self._may_seek or self._container.format.name != "mov,mp4,m4a,3gp,3g2,mj2" or not usual:
+        """Jumps where an mp4's index, or PCM in a WAV, proves that only like packets lie between; their time stamp."""
+        index, form = self._stream.index_entries, self._container.format.name
+        counted = form == "wav" and self._codec.name.startswith("pcm_")
+        if not self._may_seek or not (counted or form == "mov,mp4,m4a,3gp,3g2,mj2") or not usual:
             return None
         count = int((min(self._first, 1 << 62) - PREROLL * self.rate - self.place) // unit)
         if count < STEADY or packet.pts is None:
             return None
-        here = index.search_timestamp(packet.pts, any_frame=True)
         there = packet.pts + count * usual
-        if here < 0 or here + count >= len(index) or index[here + count].timestamp != there:
+        here = 0 if counted else index.search_timestamp(packet.pts, any_frame=True)
+        if not counted and (here < 0 or here + count >= len(index) or index[here + count].timestamp != there):
             return None
         self._container.seek(there, stream=self._stream)
         self.place += count * unit

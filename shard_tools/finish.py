@@ -9,6 +9,7 @@ Done again it gives the same bytes. Rows pass through one row group at a time.
 """
 
 import hashlib
+import io
 import json
 import logging
 from collections import Counter
@@ -73,8 +74,7 @@ def finish(
                     content["options"][split] = new[split].identity
                 else:
                     shards = [shard for shard in before if shard["split"] == split]
-                    kept = store.read("failures.jsonl").splitlines(keepends=True)
-                    lines.writelines(line for line in kept if json.loads(line)["split"] == split)
+                    lines.writelines(line for line in failure_lines(store) if json.loads(line)["split"] == split)
                     for table in index_groups(store.location, earlier) if earlier else ():
                         add(table.filter(pc.equal(table["split"], split)))
                 content["shards"] += shards
@@ -96,6 +96,7 @@ def _add_split(
     """Adds a new split's rows and failures; returns its totals and its shards for the manifest."""
     shards: list[dict[str, Any]] = []
     sums, seconds, silent, classes = np.zeros(3), 0.0, 0, np.zeros(len(catalog.labels), np.int64)
+    longer, beyond = 0, 0.0
     for missing in catalog.missing.of(plan.split):
         lines.write(_line(missing.line()))
     for number, (table, facts) in enumerate(_records(store, plan)):
@@ -104,12 +105,18 @@ def _add_split(
             lines.write(_line(failure))
         sums += facts["sums"]
         silent += facts["silent"]
+        clips, rest = facts.get("longer", (0, 0.0))  # earlier versions did not count them
+        longer, beyond = longer + clips, beyond + rest
         seconds += float(np.sum(table["seconds"].to_numpy(), dtype=np.float64))
         labels = table["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         classes += np.bincount(labels, minlength=len(classes))
         if facts["clips"]:
             kept = {name: facts[name] for name in ("clips", "size", "sha256")}
             shards.append({"name": plan.name(number), "split": plan.split, **kept})
+    if longer:
+        log.warning("split '%s': %d clips are longer than the %g s that are stored: %.2f h after these are left out; "
+                    "give more --seconds, or list segments in a table with start and end (--dataset csv)",
+                    plan.split, longer, plan.options.audio.seconds, beyond / 3600)  # fmt: skip
     count, total, square = sums
     mean = total / count if count else 0.0
     totals = {
@@ -199,9 +206,18 @@ def render(manifest: Manifest) -> bytes:
 
 def reasons(store: Store, splits: Sequence[str]) -> tuple[Counter[str], int]:
     """From failures.jsonl: some splits' failures by reason (up to the first colon), and clips of their second file."""
-    lines = [line for line in map(json.loads, store.read("failures.jsonl").splitlines()) if line["split"] in splits]
-    counts = Counter(line["reason"].split(":")[0] for line in lines if not line.get("used"))
-    return counts, len(lines) - counts.total()
+    counts, replaced = Counter[str](), 0
+    for line in map(json.loads, failure_lines(store)):
+        if line["split"] in splits and line.get("used"):
+            replaced += 1
+        elif line["split"] in splits:
+            counts[line["reason"].split(":")[0]] += 1
+    return counts, replaced
+
+
+def failure_lines(store: Store) -> Iterator[bytes]:
+    """Lines of failures.jsonl, with their ends, one at a time: there are millions where few of the listed files are."""
+    yield from io.BytesIO(store.read("failures.jsonl"))
 
 
 def _beginning(catalog: Catalog, options: BuildOptions, earlier: Manifest | None) -> dict[str, Any]:

@@ -10,7 +10,9 @@ costs about 0.2 ms a clip. After a time-out or crash the next clip
 gets a new process (0.2 s).
 
 A process that ends by its own doing (SIGSEGV, SIGABRT ...) or takes too long is the file's fault; one that does not
-start, or that SIGKILL ends, as where the kernel is out of memory, is the machine's.
+start, or that SIGKILL ends, as where the kernel is out of memory, is the machine's. So is one that takes too long
+because a disk does not answer (an NFS server that starts anew), it was stopped, or others had the processors: it gets
+START_LIMIT more.
 
 A decoder whose worker was killed ends by itself: at the end of the pipe, or by its own alarm.
 """
@@ -25,10 +27,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
@@ -143,12 +147,22 @@ class DecoderProcess:
 
     def _ask(self, request: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
         """Samples of the next reply, and the rest of it."""
+        begun, used = time.monotonic(), self._standing()[1]
         try:
             with suppress(BrokenPipeError):  # then there is no reply either
                 self._pipe.send_bytes(json.dumps(request).encode())
-            reply = self._receive(self._limit)
+            try:
+                reply = self._receive(self._limit)
+            except TimeoutError:
+                if not self._held_up(used):
+                    raise
+                reply = self._receive(START_LIMIT)
         except TimeoutError:
+            held_up, waited = self._held_up(used), time.monotonic() - begun
             self._kill()
+            if held_up:
+                what = f"the decoder was held up for {waited:.0f} s: does the disk answer, and is a processor free?"
+                raise MachineError(errno.ETIMEDOUT, what) from None
             raise DecodeError(f"timeout: the decoder took longer than {self._limit:g} s") from None
         except EOFError as error:
             raise DecodeError(f"crashed: {error}") from None
@@ -157,6 +171,24 @@ class DecoderProcess:
         if "machine" in reply:
             raise MachineError(*reply["machine"])
         return np.frombuffer(self._memory, np.float32, reply.pop("samples")).copy(), reply
+
+    def _held_up(self, used: float) -> bool:
+        """Whether it is not the file that takes long: the process waits for a disk, is stopped, or had no processor.
+
+        Args:
+            used: Its CPU seconds when it was asked.
+        """
+        state, now = self._standing()
+        return state in ("D", "T") or (state == "R" and now - used < self._limit / 2)
+
+    def _standing(self) -> tuple[str, float]:
+        """The process's state, a letter of Linux's /proc, and its CPU seconds; "" and 0.0: it is not known here."""
+        try:
+            content = Path(f"/proc/{self._process.pid if self._process else 0}/stat").read_text()
+        except OSError:
+            return "", 0.0
+        fields = content.rpartition(")")[2].split()  # the name before may hold anything
+        return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _receive(self, limit: float) -> dict[str, Any]:
         """Next reply.
@@ -177,6 +209,8 @@ class DecoderProcess:
         self._kill()
         if status == -signal.SIGKILL:
             raise MachineError(errno.ENOMEM, "the decoder process was killed (SIGKILL): is the memory short?")
+        if status == -signal.SIGALRM:  # its own alarm, which comes after we would have ended it
+            raise MachineError(errno.ETIMEDOUT, "this process and its decoder were stopped for minutes")
         how = f"died of {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 1000))
         said = self._errors.read().decode("utf-8", "replace").strip().splitlines()  # of it or a library

@@ -12,6 +12,7 @@ import re
 
 BETWEEN = "::"
 PRODUCTS = ("failures.jsonl", "index.parquet", "manifest.json")  # of a build, in the order in which they are replaced
+PLAN = "plan.parquet"  # of --dry-run
 CONTAINERS = (".tar", ".zip", ".parquet", ".h5", ".hdf5")
 INSIDE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, CONTAINERS))})){BETWEEN}(.+)", re.IGNORECASE | re.DOTALL)
 COMPRESSED = re.compile(r".+\.(?:tar\.[a-z0-9]{1,4}|tgz|tbz2?|txz|7z|rar)", re.IGNORECASE | re.DOTALL)

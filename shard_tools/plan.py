@@ -30,7 +30,7 @@ from pipeline.errors import UserError
 from shard_tools.catalogs import Catalog
 from shard_tools.columns import digest
 from shard_tools.ffmpeg_codecs import identity
-from shard_tools.names import BETWEEN, split_source
+from shard_tools.names import BETWEEN, PLAN, split_source
 from shard_tools.store import Store
 from shard_tools.write import AudioOptions, ShardPlan, shard_name
 
@@ -88,10 +88,10 @@ def write_plan(catalog: Catalog, out: Location, options: BuildOptions) -> Iterat
         UserError: a plan.parquet of another kind is there.
     """
     store, audio = Store(out), options.audio
-    if "plan.parquet" in store.sizes() and not _is_plan(store):
-        raise UserError(f"{join(out, 'plan.parquet')}: no build made it; move it away, or use another --out")
+    if PLAN in store.sizes() and not _is_plan(store):
+        raise UserError(f"{join(out, PLAN)}: no build made it; move it away, or use another --out")
     each = audio.samples * 2 + round(audio.seconds * 100) * audio.mel_bins * 2 + 3072
-    with store.temporary("plan.parquet") as path:
+    with store.temporary(PLAN) as path:
         with pq.ParquetWriter(path, PLAN_SCHEMA, compression="zstd") as writer:
             for split in catalog.splits:
                 plan = SplitPlan(catalog, split, out, options)
@@ -106,8 +106,8 @@ def write_plan(catalog: Catalog, out: Location, options: BuildOptions) -> Iterat
                     f"{split}: {len(plan.order)} of {catalog.listed(split)} listed clips have a file; {len(plan)} "
                     f"shards, about {len(plan.order) * each / 1e9:.2f} GB"
                 )
-        store.commit(path, "plan.parquet")
-    yield f"which clip goes where: {join(out, 'plan.parquet')}"
+        store.commit(path, PLAN)
+    yield f"which clip goes where: {join(out, PLAN)}"
 
 
 class SplitPlan:
@@ -242,6 +242,6 @@ def _row_groups(catalog: Catalog, rows: np.ndarray) -> np.ndarray | None:
 
 def _is_plan(store: Store) -> bool:
     try:
-        return bool(pq.read_schema(io.BytesIO(store.read("plan.parquet"))).equals(PLAN_SCHEMA))
+        return bool(pq.read_schema(io.BytesIO(store.read(PLAN))).equals(PLAN_SCHEMA))
     except pa.ArrowInvalid:
         return False

@@ -116,26 +116,27 @@ def broken_promise(handle: int) -> str:
         handle: File descriptor.
     """
     size = os.fstat(handle).st_size
-    head, tail = os.pread(handle, 1 << 16, 0), os.pread(handle, 1 << 16, max(0, size - (1 << 16)))
-    if head.startswith(b"OggS"):
+    if os.pread(handle, 4, 0) == b"OggS":
+        tail = os.pread(handle, 1 << 16, max(0, size - (1 << 16)))
         page = tail[tail.rfind(b"OggS") :]
         body = 27 + page[26] + sum(page[27 : 27 + page[26]]) if len(page) > 27 else math.inf
         if not page.startswith(b"OggS") or len(page) < body or not page[5] & 4:
             return "the Ogg stream has no last page"
-    promised = _mp3_bytes(head)
+    promised = _mp3_bytes(handle)
     return f"the mp3 header promises {promised} bytes, the file has {size}" if promised > size else ""
 
 
-def _mp3_bytes(head: bytes) -> int:
-    """File size by the Xing (Info) header of an mp3's first frame; 0: none."""
+def _mp3_bytes(handle: int) -> int:
+    """File size by the Xing (Info) header of an mp3's first frame, behind tags of any size; 0: none."""
     start = 0
-    if head.startswith(b"ID3"):
-        start = 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
-    if len(head) < start + 200 or head[start] != 0xFF or head[start + 1] & 0xE0 != 0xE0:
+    while len(tag := os.pread(handle, 10, start)) == 10 and tag.startswith(b"ID3"):
+        start += 10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
+    head = os.pread(handle, 200, start)
+    if len(head) < 200 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
         return 0
     for name in (b"Xing", b"Info"):
-        tag = head.find(name, start, start + 64)
-        if tag >= 0 and head[tag + 7] & 2:
-            field = tag + 8 + (4 if head[tag + 7] & 1 else 0)
+        at = head.find(name, 0, 64)
+        if at >= 0 and head[at + 7] & 2:
+            field = at + 8 + (4 if head[at + 7] & 1 else 0)
             return start + int.from_bytes(head[field : field + 4], "big")
     return 0

@@ -15,6 +15,7 @@ the next one begins, so that its tables and code stay in the core's cache: an ei
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tarfile
@@ -36,7 +37,7 @@ from pipeline.data.storage import Location, is_remote
 from pipeline.errors import UserError
 from pipeline.flow import Clip
 from shard_tools.columns import Failure, recorded
-from shard_tools.decode import Decoded, DecodeError
+from shard_tools.decode import TRIM_SLACK, Decoded, DecodeError
 from shard_tools.guard import guarded_decode
 from shard_tools.names import split_source
 from shard_tools.segment import MachineError
@@ -221,7 +222,8 @@ def write_tar(plan: ShardPlan, path: str | os.PathLike[str]) -> tuple[list[dict[
     rows: list[dict[str, Any]] = []
     failures: list[Failure] = []
     sums = np.zeros(3)  # count, sum and sum of squares of the stored fbanks
-    silent = 0
+    silent = longer = 0
+    beyond = 0.0
     sources: list[Stamp] = []
     tried: list[tuple[int, int, Stamp]] = []
     with open(path, "wb") as file:
@@ -233,7 +235,11 @@ def write_tar(plan: ShardPlan, path: str | os.PathLike[str]) -> tuple[list[dict[
             for (clip, one), (waveform, about), stored in zip(group, waveforms, fbanks, strict=True):
                 silent += bool(about["silent"])
                 sums += moments(stored)
-                sample = npy(waveform), npy(stored), [_describe(clip, plan, one, about)]
+                described = _describe(clip, plan, one, about)
+                rest = left_out(described, plan.audio.seconds)
+                longer, beyond = longer + (rest > 0), beyond + rest
+                text = json.dumps(described, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogateescape")
+                sample = npy(waveform), npy(stored), [text]
                 rows.append(_index_row(clip, plan, about["seconds"], _add(tar, clip.key, sample)))
         tar.close()
     return rows, {
@@ -242,6 +248,7 @@ def write_tar(plan: ShardPlan, path: str | os.PathLike[str]) -> tuple[list[dict[
         "sha256": tar.sha256.hexdigest(),
         "sums": sums.tolist(),
         "silent": silent,
+        "longer": [longer, beyond],
         "failures": [failure.line() for failure in failures],
         "sources": sources,
         "tried": tried,
@@ -409,8 +416,20 @@ def _add(tar: TarWriter, key: str, sample: Sequence[Sequence[bytes | memoryview]
     return columns
 
 
-def _describe(clip: Clip, plan: ShardPlan, decoded: Decoded, about: dict[str, Any]) -> bytes:
-    content = {
+def left_out(about: dict[str, Any], seconds: float) -> float:
+    """Seconds of a clip's segment, or of its file where it has no end, after those that are stored; 0: about none.
+
+    Args:
+        about: The clip's json.
+        seconds: That are stored of a clip at most.
+    """
+    listed = math.inf if about["listed_end"] is None else about["listed_end"] - about["start"]
+    rest = min(listed, about["original_duration"] - about["read_from"]) - seconds
+    return float(rest) if rest > TRIM_SLACK else 0.0
+
+
+def _describe(clip: Clip, plan: ShardPlan, decoded: Decoded, about: dict[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = {
         "labels": list(clip.labels),
         "label_ids": [plan.labels[label].id for label in clip.labels],
         "label_names": [plan.labels[label].name for label in clip.labels],
@@ -433,7 +452,7 @@ def _describe(clip: Clip, plan: ShardPlan, decoded: Decoded, about: dict[str, An
     }
     if clip.events:
         content["events"] = [{"onset": onset, "offset": offset, "label": label} for onset, offset, label in clip.events]
-    return json.dumps(content, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogateescape")
+    return content
 
 
 def _index_row(clip: Clip, plan: ShardPlan, share: float, columns: dict[str, int]) -> dict[str, Any]:

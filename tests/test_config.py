@@ -71,6 +71,10 @@ def test_every_shipped_recipe_loads_and_only_overrides(file):
         (["checkpoint.average=[25,6]"], "checkpoint.average = [25, 6]: give the first and the last epoch, counted"),
         (["checkpoint.average=[0,5]"], "checkpoint.average = [0, 5]: give the first and the last epoch, counted"),
         (["optim.betas=[0.9,1]"], "optim.betas = 1: Input should be less than 1; write it as [0.95,0.999]"),
+        (["optim.clip=true"], "optim.clip = True: takes neither true nor false (nor yes, no, on, off); give its value"),
+        (["augment.mixup=yes"], "augment.mixup = True: takes neither"),  # of all clips
+        (["train.steps=on"], "train.steps = True: takes neither"),  # a run of one step
+        (["log.profile=[true,2]"], "log.profile = [True, 2]: takes neither"),
         (["optim.lr=nan"], "optim.lr = 'nan': Input should be a finite number"),
         (["optim.lr=.inf"], "optim.lr = inf"),
         (["data.mean=-.inf"], "data.mean = -inf"),

@@ -22,6 +22,7 @@ from pipeline.files import write_json
 from pipeline.hf_craft.bundle import bundle
 from pipeline.hf_craft.directory import HF_CRAFT_FILES, export_hf_craft
 from pipeline.hf_craft.feature_extraction import CraftFeatureExtractor
+from pipeline.hf_craft.modeling import CraftForAudioClassification
 from pipeline.hub import local_model, new_repository
 from pipeline.model.weights import load_weights
 from pipeline.probing.frozen import open_frozen
@@ -112,6 +113,22 @@ def test_transformers_alone_gives_the_same(tmp_path):
         torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
     scores = expected["finetuned-4", "AutoModelForAudioClassification"].sigmoid()[0].tolist()
     assert heard == pytest.approx(dict(zip([label.name for label in SPEC.labels], scores, strict=True)), abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_classifier_of_other_classes_begins_afresh(tmp_path):
+    """As transformers says; what it hands over for a weight of another shape is memory as it was found."""
+    task = make_run(tmp_path / "run", FinetuneRecipe, "finetune.method=swab")
+    export_hf_craft(open_exported(tmp_path / "run"), tmp_path / "export")
+    model = CraftForAudioClassification.from_pretrained(
+        tmp_path / "export", num_labels=2, ignore_mismatched_sizes=True
+    )
+    linear, bound = model.classifier.linear, task.classifier.linear.in_features**-0.5
+    for weight in (linear.weight, linear.bias):
+        assert 0 < weight.abs().max() <= bound
+    assert linear.weight.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+    own = task.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items() if ".linear." not in name)
 
 
 @torch.no_grad()

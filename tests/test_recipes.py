@@ -50,6 +50,13 @@ def test_finetuning_is_the_papers(name, batch, epochs, rates):
         assert learning_rate(recipe.optim, 10**6, 10**7, epoch, Plateau()) == pytest.approx(rate)
 
 
+def test_the_rate_of_craft_mae_is_audio_maes():
+    """Its `submit_pretrain_audioset2M.sh` has --blr 2e-4; `main_pretrain.py` multiplies it by batch / 256."""
+    recipe = load_recipe(PretrainRecipe, [ROOT / "configs" / "pretrain" / "craft_mae.yaml"])
+    assert recipe.optim.lr == 2e-4 * recipe.train.batch_size / 256
+    assert (recipe.optim.name, recipe.optim.betas, recipe.optim.weight_decay) == ("adamw", (0.9, 0.95), 1e-4)
+
+
 def test_augmentation_averaging_and_sampling_are_the_papers():
     balanced, full, esc50 = (finetune(name) for name in ("audioset_balanced", "audioset_full", "esc50"))
     for recipe in (balanced, full):

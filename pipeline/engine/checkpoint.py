@@ -114,6 +114,7 @@ class Checkpoints:
                 "loss_scale": loss_scale(engine),
                 "world_size": world.size,
                 "zero_stage": int(engine.zero_optimization_stage()),
+                "kept": state["step"] in self._kept,
             }
         self.pending = folder
         self._writing = self._thread.submit(_write, folder, mine, state if world.is_main else None)
@@ -256,6 +257,8 @@ def delete_old(run_dir: Path, config: CheckpointConfig, kept_steps: frozenset[in
     kept = {*whole[-config.keep :], *(folder for _, folder in ranked[: config.keep_best])}
     for folder in whole:
         step = int(folder.name.removeprefix("step-"))
+        if found[folder][0].get("kept"):  # a run that goes on for longer has its shares at other steps
+            continue
         if folder not in kept and step not in kept_steps and not (config.keep_every and step % config.keep_every == 0):
             _remove(folder)
 

@@ -267,6 +267,9 @@ def _say_beginning(job: Job, world: World, step: int) -> None:
         log.warning("optim.warmup = %d steps, of a run of %d: %s", warmup, total,
                     "the learning rate never reaches optim.lr" if warmup >= total
                     else "more than a fifth of it is spent below optim.lr")  # fmt: skip
+    if job.recipe.optim.schedule == "step" and not job.recipe.optim.milestones:
+        log.warning("optim.schedule = step, but optim.milestones is empty: the rate stays as it is; give the epochs "
+                    "after which it is cut")  # fmt: skip
     micros = job.batches.accumulation
     if job.ds["zero_optimization"]["stage"] == 2 and micros > 1 and world.size > 1:
         log.warning("zero_optimization.stage = 2 with %d micro-batches a step: gradients are summed over ranks %d "

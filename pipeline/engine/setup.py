@@ -31,9 +31,8 @@ KNOWN_KEYS = frozenset(
         "wandb", "csv_monitor", "comet", "fp16", "bf16", "torch_autocast",
         "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "flops_profiler",
         "wall_clock_breakdown", "memory_breakdown", "autotuning", "use_data_before_expert_parallelism",
-        "hybrid_engine", "pipeline", "data_efficiency", "checkpoint", "data_types", "aio",
-        "dataloader_drop_last", "log_level", "nebula", "datastates", "weight_quantization", "compile", "timers",
-        "tensor_parallel", "expert_parallel",
+        "hybrid_engine", "checkpoint", "data_types", "aio", "log_level", "nebula", "datastates",
+        "weight_quantization", "compile", "timers",
     }
 )
 
@@ -45,12 +44,13 @@ BUCKET = 25_000_000
 # several numbers back from a GPU in every step: on one H200 a step of CRAFT-base took half as long again.
 DEFAULT_STAGE = 1
 
+BARE = ("positions", "tokens", "edges")  # parameters of two axes that are no matrices: sinc's edges are frequencies
 ALIGNED = 8  # elements: 16 bytes in half precision, 32 in float32
 
 # What else of it changes numbers; batch and clipping are the recipe's, ZeRO, offload and compile keep the arithmetic.
 NUMERIC_KEYS = (
     "bf16", "fp16", "torch_autocast", "communication_data_type", "data_types", "prescale_gradients",
-    "gradient_predivide_factor", "gradient_allreduce_op", "weight_quantization", "data_efficiency",
+    "gradient_predivide_factor", "gradient_allreduce_op", "weight_quantization",
 )  # fmt: skip
 
 # Keys whose value is one of some words: another one would end DeepSpeed with a traceback.
@@ -64,7 +64,18 @@ REFUSED = {
     "bfloat16": "its name is bf16; rename it",  # DeepSpeed's older name, which it reads where there is no bf16
     "elasticity": "train.batch_size of the recipe is the batch on any number of ranks; leave it out",
     "compression_training": "DeepSpeed no longer has it; leave it out",
-}
+    "data_efficiency": "data.* of the recipe says which clips come when, and DeepSpeed would ignore it; leave it out",
+    "dataloader_drop_last": "every batch of the loader is whole, and DeepSpeed would ignore it; leave it out",
+    **dict.fromkeys(("tensor_parallel", "expert_parallel", "pipeline"),
+                    "ranks share the batch, and ZeRO alone divides the network; leave it out"),
+}  # fmt: skip
+
+# DeepSpeed's older names in zero_optimization, and today's.
+RENAMED = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
+
+# What DeepSpeed raises, beside errors of its own, for values that it cannot take; what the device or another rank does
+# is a RuntimeError.
+REFUSALS = (AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -149,16 +160,23 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
     | zero_optimization.stage | "auto" or absent: 1 (`DEFAULT_STAGE`) |
     | zero_optimization.reduce_bucket_size | absent: 2.5e7 elements, a quarter of CRAFT-base |
     | zero_optimization.overlap_comm | absent: true at ZeRO 1 and 2 without offload; at ZeRO 3 DeepSpeed's is true |
+    | zero_optimization.* | "auto": as if it were absent |
+    | zero_optimization.compute_grad_norm | false: error: likewise as bf16.check_grad_overflow |
+    | zero_optimization.cpu_offload* | error: DeepSpeed's older names of offload_* |
     | zero_optimization.offload_*.device | "nvme": error; "cpu" (optimizer: from stage 1, param: 3) is passed on |
     | bf16.enabled, fp16.enabled | "auto": bf16 on a GPU that computes it itself at ZeRO 1 to 3; fp16 off. Both: error |
     | fp16.enabled | on a CPU: error |
     | bf16, fp16 at ZeRO 0 | error: no float32 gradients there; stage 1 is the same and has them |
+    | bf16.check_grad_overflow | false: error: a gradient that is not finite would make all weights NaN |
+    | torch_autocast.dtype | "float16": error: its loss scale never falls |
     | communication_data_type | absent: "fp32" under bf16 and fp16, the reductions' precision |
     | data_types.grad_accum_dtype | absent: "fp32" under bf16 and fp16 |
     | activation_checkpointing | error: model.checkpoint_activations owns it |
     | bfloat16 | error: DeepSpeed's older name of bf16 |
     | managed_gradient_accumulation | false: error: each micro-batch would be an update |
     | elasticity, compression_training | error: another batch than the recipe's; gone from DeepSpeed |
+    | data_efficiency, dataloader_drop_last | error: of DeepSpeed's own loader, which no clip comes from |
+    | tensor_parallel, expert_parallel, pipeline | error: ZeRO alone divides the network |
     | compile.enabled, compile.backend | torch.compile of each encoder block; at ZeRO 3: error |
     | optimizer, scheduler | error: optim.* owns both |
     | timers.throughput | absent: off, since it waits for the GPU twice a step; the trainer has its own |
@@ -182,8 +200,9 @@ def reconcile(ds: dict[str, Any], recipe: Recipe, world: World) -> tuple[dict[st
             raise UserError(f"ds.json: '{key}' is set there, but {remedy}")
     _check_values(ds)
     batches = plan_batches(recipe, ds, world.size)
-    zero = {"reduce_bucket_size": BUCKET, **ds.get("zero_optimization", {})}
-    zero["stage"] = DEFAULT_STAGE if zero.get("stage", "auto") == "auto" else zero["stage"]
+    # DeepSpeed would take its own defaults for "auto", and its buckets are twenty times as large.
+    given = {key: value for key, value in ds.get("zero_optimization", {}).items() if value != "auto"}
+    zero = {"reduce_bucket_size": BUCKET, **given, "stage": given.get("stage", DEFAULT_STAGE)}
     if zero["stage"] in (1, 2) and not zero.get("offload_optimizer"):
         zero.setdefault("overlap_comm", True)
     for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
@@ -227,7 +246,7 @@ def _check_values(ds: dict[str, Any]) -> None:
     def number(value: Any, *kinds: type) -> bool:
         return isinstance(value, kinds) and not isinstance(value, bool)
 
-    sections = ("zero_optimization", "bf16", "fp16", "compile", "data_types", "timers")
+    sections = ("zero_optimization", "bf16", "fp16", "torch_autocast", "compile", "data_types", "timers")
     for key in sections:
         check(key, ds.get(key), isinstance(ds.get(key, {}), dict), "a JSON object, or leave it out")
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
@@ -247,6 +266,20 @@ def _check_values(ds: dict[str, Any]) -> None:
     check("managed_gradient_accumulation", managed, managed is True, "true: each micro-batch would be an update else")
     for part in ("offload_optimizer", "offload_param"):
         check(f"zero_optimization.{part}", zero.get(part), isinstance(zero.get(part) or {}, dict), "a JSON object")
+    for key, today in RENAMED.items():
+        if key in zero:
+            raise UserError(
+                f'ds.json: zero_optimization.{key} is {today} today; write "{today}": {{"device": "cpu"}} or nothing'
+            )
+    norm = zero.get("compute_grad_norm", True)
+    check("zero_optimization.compute_grad_norm", norm, norm is True or norm == "auto",
+          "true: by its norm a gradient that is not finite is known")  # fmt: skip
+    for key, name, right, remedy in (
+        ("bf16", "check_grad_overflow", (True,), "true: a gradient that is not finite would make all weights NaN"),
+        ("torch_autocast", "dtype", ("bfloat16", "bf16"), '"bfloat16"; float16 is for fp16.json, with its loss scale'),
+    ):
+        value = ds.get(key, {}).get(name, right[0])
+        check(f"{key}.{name}", value, value in right or ds[key].get("enabled") is False, remedy)
     for key, words in (("bf16", ("auto",)), ("fp16", ("auto",)), ("compile", ())):
         value = ds.get(key, {}).get("enabled", False)
         wanted = 'true, false or "auto"' if words else "true or false"
@@ -254,25 +287,28 @@ def _check_values(ds: dict[str, Any]) -> None:
 
 
 def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """One group, or one for each `scale` of the learning rate; see `_aligned` for the order in it.
+    """One group, or one for each `scale` of the learning rate, and of each of these what decays apart from what does not.
 
     Of `optim.layer_decay` (BEiT): with n blocks, block b has scale decay^(n - b), what embeds has
     decay^(n + 1), and the last LayerNorm, bottlenecks and heads have 1. The classifier's is multiplied by
-    `optim.head_lr`.
+    `optim.head_lr`. Of `optim.decay=matrices` (MAE, timm's groups): vectors do not decay, nor do `BARE`. See
+    `_aligned` for the order in a group.
     """
-    if optim.layer_decay == optim.head_lr == 1.0:
-        return [{"params": _aligned(task.parameters())}]
     found = [(re.match(r"model\.encoder\.blocks\.(\d+)\.", name), name, p) for name, p in task.named_parameters()]
     depth = 1 + max((int(block[1]) for block, _, _ in found if block), default=0)
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for block, name, parameter in found:
         embeds = name.startswith("model.encoder.first_norm.") or (
             name.startswith("model.") and not name.startswith("model.encoder.")
         )
         below = depth - int(block[1]) if block else depth + 1 if embeds else 0
         head = optim.head_lr if name.startswith("classifier.") else 1.0
-        groups.setdefault(head * optim.layer_decay**below, []).append(parameter)
-    return [{"params": _aligned(groups[scale]), "scale": scale} for scale in sorted(groups, reverse=True)]
+        decays = optim.decay == "all" or (parameter.ndim > 1 and name.rpartition(".")[2] not in BARE)
+        groups.setdefault((head * optim.layer_decay**below, decays), []).append(parameter)
+    return [
+        {"params": _aligned(groups[key]), "scale": key[0]} | ({} if key[1] else {"weight_decay": 0.0})
+        for key in sorted(groups, reverse=True)
+    ]
 
 
 def _aligned(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -306,6 +342,9 @@ def build_engine(task: PretrainTask | FinetuneTask, recipe: Recipe, ds: dict[str
     if compiling.pop("enabled", False):
         # Block by block: equal blocks share one graph, and the objectives' collectives stay outside.
         backend = compiling.pop("backend", "inductor")
+        if backend not in torch.compiler.list_backends(()):
+            known = ", ".join(torch.compiler.list_backends())
+            raise UserError(f"ds.json: compile.backend = {json.dumps(backend)}: give one of {known}")
         for block in task.model.encoder.blocks:
             block.compile(backend=backend)
     compiling.pop("backend", None)
@@ -318,8 +357,9 @@ def build_engine(task: PretrainTask | FinetuneTask, recipe: Recipe, ds: dict[str
         key = ".".join([error.title, *map(str, first["loc"])])
         value = json.dumps(first["input"], default=str)
         raise UserError(f"ds.json: DeepSpeed refuses {key} = {value}: {first['msg']}") from error
-    except DeepSpeedConfigError as error:  # keys that it had once
-        raise UserError(f"ds.json: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
+    except (DeepSpeedConfigError, *REFUSALS) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"ds.json: DeepSpeed refuses it: {reason}") from error
 
 
 def _mark_without_waiting() -> None:

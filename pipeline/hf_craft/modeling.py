@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceCl
 from pipeline.flow import Encoded
 from pipeline.hf_craft.configuration import CraftConfig
 from pipeline.model.craft import Craft, Streams
-from pipeline.model.heads import Classifier, stream_means
+from pipeline.model.heads import Classifier, FullLinear, stream_means
 
 
 class CraftPreTrainedModel(PreTrainedModel):
@@ -47,7 +47,12 @@ class CraftPreTrainedModel(PreTrainedModel):
         return encoded
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Nothing: modules initialise themselves."""
+        """Modules initialise themselves; a classifier of other classes than the weights' once more.
+
+        What transformers hands over in place of a weight of another shape is memory as it was found.
+        """
+        if isinstance(module, FullLinear):
+            module.reset_parameters()
 
 
 class CraftModel(CraftPreTrainedModel):

@@ -129,7 +129,8 @@ def find(asked: Asked) -> str:
         readings = "; ".join(f"--dataset {form} ({why})" for form, why in found.items())
         if found:
             raise UserError(f"{where}: could be read as {readings}; give one of them")
-        raise UserError(f"{where}: no form of data set that is known: {_there(names)}; see --help for --dataset")
+        there = _there(names) if asked.table is None else f"the table has {', '.join(_columns(asked.table)[:20])}"
+        raise UserError(f"{where}: no form of data set that is known: {there}; see --help for --dataset")
     ((form, why),) = found.items()
     log.info("%s: read as --dataset %s: %s", where, form, why)
     return form
@@ -174,13 +175,22 @@ def _of_table(asked: Asked) -> dict[str, str]:
     form = _table_form(asked.table)
     if form:
         return {form: f"its columns are those of {form}"}
-    source = Table(asked.table)
-    row = next(iter(source.rows()), (0, []))[1]
+    row = _columns(asked.table)
     if len(row) == 4 and row[1].strip().isdecimal() and row[3] in ("train", "test"):
         return {"vggsound": "id, start, label and split without a header"}
-    if name.rpartition("/")[2].lower() in audiofolder.MARKS or _has(asked.table, "file_name", LABELS):
+    json = is_json(asked.table)
+    labelled = "file_name" in row and {*LABELS} & {*row} if json else _has(asked.table, "file_name", LABELS)
+    if name.rpartition("/")[2].lower() in audiofolder.MARKS or labelled:
         return {"audiofolder": "file_name and a label"}
-    return {"unlabelled": "paths and no labels"} if unlabelled.column_of(source) or len(row) == 1 else {}
+    only = len(row) == 1 and not json
+    return {"unlabelled": "paths and no labels"} if unlabelled.column_of(Table(asked.table)) or only else {}
+
+
+def _columns(path: object) -> list[str]:
+    """What the first row of a table has: names of columns, or its cells where it has no header."""
+    if is_json(str(path)):
+        return list(next(iter(records_of(str(path))), (0, {}))[1])
+    return next(iter(Table(str(path)).rows()), (0, []))[1]
 
 
 def _table_form(path: object) -> str:

@@ -11,6 +11,7 @@ no labels. Several clips of one name are those of several tars: without an `id` 
 """
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -24,6 +25,8 @@ from shard_tools.forms.records import LABELS, label_column
 from shard_tools.names import split_source
 from shard_tools.sources import Member, members
 
+log = logging.getLogger(__name__)
+
 IDS = ("id", "video_id", "ytid", "youtube_id", "key")
 WDS_LABELS = ("label", "labels", *(name for name in LABELS if name not in ("label", "labels")))
 
@@ -36,16 +39,22 @@ def read(asked: Asked) -> Catalog:
     """
     root = str(asked.root)
     paths = [path for path in walk(asked.root) if path.lower().endswith(".tar")]
+    silent: list[str] = []
 
     def entries() -> Iterator[Entry]:
+        silent.clear()  # tars are read twice where the labels are not known
         for _, found in groupby(members(paths), lambda member: split_source(member.name)[0]):
-            yield from _entries(found, root)
+            yield from _entries(found, root, silent)
 
-    return assemble("wds", asked, entries, None, lambda: what_is_there(endings_of(walk(asked.root))))
+    catalog = assemble("wds", asked, entries, None, lambda: what_is_there(endings_of(walk(asked.root))))
+    if silent:
+        log.warning("%s: %d JSON or .cls files have no audio beside them and are left out, such as %s", root,
+                    len(silent), silent[0])  # fmt: skip
+    return catalog
 
 
-def _entries(found: Iterable[Member], root: str) -> Iterator[Entry]:
-    """Clips of one tar."""
+def _entries(found: Iterable[Member], root: str, silent: list[str]) -> Iterator[Entry]:
+    """Clips of one tar; `silent` gets what tells of a clip without audio."""
     groups: dict[str, list[Member]] = {}
     for member in found:
         folder, slash, name = split_source(member.name)[1].rpartition("/")
@@ -55,6 +64,7 @@ def _entries(found: Iterable[Member], root: str) -> Iterator[Entry]:
         abouts = [member for member in group if member.name.lower().endswith(".json")]
         number = next((member for member in group if member.name.lower().endswith(".cls")), None)
         if not audio:
+            silent += [one.name for one in (*abouts, number) if one is not None][:1]
             continue
         own = f"{audio[0].name.rpartition('.')[0]}.json"  # of several, such as KEY.json and KEY.meta.json
         about = next((member for member in abouts if member.name == own), abouts[0] if abouts else None)

@@ -115,6 +115,17 @@ def test_a_damaged_checkpoint_is_made_anew_when_the_run_comes_by_again(engine, t
             weights.write_bytes(b"")
 
 
+def test_what_keep_at_has_kept_stays_where_the_run_goes_on_for_longer(engine, tmp_path):
+    """Half of 4 steps, then half of 8."""
+    config = CheckpointConfig(keep=1, keep_best=0, keep_at=(0.5,))
+    for steps, kept in (((2, 3, 4), 2), ((5, 6), 4), ((7, 8), 4)):
+        saver = Checkpoints(tmp_path, config, World(), frozenset({kept}))
+        for step in steps:
+            saver.save(engine, {"step": step, "metric": None}, {})
+        saver.finish()
+    assert [folder.name for folder in complete_checkpoints(tmp_path)] == [f"step-{step:08d}" for step in (2, 4, 8)]
+
+
 def test_an_evaluation_that_is_made_up_for_ranks_its_checkpoint(engine, tmp_path):
     """A signal came in the evaluation: the checkpoint was saved without a metric."""
     for state in ({"step": 1, "metric": 0.5}, {"step": 2, "metric": None, "evaluate": True},

@@ -235,3 +235,28 @@ def test_a_world_of_one_leaves_no_word_for_programs_that_are_started_later():
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+def test_groups_that_are_made_later_wait_as_long_as_the_first():
+    """DeepSpeed makes its own for the gradients: with nccl it ended a run after ten minutes, whatever its timeout."""
+    code = (
+        "import torch, torch.distributed as dist\nfrom pipeline.distributed import session\n"
+        "with session(5000, 0):\n"
+        "    own = dist.new_group()._get_backend(torch.device('cpu')).options._timeout\n"
+        "    nccl = dist.distributed_c10d._get_default_timeout('nccl')\n"
+        "    print(*(round(found.total_seconds()) for found in (own, nccl)))\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert ran.stdout == "5060 5060\n", ran.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("tasks", "port"), [(None, "None"), ("1", "None"), ("2", "29500")])
+def test_a_process_alone_in_a_batch_script_of_slurm_needs_no_port(tasks, port):
+    """It has a SLURM_PROCID: with --max-restarts the second of two on a host waited minutes for the first's port."""
+    names = ("RANK", "MASTER_PORT", "SLURM_STEP_NUM_TASKS")
+    env = {name: value for name, value in os.environ.items() if name not in names} | {"SLURM_PROCID": "0"}
+    env |= {"SLURM_STEP_NUM_TASKS": tasks} if tasks else {}
+    code = "import os\nfrom pipeline.faults import supervise\nsupervise(1)\nprint(os.environ.get('MASTER_PORT'))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, f"{port}\n"), ran.stderr[-2000:]

@@ -59,7 +59,13 @@ def test_batch_arithmetic(ds, words, ranks, expected):
         ({"managed_gradient_accumulation": False}, (), 2, "each micro-batch would be an update else"),
         ({"elasticity": {"enabled": True}}, (), 2, "'elasticity' is set there, but train.batch_size of the recipe"),
         ({"compression_training": {}}, (), 2, "'compression_training' is set there, but DeepSpeed no longer has it"),
+        ({"data_efficiency": {"enabled": True}}, (), 2, "'data_efficiency' is set there, but data.* of the recipe"),
+        ({"tensor_parallel": {"autotp_size": 2}}, (), 2, "'tensor_parallel' is set there, but ranks share the batch"),
+        ({"dataloader_drop_last": True}, (), 2, "'dataloader_drop_last' is set there, but every batch of the loader"),
         ({"fp16": {"enabled": True}}, (), 2, "needs a GPU"),
+        ({"zero_optimization": {"stage": 0, "cpu_offload": True}}, (), 2,
+         'zero_optimization.cpu_offload is offload_optimizer today; write "offload_optimizer": {"device": "cpu"}'),
+        ({"zero_optimization": {"cpu_offload_param": True}}, (), 2, "cpu_offload_param is offload_param today"),
         ({}, ("train.micro_batch=7",), 2, "90 clips a rank, which is not micro-batch 7"),
     ],
 )
@@ -113,6 +119,11 @@ def test_learning_rates_of_the_paper():
         ({"communication_data_type": "fp64"}, 'communication_data_type = "fp64": give fp32, bf16 or fp16'),
         ({"communication_data_type": 5}, "communication_data_type = 5"),
         ({"gradient_allreduce_op": "max"}, 'gradient_allreduce_op = "max": give mean or sum'),
+        # With these a gradient that is not finite made all weights NaN, and checkpoints of them, without a word.
+        ({"zero_optimization": {"compute_grad_norm": False}}, "zero_optimization.compute_grad_norm = false: give true"),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "bf16.check_grad_overflow = false: give true"),
+        ({"torch_autocast": {"enabled": True, "dtype": "fp16"}}, 'torch_autocast.dtype = "fp16": give "bfloat16"'),
+        ({"torch_autocast": True}, "torch_autocast = true: give a JSON object"),
     ],
 )
 def test_values_of_ds_json_are_checked_as_well_as_keys(ds, said):
@@ -128,17 +139,30 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("zero", "said"),
+    ("given", "said"),
     [
-        ({"mics_shard_size": 2}, "DeepSpeed refuses it: MiCS"),  # which it had once
-        ({"reduce_bucket": 2}, "DeepSpeed refuses DeepSpeedZeroConfig.reduce_bucket = 2: Extra inputs"),
+        ({"zero_optimization": {"mics_shard_size": 2}}, "DeepSpeed refuses it: MiCS"),  # which it had once
+        ({"zero_optimization": {"reduce_bucket": 2}},
+         "DeepSpeed refuses DeepSpeedZeroConfig.reduce_bucket = 2: Extra inputs"),
+        # By an assertion, or what else Python raises.
+        ({"wall_clock_breakdown": "yes"}, "DeepSpeed refuses it: unsupported operand"),
+        ({"timers": {"throughput": 3}}, "DeepSpeed refuses it: .*must be a mapping, not int"),
+        ({"seq_parallel_communication_data_type": "x"}, "DeepSpeed refuses it: Invalid communication_data_type"),
+        ({"compile": {"enabled": True, "backend": "inductr"}}, 'compile.backend = "inductr": give one of .*inductor'),
     ],
 )
-def test_what_deepspeed_refuses_is_one_line(monkeypatch, zero, said):
+def test_what_deepspeed_refuses_is_one_line(monkeypatch, given, said):
     monkeypatch.setattr("deepspeed.initialize", lambda config, **_: [DeepSpeedConfig(config)])
-    ds, _ = reconcile({"zero_optimization": zero}, recipe(), world(1))
+    ds, _ = reconcile(given, recipe(), world(1))
     with pytest.raises(UserError, match=rf"^ds\.json: {said}.*$"):
         build_engine(torch.nn.Linear(2, 2), recipe(), ds)
+
+
+def test_an_open_value_of_zero_is_one_that_is_not_there():
+    """As in files for other trainers; DeepSpeed alone would take buckets of 5e8 elements, gigabytes of each GPU."""
+    found = {"reduce_bucket_size": "auto", "overlap_comm": "auto", "stage3_prefetch_bucket_size": "auto", "stage": 2}
+    expected = reconcile({"zero_optimization": {"stage": 2}}, recipe(), world(2))
+    assert reconcile({"zero_optimization": found}, recipe(), world(2)) == expected
 
 
 def test_bf16_that_a_card_emulates_is_not_chosen(monkeypatch):
@@ -174,6 +198,17 @@ def test_communication_overlaps_unless_ds_json_or_offload_says_otherwise():
                           (offload, None), ({"stage": 3}, None)):  # fmt: skip
         resolved = reconcile({"zero_optimization": zero}, recipe(), world(2))[0]["zero_optimization"]
         assert resolved.get("overlap_comm") is overlap, zero
+
+
+def test_a_stepwise_rate_without_a_step_is_said(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)
+    for words, said in (("optim.schedule=step",), True), (("optim.schedule=step", "optim.milestones=[5]"), False):
+        settings = recipe("optim.warmup=0", *words)
+        ds, batches = reconcile({}, settings, world(2))
+        job = SimpleNamespace(ds=ds, batches=batches, recipe=settings, total_steps=9, task=torch.nn.Linear(2, 2))
+        caplog.clear()
+        _say_beginning(job, world(2), 0)
+        assert ("optim.milestones is empty: the rate stays as it is" in caplog.text) is said
 
 
 def test_stage_2_with_several_micro_batches_says_what_it_costs(caplog, monkeypatch):

@@ -1,6 +1,7 @@
 """Supervised losses against their formulas, class by class, in value and gradient."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from pipeline.config import FinetuneRecipe
 from pipeline.errors import UserError
 from pipeline.objectives.classification import classification_loss, positive_weights
 from pipeline.recipes import load_recipe
-from pipeline.tasks import FinetuneTask
+from pipeline.tasks import FinetuneTask, task_of
 
 CLIPS, CLASSES = 3, 4
 
@@ -114,3 +115,10 @@ def test_weights_of_positives():
 def test_settings_that_contradict_are_named(words, said):
     with pytest.raises(UserError, match=said):
         FinetuneTask(load_recipe(FinetuneRecipe, [], ["model.size=micro", *words]), 128, 64, 5, single_label=True)
+
+
+def test_clips_of_several_labels_have_no_cross_entropy():
+    recipe = load_recipe(FinetuneRecipe, [], ["model.size=micro", "finetune.loss=ce"])
+    loader = SimpleNamespace(spec=SimpleNamespace(single_label=False))
+    with pytest.raises(UserError, match=r"finetune\.loss = ce, .* several labels or none"):
+        task_of(recipe, loader)

@@ -10,6 +10,7 @@ import signal
 import struct
 import tarfile
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,8 @@ import soundfile
 from shard_tools import catalogs, ffmpeg_codecs, guard
 from shard_tools.build import build
 from shard_tools.decode import DecodeError, MachineError, decode, decode_whole
+from shard_tools.forms import vggsound
+from shard_tools.forms.entries import Asked
 from shard_tools.guard import DecoderProcess
 from shard_tools.plan import BuildOptions
 from shard_tools.write import AudioOptions
@@ -36,6 +39,34 @@ def test_a_segment_of_an_hour_is_sought_not_decoded(tmp_path):
     decoded = decode(str(path), 59 * 60 + 10, None, rate=8000, seconds=10)
     assert decoded.duration == pytest.approx(3600)
     assert decoded.waveform == pytest.approx(np.full(80000, 0.59), abs=1e-4)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "FLOAT"])
+def test_a_segment_of_a_wav_of_unknown_size_is_sought(tmp_path, monkeypatch, subtype):
+    """Of a recorder that was switched off, or of more than 4 GB: all before the segment was read for each."""
+    path, read, count = tmp_path / "a.wav", os.pread, [0]
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, (60 * RATE, 2)), RATE, subtype=subtype)
+    wanted = [decode(str(path), start, start + 1, rate=RATE, seconds=1) for start in (0.0, 31.4, 58.9)]
+    content = bytearray(path.read_bytes())
+    at = content.index(b"data") + 4
+    content[at : at + 4] = content[4:8] = bytes(4)
+    path.write_bytes(content)
+
+    def counted(handle, size, offset):
+        found = read(handle, size, offset)
+        count[0] += len(found)
+        return found
+
+    monkeypatch.setattr(os, "pread", counted)
+    found = [decode(str(path), start, start + 1, rate=RATE, seconds=1) for start in (0.0, 31.4, 58.9)]
+    assert count[0] < 0.8 * len(content)  # 1.6 times without seeking
+    for one, other in zip(found, wanted, strict=True):
+        assert np.array_equal(one.waveform, other.waveform)
+        assert (one.decoder, other.decoder, one.cut) == ("pyav", "soundfile", False)
+        assert one.duration == pytest.approx(60, abs=0.001)
+    assert decode(str(path), 59.5, 61, rate=RATE, seconds=9).cut
+    with pytest.raises(DecodeError, match=r"outside: the segment from 70 s begins after the end of a 60\.00 s"):
+        decode(str(path), 70.0, 71.0, rate=RATE, seconds=1)
 
 
 def test_gsm_in_a_wav_is_read(tmp_path):
@@ -144,6 +175,73 @@ def test_shards_say_what_was_read(tmp_path):
                     about[key] for key in ("trimmed", "read_from", "cut_by_file_end", "seconds")
                 )
     assert told == {"whole.wav": (False, 30, True, 8), "segment.wav": (True, 0, False, 10)}
+
+
+@pytest.mark.parametrize("form", ["audioset", "vggsound"])
+def test_one_file_is_not_each_of_two_segments(tmp_path, form):
+    """A file named after the video alone, as long as a segment: of one listed it is that, of two it is neither."""
+    folder, names = tmp_path / "audio", {"-one_video_": (30,), "_two_of_it-": (30, 60), "-whole_two_": (2, 30)}
+    folder.mkdir()
+    for name in names:
+        soundfile.write(folder / f"{name}.wav", steps(45 if "whole" in name else 10), RATE)
+    listed = [(name, start) for name, starts in names.items() for start in starts]
+    (tmp_path / "labels.csv").write_text("index,mid,display_name\n0,/m/0,A\n1,/m/1,B\n")
+    if form == "audioset":
+        rows = [f'{name}, {start}.000, {start + 10}.000, "/m/{n % 2}"' for n, (name, start) in enumerate(listed)]
+        (tmp_path / "s.csv").write_text("\n".join([*rows, rows[0]]))  # a row twice is one segment
+        catalog = catalogs.audioset(folder, tmp_path / "s.csv", tmp_path / "labels.csv", None, "train")
+    else:
+        (tmp_path / "vggsound.csv").write_text("".join(f"{name},{start},{n % 2},train\n" for n, (name, start)
+                                                       in enumerate(listed)))  # fmt: skip
+        catalog = vggsound.read(Asked(folder, tmp_path / "vggsound.csv"))
+    build(catalog, tmp_path / "out", BuildOptions(AudioOptions()), workers=1, engine="inline")
+    failures = list(map(json.loads, (tmp_path / "out" / "failures.jsonl").read_text().splitlines()))
+    assert [line["path"] for line in failures] == ["_two_of_it-.wav"] * 2
+    assert {line["reason"].split(":")[0] for line in failures} == {"outside"}
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
+        found = [json.loads(tar.extractfile(member).read()) for member in tar if member.name.endswith(".json")]
+    assert sorted((one["source"], one["start"], one["read_from"]) for one in found) == [
+        ("-one_video_.wav", 30, 0), ("-whole_two_.wav", 2, 2), ("-whole_two_.wav", 30, 30),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("picture", [0, 300, 3_000_000])
+def test_a_cut_mp3_is_told_behind_tags_of_any_size(tmp_path, picture):
+    """Of one with a picture of more than 64 kB the part that was there was taken for all of it."""
+    soundfile.write(tmp_path / "source.wav", steps(4), RATE)
+    encode(tmp_path / "source.wav", tmp_path / "bare.mp3", "-id3v2_version", "0")
+    sizes = bytes((picture >> shift) & 127 for shift in (21, 14, 7, 0))
+    tagged = b"ID3\3\0\0" + sizes + bytes(picture) if picture else b""
+    content = (tmp_path / "bare.mp3").read_bytes()
+    (tmp_path / "a.mp3").write_bytes(tagged + content)
+    whole = decode(str(tmp_path / "a.mp3"), 0.0, None, rate=RATE, seconds=10)
+    assert np.array_equal(whole.waveform, decode(str(tmp_path / "bare.mp3"), 0.0, None, rate=RATE, seconds=10).waveform)
+    (tmp_path / "a.mp3").write_bytes(tagged + content[: len(content) // 2])
+    with pytest.raises(DecodeError, match="truncated: the mp3 header promises"):
+        decode(str(tmp_path / "a.mp3"), 0.0, None, rate=RATE, seconds=10)
+
+
+def test_what_is_longer_than_a_clip_is_said(tmp_path, caplog):
+    """Hours of a recording of which ten seconds are stored; and again where the other shards are written anew."""
+    (tmp_path / "a").mkdir()
+    for name, seconds in (("long", 3.0), ("short", 0.7), ("about", 1.2), ("cut", 3.0)):
+        soundfile.write(tmp_path / "a" / f"{name}.wav", steps(seconds), RATE)
+    rows = ["long.wav,,", "short.wav,,", "about.wav,,", "cut.wav,1,2", "cut.wav,0,2.5", "late.wav,,"]
+    (tmp_path / "t.csv").write_text("path,labels,start,end\n" + "".join(
+        "{},x,{},{}\n".format(*row.split(",")) for row in rows))  # fmt: skip
+    said = "split 'train': 2 clips are longer than the 1 s that are stored: 0.00 h after these are left out"
+    (tmp_path / "a" / "late.wav").write_bytes(b"RIFF")
+
+    def built(**words):
+        caplog.clear()
+        catalog = catalogs.table(tmp_path / "a", tmp_path / "t.csv", None, None)
+        return build(catalog, tmp_path / "out", BuildOptions(AudioOptions(seconds=1.0), 3), 1, engine="inline", **words)
+
+    built()
+    assert said in caplog.text
+    soundfile.write(tmp_path / "a" / "late.wav", steps(1), RATE)
+    assert not built(retry=True).failures
+    assert said in caplog.text
 
 
 def test_a_table_never_guesses(tmp_path):
@@ -372,6 +470,28 @@ def test_a_hanging_decoder_costs_one_clip(patched):
         assert time.monotonic() - begun < 60
         assert np.array_equal(process.decode(str(good), 0.0, None).waveform, clean)
         assert np.array_equal(decode(str(good), 0.0, None, rate=RATE, seconds=3.0).waveform, clean)
+
+
+def test_a_decoder_that_is_held_up_costs_no_clip(patched, monkeypatch):
+    """A process that is stopped, as by a batch system, or waits for a disk, gets more time; then the shard does."""
+    process, good, bad = patched("os.kill(os.getpid(), 19)", 1.0)
+    with process:
+        clean = process.decode(str(good), 0.0, None).waveform
+        again = threading.Timer(1.5, lambda: os.kill(process._process.pid, signal.SIGCONT))
+        again.start()
+        assert np.array_equal(process.decode(str(bad), 0.0, None).waveform, clean)
+        again.join()
+        monkeypatch.setattr(guard, "START_LIMIT", 0.2)
+        with pytest.raises(MachineError, match="the decoder was held up for 1 s: does the disk answer"):
+            process.decode(str(bad), 0.0, None)
+        monkeypatch.undo()
+        assert np.array_equal(process.decode(str(good), 0.0, None).waveform, clean)
+
+
+def test_an_alarm_means_that_the_worker_was_stopped_too(patched):
+    process, _, bad = patched("os.kill(os.getpid(), 14)", 60.0)
+    with process, pytest.raises(MachineError, match="were stopped for minutes"):
+        process.decode(str(bad), 0.0, None)
 
 
 def test_a_decoder_that_is_killed_is_the_machines_trouble(patched):

@@ -16,9 +16,12 @@ import pytest
 
 from pipeline.errors import UserError
 from shard_tools.audio_files import SPLIT_NAMES
+from shard_tools.build import build
 from shard_tools.catalogs import Catalog
 from shard_tools.forms import look
 from shard_tools.forms.entries import Asked, split_of
+from shard_tools.plan import write_plan
+from tests.helpers import options
 from tests.shard_tools.containers import recordings
 from tests.shard_tools.test_forms import catalog, wds
 
@@ -145,6 +148,15 @@ def test_names_that_differ_by_an_ending_are_several_clips(tmp_path):
     write(tmp_path / "b", {"t.csv": "path,labels,key\ndog.wav,x,rec.001\ndog.flac,x,rec.001\n"})
     refused(r"'dog\.flac' gets the same key 'rec\.001' as 'dog\.wav'.*give each its own key", "--table",
             tmp_path / "b" / "t.csv")  # fmt: skip
+
+
+def test_what_has_no_audio_in_a_tar_is_said(tmp_path, caplog):
+    tar(tmp_path / "train.tar", {"0.wav": WAV, "0.json": '{"label": "a"}', "1.json": '{"label": "a"}', "2.bin": WAV,
+                                 "2.json": '{"label": "b"}', "read.me": "x"})  # fmt: skip
+    assert labels(catalog("--root", tmp_path)) == [["a"]]
+    said = [record.getMessage() for record in caplog.records if "have no audio beside them" in record.getMessage()]
+    assert said == [f"{tmp_path}: 2 JSON or .cls files have no audio beside them and are left out, such as "
+                    f"{tmp_path / 'train.tar'}::1.json"]  # fmt: skip
 
 
 def test_names_with_dots_in_a_tar(tmp_path):
@@ -308,6 +320,19 @@ def test_labels_of_sound_events_have_no_spaces_around_them(tmp_path):
     refused(r"strong\.tsv:2: no event_label and no event_labels", "--root", tmp_path)
 
 
+def test_a_clip_has_no_label_of_an_event_after_its_end(tmp_path):
+    """The first second of a recording was stored with the labels of all of it."""
+    strong = "filename\tonset\toffset\tevent_label\n0.wav\t0.2\t4\tDog\n1.wav\t0\t2\tDog\n"
+    write(tmp_path / "d", {"0.wav": WAV, "1.wav": WAV, "strong.tsv": strong + "1.wav\t1\t3\tCat\n1.wav\t2\t3\tCat\n"})
+    found = catalog("--root", tmp_path / "d")
+    said = r"d/1\.wav: event 'Cat' begins at 1 s, and of a clip 1 s are stored \(so of 1 clips in all\): give more"
+    with pytest.raises(UserError, match=said):
+        build(found, tmp_path / "out", options(1.0, 4), 1, engine="inline")
+    assert not (tmp_path / "out").exists()
+    write(tmp_path / "d", {"strong.tsv": strong})
+    build(catalog("--root", tmp_path / "d"), tmp_path / "out", options(1.0, 4), 1, engine="inline")
+
+
 def test_kaldi_s_tabs_and_separators(tmp_path):
     write(tmp_path, {"0.wav": WAV, "wav.scp": "utt1\t0.wav\n", "text": "utt1 Dog bark,Cat\n"})
     assert labels(catalog("--root", tmp_path, "--label-separator", ",")) == [["Cat", "Dog bark"]]
@@ -380,6 +405,30 @@ def test_audioset_as_files_is_neither_classes_nor_audio_without_labels(tmp_path)
     for folder, other in (("flat", "unlabelled"), ("apart", "folder")):
         refused(rf"could be read as --dataset audioset \(.*; with --segments CSV .*--dataset {other} ", "--root",
                 tmp_path / folder)  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["below", "remote"])
+def test_the_plan_of_a_dry_run_below_the_root_is_no_source(tmp_path, caplog, place):
+    """--dry-run and then the build: the second was refused for what the first had left."""
+    root = tmp_path / "hf"
+    root.mkdir()
+    parquet(root, values=["a", "b"])
+    where = root if place == "below" else f"local://{root}"
+    found = catalog("--root", where)
+    list(write_plan(found, root / "a" / "shards", options(1.0, 4)))
+    assert [clip.path for clip in catalog("--root", where).clips] == [clip.path for clip in found.clips]
+    assert "1 plans of --dry-run are left out, such as" in caplog.text
+
+
+def test_json_lines_are_told_by_their_names(tmp_path):
+    """They were read as a csv, and refused for their quotation marks."""
+    write(tmp_path, {"0.wav": WAV, "m.jsonl": lines([{"file_name": "0.wav", "label": "a", "split": "train"}]),
+                     "p.jsonl": lines([{"path": "0.wav", "duration": 1.0}]),
+                     "cuts.jsonl": lines([{"id": "x", "start": 0.0, "recording": {"sources": []}}])})  # fmt: skip
+    assert labels(catalog("--table", tmp_path / "m.jsonl")) == [["a"]]
+    assert labels(catalog("--table", tmp_path / "p.jsonl")) == [[]]
+    refused(r"cuts\.jsonl: no form of data set that is known: the table has id, start, recording; see", "--table",
+            tmp_path / "cuts.jsonl")  # fmt: skip
 
 
 def test_a_pipe_in_the_root_is_no_table(tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from pipeline.errors import UserError
 from shard_tools import build as build_module
 from shard_tools import catalogs, distribute, store
 from shard_tools.build import build, build_slice, merge
-from shard_tools.finish import damage, render
+from shard_tools.columns import Failure
+from shard_tools.finish import damage, reasons, render
 from shard_tools.lock import owner
 from shard_tools.plan import BuildOptions, Slice, SplitPlan
 from shard_tools.repair import repair
@@ -142,6 +144,21 @@ def test_a_finished_build_says_that_it_is_damaged(audio, whole, tmp_path, name):
         assert not (out / ".build").exists()
         (out / name).write_bytes(content)
     assert run(audio, out, "train").manifest == load_manifest(whole)
+
+
+def test_counting_many_failures_takes_the_memory_of_their_file(tmp_path):
+    """Of AudioSet's two million segments somebody may have a hundredth; it took five times the file."""
+    line = Failure("x" * 11, "", "missing: no such file below --audio-root", "train", "x" * 11, 7, 30.0, 40.0).line()
+    content = [json.dumps(line | {"row": row}) for row in range(20_000)]
+    content[5] = json.dumps(line | {"used": "x.wav"})
+    content[6] = json.dumps(line | {"split": "eval"})
+    (tmp_path / "failures.jsonl").write_text("\n".join(content) + "\n")
+    tracemalloc.start()
+    counts, replaced = reasons(Store(tmp_path), ["train"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (counts, replaced) == ({"missing": 19_998}, 1)
+    assert peak < 1.5 * (tmp_path / "failures.jsonl").stat().st_size
 
 
 def test_lost_failures_are_kept_as_far_as_they_can_be_read(audio, tmp_path):

@@ -334,7 +334,7 @@ class OptimConfig(Section):
     betas: tuple[Beta, Beta] = result((0.95, 0.999), description="Adam's decay rates")
     weight_decay: float = result(5e-7, ge=0, description="L2 (adam) or decoupled (adamw) decay")
     decay: Literal["all", "matrices"] = result(
-        "all", description="which weights weight_decay is of; matrices: not of biases, norms, positions and tokens (MAE)"
+        "all", description="what weight_decay is of; matrices: not of biases, norms, positions and tokens, as in MAE"
     )
     clip: float = result(0.0, ge=0, description="largest gradient norm; 0: no clipping")
     warmup: int = result(1000, ge=0, description="steps of linear warm-up")
@@ -545,6 +545,10 @@ class FinetuneConfig(Section):
     folds: Literal["all"] | tuple[int, ...] = result(
         (), description="cross-validation: all, or a list of folds, each held out in turn; empty: data.fold alone"
     )
+
+    def loss_of(self, single_label: bool) -> Literal["bce", "ce"]:
+        """The loss of clips that have exactly one label each, or any number; ce trains a softmax, bce sigmoids."""
+        return ("ce" if single_label else "bce") if self.loss == "auto" else self.loss
 
 
 class Recipe(Section):

@@ -170,7 +170,7 @@ def export_hf(run: Exported, out: Path) -> str:
     if head:
         config["id2label"] = {str(number): label.name for number, label in enumerate(spec.labels)}
         config["label2id"] = {label.name: number for number, label in enumerate(spec.labels)}
-        config["problem_type"] = "single_label_classification" if spec.single_label else "multi_label_classification"
+        config["problem_type"] = "single_label_classification" if task.loss == "ce" else "multi_label_classification"
     preprocessor = {
         "feature_extractor_type": "ASTFeatureExtractor", "feature_size": 1, "sampling_rate": spec.sample_rate,
         "num_mel_bins": spec.mel_bins, "max_length": spec.frames, "do_normalize": True, "mean": spec.mean,
@@ -224,6 +224,7 @@ class _FromSamples(nn.Module):
     def __init__(self, task: PretrainTask | FinetuneTask, spec: DataSpec) -> None:
         super().__init__()
         self.network, self.spec = _Graph(task), spec
+        self.softmax = isinstance(task, FinetuneTask) and task.loss == "ce"
         self.inputs = ["waveform", "length"]
         self.outputs = ["probabilities"] * isinstance(task, FinetuneTask) + self.network.outputs
         spectrum, mel = fbank_filters(spec.sample_rate, spec.mel_bins)
@@ -250,7 +251,7 @@ class _FromSamples(nn.Module):
         found: tuple[torch.Tensor, ...] = self.network(*(given[name] for name in self.network.inputs))
         if "probabilities" not in self.outputs:
             return found
-        return (found[0].softmax(dim=1) if spec.single_label else found[0].sigmoid(), *found)
+        return (found[0].softmax(dim=1) if self.softmax else found[0].sigmoid(), *found)
 
 
 def export_onnx(run: Exported, out: Path, waveform: bool = False) -> str:

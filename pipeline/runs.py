@@ -7,6 +7,7 @@ The paper's ensemble (Table 1) averages the probabilities of runs that differ in
 make one model of checkpoints on the same path, for the cost of one.
 """
 
+import json
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -39,6 +40,9 @@ from pipeline.tasks import FinetuneTask, PretrainTask
 from pipeline.tracking import run_of
 
 log = logging.getLogger(__name__)
+
+# Settings of the waveform's way through the network that the shapes of its weights do not show.
+UNSEEN = ("activation", "kernel_strides", "norm", "wav_depth")
 
 
 def load_finetuned(run_dir: Path, file: Path, device: torch.device) -> tuple[FinetuneTask, DataSpec]:
@@ -147,7 +151,7 @@ def score_ensemble(
     runs: Sequence[tuple[Path, Path]], recipe: Recipe, world: World, ids: pa.Array | None = None,
     precision: str = "fp32",
 ) -> Scored:  # fmt: skip
-    """Mean probability of several runs: sigmoid of multi-label data, softmax of single-label data.
+    """Mean probability of several runs: a softmax of those trained with ce, sigmoids of those with bce.
 
     Args:
         runs: (run directory, weights file) of each.
@@ -162,32 +166,33 @@ def score_ensemble(
     _check_labels(runs)
     first = score_run(*runs[0], recipe, world, ids, precision)
     logits, pools = [first.scores.logits], [first.about["pool"]]
+    losses = [finetuned_recipe(run_dir).finetune.loss_of(first.spec.single_label) for run_dir, _ in runs]
     for run_dir, file in runs[1:]:
         other = score_run(run_dir, file, recipe, world, ids, precision)
         if other.keys != first.keys:
             raise UserError(f"{run_dir}: scored other clips than {runs[0][0]}; name the same --split for both")
         logits.append(other.scores.logits)
         pools.append(other.about["pool"])
-    scores = replace(first.scores, logits=mean_probability(logits, first.spec.single_label))
+    scores = replace(first.scores, logits=mean_probability(logits, losses))
     pool = ", ".join(dict.fromkeys(pools))
     members = [str(run_dir) for run_dir, _ in runs]
     about = first.about | {"checkpoint": f"{len(runs)} runs", "pool": pool, "ensemble": members}
     return Scored(scores, first.keys, first.spec, about)
 
 
-def mean_probability(logits: Sequence[np.ndarray], single_label: bool) -> np.ndarray:
+def mean_probability(logits: Sequence[np.ndarray], losses: Sequence[str]) -> np.ndarray:
     """What an ensemble says: the mean of its members' probabilities.
 
     Args:
         logits: [n, C] of each member, of the same clips in the same order.
-        single_label: Softmax over the classes, else a sigmoid for each.
+        losses: Of each member: "ce", a softmax over the classes; "bce", a sigmoid for each.
 
     Returns:
         float32 [n, C].
     """
     total = np.zeros(logits[0].shape)
-    for member in logits:
-        total += softmax(member.astype(np.float64), axis=1) if single_label else expit(member.astype(np.float64))
+    for member, loss in zip(logits, losses, strict=True):
+        total += softmax(member.astype(np.float64), axis=1) if loss == "ce" else expit(member.astype(np.float64))
     return (total / len(logits)).astype(np.float32)
 
 
@@ -267,6 +272,12 @@ def initialise(task: PretrainTask | FinetuneTask, recipe: Recipe, spec: DataSpec
         log.info("its classifier is not taken over, it begins afresh: %s", reason)
     if report.origin != "CRAFT" and any(name.startswith("classifier.") for name in report.loaded):
         log.info("its classifier is taken over; finetune.pool must be what it came with (AST and HF: cls, SSAST: mean)")
+    if any(name.startswith(f"model.{recipe.model.frontend}.") for name in report.loaded):
+        before, now = _network(source, file), recipe.model.model_dump(mode="json")
+        for key in UNSEEN:
+            if before.get(key, now[key]) != now[key]:
+                log.warning("%s was trained with model.%s = %s, which its weights fit; this run has %s",
+                            file, key, before[key], now[key])  # fmt: skip
     inputs = (spec.mean, spec.std)
     if normalisation and any(abs(a - b) >= 0.1 * spec.std for a, b in zip(normalisation, inputs, strict=True)):
         log.info(
@@ -328,6 +339,23 @@ def trained_on(source: Path, file: Path) -> tuple[list[str], bool, tuple[float, 
         return [names[key] for key in sorted(names, key=int)], True, normalisation
     except (ValueError, TypeError) as error:
         raise UserError(f"{file.with_name('config.json')}: id2label: {error}; {remedy}") from error
+
+
+def _network(source: Path, file: Path) -> dict[str, Any]:
+    """The section `model` of what a run, or an export of one, recorded of its settings; empty: it is of neither."""
+    content: Any = None
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            text = (opened.metadata() or {}).get("config", "null")
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}: its settings are damaged ({error}); export the run again") from error
+    for home in (source, file.parent, run_of(str(file.parent))):
+        if content is None and (home / "config.yaml").is_file():
+            content = read_yaml(home / "config.yaml", "the run directory is damaged")
+    found = content.get("model") if isinstance(content, dict) else None
+    return {"norm": "group"} | found if isinstance(found, dict) else {}  # what runs had before there was a choice
 
 
 def _difference(labels: list[str], wanted: list[str]) -> str:

@@ -342,7 +342,7 @@ class FinetuneTask(nn.Module):
         super().__init__()
         config = recipe.finetune
         self.method = method = FINETUNE[config.method]
-        self.loss = ("ce" if single_label else "bce") if config.loss == "auto" else config.loss
+        self.loss = config.loss_of(single_label)
         of_bce = {key: getattr(config, key) for key in ("gamma_pos", "gamma_neg", "margin", "pos_weight")}
         for key, value in of_bce.items():
             if value and self.loss == "ce":

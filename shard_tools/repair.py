@@ -24,7 +24,7 @@ from pipeline.data.storage import Location, is_remote, join
 from pipeline.files import sha256
 from pipeline.flow import Clip
 from shard_tools.distribute import each
-from shard_tools.finish import IndexWriter, render, rows_by_shard
+from shard_tools.finish import IndexWriter, failure_lines, render, rows_by_shard
 from shard_tools.names import PRODUCTS
 from shard_tools.plan import EVENTS
 from shard_tools.segment import MachineError
@@ -163,7 +163,7 @@ def _repair_failures(directory: Location, manifest: Manifest) -> str:
     """Keeps the lines that can be read: nothing but a build knows the others."""
     store, lines = Store(directory), []
     if "failures.jsonl" in store.sizes():
-        for line in store.read("failures.jsonl").splitlines(keepends=True):
+        for line in failure_lines(store):
             with suppress(ValueError, TypeError, KeyError):
                 if line.endswith(b"\n") and json.loads(line)["split"] in manifest.splits:
                     lines.append(line)

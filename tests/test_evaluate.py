@@ -353,9 +353,12 @@ def test_shards_without_labels_are_one_line(runs, unlabelled, monkeypatch):
         main()
 
 
-def test_an_ensemble_of_single_label_data_averages_softmaxes():
+def test_an_ensemble_averages_what_each_loss_trained():
     logits = [np.random.default_rng(seed).normal(0, 4, (50, 5)).astype(np.float32) for seed in range(3)]
     single = np.mean([softmax(part.astype(np.float64), axis=1) for part in logits], axis=0)
-    np.testing.assert_allclose(mean_probability(logits, True), single, atol=1e-7)
-    np.testing.assert_allclose(mean_probability(logits, False), np.mean([expit(p) for p in logits], axis=0), atol=1e-6)
-    assert (mean_probability(logits, True).argmax(1) != mean_probability(logits, False).argmax(1)).any()
+    several = np.mean([expit(part) for part in logits], axis=0)
+    np.testing.assert_allclose(mean_probability(logits, ["ce"] * 3), single, atol=1e-7)
+    np.testing.assert_allclose(mean_probability(logits, ["bce"] * 3), several, atol=1e-6)
+    assert (single.argmax(1) != several.argmax(1)).any()
+    both = (softmax(logits[0].astype(np.float64), axis=1) + expit(logits[1])) / 2
+    np.testing.assert_allclose(mean_probability(logits[:2], ["ce", "bce"]), both, atol=1e-6)

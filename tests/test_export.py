@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.special import expit, softmax
 from transformers import ASTFeatureExtractor, ASTForAudioClassification, ASTModel
 
 from pipeline.config import FinetuneRecipe, PretrainRecipe
@@ -146,10 +147,11 @@ def test_onnxruntime_gives_the_same_for_any_batch(tmp_path, kind, word, outputs)
             torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("words", ["ast", "wast", "swast", "swab", "swab model.frontend=sinc model.norm=none"])
+@pytest.mark.parametrize("words", ["ast", "wast", "wast finetune.loss=bce", "swast", "swab",
+                                   "swab model.frontend=sinc model.norm=none"])  # fmt: skip
 def test_onnxruntime_hears_samples(tmp_path, words):
     """Raw samples of several lengths as predict.py reads them; no other code of ours than the graph."""
-    single = {"single_label": words == "wast"}
+    single = {"single_label": words.startswith("wast")}
     make_run(tmp_path / "run", FinetuneRecipe, *f"finetune.method={words}".split())
     spec = SPEC.model_copy(update=single)
     spec.save(tmp_path / "run")
@@ -169,6 +171,8 @@ def test_onnxruntime_hears_samples(tmp_path, words):
         found = session.run(None, {"waveform": samples, "length": lengths})
         expected = scorer.hear([clip[: spec.samples] for clip in part])
         np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=2e-5)
+        trained = softmax(found[1], axis=1) if words == "wast" else expit(found[1])
+        np.testing.assert_allclose(found[0], trained, rtol=0, atol=1e-6)
         np.testing.assert_allclose(found[2], expected[1], rtol=0, atol=1e-4)
 
 

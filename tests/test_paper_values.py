@@ -28,7 +28,8 @@ COMMON = {
     "model.positions": "centre", "model.frontend": "msae", "model.wav_depth": 0, "model.block": "pre",
     "model.class_tokens": 2, "model.input_norms": False,
     # Adam with L2 5e-7, betas .95 and .999, no clipping
-    "optim.name": "adam", "optim.betas": (0.95, 0.999), "optim.weight_decay": 5e-7, "optim.clip": 0.0,
+    "optim.name": "adam", "optim.betas": (0.95, 0.999), "optim.weight_decay": 5e-7, "optim.decay": "all",
+    "optim.clip": 0.0,
     "optim.layer_decay": 1.0, "optim.head_lr": 1.0, "optim.patience": 2, "optim.threshold": 1e-4,
     "augment.mixup_alpha": 10.0, "augment.partners": "uniform", "augment.noise_snr": None, "augment.mask_map": False,
     "train.steps": 0, "eval.every": 0, "eval.clips": 0, "run.seed": 0, "run.deterministic": False,

@@ -10,7 +10,7 @@ from pipeline.engine.setup import parameter_groups
 from pipeline.engine.step import learning_rate
 from pipeline.errors import UserError
 from pipeline.recipes import load_recipe
-from pipeline.tasks import FinetuneTask
+from pipeline.tasks import FinetuneTask, PretrainTask
 from tests.conftest import ROOT
 
 ORIGINALS = {
@@ -81,6 +81,25 @@ def test_layer_decay_gives_every_weight_one_rate():
     assert found["model.spec_patch.proj.weight"] == found["model.spec_tokens.positions"] == pytest.approx(0.75**5)
 
 
+@pytest.mark.parametrize("name", ["craft_mae", "craft_latent", "craft_mosaic", "audio_mosaic", "modern"])
+def test_what_is_no_matrix_does_not_decay_in_recipes_of_today(name):
+    words = ["model.size=micro", "model.frontend=sinc", "model.modality_embedding=true"]
+    recipe = load_recipe(PretrainRecipe, [ROOT / "configs" / "pretrain" / f"{name}.yaml"], words)
+    task = PretrainTask(recipe, 128, 64)
+    groups = parameter_groups(task, recipe.optim)
+    free = {id(p) for group in groups if group.get("weight_decay") == 0 for p in group["params"]}
+    assert len(free) < sum(len(group["params"]) for group in groups) == len(list(task.parameters()))
+    kinds = {}
+    for key, parameter in task.named_parameters():
+        kinds.setdefault(id(parameter) in free, set()).add(key.rpartition(".")[2])
+    assert kinds[False] == {"weight"}
+    assert {"bias", "positions", "tokens", "modality"} <= kinds[True]
+    assert id(task.model.spec_patch.proj.weight) not in free
+    assert id(task.model.encoder.norm.weight) in free
+    everything = parameter_groups(task, recipe.optim.model_copy(update={"decay": "all"}))
+    assert [list(group) for group in everything] == [["params", "scale"]]
+
+
 def test_ema_is_an_exponential_mean_of_sampled_weights():
     """Its decay rises with the updates: a short run's average is not that of its first weights."""
 
@@ -113,6 +132,7 @@ def test_the_classifier_has_a_rate_of_its_own():
     task = FinetuneTask(recipe, 128, 64, 5, False)
     groups = parameter_groups(task, recipe.optim)
     assert [group["scale"] for group in groups] == [10, 1]
+    assert all("weight_decay" not in group for group in groups)
     assert {id(p) for p in groups[0]["params"]} == {id(p) for p in task.classifier.parameters()}
 
 

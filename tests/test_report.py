@@ -361,7 +361,8 @@ def test_an_ensemble_s_number_is_the_one_that_evaluate_gives(tmp_path, metric):
     for fold in folds:
         run_dir = campaign.run_dir(next(r for r in cells if r.recipe.data.fold == fold))
         targets = read_predictions(run_dir / "predictions.parquet")[1].astype(np.float32)
-        scores = Scores(np.arange(80), mean_probability(logits[fold], metric == "accuracy"), targets)
+        losses = ["ce" if metric == "accuracy" else "bce"] * len(logits[fold])
+        scores = Scores(np.arange(80), mean_probability(logits[fold], losses), targets)
         expected.append(100 * results(scores, [Label(id="", name="")] * 5, metric == "accuracy", {})["value"])
     part = Collected("table", campaign)
     assert part.results["E", "esc50"].mean == pytest.approx(np.mean(expected), abs=1e-9)

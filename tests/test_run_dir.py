@@ -315,6 +315,19 @@ def test_a_classifier_is_taken_over_only_for_the_same_labels_in_their_order(run,
             begin(source, renamed(spec), shards, "model.init_classifier=keep")
 
 
+def test_settings_that_the_weights_shapes_do_not_show_are_compared(run, shards, tmp_path, caplog):
+    run_dir, recipe = run
+    spec = spec_of(recipe)
+    export_safetensors(open_exported(run_dir), tmp_path / "model.safetensors")
+    for source in (run_dir, run_dir / "checkpoints" / "step-00000006", tmp_path / "model.safetensors"):
+        caplog.clear()
+        begin(source, spec, shards)
+        assert "which its weights fit" not in caplog.text, source
+        begin(source, spec, shards, "model.activation=gelu", "model.norm=group")
+        assert "was trained with model.activation = relu, which its weights fit; this run has gelu" in caplog.text
+        assert "was trained with model.norm = unpadded, which its weights fit; this run has group" in caplog.text
+
+
 def test_a_classifier_of_unknown_labels_is_kept_only_on_the_users_word(run, shards, tmp_path, caplog):
     run_dir, recipe = run
     spec = spec_of(recipe)

@@ -287,7 +287,7 @@ def _check_values(ds: dict[str, Any]) -> None:
 
 
 def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """One group, or one for each `scale` of the learning rate, and of each of these what decays apart from what does not.
+    """One group for each `scale` of the learning rate, and of each of these one of what does not decay.
 
     Of `optim.layer_decay` (BEiT): with n blocks, block b has scale decay^(n - b), what embeds has
     decay^(n + 1), and the last LayerNorm, bottlenecks and heads have 1. The classifier's is multiplied by

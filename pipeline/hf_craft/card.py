@@ -47,9 +47,12 @@ def model_card(
         UserError: one of these files is damaged.
     """
     tuned = isinstance(recipe, FinetuneRecipe)
-    method: FinetuneMethod | PretrainMethod = (
-        FINETUNE[recipe.finetune.method] if isinstance(recipe, FinetuneRecipe) else PRETRAIN[recipe.pretrain.method]
-    )
+    method: FinetuneMethod | PretrainMethod
+    loss: str
+    if isinstance(recipe, FinetuneRecipe):
+        method, loss = FINETUNE[recipe.finetune.method], recipe.finetune.loss_of(spec.single_label)
+    else:
+        method, loss = PRETRAIN[recipe.pretrain.method], ""
     seconds = spec.samples / spec.sample_rate
     results = read_json(run_dir / "results.json", DAMAGED) if tuned and (run_dir / "results.json").is_file() else None
     title = f"CRAFT: {method.label} ({recipe.model.size})"
@@ -67,7 +70,7 @@ def model_card(
     output = "logits = model(**inputs).logits" if tuned else "tokens = model(**inputs).last_hidden_state"
     kind = "A finetuned classifier" if tuned else "A pretrained encoder"
     classes = f" of {len(spec.labels)} classes" if tuned else ""
-    scores = ("softmax over the classes" if spec.single_label else "a sigmoid for each class") if tuned else ""
+    scores = {"": "", "ce": "softmax over the classes", "bce": "a sigmoid for each class"}[loss]
     return "\n".join([
         *header, "", f"# {title}", "",
         f"{kind}{classes} that reads the {reads} of {seconds:g} s of audio at {spec.sample_rate} Hz: "

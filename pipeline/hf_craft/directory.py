@@ -92,7 +92,7 @@ def _config(run: Exported) -> dict[str, Any]:
         config["classifier"] = {"rows": list(task.classifier.rows), "mode": task.classifier.mode}
         config["id2label"] = {str(number): label.name for number, label in enumerate(spec.labels)}
         config["label2id"] = {label.name: number for number, label in enumerate(spec.labels)}
-        config["problem_type"] = "single_label_classification" if spec.single_label else "multi_label_classification"
+        config["problem_type"] = "single_label_classification" if task.loss == "ce" else "multi_label_classification"
     return config
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.ablation.campaign import DAMAGED, Campaign
 from pipeline.ablation.grid import Row, Run
+from pipeline.config import FinetuneRecipe
 from pipeline.cross_validation import summarise
 from pipeline.data.manifest import Manifest, load_manifest
 from pipeline.engine.evaluation import (
@@ -298,7 +299,8 @@ class Collected:
                         f"{self._campaign.run_dir(run)}: scored other clips than {self._campaign.run_dir(folded[0])}; "
                         "an ensemble needs the same for all its members"
                     )
-            scores = mean_probability([part.scores for part in predictions], single)
+            losses = [run.recipe.finetune.loss_of(single) for run in folded if isinstance(run.recipe, FinetuneRecipe)]
+            scores = mean_probability([part.scores for part in predictions], losses)
             values.append(all_metrics(scores, predictions[0].targets, single)[metric])
         return float(np.mean(values))
 

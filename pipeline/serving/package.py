@@ -159,6 +159,7 @@ def model_card(run_dir: Path, spec: DataSpec) -> str:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{results_file}: damaged ({error}); write it anew with evaluate.py --out") from error
     names = ", ".join(label.name for label in spec.labels[:20]) + (", ..." if len(spec.labels) > 20 else "")
+    softmax = recipe.finetune.loss_of(spec.single_label) == "ce"
     return f"""# {recipe.finetune.method} ({recipe.model.size}), {len(spec.labels)} classes
 
 Labels of {spec.samples / spec.sample_rate:g} s of audio: fill one column of a row, `path` (a file that the
@@ -166,7 +167,7 @@ server sees), `audio` (the bytes of a file, base64 in JSON) or `samples` (floats
 Any codec and rate; the first {spec.samples / spec.sample_rate:g} s are heard. `params: {{"top": {DEFAULT_TOP}}}`
 chooses how many labels come back.
 
-- Scores: {"softmax over the classes" if spec.single_label else "a sigmoid for each class"}.
+- Scores: {"softmax over the classes" if softmax else "a sigmoid for each class"}.
 - Evaluation: {evaluation}.
 - Training data: `{recipe.data.shown}`, manifest {spec.digest[:16]}, split `{recipe.data.train_split}`,
   held-out fold {recipe.data.fold or "none"}.

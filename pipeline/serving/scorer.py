@@ -80,7 +80,7 @@ class Scorer:
             raise UserError(f"the given bytes: {error.strerror}; they are kept in {tempfile.gettempdir()}") from error
 
     def probabilities(self, waveforms: list[np.ndarray]) -> np.ndarray:
-        """Of each waveform's first clip length: float32 [n, C]; softmax of single-label data, else sigmoids."""
+        """Of each waveform's first clip length: float32 [n, C]; softmax where the loss was ce, else sigmoids."""
         clips = [waveform[: self.spec.samples] for waveform in waveforms]
         parts = [self.hear(clips[i : i + BATCH])[0] for i in range(0, len(clips), BATCH)]
         return np.concatenate(parts) if parts else np.zeros((0, len(self.spec.labels)), np.float32)
@@ -117,7 +117,7 @@ class Scorer:
                 encoded = self.task.encode(batch)
                 logits = self.task.classifier(encoded)
                 embedding = torch.cat(stream_means(encoded), dim=1)
-            scores = logits.softmax(dim=1) if self.spec.single_label else logits.sigmoid()
+            scores = logits.softmax(dim=1) if self.task.loss == "ce" else logits.sigmoid()
             found.append((scores.float().cpu().numpy(), embedding.float().cpu().numpy()))
         scores_of, embeddings = (np.concatenate(parts)[order] for parts in zip(*found, strict=True))
         return scores_of, embeddings

@@ -81,6 +81,7 @@ def main() -> int:
     with _alone(out):
         try:
             campaign.check_deepspeed(args.deepspeed_config)
+            campaign.check_batches(args.deepspeed_config, executor.ranks)
             _build_shards(campaign)
             campaign.check_data()
             shards = _pairs(args.shards, "--shards")

@@ -3,7 +3,7 @@
     pip install -e ".[demo]"
     python launchers/demo_app.py --checkpoint RUN_DIR [--port 7860] [--host 0.0.0.0]
 
-In: a run directory of finetune.py. Out: a page on localhost, until Ctrl-C.
+In: a run directory of finetune.py, an export of one, or hf://OWNER/NAME. Out: a page on localhost, until Ctrl-C.
 """
 
 import socket

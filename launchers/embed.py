@@ -4,8 +4,8 @@
     python launchers/embed.py --checkpoint RUN --out DIR recordings/ dog.wav --list more.txt --level time
     deepspeed --num_gpus 8 launchers/embed.py --checkpoint RUN --shards s3://... --out DIR       (any number of ranks)
 
-In: a run of pretrain.py or finetune.py, a checkpoint, an export, weights of SSAST, AST or a Hugging Face ASTModel, or
-random:SIZE; shards, or files, folders (all audio below) and lists of paths. Out: DIR/*.parquet with the columns key,
+In: a run of pretrain.py or finetune.py, a checkpoint, an export, weights of others (docs/training.md), hf://OWNER/NAME
+or random:SIZE; shards, or files, folders (all audio below) and lists of paths. Out: DIR/*.parquet with the columns key,
 time, layer, embedding (a list of fixed size): a vector a clip, or with --level time one for each column of patches.
 
 The same command again makes what is missing; any number of ranks gives the same bytes. A file that cannot be read

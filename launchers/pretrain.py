@@ -1,4 +1,4 @@
-"""Pretrain CRAFT or another method of the paper on shards.
+"""Pretrain CRAFT, another method of the paper or a later one on shards.
 
     deepspeed launchers/pretrain.py --deepspeed_config ds.json data.shards=DIR [--config YAML] [key=value ...]
 

@@ -4,7 +4,7 @@
     python launchers/probe.py --checkpoint RUN random:base SSAST.pth --shards DIR --split eval --probe cgp --layers all
     deepspeed --num_gpus 8 launchers/probe.py --checkpoint RUN --shards DIR --probe attentive    (any number of ranks)
 
-In: runs of pretrain.py or finetune.py, checkpoints, exports, weights of SSAST, AST or a Hugging Face ASTModel,
+In: runs of pretrain.py or finetune.py, checkpoints, exports, weights of others (docs/training.md), hf://OWNER/NAME,
 random:SIZE or random:RUN (the same network untrained); labelled shards. Out: a table of mAP or accuracy with 95 %
 bootstrap intervals, for the tokens of the spectrogram, of the waveform and of both; with --out as JSON; in MLflow a run
 under the pretraining. A probe's setting is chosen on a part of the training clips, never on those that test it, and

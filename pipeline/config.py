@@ -278,7 +278,8 @@ class ModelConfig(Section):
 
     size: Literal["micro", "tiny", "small", "base", "large"] = result("base", description="width, depth and heads")
     init: UserPath = neutral(
-        "", description="run directory, checkpoint file, export or hf://OWNER/NAME to start from; empty: random"
+        "", description="to start from: run directory, checkpoint file, export, weights of others, hf://OWNER/NAME; "
+        "empty: random"
     )
     init_classifier: Literal["auto", "keep"] = result(
         "auto", description="of model.init; auto: kept where its labels are known to be the shards', else a fresh one; "
@@ -530,7 +531,9 @@ class FinetuneConfig(Section):
     pool: Literal["mean", "cls", "rows"] = result(
         "mean", description="mean of patch tokens (SSAST), of cls and dist (AST), or of each frequency row (ours)"
     )
-    loss: Literal["auto", "bce", "ce"] = result("auto", description="auto: ce where every clip has one label, else bce")
+    loss: Literal["auto", "bce", "ce"] = result(
+        "auto", description="auto: ce where every clip has one label, else bce; ce is refused there"
+    )
     label_smoothing: float = result(0.0, ge=0, lt=1, description="share of a target that is spread evenly: ce, bce")
     gamma_pos: float = result(0.0, ge=0, description="bce: focusing on a clip's labels that are missed (ASL)")
     gamma_neg: float = result(0.0, ge=0, description="bce: likewise on the others, that are taken for labels (ASL: 4)")

@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     place("--audio-root", "--root", metavar="DIR|URL", help="of the audio (default: of --table; synth: OUT/source)")
     place("--audio-list", metavar="TXT", help="audioset: paths below --audio-root, by line (no default)")
     place("--segments", metavar="CSV", help="audioset: an official segments csv (no default)")
-    place("--class-labels", metavar="CSV", help="index,mid,display_name (default: the labels of --table)")
+    place("--class-labels", metavar="CSV", help="index,mid,display_name (default, csv: the labels of --table)")
     place("--label-overrides", metavar="CSV", help="audioset: id,labels that replace the official ones "
         "(such as PSLA's; no default)")  # fmt: skip
     add("--download", action="store_true", help="esc50: fetch the official archive to --root (default: OUT/source)")

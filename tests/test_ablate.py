@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -231,21 +230,28 @@ def test_a_store_that_mlflow_does_not_take_is_one_line(tmp_path, monkeypatch):
         _make_store(tmp_path)
 
 
-def test_a_run_whose_ablate_was_killed_is_not_started_twice(world):
+def test_a_run_whose_ablate_was_killed_is_not_started_twice(world, monkeypatch):
     grid = world.campaign.grid
     run = grid.runs[0]
     folder = world.campaign.run_dir(run)
     folder.mkdir(parents=True)
-    held = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(flush=True); time.sleep(60)"
+    held = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(flush=True); time.sleep(600)"
     orphan = subprocess.Popen([sys.executable, "-c", held, str(folder / "lock")], stdout=subprocess.PIPE)
     try:
         assert orphan.stdout is not None
         orphan.stdout.readline()
-        thread = threading.Timer(4.0, orphan.kill)
-        thread.start()
-        begun = time.monotonic()
+        looks = []
+
+        def sleep(seconds: float) -> None:
+            looks.append(any(line.startswith(f"started {run.folder}") for line in world.said))
+            if len(looks) == 3:
+                orphan.kill()
+                orphan.wait()
+            time.sleep(seconds)
+
+        monkeypatch.setattr(campaign, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
         outcome = world.run({})
-        assert time.monotonic() - begun > 3.5
+        assert looks[:3] == [False] * 3
         assert len(outcome["done"]) == 10
         assert world.starts()[run.folder] == 1
     finally:
@@ -255,7 +261,6 @@ def test_a_run_whose_ablate_was_killed_is_not_started_twice(world):
 
 def test_interrupting_stops_the_running_ones(world, monkeypatch):
     """Ctrl-C, raised where the main thread waits: a signal could come in a callback, whose exceptions Python drops."""
-    begun = time.monotonic()
 
     def sleep(seconds: float) -> None:
         if len(world.starts()) == 2:
@@ -266,7 +271,7 @@ def test_interrupting_stops_the_running_ones(world, monkeypatch):
         patch.setattr(campaign, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
         with pytest.raises(KeyboardInterrupt):
             world.run({world.pretraining("-SWaPT"): "slow", world.pretraining("-SSAST"): "slow"})
-    assert time.monotonic() - begun < 30
+    assert not list(world.campaign.out.glob("*/checkpoints"))  # they were not waited for
     assert "interrupted: 2 runs" in world.said[-1]
     assert len(world.run({})["done"]) == 10
 
@@ -297,6 +302,18 @@ def test_another_precision_than_that_of_finished_runs_is_refused(world):
     world.campaign.check_deepspeed("bf16.json")
 
 
+def test_ranks_that_a_batch_does_not_divide_by_are_refused_before_the_first_run(tmp_path):
+    """CRAFT-MAE's 512 clips were trained on 8 ranks to the end, and the finetuning's 12 were refused then."""
+    campaign = Campaign(Grid([ROOT / "configs/ablation/beyond.yaml"], "paper", {}), tmp_path)
+    for ranks in (1, 2, 4):
+        campaign.check_batches("ds.json", ranks)
+    with pytest.raises(UserError, match=r"train\.batch_size = \d+ does not divide by 8 ranks; .*; --ranks is of all"):
+        campaign.check_batches("ds.json", 8)
+    done = run_script("launchers/ablate.py", "beyond.yaml", "--out", tmp_path / "out", "--ranks", 8)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "does not divide by 8 ranks" in done.stderr
+
+
 def test_data_without_a_held_out_split_is_refused_before_a_run_begins(world, shards, tmp_path):
     """Its finetunings would train for days and leave no result."""
     scale = yaml.safe_load((ROOT / "configs/ablation/scale/micro.yaml").read_text())
@@ -325,7 +342,7 @@ def test_submitit_runs_a_job_and_reports_its_failure(tmp_path):
     """submitit's own local cluster: the same objects, files and environment as with sbatch."""
     executor = SlurmExecutor(tmp_path, 1, 1, 1, {}, cluster="local")
     assert executor.start(tmp_path, "pretrain.py", ["data.shards=/no/such", f"run.dir={tmp_path}/run"])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while (status := executor.poll(tmp_path)) is None and time.monotonic() < deadline:
         time.sleep(0.5)
     assert status == 1
@@ -344,7 +361,7 @@ def save(number, frame):
     sys.exit(128 + number)
 signal.signal(signal.SIGTERM, save)
 pathlib.Path("begun").touch()
-time.sleep(60)
+time.sleep(600)
 '''
 def queue_again(number, frame):
     pathlib.Path("queued" if pathlib.Path("saved").exists() else "lost").touch()
@@ -362,11 +379,13 @@ def test_a_preempted_job_saves_before_it_is_queued_again(tmp_path, whole_step):
     task = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", PREEMPTED], cwd=tmp_path, env=os.environ | task,
                                start_new_session=True)  # fmt: skip
-    end = time.monotonic() + 60
-    while not (tmp_path / "begun").exists() and time.monotonic() < end:
+    end = time.monotonic() + 300
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
         time.sleep(0.05)
     (os.killpg if whole_step else os.kill)(process.pid, signal.SIGUSR2)
-    assert process.wait(60) == 3
+    assert process.wait(300) == 3
     assert (tmp_path / "queued").exists()
 
 
@@ -391,7 +410,7 @@ def test_slurm_runs_a_table_and_a_killed_ablate_finds_its_job_again(slurm, shard
              "--shards", f"synth={shards}", "--out", tmp_path / "out", "--executor", "slurm", "--ranks", "2",
              "--slurm", "time=30", "--slurm", "cpus-per-task=2", "--retries", "0"]  # fmt: skip
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as first:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (notes := list((tmp_path / "out").glob("*/slurm.json"))) and time.monotonic() < deadline:
             time.sleep(0.2)
         first.kill()
@@ -400,7 +419,7 @@ def test_slurm_runs_a_table_and_a_killed_ablate_finds_its_job_again(slurm, shard
     assert slurm.field(job, "JobState") in ("PENDING", "RUNNING"), slurm.logs()
     assert slurm.field(job, "TresPerNode").endswith("gpu:2")  # a rank's each
     try:
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     except subprocess.TimeoutExpired as late:
         queue = subprocess.run(["squeue", "--long"], capture_output=True, text=True, check=False).stdout
         pytest.fail(f"{late.stdout!r}{late.stderr!r}\n{queue}\n{slurm.logs()}", pytrace=False)

@@ -23,7 +23,7 @@ from pipeline.ablation.grid import Grid, Run
 from pipeline.command_line import read_deepspeed_config
 from pipeline.data.manifest import labelled_manifest, load_manifest
 from pipeline.engine.checkpoint import complete_checkpoints
-from pipeline.engine.setup import numeric_differences
+from pipeline.engine.setup import numeric_differences, plan_batches
 from pipeline.errors import UserError, exit_status
 from pipeline.files import read_json, write_json, write_text
 
@@ -112,6 +112,24 @@ class Campaign:
                     f"{file}: its DeepSpeed configuration gave {key} = {before}, --deepspeed_config {ds} gives "
                     f"{given}; give the former one or another --out, or delete that run"
                 )
+
+    def check_batches(self, ds: str, ranks: int) -> None:
+        """Before the first run, as some would be refused when their turn comes, days later.
+
+        Args:
+            ds: DeepSpeed configuration.
+            ranks: Of each run.
+
+        Raises:
+            UserError: the batch of a run that is not done does not divide by the ranks, or `ds` contradicts it.
+        """
+        content = read_deepspeed_config(ds)
+        for run in self.grid.runs:
+            if self.state(run) != "done":
+                try:
+                    plan_batches(run.recipe, content, ranks)
+                except UserError as error:
+                    raise UserError(f"{run.kind} {run.name} {run.task}: {error}; --ranks is of all runs") from error
 
     def execute(self, executor: Executor, ds: str, retries: int, say: Callable[[str], None]) -> Outcome:
         """Runs what is not done; a finetuning starts when its pretraining is done.

@@ -187,6 +187,7 @@ class SlurmExecutor:
 
     Attributes:
         jobs: Jobs in the queue at a time.
+        ranks: Of each run.
     """
 
     def __init__(
@@ -198,7 +199,7 @@ class SlurmExecutor:
         ranks = max(1, ranks)
         if ranks % nodes:
             raise UserError(f"--ranks {ranks} does not divide by --nodes {nodes}; give a multiple")
-        self.jobs = jobs
+        self.jobs, self.ranks = jobs, ranks
         self._running: dict[Path, Any] = {}
         self._asked: dict[Path, float] = {}  # when the queue was last asked for a run
         self._cluster = cluster

@@ -98,15 +98,17 @@ def process(command: list[str], log: Path, ready: str = "", env: dict[str, str] 
         server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True,
                                   cwd=log.parent, env=os.environ | (env or {}))  # fmt: skip
         try:
-            for _ in range(600):
+            for _ in range(1500):
                 assert server.poll() is None, f"{command[:4]} ended: {log.read_text()[-3000:]}"
                 try:
-                    urllib.request.urlopen(ready, timeout=2)
+                    urllib.request.urlopen(ready, timeout=10)
                     break
                 except urllib.error.HTTPError:
                     break
                 except OSError:
                     time.sleep(0.2)
+            else:
+                raise AssertionError(f"{command[:4]} does not answer: {log.read_text()[-3000:]}")
             yield
         finally:
             if server.poll() is None:
@@ -230,7 +232,7 @@ def run_chain(servers: Lab, folder: Path, shards: Path) -> Chain:
             break
         time.sleep(0.02)
     first.send_signal(signal.SIGINT)
-    interrupted = first.wait(120)
+    interrupted = first.wait(300)
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
     logs = "".join(file.read_text()[-2000:] for file in out.glob("*/output.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, suppress
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,13 +31,24 @@ def free_port(row: int = 1) -> int:
             return first
 
 
+def can_fork() -> bool:
+    """Whether processes may be forks: a GPU's runtime survives none."""
+    return not Path("/dev/nvidiactl").exists()
+
+
+def fork_context() -> BaseContext:
+    """Of processes that are forks of one that has imported torch and DeepSpeed; where they may not be, new ones."""
+    context = multiprocessing.get_context("forkserver" if can_fork() else "spawn")
+    if can_fork():
+        context.set_forkserver_preload(["tests.preloaded"])
+    return context
+
+
 class Fork:
     """A fork of one process that has imported torch and DeepSpeed; what `Rank` uses of subprocess.Popen."""
 
     def __init__(self, words: list[str], env: dict[str, str], output: str, errors: str) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.preloaded"])
-        self._process = context.Process(target=_become, args=(words, env, output, errors))
+        self._process = fork_context().Process(target=_become, args=(words, env, output, errors))
         self._process.start()
         assert self._process.pid
         self.pid = self._process.pid
@@ -88,11 +100,6 @@ def start_ranks(ranks: int, script: str | Path, *args: object, **env: str) -> li
     """Starts `script` on each rank with the environment that torchrun gives, and no launcher to wait for."""
     command = [sys.executable, str(script), *map(str, args)]
     return [Rank(command, place | env) for place in places(ranks)]
-
-
-def can_fork() -> bool:
-    """Whether processes may be forks: a GPU's runtime survives none."""
-    return not Path("/dev/nvidiactl").exists()
 
 
 def fork_ranks(ranks: int, script: str | Path, *args: object, **env: str) -> list[Rank]:

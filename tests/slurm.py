@@ -19,7 +19,7 @@ from tests.ranks import free_port
 from tests.system_packages import program
 
 SLURM_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-PATIENCE = 120.0
+PATIENCE = 300.0
 CONF = """\
 ClusterName=craft
 SlurmctldHost={host}(127.0.0.1)

@@ -6,7 +6,6 @@ import http.server
 import json
 import os
 import re
-import socket
 import threading
 import time
 import urllib.parse
@@ -20,6 +19,8 @@ import boto3
 import gcp_storage_emulator.server
 import pytest
 from moto.server import ThreadedMotoServer
+
+from tests.ranks import free_port
 
 
 @contextmanager
@@ -126,9 +127,7 @@ class FlakyServer:
 @contextmanager
 def gcs_server(directory: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Google's store with the files of a directory: their URL, and the environment that leads clients there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = gcp_storage_emulator.server.create_server("127.0.0.1", port, in_memory=True, default_bucket="shards")
     server.start()
     where = f"http://127.0.0.1:{port}"

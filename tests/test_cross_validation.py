@@ -32,7 +32,8 @@ from tests.conftest import ROOT
 from tests.ranks import Rank, fork_ranks, run_ranks
 
 WORDS = ["model.size=micro", "train.batch_size=8", "train.epochs=2", "log.every=1", "log.peak_tflops=null",
-         "optim.warmup=2", "data.workers=1", "checkpoint.average=[0,0]", "log.model=false"]  # fmt: skip
+         "optim.warmup=2", "data.workers=1", "checkpoint.average=[0,0]", "log.model=false",
+         "log.finish_wait=300"]  # fmt: skip
 
 
 def fold(value: float | None, *epochs: float | None) -> dict:

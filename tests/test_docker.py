@@ -74,7 +74,9 @@ def test_every_run_line_of_the_image_runs(tmp_path):
             assert target in (".", "./")
             if files == ["."]:
                 files = [path.name for path in ROOT.iterdir() if path.name not in ignored]
-            steps += [f'cp -R {" ".join(files)} "$root{place}"', f'chown -R {USER}:{USER} "$root{place}"']
+            # Other tests' processes write and rename files of __pycache__ meanwhile, which are not copied anyway.
+            copied = f'tar --create --exclude=__pycache__ {" ".join(files)} | tar --extract --directory="$root{place}"'
+            steps += [copied, f'chown -R {USER}:{USER} "$root{place}"']
         elif name == "RUN":
             env[f"line{number}"] = f"{DOWNLOADS}\ncd {place} && {words}"
             steps.append(chroot.format(user, path, f"$line{number}"))

@@ -8,18 +8,28 @@ import pytest
 from tests.conftest import ROOT
 
 
-def run(main: str, redirect: str) -> subprocess.CompletedProcess[str]:
-    """A program of `run_cli` in bash, which shows the exit statuses of both ends of a pipe."""
+def program(main: str) -> list[str]:
+    """A program of `run_cli`."""
     code = f"import sys, os; from pipeline.errors import UserError, run_cli\ndef main():\n    {main}\nrun_cli(main)"
-    script = f'"$1" -c "$2" {redirect}; echo "${{PIPESTATUS[0]}}" >&2'
-    command = ["bash", "-c", script, "bash", sys.executable, code]
+    return [sys.executable, "-c", code]
+
+
+def run(main: str, redirect: str) -> subprocess.CompletedProcess[str]:
+    """It in bash, which shows the exit statuses of both ends of a pipe."""
+    script = f'"$@" {redirect}; echo "${{PIPESTATUS[0]}}" >&2'
+    command = ["bash", "-c", script, "bash", *program(main)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("text", ["'x' * 10", "'x' * 1000000"])  # one that only the end flushes, and one before
 def test_a_reader_that_is_gone_is_no_error(text):
-    done = run(f"sys.stdin.read(); sys.stdout.write({text})", "< <(sleep 0.5) | true")
-    assert done.stderr == "141\n"
+    pipe = subprocess.PIPE
+    command = program(f"sys.stdin.read(); sys.stdout.write({text})")
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        process.stdout.close()
+        process.stdin.close()  # from now on it writes
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_another_broken_pipe_is_one():

@@ -31,7 +31,7 @@ from pipeline.runs import initialise
 from pipeline.serving import package
 from pipeline.serving.scorer import batch_of, load_scorer
 from pipeline.tasks import FinetuneTask
-from tests.conftest import ROOT
+from tests.ranks import run_script
 from tests.stores import model_hub
 from tests.test_export import MICRO, SPEC, make_run, waveforms
 
@@ -273,11 +273,13 @@ def test_the_hub_takes_an_export_and_gives_it_back(tmp_path):
     soundfile.write(tmp_path / "dog.wav", clips()[1], 16000, subtype="PCM_16")
     hub = tmp_path / "hub"
     with model_hub(hub) as leads_there:
-        env = os.environ | leads_there | {"HF_HOME": str(tmp_path / "home"), "CUDA_VISIBLE_DEVICES": ""}
+        env = leads_there | {"HF_HOME": str(tmp_path / "home"), "CUDA_VISIBLE_DEVICES": ""}
 
         def run(script: str, *words: object, **more: str) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, f"launchers/{script}.py", *map(str, words)]
-            return subprocess.run(command, cwd=ROOT, env=env | more, capture_output=True, text=True, check=False)
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in (env | more).items():
+                    patch.setenv(name, value)
+                return run_script(f"launchers/{script}.py", *words)
 
         words = ("--checkpoint", tmp_path / "run", "--format", "hf-craft", "--push", "lab/craft")
         denied = run("export", *words, HF_TOKEN="wrong")

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.serving import listen as listening
 from pipeline.serving.listen import Heard, audacity, clock, events, find_audio, listen, stretches, whole
 from pipeline.serving.scorer import load_scorer
-from tests.conftest import ROOT
+from tests.ranks import ROOT, run_script
 from tests.test_export import SAMPLES, SPEC, make_run, snapshot
 
 CLIP = SAMPLES / 16000  # 0.75 s
@@ -234,7 +234,7 @@ def predict(run_dir, *words: object, stdin: bytes = b"") -> subprocess.Completed
     return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, timeout=300, check=False)
 
 
-def test_the_command_writes_every_format(run_dir, tmp_path):
+def test_the_command_writes_every_format(run_dir, run_main, tmp_path):
     """One folder with a bad file, standard input, every output: exit 1, and all the good ones are there."""
     (tmp_path / "in").mkdir()
     sound(tmp_path / "in" / "one.wav", 2.0)
@@ -255,16 +255,16 @@ def test_the_command_writes_every_format(run_dir, tmp_path):
     assert vectors["start"][:5] == pytest.approx([0, 0.375, 0.75, 1.125, 1.25])
     assert {len(vector) for vector in vectors["embedding"]} == {192}
 
-    done = predict(run_dir, tmp_path / "in" / "one.wav", tmp_path / "two.flac", "--top", 2)
-    assert done.returncode == 0
-    lines = done.stdout.decode().splitlines()
+    status, said, _ = run_main(tmp_path / "in" / "one.wav", tmp_path / "two.flac", "--top", 2)
+    assert status == 0
+    lines = said.splitlines()
     assert lines[0] == f"{tmp_path}/in/one.wav  (0:02.0)"
     assert len(lines) == 6
     assert all("#" in line for line in lines[1:3])
 
-    done = predict(run_dir, tmp_path / "in" / "one.wav", tmp_path / "two.flac", "--format", "audacity", "--out",
-                   tmp_path / "tracks", "--threshold", 0.01)  # fmt: skip
-    assert done.returncode == 0
+    status, _, _ = run_main(tmp_path / "in" / "one.wav", tmp_path / "two.flac", "--format", "audacity", "--out",
+                            tmp_path / "tracks", "--threshold", 0.01)  # fmt: skip
+    assert status == 0
     assert (tmp_path / "tracks" / "two.flac.txt").is_file()
     start, end, label = (tmp_path / "tracks" / "in" / "one.wav.txt").read_text().splitlines()[0].split("\t")
     assert 0 <= float(start) < float(end)
@@ -272,9 +272,9 @@ def test_the_command_writes_every_format(run_dir, tmp_path):
 
 
 def test_options_out_of_range_are_said(run_dir):
-    done = predict(run_dir, "x.wav", "--threshold", 2)
+    done = run_script("launchers/predict.py", "--checkpoint", run_dir, "x.wav", "--threshold", 2)
     assert done.returncode == 2
-    assert done.stderr.decode() == "error: --threshold 2.0 is no probability; give one above 0, at most 1\n"
+    assert done.stderr == "error: --threshold 2.0 is no probability; give one above 0, at most 1\n"
 
 
 @pytest.fixture
@@ -408,7 +408,8 @@ def test_a_reader_that_has_seen_enough_ends_the_work(run_dir, tmp_path):
     for i in range(60):
         sound(tmp_path / "in" / f"{i}.wav", 0.2)
     words = [sys.executable, "launchers/predict.py", "--checkpoint", str(run_dir), str(tmp_path / "in"), "--json"]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, pipesize=4096) as process:  # not all fits in there
         assert json.loads(process.stdout.readline())["path"] == f"{tmp_path}/in/0.wav"
         process.stdout.close()
         assert process.stderr.read() == b""

@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -241,14 +243,20 @@ def test_one_run_at_a_time_trains_in_a_directory(tmp_path, monkeypatch, caplog):
         assert exit_status(refused.value) == 75  # a host that is gone loses its lock in time
         with open_run(tmp_path / "run" / "fold-1", World()):
             pass
-    held = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, 2); print(flush=True); time.sleep(60)"
+    held = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, 2); print(flush=True); time.sleep(600)"
     lock = tmp_path / "run" / "logs" / "lock"
     with subprocess.Popen([sys.executable, "-c", held, str(lock)], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        threading.Timer(0.3, other.kill).start()
+
+        def sleep(seconds):
+            other.kill()
+            other.wait()
+
+        monkeypatch.setattr("pipeline.run_directory.HELD_SECONDS", 60.0)
+        monkeypatch.setattr("pipeline.run_directory.time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
         with open_run(tmp_path / "run", World()):
-            assert "waiting for 1 s" in caplog.text
+            assert "waiting for 60 s" in caplog.text
 
 
 REFUSAL = """

@@ -30,7 +30,7 @@ from pipeline.serving.pyfunc_model import CraftModel
 from pipeline.serving.scorer import MAX_BYTES, load_scorer, resample
 from pipeline.tracking.spool import Spool
 from tests import lab
-from tests.conftest import ROOT, free_port
+from tests.ranks import ROOT, free_port, run_script
 from tests.test_export import make_run, snapshot
 
 FINETUNED = "8-PSWaCL-SWaB-as_bal"
@@ -52,9 +52,9 @@ def clip(shards) -> str:
 @pytest.mark.slow
 def test_the_chain_is_in_the_lab_s_database_and_store(chain, client):
     assert chain.interrupted == 130
-    for identity in chain.out.glob("*/tracking.json"):  # a busy server may have let a run end before it had all
-        command = [sys.executable, "-m", "pipeline.tracking", "sync", str(identity.parent)]
-        subprocess.run(command, env=os.environ | chain.lab.env, check=True)
+    runs = [identity.parent for identity in chain.out.glob("*/tracking.json")]
+    synced = run_script("-m", "pipeline.tracking", "sync", *runs)  # a busy server may not have had all when they ended
+    assert synced.returncode == 0, synced.stderr
     experiment = client.get_experiment_by_name("ablation").experiment_id
     runs = {run.info.run_name: run for run in client.search_runs([experiment])}
     assert runs.keys() == {"8-PSWaCL", "8-PSWaCL-AST", "8-PSWaCL-SWaB"}
@@ -88,9 +88,7 @@ def test_the_chain_is_in_the_lab_s_database_and_store(chain, client):
 
 @pytest.mark.slow
 def test_the_report_is_in_mlflow(chain, client, tmp_path):
-    command = [sys.executable, "-m", "pipeline.report", chain.table, "--runs", chain.out, "--out", tmp_path]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=os.environ | chain.lab.env,
-                          check=False)  # fmt: skip
+    done = run_script("-m", "pipeline.report", chain.table, "--runs", chain.out, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     experiment = client.get_experiment_by_name("ablation").experiment_id
     (run,) = client.search_runs([experiment], "tags.kind = 'report'")
@@ -157,11 +155,6 @@ def test_the_registered_model_answers_over_http(chain, client, clip, tmp_path):
         assert answer["scores"] == pytest.approx(scores[best].tolist(), abs=1e-5)
 
 
-def serving(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline.serving", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-
-
 def test_a_package_replaces_nothing_but_a_package(tmp_path):
     """Neither the run, nor what is above it, nor anybody's files; an interrupted one leaves nothing."""
     run = tmp_path / "all" / "run"
@@ -176,7 +169,7 @@ def test_a_package_replaces_nothing_but_a_package(tmp_path):
             check_place(run, Path(place), "--out")
         with pytest.raises(UserError, match=f"^model {place}: "):
             save_model(run, Path(place))
-    done = serving(run, "--out", tmp_path / "models")
+    done = run_script("-m", "pipeline.serving", run, "--out", tmp_path / "models")
     assert done.returncode == 2
     assert done.stderr == (
         f"error: --out {tmp_path}/models: holds what this command did not make, such as thesis.txt; move it away, or "

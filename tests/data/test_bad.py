@@ -4,9 +4,9 @@ import errno
 import itertools
 import os
 import shutil
-import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +50,22 @@ def expected(copy):
     """The first batches where all is well."""
     with loader(copy) as own:
         return taken(own, 6)
+
+
+@contextmanager
+def back(away, there, module="reader"):
+    """What was moved away is back when the module of pipeline.data waits for it the second time."""
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            away.rename(there)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"pipeline.data.{module}.time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+        yield
+    assert len(waits) == 2
 
 
 def lose(copy, keep=0, count=0):
@@ -114,9 +130,8 @@ def test_a_shard_that_is_away_for_a_moment_costs_nothing(copy, monkeypatch):
         expected = taken(own, 6)
     tar = sorted(copy.glob("train-*.tar"))[0]
     away = tar.with_suffix(".away")
-    with loader(copy) as own:
+    with loader(copy) as own, back(away, tar):
         tar.rename(away)
-        threading.Timer(0.3, lambda: away.rename(tar)).start()
         found = taken(own, 6)
         assert not own.bad
     assert all(torch.equal(one.row, other.row) for one, other in zip(found, expected, strict=True))
@@ -167,9 +182,8 @@ def test_a_directory_may_be_called_as_a_web_server_begins(copy, monkeypatch):
 def test_a_directory_that_is_away_is_waited_for_and_costs_no_clip(copy, expected, monkeypatch, caplog):
     away = copy.with_suffix(".away")
     monkeypatch.setattr("pipeline.data.reader.WAITS", ())
-    with loader(copy) as own:
+    with loader(copy) as own, back(away, copy):
         copy.rename(away)
-        threading.Timer(0.5, lambda: away.rename(copy)).start()
         found = taken(own, 6)
         assert not own.bad
     assert all(torch.equal(one.row, other.row) for one, other in zip(found, expected, strict=True))
@@ -194,10 +208,9 @@ def test_an_index_that_is_away_is_waited_for_and_opened_again(copy, expected, mo
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", of_a_mount)
     away = copy.with_suffix(".away")
-    with loader(copy) as own:
+    with loader(copy) as own, back(away, copy, "manifest"):
         dead.update(file._file for file in own._index._files)
         copy.rename(away)
-        threading.Timer(0.5, lambda: away.rename(copy)).start()
         found = taken(own, 6)
         assert not own.bad
     assert all(torch.equal(one.row, other.row) for one, other in zip(found, expected, strict=True))

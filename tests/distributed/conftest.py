@@ -11,6 +11,7 @@ from tests.ranks import run_ranks
 MICRO = ["model.size=micro", "train.batch_size=8", "log.every=1", "log.peak_tflops=null", "optim.warmup=2",
          "data.workers=1"]  # fmt: skip
 STEPS = 40
+PATIENT = "log.finish_wait=300"  # for MLflow's records, which tests look for
 
 
 def lines(run_dir: Path) -> list[dict[str, float]]:
@@ -36,7 +37,7 @@ def pretrained(
 ) -> Path:
     """All steps in one go."""
     run_dir = tmp_path_factory.mktemp("runs") / "pretrain"
-    deepspeed_run(2, "launchers/pretrain.py", *pretraining, f"run.dir={run_dir}", "log.peak_tflops=0")
+    deepspeed_run(2, "launchers/pretrain.py", *pretraining, f"run.dir={run_dir}", "log.peak_tflops=0", PATIENT)
     return run_dir
 
 
@@ -45,5 +46,5 @@ def finetuned(shards: Path, pretrained: Path) -> Path:
     run_dir = pretrained.parent / "finetune"
     run_ranks(2, "launchers/finetune.py", "--deepspeed_config", "zero3.json", f"data.shards={shards}",
               f"run.dir={run_dir}", f"model.init={pretrained}", "train.epochs=2", "checkpoint.average=[1,2]",
-              *MICRO)  # fmt: skip
+              PATIENT, *MICRO)  # fmt: skip
     return run_dir

@@ -2,7 +2,7 @@
 
     restarting_rank.py MARKER ERROR [SECONDS]      (ERROR: memory, store or input)
 
-SECONDS: within which ranks meet, at a restart.
+SECONDS: within which ranks meet, at the first restart.
 """
 
 import os
@@ -25,7 +25,7 @@ ERRORS = {
 def main() -> None:
     marker, error = Path(sys.argv[1]), ERRORS[sys.argv[2]]
     supervise(2)
-    if len(sys.argv) > 3 and not os.environ[ATTEMPT].endswith("attempt 0"):
+    if len(sys.argv) > 3 and os.environ[ATTEMPT].endswith("attempt 1"):
         distributed.JOIN_SECONDS = float(sys.argv[3])
     with distributed.session(1800, seed=0) as world:
         distributed.barrier()

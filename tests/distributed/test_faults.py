@@ -18,7 +18,7 @@ from pipeline.files import read_json, write_json
 from tests.distributed.conftest import MICRO, STEPS, lines, losses
 from tests.ranks import fork_ranks, run_ranks
 
-PATIENCE = 300.0
+PATIENCE = 600.0
 
 
 def wait_for(happened, ranks, what: str) -> None:

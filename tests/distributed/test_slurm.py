@@ -15,7 +15,7 @@ from tests.distributed.conftest import STEPS, losses
 from tests.ranks import run_script
 from tests.slurm import Slurm
 
-PATIENCE = 300.0
+PATIENCE = 600.0
 SBATCH = ["sbatch", "--parsable", "--ntasks-per-node=2", "--cpus-per-task=2", "--gpus-per-node=2", "--time=30",
           f"--chdir={ROOT}"]  # fmt: skip
 

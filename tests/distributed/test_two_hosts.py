@@ -16,7 +16,7 @@ from tests.distributed.conftest import STEPS, losses
 from tests.ranks import ROOT
 from tests.system_packages import NAMESPACES
 
-PATIENCE = 240.0
+PATIENCE = 600.0
 # Run on the first host. The launcher's ssh notices a host that is gone; ranks over there compile nothing anew.
 SCRIPT = """
 printf 'TORCH_EXTENSIONS_DIR=%s\\nOMP_NUM_THREADS=1\\n' "$EXTENSIONS" >> "$DS_ENV_FILE"

@@ -124,7 +124,9 @@ def test_bytes_and_kernels_are_those_of_a_step(tmp_path, ranks, stages, precisio
     """Counted on CPU ranks, with and without accumulation, whose contrast takes another forward pass."""
     out, accumulations = tmp_path / "counts.json", "1,2" if ranks == 3 else "1,3"
     run_ranks(ranks, Path(__file__).with_name("counts.py"), out, stages, accumulations, precision, *words)
-    for found in json.loads(out.read_text()):
+    cells = json.loads(out.read_text())
+    assert len(cells) == 2 * len(stages.split(","))
+    for found in cells:
         assert found["sent"] == pytest.approx(found["planned"], rel=1e-4), found
         # Adam in float32 at ZeRO 0 is a loop over tensors on a CPU, and one call of a kernel for many on a GPU.
         assert found["stage"] == 0 or found["kernels"] == pytest.approx(found["planned_kernels"], rel=0.2), found

@@ -122,7 +122,7 @@ def test_a_pretraining_logs_its_curve_and_trains_as_without(shards, longer, tmp_
     runs = tmp_path / "runs"
     run_ranks(2, "launchers/pretrain.py", *words, f"run.dir={runs / 'without'}", "log.mlflow=false")
     run_ranks(2, "launchers/pretrain.py", *words, f"run.dir={runs / 'with'}", f"eval.probe={longer}",
-              "eval.probe_every=2")  # fmt: skip
+              "eval.probe_every=2", "log.finish_wait=300")  # fmt: skip
     rows = {name: Feed(runs / name / "metrics.jsonl").read() for name in ("without", "with")}
     losses = {name: [(row["step"], row["loss"]) for row in found if "loss" in row] for name, found in rows.items()}
     assert losses["with"] == losses["without"]

@@ -64,7 +64,8 @@ def probe(tmp_path, monkeypatch, *words: object) -> list[dict]:
 def test_a_pretraining_gets_a_score_for_each_stream_and_a_run_under_it(
     pretrained, shards, tmp_path, monkeypatch, capsys
 ):
-    parent = open_tracker(LogConfig(system_every=0.0), pretrained, name="p", rank=0, kind="pretrain", parent=None)
+    config = LogConfig(system_every=0.0, finish_wait=300.0)
+    parent = open_tracker(config, pretrained, name="p", rank=0, kind="pretrain", parent=None)
     parent.finish("FINISHED")
     rows = probe(tmp_path, monkeypatch, "--checkpoint", pretrained, f"random:{pretrained}", "--shards", shards,
                  "--seeds", 2, "--no-mlflow")  # fmt: skip

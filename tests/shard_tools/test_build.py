@@ -104,7 +104,7 @@ def test_a_second_split_joins_the_first(tmp_path):
     out = tmp_path / "out"
     for csv in (train, test):
         done = command("--dataset", "audioset", "--audio-root", tmp_path / "audio", "--segments", csv,
-                       "--class-labels", labels, "--seconds", 1, "--out", out, "--workers", 1)  # fmt: skip
+                       "--class-labels", labels, "--seconds", 1, "--out", out, "--distributor", "inline")  # fmt: skip
         assert done.returncode == 0, done.stderr
     manifest = load_manifest(out)
     assert {name: (s.clips, s.listed) for name, s in manifest.splits.items()} == {"train": (2, 3), "eval": (2, 2)}
@@ -113,7 +113,7 @@ def test_a_second_split_joins_the_first(tmp_path):
     assert by_class == {"train": ([2, 1], [3, 1]), "eval": ([1, 1], [1, 1])}
     assert "1 classes lack clips, most: Domestic animals, pets 2 of 3" in done.stdout
     again = ("--dataset", "audioset", "--audio-root", tmp_path / "audio", "--segments", train, "--class-labels", labels,
-             "--seconds", 1, "--out", tmp_path / "other", "--workers", 1, "--require-coverage")  # fmt: skip
+             "--seconds", 1, "--out", tmp_path / "other", "--distributor", "inline", "--require-coverage")  # fmt: skip
     refused = command(*again, 0.9)
     assert refused.returncode == 2
     assert "split 'train': 2 of 3 listed clips are there (66.7%), --require-coverage 0.9" in refused.stderr
@@ -213,7 +213,7 @@ def test_slices_with_spaces_and_outputs_that_are_no_place(tmp_path, monkeypatch)
 def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    words = ("--dataset", "synth", "--limit", "4", "--seconds", "0.1", "--workers", "1", "--out=~/sh")
+    words = ("--dataset", "synth", "--limit", "4", "--seconds", "0.1", "--distributor", "inline", "--out=~/sh")
     assert run_main(monkeypatch, *words, "--root", "~/source") == 0
     assert {path.name for path in tmp_path.iterdir()} == {"home"}
     assert load_manifest(tmp_path / "home" / "sh").splits["train"].clips == 4
@@ -236,7 +236,8 @@ def test_a_limit_leaves_whole_splits_out(tmp_path, monkeypatch):
         soundfile.write(tmp_path / f"{number}.wav", np.full(1600, 0.1), 16000)
     rows = "0.wav,a,train\n1.wav,a,train\n2.wav,a,eval\n9.wav,a,eval\n"
     (tmp_path / "t.csv").write_text("path,labels,split\n" + rows)
-    words = ("--dataset", "csv", "--table", tmp_path / "t.csv", "--seconds", "0.1", "--workers", "1", "--out")
+    words = ("--dataset", "csv", "--table", tmp_path / "t.csv", "--seconds", "0.1", "--distributor", "inline",
+             "--out")  # fmt: skip
     assert run_main(monkeypatch, *words, tmp_path / "out", "--limit", "2") == 0
     assert {name: split.clips for name, split in load_manifest(tmp_path / "out").splits.items()} == {"train": 2}
     assert run_main(monkeypatch, *words, tmp_path / "all") == 0

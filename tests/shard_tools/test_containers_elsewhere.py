@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from shard_tools.build import build, build_slice, merge
 from shard_tools.catalogs import Catalog
 from shard_tools.plan import Slice
 from tests.helpers import digests, options
+from tests.ranks import fork_context
 from tests.shard_tools.containers import KINDS, pack, recordings
 from tests.shard_tools.test_forms import catalog
 from tests.shard_tools.test_remote import download
@@ -101,12 +101,10 @@ def build_and_die(env: dict[str, str], root: str, out: Path, last: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_build_from_s3_that_was_killed_goes_on(places, tmp_path, kind):
     _, url, whole = places[kind]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
     kept = []
     for last in (1, 11, CLIPS):
         out = tmp_path / str(last)
-        process = context.Process(target=build_and_die, args=(dict(os.environ), url, out, last))
+        process = fork_context().Process(target=build_and_die, args=(dict(os.environ), url, out, last))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL

@@ -532,7 +532,7 @@ class FinetuneConfig(Section):
         "mean", description="mean of patch tokens (SSAST), of cls and dist (AST), or of each frequency row (ours)"
     )
     loss: Literal["auto", "bce", "ce"] = result(
-        "auto", description="auto: ce where every clip has one label, else bce; ce is refused there"
+        "auto", description="auto: ce where every clip has exactly one label (elsewhere it is refused), else bce"
     )
     label_smoothing: float = result(0.0, ge=0, lt=1, description="share of a target that is spread evenly: ce, bce")
     gamma_pos: float = result(0.0, ge=0, description="bce: focusing on a clip's labels that are missed (ASL)")

@@ -412,8 +412,8 @@ def task_of(recipe: PretrainRecipe | FinetuneRecipe, loader: Loader) -> Pretrain
         return PretrainTask(recipe.model_copy(update={"data": data}), spec.mel_bins, spec.frames)
     if recipe.finetune.loss == "ce" and not spec.single_label:
         raise UserError(
-            "finetune.loss = ce, but there are clips with several labels or none: its logits are trained against each "
-            "other, and would be read class by class, as sigmoids; set finetune.loss=bce"
+            "finetune.loss = ce, but there are clips with several labels or none: the first would count several times, "
+            "the others not at all; set finetune.loss=bce"
         )
     power, weights = recipe.finetune.pos_weight, None
     if power:

@@ -114,10 +114,10 @@ def _add_split(
             kept = {name: facts[name] for name in ("clips", "size", "sha256")}
             shards.append({"name": plan.name(number), "split": plan.split, **kept})
     if longer:
-        hours = f"{beyond / 3600:.1f} h" if beyond >= 3600 else f"{beyond:.0f} s"
+        left = f"{beyond / 3600:.1f} h" if beyond >= 3600 else f"{beyond:.0f} s"
         log.warning("split '%s': %d clips are longer than the %g s that are stored: %s after these are left out; give "
                     "more --seconds, or list segments in a table with start and end (--dataset csv)",
-                    plan.split, longer, plan.options.audio.seconds, hours)  # fmt: skip
+                    plan.split, longer, plan.options.audio.seconds, left)  # fmt: skip
     count, total, square = sums
     mean = total / count if count else 0.0
     totals = {

@@ -129,7 +129,7 @@ class Campaign:
                 try:
                     plan_batches(run.recipe, content, ranks)
                 except UserError as error:
-                    raise UserError(f"{run.kind} {run.name} {run.task}: {error}; --ranks is of all runs") from error
+                    raise UserError(f"{run.kind} {run.folder}: {error}; --ranks is of all runs") from error
 
     def execute(self, executor: Executor, ds: str, retries: int, say: Callable[[str], None]) -> Outcome:
         """Runs what is not done; a finetuning starts when its pretraining is done.

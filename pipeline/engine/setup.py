@@ -44,7 +44,7 @@ BUCKET = 25_000_000
 # several numbers back from a GPU in every step: on one H200 a step of CRAFT-base took half as long again.
 DEFAULT_STAGE = 1
 
-BARE = ("positions", "tokens", "edges")  # parameters of two axes that are no matrices: sinc's edges are frequencies
+BARE = ("positions", "tokens", "edges")  # of several axes, and no matrices all the same; sinc's edges are frequencies
 ALIGNED = 8  # elements: 16 bytes in half precision, 32 in float32
 
 # What else of it changes numbers; batch and clipping are the recipe's, ZeRO, offload and compile keep the arithmetic.

@@ -213,11 +213,17 @@ def test_a_host_with_gpus_that_torch_cannot_use_is_no_cpu_job(monkeypatch, tmp_p
     distributed._refuse_lost_gpus()
 
 
+def alone(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Python code in a process of which no launcher has said that it is a rank."""
+    names = ("RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept | env, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+
+
 def test_srun_without_an_address_is_refused():
     srun = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    env = {name: value for name, value in os.environ.items() if name != "MASTER_ADDR"} | srun
-    code = "from pipeline.distributed import session\nwith session(60, 0): pass"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = alone("from pipeline.distributed import session\nwith session(60, 0): pass", **srun)
     assert "UserError: srun started 2 tasks, and MASTER_ADDR is not set" in done.stderr
 
 
@@ -231,8 +237,7 @@ def test_a_world_of_one_leaves_no_word_for_programs_that_are_started_later():
         "        assert world.size == 1 and all(name in os.environ for name in names)\n"
         "    assert not any(name in os.environ for name in names)\n"
     )
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    ran = alone(code)
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
@@ -245,17 +250,14 @@ def test_groups_that_are_made_later_wait_as_long_as_the_first():
         "    nccl = dist.distributed_c10d._get_default_timeout('nccl')\n"
         "    print(*(round(found.total_seconds()) for found in (own, nccl)))\n"
     )
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    ran = alone(code)
     assert ran.stdout == "5060 5060\n", ran.stderr[-2000:]
 
 
 @pytest.mark.parametrize(("tasks", "port"), [(None, "None"), ("1", "None"), ("2", "29500")])
 def test_a_process_alone_in_a_batch_script_of_slurm_needs_no_port(tasks, port):
     """It has a SLURM_PROCID: with --max-restarts the second of two on a host waited minutes for the first's port."""
-    names = ("RANK", "MASTER_PORT", "SLURM_STEP_NUM_TASKS")
-    env = {name: value for name, value in os.environ.items() if name not in names} | {"SLURM_PROCID": "0"}
-    env |= {"SLURM_STEP_NUM_TASKS": tasks} if tasks else {}
+    step = {"SLURM_STEP_NUM_TASKS": tasks} if tasks else {}
     code = "import os\nfrom pipeline.faults import supervise\nsupervise(1)\nprint(os.environ.get('MASTER_PORT'))"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    ran = alone(code, SLURM_PROCID="0", **step)
     assert (ran.returncode, ran.stdout) == (0, f"{port}\n"), ran.stderr[-2000:]

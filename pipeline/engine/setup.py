@@ -358,7 +358,7 @@ def build_engine(task: PretrainTask | FinetuneTask, recipe: Recipe, ds: dict[str
         value = json.dumps(first["input"], default=str)
         raise UserError(f"ds.json: DeepSpeed refuses {key} = {value}: {first['msg']}") from error
     except (DeepSpeedConfigError, *REFUSALS) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"ds.json: DeepSpeed refuses it: {reason}") from error
 
 

@@ -141,13 +141,15 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"zero_optimization": {"mics_shard_size": 2}}, "DeepSpeed refuses it: MiCS"),  # which it had once
+        ({"zero_optimization": {"mics_shard_size": 2}},  # which it had once
+         "DeepSpeed refuses it: DeepSpeedConfigError: MiCS"),
         ({"zero_optimization": {"reduce_bucket": 2}},
          "DeepSpeed refuses DeepSpeedZeroConfig.reduce_bucket = 2: Extra inputs"),
         # By an assertion, or what else Python raises.
-        ({"wall_clock_breakdown": "yes"}, "DeepSpeed refuses it: unsupported operand"),
+        ({"wall_clock_breakdown": "yes"}, "DeepSpeed refuses it: TypeError: unsupported operand"),
         ({"timers": {"throughput": 3}}, "DeepSpeed refuses it: .*must be a mapping, not int"),
-        ({"seq_parallel_communication_data_type": "x"}, "DeepSpeed refuses it: Invalid communication_data_type"),
+        ({"seq_parallel_communication_data_type": "x"},
+         "DeepSpeed refuses it: ValueError: Invalid communication_data_type"),
         ({"compile": {"enabled": True, "backend": "inductr"}}, 'compile.backend = "inductr": give one of .*inductor'),
     ],
 )

@@ -119,7 +119,8 @@ def write_record(
 ) -> None:
     """Writes what the run is: `config.yaml`, `ds.json`, `data.json`, and `init.json` of one that begins. For rank 0.
 
-    Without the password of `log.uri`: all users of the server read `config.yaml` there, and served models have it.
+    Without the passwords of URLs (`log.uri`, `data.shards`): all users of MLflow's server read `config.yaml` there, and
+    served models have it.
 
     Of one that goes on from `step` it names that checkpoint as `latest`, too: one that was killed may have completed it
     and not named it, or a later one, which `latest` names, may be damaged. The weights of a run are those of `latest`.
@@ -127,9 +128,8 @@ def write_record(
     Raises:
         UserError: the disk does not take them.
     """
-    told = recipe.log.model_copy(update={"uri": without_password(recipe.log.uri)})
     try:
-        write_text(run_dir / "config.yaml", dump_recipe(recipe.model_copy(update={"log": told})))
+        write_text(run_dir / "config.yaml", without_password(dump_recipe(recipe)))
         write_json(run_dir / "ds.json", ds)
         spec.save(run_dir)
         if init:

@@ -44,7 +44,6 @@ from pipeline.serving.package import check_publishable, publish
 from pipeline.tasks import FinetuneTask, task_of
 from pipeline.tracking import Tracker, figures, open_tracker, run_of
 from pipeline.tracking.spool import Feed
-from pipeline.tracking.store import without_password
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +213,7 @@ def tracked(
         part_of=launch.part_of,
         first_of_node=distributed.local_rank() == 0,
     )
-    tracker.params(flatten(recipe) | {"log.uri": without_password(recipe.log.uri)})
+    tracker.params(flatten(recipe))
     tracker.dataset(corpus, recipe.data.shown)
     tracker.tags({"ranks": str(world.size), "device": world.device.type} | recipe.log.tags)
     for file in ("config.yaml", "ds.json", "data.json"):

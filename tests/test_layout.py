@@ -109,6 +109,13 @@ def test_a_process_group_does_not_import_the_compiler():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_a_rank_has_no_mlflow_before_it_tracks():
+    code = "import sys\nfrom pipeline.engine.setup import load_deepspeed\nload_deepspeed()\n"
+    code += "assert 'deepspeed.autotuning' in sys.modules and not {'mlflow', 'pandas'} & sys.modules.keys()\n"
+    code += "from pipeline.tracking.store import load_mlflow\nload_mlflow()\nload_deepspeed()\nimport mlflow.pyfunc"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_only_distributed_calls_a_collective():
     callers = {
         path.name

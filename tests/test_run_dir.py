@@ -37,7 +37,7 @@ MICRO = ["model.size=micro", "model.stride=16", "train.batch_size=8", "train.ste
 DS = {"bf16": {"enabled": False}, "fp16": {"enabled": False}, "zero_optimization": {"stage": 1}}
 
 
-def finetuning(run_dir: Path, shards: Path, *words: str) -> FinetuneRecipe:
+def finetuning(run_dir: Path, shards: Path | str, *words: str) -> FinetuneRecipe:
     return load_recipe(FinetuneRecipe, [], [f"run.dir={run_dir}", f"data.shards={shards}", *MICRO, *words])
 
 
@@ -213,21 +213,26 @@ def test_a_held_out_split_that_was_named_must_be_there(shards, tmp_path):
         check_held_out(data, load_corpus(data))
 
 
-def test_no_password_of_the_store_is_written_down_or_told(shards, tmp_path, monkeypatch):
+@pytest.mark.parametrize("several", [False, True])
+def test_no_password_of_a_store_is_written_down_or_told(shards, tmp_path, monkeypatch, several):
     """config.yaml and the parameters are there for all who read MLflow; tracking.json alone needs the password."""
     monkeypatch.setattr(Spool, "deliver", lambda spool: False)
     uri = "http://anne:hunter2@127.0.0.1:9"
     recipe = finetuning(tmp_path, shards, f"log.uri={uri}", "log.finish_wait=0")
-    write_record(tmp_path, recipe, DS, spec_of(recipe))
-    with tracked(Launch(recipe, {}), tmp_path, "x", "finetune", World(), load_corpus(recipe.data)):
+    spec, corpus = spec_of(recipe), load_corpus(recipe.data)
+    url = "https://anne:hunter2@lab/shards"
+    elsewhere = finetuning(tmp_path, f'["{url}","{url}2"]' if several else url, f"log.uri={uri}", "log.finish_wait=0")
+    write_record(tmp_path, elsewhere, DS, spec)
+    with tracked(Launch(elsewhere, {}), tmp_path, "x", "finetune", World(), corpus):
         pass
     for thread in threading.enumerate():
         if thread.name == "mlflow":
             thread.join()  # or it would try the real way, for minutes, and other tests' deliveries wait for it
     assert read_json(tmp_path / "tracking.json", "")["uri"] == uri
     said = [(tmp_path / name).read_text() for name in ("config.yaml", "tracking.jsonl")]
-    assert all("http://***@127.0.0.1:9" in text and "hunter2" not in text for text in said)
-    check_run(tmp_path, recipe, DS, spec_of(recipe))
+    assert all("http://***@127.0.0.1:9" in text and "https://***@lab/shards" in text for text in said)
+    assert not any("hunter2" in text for text in said)
+    check_run(tmp_path, elsewhere, DS, spec)
 
 
 def test_one_run_at_a_time_trains_in_a_directory(tmp_path, monkeypatch, caplog):

@@ -19,6 +19,7 @@ from pipeline.config import OptimConfig, Recipe
 from pipeline.distributed import World
 from pipeline.errors import UserError
 from pipeline.tasks import FinetuneTask, PretrainTask
+from pipeline.tracking.store import load_deepspeed
 
 # Top-level keys that DeepSpeed reads; it ignores any other silently, a typo such as "zero_optimisation" too.
 KNOWN_KEYS = frozenset(
@@ -328,7 +329,8 @@ def build_engine(task: PretrainTask | FinetuneTask, recipe: Recipe, ds: dict[str
     Raises:
         UserError: DeepSpeed refuses a value of ds.json.
     """
-    import deepspeed  # takes seconds and prints: not for --help, evaluate.py or predict.py
+    load_deepspeed()  # takes seconds and prints: not for --help, evaluate.py or predict.py
+    import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfigError
 
     kind = torch.optim.Adam if recipe.optim.name == "adam" else torch.optim.AdamW

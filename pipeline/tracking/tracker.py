@@ -4,6 +4,7 @@ In: calls. Out: lines of metrics.jsonl and of the spool; each call costs one buf
 """
 
 import getpass
+import json
 import logging
 import math
 import os
@@ -95,8 +96,8 @@ class Tracker:
             self._append("metrics", {"values": fresh, "step": step})
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Parameters, once."""
-        self._append("params", {"values": dict(values)})
+        """Parameters, once; without the passwords of URLs."""
+        self._append("params", {"values": json.loads(without_password(json.dumps(values)))})
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Tags."""
@@ -107,7 +108,7 @@ class Tracker:
 
         Args:
             corpus: The shards.
-            source: Their directory or URL, or those of several sets.
+            source: Their directory or URL, or those of several sets; a password in it is not told.
         """
         shares = {f"coverage.{name}": f"{split.clips} of {split.listed} ({split.clips / max(1, split.listed):.1%})"
                   for name, split in corpus.splits.items()}  # fmt: skip
@@ -121,7 +122,7 @@ class Tracker:
             **{f"{name}_listed": split.listed for name, split in corpus.splits.items()},
         }
         name = " + ".join(dict.fromkeys(member.manifest.dataset for member in corpus.members))
-        about = {"name": name, "digest": corpus.digest, "source": source, "profile": profile}
+        about = {"name": name, "digest": corpus.digest, "source": without_password(source), "profile": profile}
         for context in ("training", "evaluation"):
             self._append("dataset", about | {"context": context})
 

@@ -220,7 +220,7 @@ def test_no_password_of_a_store_is_written_down_or_told(shards, tmp_path, monkey
     uri = "http://anne:hunter2@127.0.0.1:9"
     recipe = finetuning(tmp_path, shards, f"log.uri={uri}", "log.finish_wait=0")
     spec, corpus = spec_of(recipe), load_corpus(recipe.data)
-    url = "https://anne:hunter2@lab/shards"
+    url = "https://anne:p@hunter2@lab/shards"
     elsewhere = finetuning(tmp_path, f'["{url}","{url}2"]' if several else url, f"log.uri={uri}", "log.finish_wait=0")
     write_record(tmp_path, elsewhere, DS, spec)
     with tracked(Launch(elsewhere, {}), tmp_path, "x", "finetune", World(), corpus):

@@ -106,7 +106,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 def without_password(uri: str) -> str:
     """For people and logs: a URI, or a text with some, `***` for each user and password."""
-    return re.sub(r"//[^/@\s\"]*@", "//***@", uri)
+    return re.sub(r"//[^/\s\"]*@", "//***@", uri)
 
 
 def check_uri(uri: str, what: str) -> None:

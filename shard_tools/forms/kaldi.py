@@ -3,10 +3,11 @@
 | file in the root | what |
 |---|---|
 | wav.scp | recording and path; commands (`... |`) are refused |
-| text | utterance and its labels, separated by spaces, or as --label-separator says |
+| text | utterance and its labels, separated by spaces, or as --label-separator says; one without a line is left out |
 | segments | if it is there: utterance, recording, start and end in seconds |
 """
 
+import logging
 from collections.abc import Iterator
 
 from pipeline.data.storage import entries as files_in
@@ -14,6 +15,8 @@ from pipeline.data.storage import join
 from shard_tools.catalogs import Catalog, Names
 from shard_tools.forms.entries import Asked, Entry, Files, assemble, lines_of
 from shard_tools.tables import Table
+
+log = logging.getLogger(__name__)
 
 MARK = "wav.scp"
 
@@ -45,6 +48,8 @@ def read(asked: Asked) -> Catalog:
             if segments.setdefault(cells[0], (cells[1], start, end)) != (cells[1], start, end):
                 raise cuts.problem(line, f"'{cells[0][:60]}' came before with another segment", "keep one of the lines")
 
+    unnamed = dict.fromkeys(segments or paths)  # utterances, in order; those of `text` are taken out
+
     def entries() -> Iterator[Entry]:
         for line, words in lines_of(text.lines()):
             name, *rest = words.split(None, 1)
@@ -54,7 +59,12 @@ def read(asked: Asked) -> Catalog:
             if recording not in paths:
                 what = f"utterance '{name[:60]}' has no recording in {MARK}"
                 raise text.problem(line, what, "add it, or delete the line")
+            unnamed.pop(name, None)
             where, _ = called.of(paths[recording])
             yield Entry(name, files.at(where), labels, "", line, start=start, end=end, trimmed=False if start else None)
 
-    return assemble("kaldi", asked, entries, None, files.report, text.path)
+    catalog = assemble("kaldi", asked, entries, None, files.report, text.path)
+    if unnamed:
+        log.warning("%s: %d utterances are not in it, such as '%s', and are left out; a line with the name alone takes "
+                    "one without a label", text.path, len(unnamed), next(iter(unnamed)))  # fmt: skip
+    return catalog

@@ -341,6 +341,21 @@ def test_kaldi_s_tabs_and_separators(tmp_path):
     refused(r"wav\.scp:1: 'utt1' is a recording without a path", "--root", tmp_path)
 
 
+def test_utterances_of_kaldi_without_a_line_of_labels_are_counted(tmp_path, caplog):
+    write(tmp_path, {f"{i}.wav": WAV for i in range(3)})
+    write(tmp_path, {"wav.scp": "".join(f"u{i} {i}.wav\n" for i in range(3)), "text": "u1 Dog\nu2\n"})
+    assert labels(catalog("--root", tmp_path)) == [["Dog"], []]
+    assert f"{tmp_path}/text: 1 utterances are not in it, such as 'u0', and are left out" in caplog.text
+    caplog.clear()
+    write(tmp_path, {"segments": "s1 u0 0 0.5\ns2 u0 0.5 1\ns3 u1 0 1\n", "text": "s2 Dog\ns3 Cat\n"})
+    assert labels(catalog("--root", tmp_path)) == [["Dog"], ["Cat"]]
+    assert f"{tmp_path}/text: 1 utterances are not in it, such as 's1', and are left out" in caplog.text
+    caplog.clear()
+    write(tmp_path, {"text": "s1 Dog\ns2 Dog\ns3 Cat\n"})
+    assert len(catalog("--root", tmp_path).clips) == 3
+    assert "left out" not in caplog.text
+
+
 def test_a_clip_of_two_splits_is_said(tmp_path, caplog):
     rows = [{"path": f"{name}.wav", "labels": "Dog", "split": split, "start": start}
             for name, split, start in ((0, "train", 0), (1, "train", 0), (1, "train", 0.5), (0, "eval", 0),

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.data.storage import Location, join, read_bytes
 from pipeline.errors import UserError
 from shard_tools.catalogs import Catalog, Names
-from shard_tools.forms.entries import Asked, Entry, Files, assemble, names_of, split_of
+from shard_tools.forms.entries import Asked, Entry, Files, assemble, names_of, split_of, split_of_row
 
 
 def read(asked: Asked, tables: list[str] | None = None) -> Catalog:
@@ -45,7 +45,7 @@ def read(asked: Asked, tables: list[str] | None = None) -> Catalog:
                                     '"MID,MID"}')  # fmt: skip
                 where, name = called.of(row["wav"])
                 labels = names_of(row.get("labels"), f"{path}: item {number}")
-                yield Entry(name, files.at(where), labels, split_of(str(path).rpartition("/")[2]), number,
+                yield Entry(name, files.at(where), labels, split_of_row(row, str(path).rpartition("/")[2]), number,
                             table=path)  # fmt: skip
 
     return assemble("ast_json", asked, entries, None, files.report, paths[0] if paths else asked.root, ",")

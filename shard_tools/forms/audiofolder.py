@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from shard_tools.audio_files import kind, split_name, walk
 from shard_tools.catalogs import NOISE_FOLDER, Catalog
 from shard_tools.columns import relative
-from shard_tools.forms.entries import Asked, Entry, Files, assemble, names_of, split_of
+from shard_tools.forms.entries import Asked, Entry, Files, assemble, names_of, split_of, split_of_row
 from shard_tools.forms.records import label_column, records_of
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def read(asked: Asked) -> Catalog:
                                         "none), or build without labels: --dataset unlabelled")  # fmt: skip
                     labels = names_of(None if column is None else row[column], f"{path}:{line}")
                     place = f"{folder}{row['file_name']}"
-                    yield Entry(place, files.at(place), labels, str(row.get("split") or "") or split_of(folder), line,
+                    yield Entry(place, files.at(place), labels, split_of_row(row, folder), line,
                                 table=path)  # fmt: skip
 
         return assemble("audiofolder", asked, listed, None, files.report, asked.table or root)

@@ -249,7 +249,7 @@ def assemble(
     for entry in entries():
         split = entry.split or asked.split or TRAIN
         if split not in splits:
-            splits.add(check_name(split, "split"))
+            splits.add(check_name(split, f"{_where(table, entry)}: split" if entry.split else "--split"))
         if asked.split not in (None, split):
             continue
         called = names(entry, index)
@@ -341,6 +341,11 @@ def split_of(path: str) -> str:
             if name in found:
                 return name
     return ""
+
+
+def split_of_row(row: dict[str, Any], path: str) -> str:
+    """The split that a row, or a JSON of a clip, says itself as `split`; else what `path` tells."""
+    return str(row.get("split") or "").strip() or split_of(path)
 
 
 def names_of(labels: Any, where: str) -> Sequence[str | int]:

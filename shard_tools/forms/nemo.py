@@ -2,9 +2,10 @@
 
 | file | what |
 |---|---|
-| --table, or all such files in the root | a line: audio_filepath, offset, duration, and `label`, `command`, ... |
+| --table, or all such files in the root | lines of audio_filepath, offset, duration, split, and `label`, ... |
 
-Paths are absolute, or relative to the root. A manifest's name tells the split. Transcripts (`text`) are no labels.
+Paths are absolute, or relative to the root. A manifest's name tells the split of a line that does not. Transcripts
+(`text`) are no labels.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pipeline.data.storage import Location, join
 from pipeline.errors import UserError
 from shard_tools.catalogs import Catalog, Names
-from shard_tools.forms.entries import Asked, Entry, Files, assemble, names_of, split_of
+from shard_tools.forms.entries import Asked, Entry, Files, assemble, names_of, split_of_row
 from shard_tools.forms.records import label_column, records_of
 
 
@@ -40,7 +41,8 @@ def read(asked: Asked, tables: list[str] | None = None) -> Catalog:
                     raise UserError(f"{path}:{line}: offset or duration is no number; correct it") from error
                 where, name = called.of(str(row["audio_filepath"]))
                 yield Entry(name + (f"-{start:g}" if start else ""), files.at(where),
-                            names_of(row[column], f"{path}:{line}"), split_of(str(path).rpartition("/")[2]), line,
-                            start=start, end=end, trimmed=False if start else None, table=path)  # fmt: skip
+                            names_of(row[column], f"{path}:{line}"),
+                            split_of_row(row, str(path).rpartition("/")[2]), line, start=start, end=end,
+                            trimmed=False if start else None, table=path)  # fmt: skip
 
     return assemble("nemo", asked, entries, None, files.report, paths[0] if paths else asked.root)

@@ -3,11 +3,12 @@
 | member | what |
 |---|---|
 | KEY.wav, KEY.flac, ... | the audio; KEY ends at the first dot, or at the last where several clips have one start |
-| KEY.json | `label`, `labels`, `tag`, ...: names, mids or numbers, one or a list; `id`, the clip's name |
+| KEY.json | `label`, `labels`, `tag`, ...: names, mids or numbers, one or a list; `id`, the clip's name; `split` |
 | KEY.cls | the number of the only label |
 
-A tar's name or folder tells the split. A text of several labels needs --label-separator. Texts (`text`, `caption`) are
-no labels. Several clips of one name are those of several tars: without an `id` a clip goes by its tar and KEY.
+A tar's name or folder tells the split of a clip whose JSON does not. A text of several labels needs --label-separator.
+Texts (`text`, `caption`) are no labels. Several clips of one name are those of several tars: without an `id` a clip
+goes by its tar and KEY.
 """
 
 import json
@@ -20,7 +21,7 @@ from pipeline.errors import UserError
 from shard_tools.audio_files import endings_of, kind, split_name, walk, what_is_there
 from shard_tools.catalogs import Catalog
 from shard_tools.columns import relative
-from shard_tools.forms.entries import Asked, Entry, assemble, names_of, split_of
+from shard_tools.forms.entries import Asked, Entry, assemble, names_of, split_of_row
 from shard_tools.forms.records import LABELS, label_column
 from shard_tools.names import split_source
 from shard_tools.sources import Member, members
@@ -81,7 +82,7 @@ def _entries(found: Iterable[Member], root: str, silent: list[str]) -> Iterator[
             raise UserError(f"{audio[0].name}: no label ({has}); it needs 'label' or 'tag', or build without labels: "
                             "--dataset unlabelled")  # fmt: skip
         id_ = next((str(facts[name]) for name in IDS if facts.get(name)), f"{where.rpartition(key)[0]}{key}")
-        yield Entry(id_, audio[0].name, labels, split_of(split_source(where)[0]), at=audio[0].at)
+        yield Entry(id_, audio[0].name, labels, split_of_row(facts, split_source(where)[0]), at=audio[0].at)
 
 
 def _clips(groups: dict[str, list[Member]]) -> Iterator[tuple[str, list[Member]]]:

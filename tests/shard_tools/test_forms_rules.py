@@ -365,6 +365,23 @@ def test_a_clip_of_two_splits_is_said(tmp_path, caplog):
     assert "t.jsonl: 1 clips are in several splits, such as '0.wav': a model is then tested on" in caplog.text
 
 
+def test_what_a_row_says_of_its_split_goes_before_its_file_s_name(tmp_path):
+    """A tar's JSON and a manifest's lines were not asked: clips of the test set went into the split to train on."""
+    split = [{"split": "test"}, {}, {"split": None}, {"split": " eval "}]
+    wds(tmp_path / "w" / "train-0.tar", *({"id": str(i), "label": "Dog"} | own for i, own in enumerate(split)))
+    for form, column in (("nemo", "audio_filepath"), ("audiofolder", "file_name"), ("ast_json", "wav")):
+        rows = [{column: f"{i}.wav", "label" if form != "ast_json" else "labels": "Dog"} | own
+                for i, own in enumerate(split)]  # fmt: skip
+        table = json.dumps({"data": rows}) if form == "ast_json" else lines(rows)
+        name = {"nemo": "train_manifest.json", "audiofolder": "metadata.jsonl", "ast_json": "train.json"}[form]
+        write(tmp_path / form, {f"{i}.wav": WAV for i in range(4)} | {name: table})
+    for form in ("w", "nemo", "audiofolder", "ast_json"):
+        found = catalog("--root", tmp_path / form)
+        assert [clip.split for clip in found.clips] == ["test", "train", "train", "eval"], form
+    wds(tmp_path / "w" / "train-0.tar", {"id": "x", "label": "Dog", "split": "../x"})
+    refused(r"w/train-0\.tar::0\.wav: split '\.\./x' becomes a file name", "--root", tmp_path / "w")
+
+
 def test_lists_of_folds_are_no_split(tmp_path):
     lists = {f"esc_{split}_data_{fold}.json": json.dumps({"data": [{"wav": "0.wav", "labels": "/m/a"}]})
              for split in ("train", "eval") for fold in (1, 2)}  # fmt: skip

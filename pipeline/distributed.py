@@ -455,6 +455,27 @@ def decide(check: Callable[[], ValueT]) -> ValueT:
     return value  # type: ignore[no-any-return]
 
 
+def check_same(values: Mapping[str, object], remedy: str) -> None:
+    """Refuses a rank that has read something else than rank 0; a collective.
+
+    Each host reads its own copies of settings, shards and runs, or a later state of a run that goes on. Where these
+    differ nothing else would tell, and what the ranks make together is of neither.
+
+    Args:
+        values: By name, for the message.
+        remedy: For the message.
+
+    Raises:
+        UserError: this rank's are not rank 0's.
+    """
+    theirs = broadcast(dict(values))
+    for key in {**theirs, **values}:
+        was, now = (str(found.get(key, "nothing")) for found in (theirs, values))
+        if was != now:
+            where = f"rank {rank()} on {socket.gethostname()}"
+            raise UserError(f"{where} has {key} = {now}, rank 0 has {was}; {remedy}", local=True)
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank if it is on one."""
     value = torch.tensor(float(flag), device=device)

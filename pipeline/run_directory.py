@@ -6,7 +6,6 @@ says of each setting; between ranks, less.
 """
 
 import logging
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,10 +32,9 @@ HELD_SECONDS = 100.0  # longer than an NFS server keeps the locks of a host that
 def check_ranks(recipe: Recipe, ds: dict[str, Any], spec: DataSpec) -> None:
     """Refuses ranks of different runs; a collective.
 
-    A launcher starts one command everywhere, but each host reads its own copies of the code, the recipe, ds.json and
-    the shards. Where these differ nothing else would tell: each rank would train on with a rate, or with clips and
-    labels, of its own, or wait in a collective that others do not reach. Where a host has its data, and how it reads
-    that, are its own affair.
+    A launcher starts one command everywhere, but where a host's code, recipe, ds.json or shards are others, each rank
+    would train on with a rate, or with clips and labels, of its own, or wait in a collective that others do not reach.
+    Where a host has its data, and how it reads that, are its own affair.
 
     Args:
         recipe: Resolved settings.
@@ -49,14 +47,8 @@ def check_ranks(recipe: Recipe, ds: dict[str, Any], spec: DataSpec) -> None:
     own = {key: value for key, value in flatten(recipe).items() if changes_result(key) or not key.startswith("data.")}
     own |= {f"ds.json's {key}": value for key, value in ds.items()}
     own["data.shards digest"] = spec.digest[:16]
-    theirs = distributed.broadcast(own)
-    for key in {**theirs, **own}:
-        was, now = (without_password(str(values.get(key, "nothing"))) for values in (theirs, own))
-        if was != now:
-            raise UserError(
-                f"rank {distributed.rank()} on {socket.gethostname()} has {key} = {now}, rank 0 has {was}; give all "
-                "hosts the same code, configs and shards", local=True
-            )  # fmt: skip
+    shown = {key: without_password(str(value)) for key, value in own.items()}
+    distributed.check_same(shown, "give all hosts the same code, configs and shards")
 
 
 def check_run(run_dir: Path, recipe: Recipe, ds: dict[str, Any], spec: DataSpec) -> tuple[int, list[str]]:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy.special import expit, softmax
 
+from pipeline import distributed
 from pipeline.config import FinetuneRecipe, Recipe
 from pipeline.data.loader import Loader
 from pipeline.data.spec import DataSpec
@@ -106,7 +107,7 @@ def score_run(
 
     Raises:
         UserError: the shards' audio format or labels are not those of the run; none of the ids is there; too many bad
-            clips.
+            clips; shards that are not rank 0's.
     """
     task, spec = load_finetuned(run_dir, file, world.device)
     task = in_precision(task, precision)
@@ -118,6 +119,7 @@ def score_run(
         rank=world.rank, world_size=world.size, device=world.device, ids=ids,
     ) as loader:  # fmt: skip
         corpus = loader.corpus
+        distributed.check_same({"shards digest": corpus.digest[:16]}, "give all hosts the same shards")
         found = (corpus.audio.sample_rate, corpus.audio.samples, corpus.fbank.mel_bins)
         if found != (spec.sample_rate, spec.samples, spec.mel_bins):
             raise UserError(

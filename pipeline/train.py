@@ -62,6 +62,7 @@ def pretrain(launch: Launch[PretrainRecipe], world: World) -> None:
     used = (method.masked_spec, method.masked_wav, method.contrast)
     metric = "eval_" + next(name for name, present in zip(names, used, strict=True) if present)
 
+    distributed.check_same({"eval.probe": recipe.eval.probe}, "give all hosts the same configs")
     curve = _curve(recipe, method, world) if recipe.eval.probe else None
     with _prepared(launch, world, "pretrain", name, method, metric) as (job, held_out):
         count = recipe.log.pictures if (method.masked_spec or method.masked_wav) and not method.latent else 0

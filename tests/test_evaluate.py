@@ -290,8 +290,9 @@ def test_ranks_that_found_different_checkpoints_are_told(runs, monkeypatch):
     """A run in training has a newer one for ranks that start later, whose clips would have scores of other weights."""
     files = [weights_file(runs[0]), Path("random:base")]
     check_same_weights(files)
-    monkeypatch.setattr(distributed, "decide", lambda check: ["step-00000000/weights.safetensors", *check()[1:]])
-    with pytest.raises(UserError, match=r"different weights, step-00000000/.* and step-00000001/.* name one of"):
+    first = "step-00000000/weights.safetensors, random:base"
+    monkeypatch.setattr(distributed, "broadcast", lambda values: values | {"weights": first})
+    with pytest.raises(UserError, match=r"has weights = step-00000001/.*, rank 0 has step-00000000/.* name one of"):
         check_same_weights(files)
 
 

@@ -27,7 +27,6 @@ from scipy.special import ndtri
 from pipeline import distributed
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import Label
-from pipeline.errors import UserError
 from pipeline.files import new_file
 from pipeline.flow import Batch, Losses
 
@@ -90,13 +89,8 @@ def check_same_weights(files: Sequence[Path]) -> None:
     Raises:
         UserError: they have not, on the ranks that found others than rank 0.
     """
-    found = [f"{file.parent.name}/{file.name}" for file in files]
-    first = distributed.decide(lambda: found)
-    if found != first:
-        raise UserError(
-            f"ranks found different weights, {', '.join(first)} and {', '.join(found)}: a run is still in training; "
-            "name one of its checkpoints", local=True
-        )  # fmt: skip
+    found = ", ".join(f"{file.parent.name}/{file.name}" for file in files)
+    distributed.check_same({"weights": found}, "where a run is still in training, name one of its checkpoints")
 
 
 def finite(logits: np.ndarray) -> np.ndarray:

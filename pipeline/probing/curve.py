@@ -46,12 +46,14 @@ class Curve:
         world: Ranks.
 
     Raises:
-        UserError: shards that cannot be read, of another format, or without labels, split or folds.
+        UserError: shards that cannot be read, of another format, without labels, split or folds, or not the same on all
+            ranks.
     """  # noqa: D205
 
     def __init__(self, recipe: PretrainRecipe, spec: DataSpec, reads: Reads, world: World) -> None:
         shards, config = recipe.eval.probe, recipe.eval
         manifest = load_manifest(shards)
+        distributed.check_same({"eval.probe's digest": manifest.digest[:16]}, "give all hosts the same shards")
         found = (manifest.audio.sample_rate, manifest.fbank.mel_bins)
         if found != (spec.sample_rate, spec.mel_bins):
             raise UserError(

@@ -119,7 +119,7 @@ def compute(
 
     Raises:
         UserError: tokens of clips of several lengths; more features than `most_gb` or than the disk has room for; too
-            many bad clips.
+            many bad clips; shards or an encoder that are others than rank 0's.
     """
     if pool == "tokens" and frozen.spec.seconds:
         raise UserError(
@@ -127,6 +127,8 @@ def compute(
             "tokens differ; take --probe linear, knn or cgp"
         )
     manifest = load_manifest(shards)
+    same = {"shards digest": manifest.digest[:16], "encoder's digest": frozen.digest[:16]}
+    distributed.check_same(same, "give all hosts the same shards and runs")
     clip = sum(math.prod(frozen.size(pool, stream)) for stream in frozen.streams) * len(layers)
     clip *= 2 if pool == "tokens" else 4
     batches = min(MOST_BATCHES, max(1, PIECE_BYTES // (BATCH * clip)))

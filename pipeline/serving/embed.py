@@ -159,9 +159,11 @@ def embed_split(
     Pieces that lack clips which could not be read are made anew: the shards may have been mended since.
 
     Raises:
-        UserError: too many bad clips, or a file that is there is damaged.
+        UserError: too many bad clips, a file that is there is damaged, or shards or an encoder that are not rank 0's.
     """
     manifest = load_manifest(shards)
+    same = {"shards digest": manifest.digest[:16], "encoder's digest": embedder.frozen.digest[:16]}
+    distributed.check_same(same, "give all hosts the same shards and runs")
     data = data_of(embedder.frozen, shards, split, workers)
     pieces = -(-batches_of(embedder.frozen, data, manifest.splits[split].clips) // MOST_BATCHES)
     files = [out / f"{split}-{piece:06d}.parquet" for piece in range(pieces)]
@@ -192,7 +194,11 @@ def embed_files(
 
     Returns:
         The files written, and how many recordings could not be read or are damaged.
+
+    Raises:
+        UserError: this rank's encoder is not rank 0's.
     """
+    distributed.check_same({"encoder's digest": embedder.frozen.digest[:16]}, "give all hosts the same run")
     pieces = [names[start : start + FILES] for start in range(0, len(names), FILES)]
     files = [out / f"files-{piece:06d}.parquet" for piece in range(len(pieces))]
     missing = distributed.decide(lambda: [piece for piece, file in enumerate(files) if not file.exists()])

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import socket
 import sys
 
 import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from launchers.probe import check_unseen, main, parser, weights_hash
 from pipeline.config import FinetuneRecipe, LogConfig
@@ -21,8 +22,8 @@ from pipeline.probing import features, probes, protocol
 from pipeline.probing.frozen import open_frozen, weights_of
 from pipeline.tracking import open_tracker
 from tests.conftest import ROOT
-from tests.helpers import damaged_copy
-from tests.ranks import run_ranks
+from tests.helpers import damaged_copy, synth_shards
+from tests.ranks import fork_rank, places, run_ranks
 
 PIECES = ROOT / "tests" / "probing" / "pieces.py"
 
@@ -112,6 +113,28 @@ def test_two_ranks_find_what_one_finds(finetuned, shards, tmp_path):
     one, two = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (1, 2))
     assert one == two
     assert one[0]["layer"] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["probe", "embed", "evaluate"])
+def test_ranks_with_other_shards_or_weights_are_refused(finetuned, make_run, shards, tmp_path, launcher):
+    """Of two hosts with builds of their own, half of the clips would be of the one and half of the other."""
+    synth_shards(tmp_path / "other", per_shard=16)
+    words = {"probe": ["--no-mlflow", "--features", tmp_path / "out"], "embed": ["--out", tmp_path / "out"],
+             "evaluate": []}[launcher]  # fmt: skip
+    other = [("shards digest", finetuned, tmp_path / "other")]
+    if launcher != "evaluate":
+        run = make_run(FinetuneRecipe)
+        weights = weights_file(run)
+        save_file({name: value * 2 for name, value in load_file(weights).items()}, weights)
+        other.append(("encoder's digest", run, shards))
+    for key, *different in other:
+        ranks = [fork_rank(place, f"launchers/{launcher}.py", "--checkpoint", run, "--shards", path, *words)
+                 for place, (run, path) in zip(places(2), [(finetuned, shards), different], strict=True)]  # fmt: skip
+        ended = [rank.end() for rank in ranks]
+        assert [status for status, _ in ended] == [2, 2], ended
+        assert f"error: rank 1 on {socket.gethostname()} has {key} = " in ended[1][1]
+        assert not list(tmp_path.rglob("*.safetensors")) + list((tmp_path / "out").rglob("*.parquet"))
 
 
 @pytest.mark.slow

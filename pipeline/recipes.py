@@ -6,6 +6,7 @@ In: files of nested overrides, words of the command line. Out: a checked recipe;
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,6 +186,24 @@ def _read_value(text: str) -> Any:
     return value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML, but a text that PyYAML takes for a number to the base 8 or 60 is none: 012 was ten, and 10:00 six hundred.
+
+    All that is a number here is one to PyYAML, too, so that it writes texts in quotes that look like one.
+    """
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if not tag.endswith((":int", ":float"))]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"),
+                              list("-+0123456789"))  # fmt: skip
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(
+    r"(([-+]?[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+), list("-+.0123456789"))  # fmt: skip
+
+
 def _parse(text: str) -> Any:
     """One YAML document of bounded size.
 
@@ -192,7 +211,7 @@ def _parse(text: str) -> Any:
         ValueError: it is not YAML, too large once its aliases are followed, nested too deeply, or has a key twice.
     """
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None

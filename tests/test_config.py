@@ -107,6 +107,28 @@ def test_files_that_are_no_sane_yaml_are_one_line(tmp_path, content):
         Grid([file], "micro", {})
 
 
+@pytest.mark.parametrize("in_file", [False, True])
+def test_numbers_are_to_the_base_ten(tmp_path, in_file):
+    """Seeds 007, 08 and 010 of a loop in a shell were 7, 8 and 8."""
+
+    def read(key: str, value: str) -> PretrainRecipe:
+        section, name = key.split(".")
+        (tmp_path / "x.yaml").write_text(f"{section}: {{{name}: {value}}}")
+        return load_recipe(PretrainRecipe, [tmp_path / "x.yaml"] if in_file else [],
+                           [] if in_file else [f"{key}={value}"])  # fmt: skip
+
+    assert [read("run.seed", word).run.seed for word in ("007", "08", "010", "1_000", "0x10", "0")] == [
+        7, 8, 10, 1000, 16, 0]  # fmt: skip
+    rates = ("5e-4", "1.0e-3", ".5", "1.0e-03", "010.5")
+    assert [read("optim.lr", word).optim.lr for word in rates] == [5e-4, 1e-3, 0.5, 1e-3, 10.5]
+    with pytest.raises(UserError, match=r"train\.steps = '?10:00'?"):
+        read("train.steps", "10:00")
+    for name in ("012", "10:00", "1.0e5", "0x10", "1_0", "007", "1.5", "2026-11-28", "yes", "~"):
+        recipe = load_recipe(PretrainRecipe, [], [f"run.name={name}"])
+        (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+        assert load_recipe(PretrainRecipe, [tmp_path / "again.yaml"]).run.name == name
+
+
 @pytest.mark.parametrize("text", ["optim: {lr: 1}\ntrain: {steps: 3}\noptim:\n  warmup: 7\n",
                                   "train:\n  steps: 3\noptim: {clip: 1,\n  clip: 2}\n"])  # fmt: skip
 def test_a_key_that_is_there_twice_is_refused(tmp_path, text):

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -25,15 +26,22 @@ from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from threading import Thread
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
+
+log = logging.getLogger(__name__)
 
 # Names that become parts of file names: splits, shards. No separator, no leading dot or dash, nothing to escape.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)  # files of this process, or of all
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # file systems without them
 PR_SET_PDEATHSIG = 1
+BEGIN_SECONDS = 30.0  # of a fork, which takes milliseconds
 
 
 def check_name(name: str, what: str) -> str:
@@ -339,6 +347,26 @@ def obey_alone(parent: int) -> None:
         os._exit(0)
 
     Thread(target=end, name="end", daemon=True).start()
+
+
+def has_begun(process: "BaseProcess", connection: "Connection") -> bool:
+    """Waits for the first message of a forked child, None; a child that does not send it in time is killed.
+
+    A fork has the locks of its parent as they were at that moment, and no thread that releases those which other
+    threads held. CPython 3.11 itself can hang so before the child's first line: a thread of torch's that just came or
+    went held the lock of the thread states. Rare, but a run forks at each evaluation.
+    """
+    try:
+        if connection.poll(BEGIN_SECONDS):
+            connection.recv()
+            return True
+    except (EOFError, ConnectionResetError):  # it died: whoever reads on meets the same
+        return True
+    log.warning("a forked process does not begin in %.0f s; it is killed, and another one made", BEGIN_SECONDS)
+    process.kill()
+    process.join()
+    connection.close()
+    return False
 
 
 def sync(path: Path) -> None:

@@ -17,11 +17,12 @@ import numpy as np
 
 from pipeline.data.cache import Cache, NoRoomError, Remote
 from pipeline.errors import UserError
-from pipeline.files import obey_alone
+from pipeline.files import has_begun, obey_alone
 
 log = logging.getLogger(__name__)
 
 DOWNLOADS = 4  # of one rank at once
+TRIES = 3  # to start the process
 
 
 class Prefetcher:
@@ -39,11 +40,15 @@ class Prefetcher:
         self, remote: Remote, shards_of: Callable[[int], np.ndarray], batches: int, first: int, stop: int | None
     ) -> None:
         context = multiprocessing.get_context("fork")
-        theirs, self._pipe = context.Pipe(duplex=False)
-        words = (os.getpid(), theirs, remote, shards_of, batches, first, stop)
-        self._process = context.Process(target=_fetch, args=words, daemon=True)
-        self._process.start()
-        theirs.close()
+        for _ in range(TRIES):
+            self._pipe, theirs = context.Pipe()
+            words = (os.getpid(), theirs, remote, shards_of, batches, first, stop)
+            self._process = context.Process(target=_fetch, args=words, daemon=True)
+            self._process.start()
+            theirs.close()
+            if has_begun(self._process, self._pipe):
+                return
+        log.warning("no process that fetches shards ahead begins: readers fetch them as they go, slower")
 
     def advance(self, step: int) -> None:
         """Batch `step` is about to be read."""
@@ -71,6 +76,7 @@ def _fetch(
 ) -> None:  # fmt: skip
     """Fetches shards in the order of the batches, and keeps them by their locks until no batch to come reads them."""
     obey_alone(parent)
+    pipe.send(None)  # see `has_begun`
     cache, threads = Cache(remote), ThreadPoolExecutor(DOWNLOADS)
     last: dict[int, int] = {}  # shard -> the last batch of the range that reads it
     queue: deque[int] = deque()

@@ -21,7 +21,7 @@ import torch
 from pipeline.data.pool import Arrays, Pool
 from pipeline.data.steps import Problems, Steps
 from pipeline.errors import UserError
-from pipeline.files import obey_alone
+from pipeline.files import has_begun, obey_alone
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,10 @@ class Workers:
         self._deaths = 0
         self._readers: list[tuple[BaseProcess, Connection]] = []
         try:
-            for _ in range(count):
+            for _ in range(count):  # all of them, and then their first messages
                 self._readers.append(self._begin())
+            for number in range(count):
+                self._see_begin(number)
         except UserError:
             self.close()
             raise
@@ -113,6 +115,19 @@ class Workers:
         theirs.close()
         return process, ours
 
+    def _see_begin(self, number: int) -> None:
+        """Waits until a reader has begun; one that hangs is replaced.
+
+        Raises:
+            UserError: those in its place hang, too, or cannot be started.
+        """
+        for _ in range(DEATHS):
+            if has_begun(*self._readers[number]):
+                return
+            self._readers[number] = self._begin()
+        raise UserError(f"{DEATHS} reader processes hung before they began; start the run again", local=True,
+                        transient=True)  # fmt: skip
+
     def _serve(self, parent: int, other: Connection, own: Connection) -> None:
         """What a reader does. The training process's CUDA context, inherited too, is of no use to it."""
         gc.freeze()  # what was inherited is never finalised here, tensors and events of a GPU least of all
@@ -120,6 +135,7 @@ class Workers:
         torch.set_num_threads(1)  # the pool of threads of the training process is not in a fork
         for connection in (other, *(connection for _, connection in self._readers)):
             connection.close()  # or no reader would see the end of its pipe
+        own.send(None)  # see `has_begun`
         while True:
             try:
                 slot, step = own.recv()
@@ -169,6 +185,7 @@ class Workers:
                 transient=True,
             )
         self._readers[number] = self._begin()
+        self._see_begin(number)
         for slot, later in self._flight:
             if later % len(self._readers) == number:
                 self._send(slot, later)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from s3fs import S3FileSystem
 
+from pipeline import files
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data import cache as cache_module
 from pipeline.data import storage
@@ -367,6 +368,40 @@ def test_fetching_ahead_keeps_up_with_batches_that_are_faster_than_the_store(mon
         while time.monotonic() < deadline and front.value < 407:
             time.sleep(0.05)
         assert front.value == 407
+    finally:
+        prefetcher.close()
+
+
+@pytest.mark.parametrize("hung", [1, 3])
+def test_a_process_that_hangs_before_it_fetches_is_replaced_or_done_without(monkeypatch, caplog, hung):
+    """Its pipe would fill, and the training process wait for it, thousands of steps later."""
+    forks, fork, front = [], os.fork, Value("l", -1)
+
+    def hanging():
+        child = fork()
+        if child == 0 and len(forks) < hung:
+            time.sleep(1000)
+        forks.append(child)
+        return child
+
+    def shards_of(step):
+        front.value = step
+        return np.array([], np.int64)
+
+    monkeypatch.setattr(os, "fork", hanging)
+    monkeypatch.setattr(files, "BEGIN_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.data.ahead.Cache", lambda remote: None)
+    prefetcher = Prefetcher(None, shards_of, 8, 0, None)
+    try:
+        for step in range(50_000 if hung == 3 else 10):
+            prefetcher.advance(step)
+        deadline = time.monotonic() + 60
+        while hung == 1 and front.value < 17:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert caplog.text.count("a forked process does not begin in 0 s") == hung
+        assert ("no process that fetches shards ahead begins: readers fetch them" in caplog.text) == (hung == 3)
+        assert len(forks) == min(hung + 1, 3)
     finally:
         prefetcher.close()
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import xxhash
 
+from pipeline import files
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.data.loader import Loader
 from pipeline.data.npy import Array
@@ -77,6 +78,40 @@ def test_killed_readers_are_replaced_and_no_batch_changes(shards, caplog):
     assert caplog.text.count("a reader process ended (status -9)") == 3
     assert not readers()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_fork_that_hangs_before_it_begins_is_replaced(shards, monkeypatch, caplog, always):
+    """One hung on a lock that another thread held at that moment, and in the midst of an evaluation the run with it."""
+    with loader(shards, workers=0) as own:
+        batches = own.batches()
+        expected = [next(batches).waveform.clone() for _ in range(6)]
+    forks, parent, fork = [], os.getpid(), os.fork
+
+    def hanging():
+        child = fork()
+        if child == 0 and (always or len(forks) in (0, 3)):
+            time.sleep(1000)
+        forks.append(child)
+        return child
+
+    monkeypatch.setattr(os, "fork", hanging)
+    monkeypatch.setattr(files, "BEGIN_SECONDS", 1.0)
+    with loader(shards) as own:
+        batches = own.batches()
+        if always:
+            with pytest.raises(UserError, match="3 reader processes hung before they began; start the run") as error:
+                next(batches)
+            assert error.value.transient
+        else:
+            for number, reference in enumerate(expected):
+                if number == 3:
+                    readers()[0].kill()
+                assert torch.equal(next(batches).waveform, reference)
+            assert len(forks) == 5  # two and one for the first, one for the killed one and one for that one
+            assert caplog.text.count("a forked process does not begin in 1 s; it is killed, and another one made") == 2
+    assert os.getpid() == parent
+    assert not readers()
 
 
 def test_readers_that_die_of_the_same_clips_end_the_run(shards, monkeypatch):

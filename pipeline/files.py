@@ -362,7 +362,7 @@ def has_begun(process: "BaseProcess", connection: "Connection") -> bool:
             return True
     except (EOFError, ConnectionResetError):  # it died: whoever reads on meets the same
         return True
-    log.warning("a forked process does not begin in %.0f s; it is killed, and another one made", BEGIN_SECONDS)
+    log.warning("a forked process does not begin in %.0f s and is killed", BEGIN_SECONDS)
     process.kill()
     process.join()
     connection.close()

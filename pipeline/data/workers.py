@@ -121,10 +121,11 @@ class Workers:
         Raises:
             UserError: those in its place hang, too, or cannot be started.
         """
-        for _ in range(DEATHS):
+        for attempt in range(DEATHS):
+            if attempt:
+                self._readers[number] = self._begin()
             if has_begun(*self._readers[number]):
                 return
-            self._readers[number] = self._begin()
         raise UserError(f"{DEATHS} reader processes hung before they began; start the run again", local=True,
                         transient=True)  # fmt: skip
 

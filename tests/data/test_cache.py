@@ -389,7 +389,7 @@ def test_a_process_that_hangs_before_it_fetches_is_replaced_or_done_without(monk
         return np.array([], np.int64)
 
     monkeypatch.setattr(os, "fork", hanging)
-    monkeypatch.setattr(files, "BEGIN_SECONDS", 0.5)
+    monkeypatch.setattr(files, "BEGIN_SECONDS", 0.2 if hung == 3 else 10.0)  # others begin on a busy machine
     monkeypatch.setattr("pipeline.data.ahead.Cache", lambda remote: None)
     prefetcher = Prefetcher(None, shards_of, 8, 0, None)
     try:
@@ -399,7 +399,7 @@ def test_a_process_that_hangs_before_it_fetches_is_replaced_or_done_without(monk
         while hung == 1 and front.value < 17:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert caplog.text.count("a forked process does not begin in 0 s") == hung
+        assert caplog.text.count("a forked process does not begin in ") == hung
         assert ("no process that fetches shards ahead begins: readers fetch them" in caplog.text) == (hung == 3)
         assert len(forks) == min(hung + 1, 3)
     finally:
